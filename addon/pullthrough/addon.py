@@ -1,0 +1,413 @@
+"""The mitmproxy addon: options, policy hooks, and flows turned into requests and answers.
+
+Invariant: what is not intercepted is never decrypted; an exception in a policy hook refuses; no connection is
+served before everything is open. What runs is owned here: opened in `configure` and `running`, released in `done`.
+Knows how mitmproxy works and nothing of how a request is answered.
+"""
+
+import asyncio
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Set as AbstractSet
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, NoReturn
+
+from mitmproxy import addonmanager, connection, ctx, exceptions, http, tls
+from mitmproxy.proxy import layer, server_hooks
+from mitmproxy.proxy.layers import TCPLayer
+from mitmproxy.proxy.layers.http import HttpStream
+
+from pullthrough import places, platform
+from pullthrough.access import ClientPolicy
+from pullthrough.ca import Authority, Leaf, is_due
+from pullthrough.errors import AddressRefused, CacheError, Misdirected
+from pullthrough.reader import Reader
+from pullthrough.recorder import Recorder
+from pullthrough.recording import Workroom
+from pullthrough.registry import Answer, Registry, Request
+from pullthrough.settings import ENVIRONMENT_PREFIX, OPTIONS, PREFIX, Settings, Tunnel, parse_settings
+from pullthrough.store import Store
+from pullthrough.streamlayer import Mouth, Transfer, Transfers, check_internals, replace_http_layer
+from pullthrough.threads import Threads
+from pullthrough.tunnel import LegPolicy
+from pullthrough.upstream import Upstream, exempt_hosts
+
+_log = logging.getLogger(__name__)
+
+REMINT_S: Final = 3600.0
+
+MITMPROXY_OPTIONS: Final = {
+    # A hit must not dial upstream first (mitmproxy#4775).
+    "connection_strategy": "lazy",
+    # An early end over HTTP/2 costs Ollama its progress, and mitmproxy's HTTP/2 send buffer is unbounded.
+    "http2": False,
+    "http3": False,
+    "onboarding": False,
+    "flow_detail": 0,
+    # Who may connect is `clients`' to say, in both directions.
+    "block_global": False,
+    "block_private": False,
+    "ssl_insecure": False,
+    "store_streamed_bodies": False,
+    "stream_large_bodies": None,
+    "body_size_limit": None,
+    "upstream_cert": False,
+}
+
+
+class OllamaCache:
+    """The addon that `mitmdump -s addon/ollama_cache.py` runs."""
+
+    name = "ollama_cache"
+
+    def __init__(self) -> None:
+        self._settings: Settings | None = None
+        self._store: Store | None = None
+        self._authority: Authority | None = None
+        self._leaves: list[Leaf] = []
+        self._confdir: tempfile.TemporaryDirectory[str] | None = None
+        self._upstream: Upstream | None = None
+        self._threads: Threads | None = None
+        self._recorder: Recorder | None = None
+        self._registry: Registry | None = None
+        self._clients: ClientPolicy | None = None
+        self._legs: LegPolicy | None = None
+        self._minting: asyncio.Task[None] | None = None
+        self._transfers: Transfers = {}
+        self._mouth = Mouth(lambda client: ctx.master.addons.get("proxyserver").connections.get(client))
+
+    # --- life
+
+    def load(self, loader: addonmanager.Loader) -> None:
+        """Declare our options, as text: mitmproxy unloads an addon whose numeric option does not parse, silently."""
+        try:
+            check_internals()
+        except CacheError as error:
+            _stop(error)
+        for option in OPTIONS:
+            default = os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}", option.default)
+            loader.add_option(f"{PREFIX}{option.name}", str, default, option.help)
+        ctx.options.update(**MITMPROXY_OPTIONS)
+
+    def configure(self, updated: AbstractSet[str]) -> None:
+        """Understand the options and open what needs no event loop; stop with one line where that fails."""
+        if self._settings is not None:
+            if changed := sorted(name for name in updated if name.startswith(PREFIX)):
+                raise exceptions.OptionsError(f"{changed[0]} cannot be changed while running")
+            return
+        try:
+            self._open()
+        except CacheError as error:
+            _stop(error)
+
+    def _open(self) -> None:
+        texts = {option.name: getattr(ctx.options, f"{PREFIX}{option.name}") for option in OPTIONS}
+        texts |= {name.removeprefix(PREFIX): "" for name in ctx.options.deferred if name.startswith(PREFIX)}
+        settings = parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
+        if ctx.options.mode != ["regular"] and not all(spec.startswith("regular@") for spec in ctx.options.mode):
+            raise CacheError(f"option mode: expected regular, got {', '.join(ctx.options.mode)}")
+        logging.getLogger("pullthrough").setLevel(settings.log_level.upper())
+        # One line per connect and disconnect of every client drowns what the cache has to say.
+        quiet = logging.DEBUG if settings.log_level == "debug" else logging.WARNING
+        logging.getLogger("mitmproxy.proxy.server").setLevel(quiet)
+        logging.getLogger("mitmproxy.proxy.layers").setLevel(quiet)
+        self._authority = Authority.load_or_create(settings.certs, settings.intercepted, now=_now())
+        try:
+            self._upstream = Upstream(
+                settings,
+                trusted_ca=ctx.options.ssl_verify_upstream_trusted_ca,
+                own_addresses=platform.own_addresses,
+            )
+        except OSError as error:
+            raise CacheError(
+                f"option ssl_verify_upstream_trusted_ca: expected a PEM file of certificates, got: {error}"
+            ) from error
+        self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
+        self._store = Store.open(settings.dir)
+        self._clients = ClientPolicy(settings.clients, local=platform.local_networks())
+        self._legs = LegPolicy(exempt_hosts(settings), tunnels=settings.tunnel is Tunnel.ANY)
+        self._settings = settings
+        self._mint()
+
+    def _mint(self) -> None:
+        """Give mitmproxy a leaf for each intercepted host; its own CA is a throw-away that nobody trusts."""
+        assert self._settings and self._authority and self._confdir
+        folder = Path(self._confdir.name)
+        self._leaves = [self._authority.issue(host, now=_now()) for host in self._settings.intercepted]
+        specs = []
+        for leaf in self._leaves:
+            # A new name each time: mitmproxy reads the files again only when the option changes.
+            path = folder / f"{leaf.host}-{time.time_ns()}.pem"
+            path.touch(mode=0o600)
+            path.write_bytes(leaf.pem)
+            specs.append(f"{leaf.host}={path}")
+        ctx.options.update(confdir=self._confdir.name, certs=specs)
+
+    async def running(self) -> None:
+        """Open what needs the event loop; from here on clients are served."""
+        assert self._settings and self._store and self._authority and self._upstream
+        settings = self._settings
+        await self._upstream.open()
+        self._threads = Threads()
+        room = Workroom(
+            self._store, self._upstream, self._threads, connections=settings.upstream_connections, finish=settings.finish
+        )
+        self._recorder = Recorder(room)
+        self._registry = Registry(settings, self._store, self._upstream, self._recorder)
+        self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
+        self._forbid_reload()
+        _log.info(
+            "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s",
+            settings.dir,
+            len(self._store.blobs()),
+            len(self._store.models()),
+            self._authority.certificate_file,
+            self._authority.fingerprint,
+        )
+
+    async def done(self) -> None:
+        """Let go of everything; recordings keep what they have."""
+        if self._minting is not None:
+            self._minting.cancel()
+        self._registry = None
+        if self._recorder is not None:
+            await self._recorder.close()
+        for transfer in list(self._transfers.values()):
+            transfer.close()
+        if self._threads is not None:
+            self._threads.close()
+        if self._upstream is not None:
+            await self._upstream.close()
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+        if self._confdir is not None:
+            self._confdir.cleanup()
+            self._confdir = None
+
+    async def _remint(self) -> None:
+        while True:
+            await asyncio.sleep(REMINT_S)
+            if any(is_due(leaf, _now()) for leaf in self._leaves):
+                self._mint()
+                _log.info("leaf certificates renewed")
+
+    def _forbid_reload(self) -> None:
+        """mitmproxy reloads a script whose file changes, half-way: a new addon without its asynchronous start."""
+        for script in ctx.master.addons.get("scriptloader").addons:
+            if script.ns is not None and self in getattr(script.ns, "addons", ()) and script.reloadtask:
+                script.reloadtask.cancel()
+
+    # --- who may come, and where to
+
+    def client_connected(self, client: connection.Client) -> None:
+        try:
+            admitted = self._registry is not None and self._clients is not None and self._clients.admits(client.peername[0])
+        except Exception:
+            _log.exception("client policy failed; refused")
+            admitted = False
+        if not admitted:
+            client.error = "not admitted"
+            _log.warning("refused client %s: not in ollama_cache_clients", client.peername[0])
+
+    def http_connect(self, flow: http.HTTPFlow) -> None:
+        try:
+            assert self._legs
+            if not self._intercepts(flow.request.host, flow.request.port):
+                self._legs.check_port(flow.request.port, encrypted=True)
+        except AddressRefused as error:
+            _refuse(flow, 403, f"tunnel to {flow.request.host}:{flow.request.port} refused: {error}")
+        except Exception:
+            _log.exception("tunnel policy failed; refused")
+            _refuse(flow, 403, "tunnel refused")
+
+    def next_layer(self, nextlayer: layer.NextLayer) -> None:
+        """Intercept our hosts with our own HTTP layer; pass every other tunnel through unread."""
+        context = nextlayer.context
+        in_tunnel = any(isinstance(item, HttpStream) for item in context.layers)
+        if in_tunnel and not (context.server.address and self._intercepts(*context.server.address[:2])):
+            nextlayer.layer = TCPLayer(context, ignore=True)
+            return
+        ctx.master.addons.get("nextlayer").next_layer(nextlayer)
+        if nextlayer.layer is not None:
+            nextlayer.layer = replace_http_layer(nextlayer.layer, self._transfers)
+
+    async def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
+        """Judge every leg, whatever request led to it, and pin the address that was judged."""
+        try:
+            assert self._legs and data.server.address
+            host, port = data.server.address[:2]
+            if self._legs.is_exempt(host, port):
+                return
+            # By now a tunnel's port has been checked; what is left are plain requests in absolute form.
+            self._legs.check_port(port, encrypted=port == 443)
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)
+            address = self._legs.pin([str(item[4][0]) for item in found], own=platform.own_addresses())
+            data.server.address = (address, port)
+        except (AddressRefused, OSError) as error:
+            data.server.error = str(error)
+            _log.warning("refused connection to %s: %s", data.server.address and data.server.address[0], error)
+        except Exception:
+            data.server.error = "refused"
+            _log.exception("address policy failed; refused")
+
+    def tls_failed_client(self, data: tls.TlsData) -> None:
+        _log.warning(
+            "client %s did not accept our certificate for %s (%s): does it trust the CA?",
+            data.conn.peername and data.conn.peername[0],
+            data.conn.sni,
+            data.conn.error,
+        )
+
+    # --- flows
+
+    def requestheaders(self, flow: http.HTTPFlow) -> None:
+        """Let bodies flow: only requests that we may answer are held until they are complete."""
+        try:
+            self._check_names(flow)
+        except Misdirected as error:
+            _log.warning("%s", error)
+            if _has_body(flow.request):
+                flow.kill()
+            else:
+                _refuse(flow, error.status_hint, str(error))
+            return
+        if not self._may_answer(flow):
+            self._reroute(flow)
+            flow.request.stream = True
+
+    async def request(self, flow: http.HTTPFlow) -> None:
+        if flow.response is not None or flow.error is not None or flow.request.stream:
+            return
+        registry = self._registry
+        try:
+            if registry is None:
+                raise CacheError("the cache is not open")
+            answer = await registry.answer(_request(flow))
+        except Exception:
+            # Never upstream's bytes by accident, never text that ends in a model file.
+            _log.exception("answering %s failed", flow.request.path.partition("?")[0])
+            flow.response = _response(502, [], b"", 0)
+            return
+        if answer is None:
+            self._reroute(flow)
+        else:
+            self._apply(flow, answer)
+
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        if flow.response is not None and flow.id not in self._transfers:
+            flow.response.stream = True
+
+    def response(self, flow: http.HTTPFlow) -> None:
+        self._finish(flow)
+
+    def error(self, flow: http.HTTPFlow) -> None:
+        self._finish(flow)
+
+    async def ollama_cache_piece(self, transfer: Transfer) -> None:
+        """The stream layer wants the next piece of a body."""
+        await self._mouth.fill(transfer)
+
+    def _apply(self, flow: http.HTTPFlow, answer: Answer) -> None:
+        body = answer.body if isinstance(answer.body, bytes) else b""
+        headers = [*answer.headers, ("Cache-Status", str(answer.cache))]
+        flow.response = _response(answer.status, headers, body, answer.length)
+        if isinstance(answer.body, Reader):
+            self._transfers[flow.id] = Transfer(flow, answer.body)
+        else:
+            _log.info(
+                "%s %s %s -> %d %s",
+                flow.client_conn.peername[0],
+                flow.request.method,
+                flow.request.path.partition("?")[0],
+                answer.status,
+                answer.cache,
+            )
+
+    def _finish(self, flow: http.HTTPFlow) -> None:
+        transfer = self._transfers.pop(flow.id, None)
+        if transfer is None:
+            return
+        transfer.close()
+        assert flow.response
+        _log.info(
+            "%s %s %s -> %d, %d bytes in %.2f s%s; %s",
+            flow.client_conn.peername[0],
+            flow.request.method,
+            flow.request.path.partition("?")[0],
+            flow.response.status_code,
+            transfer.sent,
+            time.monotonic() - transfer.began,
+            f", short: {flow.error.msg}" if flow.error else "",
+            flow.response.headers.get("Cache-Status", ""),
+        )
+
+    def _intercepts(self, host: str, port: int) -> bool:
+        return self._settings is not None and port == 443 and _normal(host) in self._settings.intercepted
+
+    def _is_ours(self, flow: http.HTTPFlow) -> bool:
+        return self._settings is not None and _normal(flow.request.host) in self._settings.intercepted
+
+    def _may_answer(self, flow: http.HTTPFlow) -> bool:
+        return self._is_ours(flow) and flow.request.method in ("GET", "HEAD") and not _has_body(flow.request)
+
+    def _check_names(self, flow: http.HTTPFlow) -> None:
+        """Misdirected unless CONNECT authority, SNI and Host are one name."""
+        if not self._is_ours(flow):
+            return
+        host = _normal(flow.request.host)
+        names = {"Host": flow.request.pretty_host}
+        if flow.client_conn.tls_established and flow.client_conn.sni is not None:
+            names["SNI"] = flow.client_conn.sni
+        for kind, name in names.items():
+            if _normal(name) != host:
+                raise Misdirected(f"expected {kind} {host}, got {name!r}")
+
+    def _reroute(self, flow: http.HTTPFlow) -> None:
+        """Send a passed-through request where `upstream` says that its host is."""
+        assert self._settings
+        endpoint = self._settings.upstream.get(_normal(flow.request.host))
+        if endpoint is not None:
+            flow.request.scheme, flow.request.host, flow.request.port = endpoint.scheme, endpoint.host, endpoint.port
+
+
+def _stop(error: CacheError) -> NoReturn:
+    """End mitmdump before it serves anybody: a cache that failed to start must not be an open proxy."""
+    _log.error("ollama-cache: %s", error)
+    sys.exit(1)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _normal(host: str) -> str:
+    return host.lower().rstrip(".")
+
+
+def _has_body(request: http.Request) -> bool:
+    return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+
+
+def _request(flow: http.HTTPFlow) -> Request:
+    headers = {name.lower(): value for name, value in flow.request.headers.items()}
+    return Request(
+        flow.request.method, flow.request.scheme, _normal(flow.request.host), flow.request.path, headers
+    )
+
+
+def _response(status: int, headers: list[tuple[str, str]], body: bytes, length: int) -> http.Response:
+    fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+    response = http.Response.make(status, body, http.Headers(fields))
+    # After the body: setting content writes its own length, which is wrong for HEAD and for streamed bodies.
+    response.headers["Content-Length"] = str(length)
+    return response
+
+
+def _refuse(flow: http.HTTPFlow, status: int, message: str) -> None:
+    _log.warning("%s", message)
+    flow.response = http.Response.make(status, message.encode() + b"\n", {"Content-Type": "text/plain"})

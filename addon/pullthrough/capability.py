@@ -1,0 +1,46 @@
+"""The signed query of a canonical blob address: who holds it may read that one blob until it expires.
+
+Invariant: a query verifies only if this very secret signed this digest, size and expiry.
+Like a presigned object-store URL (the thing it stands in for) it is a bearer right and is cut from logs.
+Knows no clock, request or file.
+"""
+
+import hashlib
+import hmac
+import re
+from dataclasses import dataclass
+
+from pullthrough.digest import Digest
+
+LIFETIME_S = 24 * 3600
+"""As long as the registry's own signatures live (X-Amz-Expires=86400 since 2024-08)."""
+
+_QUERY = re.compile(r"size=(\d{1,16})&expires=(\d{1,12})&access=([0-9a-f]{64})", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """The right to read the blob `digest` of `size` bytes until `expires` (Unix seconds)."""
+
+    digest: Digest
+    size: int
+    expires: int
+
+    def to_query(self, secret: bytes) -> str:
+        """The query string, without the question mark."""
+        return f"size={self.size}&expires={self.expires}&access={self._signature(secret)}"
+
+    def _signature(self, secret: bytes) -> str:
+        message = f"{self.digest} {self.size} {self.expires}".encode()
+        return hmac.new(secret, message, hashlib.sha256).hexdigest()
+
+
+def verify(query: str, digest: Digest, *, secret: bytes, now: float) -> Capability | None:
+    """The capability that `query` carries for `digest`; None if it is foreign, altered, for another blob or expired."""
+    match = _QUERY.fullmatch(query)
+    if match is None:
+        return None
+    capability = Capability(digest, int(match[1]), int(match[2]))
+    if not hmac.compare_digest(capability._signature(secret), match[3]) or now >= capability.expires:
+        return None
+    return capability

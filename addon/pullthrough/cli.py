@@ -1,0 +1,76 @@
+"""The command line: `ollama-cache run` and `ollama-cache ca`.
+
+Invariant: a verb either does what it says and exits 0, or says on standard error what was expected and what was got
+and exits 1. Knows mitmdump only as a program to start.
+"""
+
+import os
+import shutil
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+import pullthrough
+from pullthrough import places
+from pullthrough.ca import Authority
+from pullthrough.errors import CacheError
+from pullthrough.settings import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
+
+app = typer.Typer(
+    help="A pull-through cache for the Ollama registry.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def run(context: typer.Context) -> None:
+    """Run the cache: mitmdump with the addon. Everything behind `run` goes to mitmdump."""
+    beside = Path(sys.executable).with_name("mitmdump.exe" if sys.platform == "win32" else "mitmdump")
+    program = str(beside) if beside.exists() else shutil.which("mitmdump")
+    if program is None:
+        _fail("expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2,<13")
+    script = Path(pullthrough.__file__).resolve().parent.with_name("ollama_cache.py")
+    os.execv(program, [program, "-s", str(script), *context.args])  # noqa: S606  # replaces this process
+
+
+@app.command()
+def ca(
+    certs: Annotated[
+        Path | None, typer.Option(help="The folder of the CA; as the option ollama_cache_certs.", show_default=False)
+    ] = None,
+) -> None:
+    """Make the certificate authority if there is none, and show what clients have to trust."""
+    texts = {
+        option.name: value
+        for option in OPTIONS
+        if (value := os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}"))
+    }
+    if certs is not None:
+        texts["certs"] = str(certs)
+    try:
+        settings = parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
+        authority = Authority.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
+    except (CacheError, OSError) as error:
+        _fail(str(error))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"certificate (PEM)    {authority.certificate_file}")
+    console.print(f"certificate (DER)    {authority.certificate_file.with_suffix('.cer')}")
+    console.print(f"SHA-256 fingerprint  {authority.fingerprint}")
+    console.print(f"signs only           {', '.join(authority.permitted)} (and names below them)")
+    console.print(f"valid until          {authority.not_after:%Y-%m-%d}")
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"ollama-cache: {message}", markup=False)
+    raise typer.Exit(1)

@@ -1,0 +1,107 @@
+"""The exceptions of the package, and the HTTP status each ends in when it reaches a client.
+
+    CacheError
+    ├── SettingsError          an option cannot be understood: the start stops
+    ├── AuthorityError         the certificate authority cannot be used: the start stops
+    ├── StoreError             the store cannot be used: the start stops
+    │   └── StoreUnwritable    a write to the store failed: pulls go on without it
+    ├── InvalidRequest         the client sent what no client may send (400)
+    ├── Misdirected            the names on an intercepted connection disagree (421)
+    ├── DigestMismatch         recorded bytes do not hash to their name: quarantined, never a hit
+    └── UpstreamError          upstream could not be used (502)
+        ├── UpstreamUnreachable    no answer at all: DNS, connect, TLS, reset
+        ├── UpstreamTimeout        no answer in time (504)
+        ├── UpstreamRefused        an answer that settles the matter, to be relayed (its own status)
+        ├── UnexpectedResponse     an answer that does not fit what was asked; never recorded
+        ├── SourceExpired          the blob's address is no longer good; obtain it again
+        └── AddressRefused         the address policy forbids the connection
+
+Messages say what was expected and what was got. Knows no client, socket or file.
+"""
+
+from collections.abc import Sequence
+
+
+class CacheError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+    status_hint = 500
+
+
+class SettingsError(CacheError):
+    """An option has a value that cannot be used."""
+
+
+class AuthorityError(CacheError):
+    """The certificate authority on disk is missing, foreign, or does not permit what is configured."""
+
+
+class StoreError(CacheError):
+    """The store folder cannot be used as it is."""
+
+
+class StoreUnwritable(StoreError):
+    """Writing to the store failed: disk full, read-only, gone."""
+
+    status_hint = 507
+
+
+class InvalidRequest(CacheError):
+    """The request is malformed."""
+
+    status_hint = 400
+
+
+class Misdirected(CacheError):
+    """CONNECT authority, SNI and Host name different servers (RFC 9110 section 15.5.20)."""
+
+    status_hint = 421
+
+
+class DigestMismatch(CacheError):
+    """The bytes do not have the digest they were asked by."""
+
+    status_hint = 502
+
+    def __init__(self, expected: str, actual: str) -> None:
+        super().__init__(f"digest mismatch: expected {expected}, got {actual}")
+        self.expected = expected
+        self.actual = actual
+
+
+class UpstreamError(CacheError):
+    """Upstream could not be used."""
+
+    status_hint = 502
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No response came: name resolution, connect, TLS or the connection failed."""
+
+
+class UpstreamTimeout(UpstreamError):
+    """No response came in time."""
+
+    status_hint = 504
+
+
+class UpstreamRefused(UpstreamError):
+    """Upstream answered with a status that the client must see: 401, 403, 404, 412, 429, 5xx."""
+
+    def __init__(self, status: int, headers: Sequence[tuple[str, str]], body: bytes = b"") -> None:
+        super().__init__(f"upstream answered {status}")
+        self.status_hint = status
+        self.headers = tuple(headers)
+        self.body = body
+
+
+class UnexpectedResponse(UpstreamError):
+    """A response that is not what was asked for: status, Content-Range, validator, encoding or length."""
+
+
+class SourceExpired(UpstreamError):
+    """The signed address of a blob is no longer accepted (401, 403, 404 or 410 from the CDN)."""
+
+
+class AddressRefused(UpstreamError):
+    """The destination's address is not one this cache connects to."""

@@ -1,0 +1,235 @@
+"""One blob being recorded: a sparse file and the journal of what of it is written and what is durable.
+
+Invariant: what `resume` reports present was written before it was journalled. In the boot that wrote it, "written"
+is enough (the kernel has it even after `kill -9`); after another boot only what was flushed counts. Nothing here is
+trusted to be right: a resumed prefix is hashed again like any other byte.
+
+The journal is lines of `<crc32, 8 hex> <JSON>`: a header, then `{"w": [start, stop]}` for a written interval and
+`{"f": [[start, stop], …]}` for all that was durable at that moment. Reading stops at the first line that does not
+check, so a torn tail costs what it described and nothing else. Knows no network and no hash.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import threading
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from pullthrough import platform
+from pullthrough.digest import Digest
+from pullthrough.errors import StoreUnwritable
+from pullthrough.intervals import Intervals
+
+FORMAT: Final = 1
+
+
+class SharedFile:
+    """A counted descriptor: it stays open for whoever reads it, whatever happens to the file's name."""
+
+    __slots__ = ("_on_close", "_users", "descriptor", "size")
+
+    def __init__(self, descriptor: int, size: int, on_close: Callable[[], object] = lambda: None) -> None:
+        self.descriptor = descriptor
+        self.size = size
+        self._users = 0
+        self._on_close = on_close
+
+    def acquire(self) -> "SharedFile":
+        self._users += 1
+        return self
+
+    def release(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self._on_close()
+            os.close(self.descriptor)
+
+
+class Ingest:
+    """The partial file and journal of `digest`. All methods may block on the disk and raise StoreUnwritable.
+
+    `resume` or `begin` comes first, then `file` is there. Writes from several threads may run at once as long as
+    their intervals do not overlap.
+    """
+
+    def __init__(self, folder: Path, digest: Digest) -> None:
+        self.digest = digest
+        self.partial_path = folder / f"{digest.file_name}.partial"
+        self.journal_path = folder / f"{digest.file_name}.journal"
+        self.file: SharedFile | None = None
+        self._journal: int | None = None
+        self._journal_lock = threading.Lock()
+
+    @classmethod
+    def adopt(cls, folder: Path, digest: Digest, path: Path) -> None:
+        """Make the file at `path` the partial of `digest` with every byte present, to be hashed again."""
+        ingest = cls(folder, digest)
+        size = path.stat().st_size
+        os.replace(path, ingest.partial_path)
+        ingest._rewrite_journal(size, Intervals([(0, size)]), durable=True)
+
+    def resume(self) -> tuple[int, Intervals] | None:
+        """(size, what is present) of the partial an earlier recording left; None if there is none to be used."""
+        found = self._read_journal()
+        if found is None:
+            return None
+        size, present, durable = found
+        try:
+            descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR)
+        except OSError:
+            return None
+        if os.fstat(descriptor).st_size != size:
+            os.close(descriptor)
+            return None
+        self._rewrite_journal(size, present, durable=durable)
+        self._open_journal()
+        self.file = SharedFile(descriptor, size).acquire()
+        return size, present
+
+    def begin(self, size: int) -> None:
+        """Start from nothing: a sparse file of `size` bytes."""
+        try:
+            descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            try:
+                os.ftruncate(descriptor, size)
+                self._rewrite_journal(size, Intervals(), durable=True)
+                self._open_journal()
+            except BaseException:
+                os.close(descriptor)
+                raise
+        except OSError as error:
+            raise StoreUnwritable(f"recording {self.digest}: {error}") from error
+        self.file = SharedFile(descriptor, size).acquire()
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write recorded bytes."""
+        assert self.file is not None
+        try:
+            platform.write_at(self.file.descriptor, offset, data)
+        except OSError as error:
+            raise StoreUnwritable(f"recording {self.digest}: {error}") from error
+
+    def mark(self, intervals: Iterable[tuple[int, int]]) -> None:
+        """Journal that the intervals are written."""
+        self._append([{"w": list(interval)} for interval in intervals])
+
+    def flush(self, present: Intervals) -> None:
+        """Make everything written so far durable, then journal that `present` (a copy) is."""
+        self.sync()
+        self._append([{"f": [list(interval) for interval in present]}])
+        assert self._journal is not None
+        try:
+            platform.sync_data(self._journal)
+        except OSError as error:
+            raise StoreUnwritable(f"flushing {self.digest}: {error}") from error
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        assert self.file is not None
+        try:
+            platform.sync_data(self.file.descriptor)
+        except OSError as error:
+            raise StoreUnwritable(f"flushing {self.digest}: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the files; readers that share the descriptor keep it."""
+        with self._journal_lock:
+            if self._journal is not None:
+                os.close(self._journal)
+                self._journal = None
+        if self.file is not None:
+            self.file.release()
+            self.file = None
+
+    def forget(self) -> None:
+        """Remove the journal: the bytes have moved on."""
+        with contextlib.suppress(OSError):
+            self.journal_path.unlink()
+
+    def discard(self) -> None:
+        """Remove partial and journal."""
+        self.forget()
+        with contextlib.suppress(OSError):
+            self.partial_path.unlink()
+
+    # --- the journal
+
+    def _append(self, records: list[dict[str, Any]]) -> None:
+        with self._journal_lock:
+            if self._journal is None:
+                return
+            try:
+                os.write(self._journal, b"".join(_line(record) for record in records))
+            except OSError as error:
+                raise StoreUnwritable(f"journal of {self.digest}: {error}") from error
+
+    def _open_journal(self) -> None:
+        self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY | os.O_APPEND)
+
+    def _rewrite_journal(self, size: int, present: Intervals, *, durable: bool) -> None:
+        """A fresh journal in place of the old, whole or not at all."""
+        header = {"format": FORMAT, "digest": str(self.digest), "size": size, "boot": platform.boot_id()}
+        if durable:
+            lines = [_line(header), _line({"f": [list(interval) for interval in present]})]
+        else:
+            lines = [_line(header), *(_line({"w": list(interval)}) for interval in present)]
+        temporary = self.journal_path.with_name(f".{self.journal_path.name}.{secrets.token_hex(4)}")
+        descriptor = platform.open_descriptor(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            platform.write_at(descriptor, 0, b"".join(lines))
+            platform.sync_data(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, self.journal_path)
+
+    def _read_journal(self) -> tuple[int, Intervals, bool] | None:
+        """(size, present, whether all of it is durable) as far as the journal checks, else None."""
+        try:
+            lines = self.journal_path.read_bytes().split(b"\n")
+        except OSError:
+            return None
+        records = list(_checked(lines))
+        try:
+            header, *rest = records
+            size = int(header["size"])
+            if header["format"] != FORMAT or header["digest"] != str(self.digest) or size < 0:
+                return None
+            # An empty boot id means that the system cannot tell: then it is another boot.
+            same_boot = header["boot"] == platform.boot_id() != ""
+            written, flushed = Intervals(), Intervals()
+            for record in rest:
+                if "f" in record:
+                    flushed = Intervals((int(start), int(stop)) for start, stop in record["f"])
+                else:
+                    start, stop = record["w"]
+                    written.add(int(start), int(stop))
+        except (ValueError, KeyError, TypeError):
+            return None
+        present = flushed.copy()
+        if same_boot:
+            for interval in written:
+                present.add(*interval)
+        if any(start < 0 or stop > size for start, stop in present):
+            return None
+        return size, present, present == flushed
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _checked(lines: list[bytes]) -> Iterable[dict[str, Any]]:
+    # What follows the last newline is torn: the split leaves it as the last item.
+    for line in lines[:-1]:
+        crc, _, text = line.partition(b" ")
+        if crc != b"%08x" % zlib.crc32(text):
+            return
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            return
+        yield record

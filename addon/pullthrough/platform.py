@@ -1,0 +1,166 @@
+"""What differs between operating systems: positioned reads and writes, durability, locks, boot identity, addresses.
+
+Invariant: every function works everywhere that Python does; where a system lacks a call the fallback is slower or
+weaker, and the docstring says so. Knows no blob, store or protocol.
+"""
+
+import contextlib
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+from pullthrough.settings import Network
+
+_RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+_HAS_PREADV = hasattr(os, "preadv")
+
+
+def read_cached(descriptor: int, offset: int, size: int) -> bytes | bytearray | None:
+    """Up to `size` bytes at `offset` if the page cache has them, else None: then a thread must read.
+
+    Where the system cannot tell (no RWF_NOWAIT: macOS, Windows), always None.
+    """
+    if not _RWF_NOWAIT or not _HAS_PREADV:
+        return None
+    buffer = bytearray(size)
+    try:
+        count = os.preadv(descriptor, [buffer], offset, _RWF_NOWAIT)
+    except OSError:
+        # EAGAIN: not cached. EOPNOTSUPP: this file system cannot tell (tmpfs before Linux 6.6, NFS, FUSE).
+        return None
+    # A short count may be the edge of what is cached as well as the end of the file: both are bytes to send.
+    if count == size:
+        return buffer
+    return buffer[:count] if count else None
+
+
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    """Up to `size` bytes at `offset`; may block on the disk."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    return _seek_and_read(descriptor, offset, size)
+
+
+def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
+    """Write all of `data` at `offset`; may block on the disk. OSError as the system says."""
+    view = memoryview(data)
+    while view:
+        if hasattr(os, "pwrite"):
+            count = os.pwrite(descriptor, view, offset)
+        else:
+            count = _seek_and_write(descriptor, offset, view)
+        offset += count
+        view = view[count:]
+
+
+# Without pread and pwrite (Windows) the position is shared state, so each descriptor's calls must not overlap. One
+# lock for all is enough: the disk serialises them anyway.
+if sys.platform == "win32":
+    import threading
+
+    _position = threading.Lock()
+
+    def _seek_and_read(descriptor: int, offset: int, size: int) -> bytes:
+        with _position:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.read(descriptor, size)
+
+    def _seek_and_write(descriptor: int, offset: int, view: memoryview) -> int:
+        with _position:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.write(descriptor, view)
+
+else:
+
+    def _seek_and_read(descriptor: int, offset: int, size: int) -> bytes:
+        raise NotImplementedError("expected a system with pread")
+
+    def _seek_and_write(descriptor: int, offset: int, view: memoryview) -> int:
+        raise NotImplementedError("expected a system with pwrite")
+
+
+def open_descriptor(path: Path, flags: int) -> int:
+    """os.open for binary data, readable and writable by the owner and readable by the group."""
+    return os.open(path, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0), 0o640)
+
+
+def sync_data(descriptor: int) -> None:
+    """Make the file's bytes durable (F_FULLFSYNC on macOS, where fsync only reaches the drive's cache)."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    elif hasattr(os, "fdatasync"):
+        os.fdatasync(descriptor)
+    else:
+        os.fsync(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames within the folder durable. Windows cannot open a folder: NTFS journals its metadata itself."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_exclusively(file: BinaryIO) -> bool:
+    """Try to lock the open file for this process until it is closed; False when another process has it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def boot_id() -> str:
+    """What changes with every boot of the machine; "" where nothing of the kind can be had.
+
+    Elsewhere than on Linux the boot time, which a clock that is set may shift: then a partial is believed only as
+    far as it was flushed.
+    """
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{psutil.boot_time():.0f}"
+
+
+def own_addresses() -> frozenset[str]:
+    """The IP addresses of this machine's interfaces."""
+    return frozenset(
+        entry.address.partition("%")[0]
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+    )
+
+
+def local_networks() -> tuple[Network, ...]:
+    """The networks this machine's interfaces are on, without point-to-point and malformed entries."""
+    networks: list[Network] = []
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if entry.family not in (socket.AF_INET, socket.AF_INET6) or not entry.netmask:
+                continue
+            with contextlib.suppress(ValueError):
+                address = ipaddress.ip_address(entry.address.partition("%")[0])
+                prefix = bin(int(ipaddress.ip_address(entry.netmask))).count("1")
+                network = ipaddress.ip_network(f"{address}/{prefix}", strict=False)
+                # A /0 would admit the whole Internet, an interface without a network admits nobody.
+                if prefix >= (8 if address.version == 4 else 32):
+                    networks.append(network)
+    return tuple(networks)

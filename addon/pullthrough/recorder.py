@@ -1,0 +1,60 @@
+"""Record blobs: the one door through which blob bytes come in from upstream.
+
+Invariant: there is at most one recording per digest, whoever asks. Knows no HTTP, no manifest and no policy.
+"""
+
+import asyncio
+
+from pullthrough.digest import Digest
+from pullthrough.recording import Obtain, Recording, Workroom
+from pullthrough.upstream import DataStream, Source
+
+
+class Recorder:
+    """All recordings of the daemon."""
+
+    def __init__(self, room: Workroom) -> None:
+        self.counters = room.counters
+        self._room = room
+        self._recordings: dict[Digest, Recording] = {}
+        self._closing: dict[Digest, Recording] = {}
+
+    def find(self, digest: Digest) -> Recording | None:
+        """The recording of `digest` that runs now."""
+        return self._recordings.get(digest)
+
+    def open(
+        self, digest: Digest, *, obtain: Obtain, source: Source | None = None, stream: DataStream | None = None
+    ) -> Recording:
+        """The recording of `digest`: the running one, or a new one.
+
+        `obtain` gets a source again when the present one has expired; `stream` is a response whose body is the blob
+        from byte 0, and belongs to the recording from here on.
+        """
+        recording = self._recordings.get(digest)
+        if recording is None:
+            recording = Recording(self._room, digest, obtain, on_end=self._ended)
+            # Registered before it starts: the loop runs new tasks eagerly, and the next caller must find it.
+            self._recordings[digest] = recording
+            recording.start(source, stream, after=self._closing.get(digest))
+            return recording
+        if source is not None:
+            recording.offer(source)
+        if stream is not None:
+            stream.close()
+        return recording
+
+    def _ended(self, recording: Recording) -> None:
+        if self._recordings.get(recording.digest) is recording:
+            del self._recordings[recording.digest]
+        self._closing[recording.digest] = recording
+        asyncio.get_running_loop().call_later(60, self._closed, recording)
+
+    def _closed(self, recording: Recording) -> None:
+        if self._closing.get(recording.digest) is recording:
+            del self._closing[recording.digest]
+
+    async def close(self) -> None:
+        """End every recording, keeping what is present."""
+        await asyncio.gather(*(recording.stop() for recording in list(self._recordings.values())))
+        await asyncio.gather(*(recording.closed() for recording in list(self._closing.values())))

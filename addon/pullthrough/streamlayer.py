@@ -1,0 +1,244 @@
+"""Send an addon-made response from a `Reader`, piece by piece, through mitmproxy's own HTTP layer.
+
+mitmproxy sends a response that an addon made from memory in one piece. Here a subclass of its HTTP layer yields a
+blocking hook per piece instead: the hook (answered by `Mouth`) waits until the client has taken what was written,
+takes the next piece from the reader and returns it. Memory stays at a few pieces per client.
+
+Invariant: a body is either sent whole, or the connection is closed short of its Content-Length after a clean
+close_notify and FIN, which lets Ollama keep what it has (server/download.go: unexpected EOF keeps progress, a reset
+does not). Leans on mitmproxy internals that `check_internals` looks at. Knows no registry and no store.
+"""
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from mitmproxy import flow as mitmflow
+from mitmproxy import http, version
+from mitmproxy.connection import ConnectionState
+from mitmproxy.proxy import commands, events, layer
+from mitmproxy.proxy.context import Context
+from mitmproxy.proxy.layers.http import DropStream, HTTPMode, HttpLayer, HttpStream, SendHttp
+from mitmproxy.proxy.layers.http._events import ErrorCode, ResponseData, ResponseHeaders, ResponseProtocolError
+from mitmproxy.proxy.layers.http._hooks import HttpErrorHook, HttpResponseHook
+
+from pullthrough import platform
+from pullthrough.errors import CacheError, SettingsError
+from pullthrough.reader import FileSpan, Reader
+
+_log = logging.getLogger(__name__)
+
+PIECE: Final = 512 << 10
+"""Bytes per hook. Larger pieces cost less CPU per byte and make everybody else on the loop wait longer."""
+
+WAIT_S: Final = 1.0
+"""How long to wait for missing bytes before looking whether the client is still there."""
+
+CLIENT_STALL_S: Final = 600.0
+"""A client that takes no byte for this long is dropped; mitmproxy's own `tcp_timeout` does not run during a hook."""
+
+
+@dataclass
+class Transfer:
+    """One body on its way to one client."""
+
+    flow: http.HTTPFlow
+    reader: Reader
+    piece: bytes | bytearray | None = None
+    """The next bytes to send; None when there are none: see `problem`."""
+    problem: str = ""
+    """Why the body ends before its time; "" when it does not."""
+    client_lost: bool = False
+    sent: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+Transfers = MutableMapping[str, Transfer]
+"""By flow id: mitmproxy may deep-copy what lies in a flow's own metadata."""
+
+
+@dataclass
+class PieceHook(commands.StartHook):
+    """Asks for the next piece of a transfer; the layer is paused until it has been answered."""
+
+    name = "ollama_cache_piece"
+    transfer: Transfer
+
+
+class CachingStream(HttpStream):
+    """An HTTP exchange whose response body may come from a transfer."""
+
+    def __init__(self, context: Context, stream_id: int, transfers: Transfers) -> None:
+        super().__init__(context, stream_id)
+        self._transfers = transfers
+
+    def send_response(self, already_streamed: bool = False) -> layer.CommandGenerator[None]:  # noqa: FBT001, FBT002
+        transfer = None if already_streamed else self._transfers.get(self.flow.id)
+        if transfer is None:
+            yield from super().send_response(already_streamed)
+        else:
+            yield from self._send_transfer(transfer)
+
+    def _send_transfer(self, transfer: Transfer) -> layer.CommandGenerator[None]:
+        assert self.flow.response
+        client = self.context.client
+        yield SendHttp(ResponseHeaders(self.stream_id, self.flow.response, False), client)
+        while True:
+            yield PieceHook(transfer)
+            # The client may have gone while the hook waited; mitmproxy queues that, or loses it when the
+            # connection's task was cancelled by a failed write: the hook has then seen the connection missing.
+            if (yield from self.check_killed(True)):
+                return
+            if transfer.piece is None:
+                break
+            yield SendHttp(ResponseData(self.stream_id, transfer.piece), client)  # type: ignore[arg-type]
+            transfer.piece = None
+        if transfer.problem:
+            self.flow.error = mitmflow.Error(transfer.problem)
+            yield HttpErrorHook(self.flow)
+            code = ErrorCode.CLIENT_DISCONNECTED if transfer.client_lost else ErrorCode.KILL
+            yield SendHttp(ResponseProtocolError(self.stream_id, transfer.problem, code), client)
+            self.flow.live = False
+            self.client_state = self.server_state = self.state_errored
+            yield DropStream(self.stream_id)
+            return
+        self.flow.response.timestamp_end = time.time()
+        yield HttpResponseHook(self.flow)
+        self.server_state = self.state_done
+        if self.client_state == self.state_done:
+            yield from self.flow_done()
+
+
+class CachingLayer(HttpLayer):
+    """mitmproxy's HTTP layer, with streams of our kind."""
+
+    def __init__(self, context: Context, mode: HTTPMode, transfers: Transfers) -> None:
+        super().__init__(context, mode)
+        self._transfers = transfers
+
+    def make_stream(self, stream_id: int) -> layer.CommandGenerator[None]:
+        stream = CachingStream(self.context.fork(), stream_id, self._transfers)
+        self.streams[stream_id] = stream
+        yield from self.event_to_child(stream, events.Start())
+
+
+def replace_http_layer(top: layer.Layer, transfers: Transfers) -> layer.Layer:
+    """The layer stack below `top` with its stock HTTP layer, if it ends in one, replaced by ours.
+
+    A new layer enters itself into its context's stack, so the stock one is taken out there: mitmproxy compares the
+    stack's length when it decides what comes next.
+    """
+    parent: layer.Layer | None = None
+    current: layer.Layer | None = top
+    while current is not None and type(current) is not HttpLayer:
+        parent, current = current, getattr(current, "child_layer", None)
+    if current is None:
+        return top
+    stack = current.context.layers
+    stack.remove(current)
+    ours = CachingLayer(current.context, current.mode, transfers)
+    if parent is None:
+        return ours
+    parent.child_layer = ours  # type: ignore[attr-defined]
+    return top
+
+
+class Handler(Protocol):
+    """What of mitmproxy's connection handler is used."""
+
+    client: "mitmclient"
+
+    async def drain_writers(self) -> None: ...
+
+
+class mitmclient(Protocol):  # noqa: N801  # only a shape
+    state: ConnectionState
+
+
+class Mouth:
+    """Answers `PieceHook`: backpressure from the client, bytes from the reader."""
+
+    def __init__(self, find_handler: Callable[[str], Handler | None]) -> None:
+        """`find_handler` looks a live client connection up by its id."""
+        self._find_handler = find_handler
+
+    async def fill(self, transfer: Transfer) -> None:
+        """Set `transfer.piece`, or `problem`, or neither at the end of the body."""
+        transfer.piece = None
+        handler = self._find_handler(transfer.flow.client_conn.id)
+        if handler is None:
+            _lose(transfer, "client disconnected")
+            return
+        try:
+            async with asyncio.timeout(CLIENT_STALL_S):
+                await handler.drain_writers()
+        except TimeoutError:
+            _lose(transfer, f"client took no byte for {CLIENT_STALL_S:.0f} s")
+            return
+        reader = transfer.reader
+        try:
+            while not reader.done:
+                if not handler.client.state & ConnectionState.CAN_READ or self._find_handler(
+                    transfer.flow.client_conn.id
+                ) is not handler:
+                    _lose(transfer, "client disconnected")
+                    return
+                span = await reader.next(PIECE, WAIT_S)
+                if isinstance(span, FileSpan):
+                    transfer.piece = await _read(span)
+                    transfer.sent += span.stop - span.start
+                    return
+        except (CacheError, OSError) as error:
+            transfer.problem = str(error)
+
+
+def _lose(transfer: Transfer, why: str) -> None:
+    transfer.problem = why
+    transfer.client_lost = True
+
+
+async def _read(span: FileSpan) -> bytes | bytearray:
+    """The span's bytes, all of them: from the page cache at once, else through a thread."""
+    size = span.stop - span.start
+    data = platform.read_cached(span.descriptor, span.start, size)
+    if data is not None and len(data) == size:
+        return data
+    result = bytearray(data or b"")
+    while len(result) < size:
+        more = await asyncio.to_thread(
+            platform.read_at, span.descriptor, span.start + len(result), size - len(result)
+        )
+        if not more:
+            raise OSError(f"expected {size} bytes at {span.start}, got {len(result)}: the file is shorter")
+        result += more
+    return result
+
+
+def check_internals() -> None:
+    """SettingsError unless mitmproxy is of the generation whose internals this module was written for."""
+    found = version.VERSION
+    if not found.startswith("12.") or tuple(int(part) for part in found.split(".")[:2]) < (12, 2):
+        raise SettingsError(f"expected mitmproxy >=12.2,<13, got {found}")
+    expected: dict[Callable[..., object], list[str]] = {
+        HttpStream.__init__: ["self", "context", "stream_id"],
+        HttpStream.send_response: ["self", "already_streamed"],
+        HttpStream.check_killed: ["self", "emit_error_hook"],
+        HttpStream.flow_done: ["self"],
+        HttpLayer.__init__: ["self", "context", "mode"],
+        HttpLayer.make_stream: ["self", "stream_id"],
+        HttpLayer.event_to_child: ["self", "child", "event"],
+    }
+    for function, names in expected.items():
+        parameters = list(inspect.signature(function).parameters)
+        if parameters != names:
+            raise SettingsError(
+                f"expected {function.__qualname__}({', '.join(names)}) in mitmproxy {found}, "
+                f"got ({', '.join(parameters)}): another mitmproxy is needed"
+            )

@@ -1,0 +1,407 @@
+"""Our own HTTP client towards registries and blob sources.
+
+Invariant: every address it connects to is a configured one or public; every data response handed on has been checked
+against what was asked (status, Content-Range, complete length, validator, encoding). Signed addresses and
+credentials stay in memory and out of every message. Knows neither the store nor who asks.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+import ssl
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import aiohttp
+import certifi
+from aiohttp.abc import AbstractResolver, ResolveResult
+from multidict import CIMultiDict
+from yarl import URL
+
+from pullthrough.byterange import format_range, parse_content_range
+from pullthrough.digest import Digest
+from pullthrough.errors import (
+    AddressRefused,
+    SourceExpired,
+    UnexpectedResponse,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from pullthrough.settings import Settings
+from pullthrough.tunnel import LegPolicy, check_address
+
+CONNECT_TIMEOUT_S: Final = 10.0
+STALL_TIMEOUT_S: Final = 10.0
+"""Half of what the shortest-lived clients in use wait for a byte would be 2.5 s; a slow line needs more. Clients that
+wait behind a stalled slice are fed by other connections meanwhile only once it is given up."""
+
+CONNECTIONS_PER_HOST: Final = 32
+MAX_CONTROL_BODY: Final = 8 << 20
+"""A manifest of a tensor model with 1000+ layers takes about 300 KiB."""
+
+READ_BUFFER: Final = 512 << 10
+BATCH: Final = 256 << 10
+BATCH_WAIT_S: Final = 0.01
+"""A slow connection delivers 16 KiB TLS records: waiting this long for more saves most thread switches of a write."""
+
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_SOURCE_GONE: Final = frozenset({401, 403, 404, 410})
+MAX_HOPS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A control-plane response, its body decoded."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the bytes of one blob can be had: a (usually signed, short-lived) address. In memory only."""
+
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def host(self) -> str:
+        return URL(self.url, encoded=True).host or ""
+
+
+class DataStream:
+    """A checked data response: the bytes `[start, stop)` of a blob of `length` bytes, in order."""
+
+    def __init__(self, response: aiohttp.ClientResponse, start: int, stop: int, length: int) -> None:
+        self.start = start
+        self.stop = stop
+        self.length = length
+        self.validator = response.headers.get("ETag")
+        self._response = response
+
+    @property
+    def whole(self) -> bool:
+        """The complete blob in answer to whatever was asked."""
+        return self._response.status == 200
+
+    def close(self) -> None:
+        """A response that was read to its end has given its connection back; any other is closed with it."""
+        self._response.close()
+
+    async def batches(self) -> AsyncIterator[bytes]:
+        """The body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
+        content = self._response.content
+        left = self.stop - self.start
+        try:
+            while left:
+                data = await content.readany()
+                if not data:
+                    raise UpstreamUnreachable(f"expected {left} more bytes, got the end of the response")
+                if len(data) < min(BATCH, left):
+                    await asyncio.sleep(BATCH_WAIT_S)
+                    data += content.read_nowait()
+                if len(data) > left:
+                    raise UnexpectedResponse(f"expected {left} more bytes, got {len(data)}")
+                left -= len(data)
+                yield data
+            # The end of the message gives the connection back for the next slice.
+            if await content.readany():
+                raise UnexpectedResponse(f"expected {self.stop - self.start} bytes, got more")
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise _translate(error) from error
+
+
+class Upstream:
+    """The client. `open` it inside the running loop, `close` it at the end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        trusted_ca: str | None = None,
+        own_addresses: Callable[[], Collection[str]] = frozenset,
+    ) -> None:
+        """`trusted_ca` is a PEM file that replaces certifi's; `own_addresses` are those of this machine."""
+        self._settings = settings
+        self._policy = LegPolicy(exempt_hosts(settings), tunnels=True)
+        self._own = own_addresses
+        self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
+        self._session: aiohttp.ClientSession | None = None
+        self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
+        self._down_until = 0.0
+
+    async def open(self) -> None:
+        connector = aiohttp.TCPConnector(
+            ssl=self._context,
+            limit=0,
+            resolver=_CheckedResolver(self._policy, self._own),
+            keepalive_timeout=30,
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=READ_BUFFER,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S),
+        )
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # --- whether upstream answers at all
+
+    @property
+    def down_until(self) -> float:
+        """Until when (monotonic seconds) upstream counts as down; 0 when it does not."""
+        return self._down_until
+
+    def mark_down(self, seconds: float) -> None:
+        self._down_until = time.monotonic() + seconds
+
+    def slot(self, source: Source) -> asyncio.Semaphore:
+        """One of the places that all recordings share towards the source's host; first come, first served."""
+        return self._slots[source.host]
+
+    # --- control plane
+
+    async def ask(
+        self, method: str, host: str, target: str, headers: Mapping[str, str], *, timeout_s: float
+    ) -> Response:
+        """One exchange with a registry; redirects are handed on, not followed.
+
+        UpstreamUnreachable, UpstreamTimeout or UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no
+        usable answer.
+        """
+        url = self._settings.endpoint(host).origin + target
+        try:
+            async with asyncio.timeout(timeout_s):
+                with contextlib.closing(await self._send(method, url, headers)) as response:
+                    body = b""
+                    while data := await response.content.readany():
+                        body += data
+                        if len(body) > MAX_CONTROL_BODY:
+                            raise UnexpectedResponse(f"expected at most {MAX_CONTROL_BODY} bytes, got more")
+            self._down_until = 0.0
+            body = _decode(body, response.headers.get("Content-Encoding", "identity"))
+            return Response(response.status, CIMultiDict(response.headers), body)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise _translate(error) from error
+
+    async def obtain(
+        self, host: str, repository: str, digest: Digest, headers: Mapping[str, str], *, timeout_s: float
+    ) -> tuple[Source, DataStream | None]:
+        """Ask the registry for a blob: its source, and the body itself where the registry answered 200.
+
+        UpstreamRefused with the registry's status where it says no.
+        """
+        target = f"/v2/{repository}/blobs/{digest}"
+        url = self._settings.endpoint(host).origin + target
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._send("GET", url, headers)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise _translate(error) from error
+        self._down_until = 0.0
+        if response.status == 200:
+            stream = _check_data(response, None, None)
+            return Source(url, {k: v for k, v in headers.items() if k.lower() == "authorization"}), stream
+        with contextlib.closing(response):
+            location = response.headers.get("Location")
+            if response.status in _REDIRECTS and location:
+                # Relative to the registry's public name: that is what the signature was made for.
+                public = URL(f"https://{host}{target}", encoded=True)
+                return Source(str(public.join(URL(location, encoded=True)))), None
+            raise UpstreamRefused(response.status, relayable(response.headers))
+
+    # --- data plane
+
+    async def open_range(
+        self, source: Source, start: int, stop: int | None, *, expected_length: int | None, validator: str | None
+    ) -> DataStream:
+        """A checked response to a GET of `[start, stop)`, or of the whole where `stop` is None.
+
+        The stream may be the whole blob from byte 0, when the source ignores Range. SourceExpired if the address is
+        no longer good; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
+        """
+        headers = dict(source.headers)
+        if stop is not None:
+            headers["Range"] = format_range(start, stop)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
+                response = await self._follow(source.url, headers)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise _translate(error) from error
+        try:
+            asked = None if stop is None else (start, stop)
+            stream = _check_data(response, asked, expected_length)
+            if validator is not None and stream.validator != validator:
+                raise UnexpectedResponse(f"expected the validator {validator}, got {stream.validator}")
+        except BaseException:
+            response.close()
+            raise
+        return stream
+
+    async def _follow(self, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        for _ in range(MAX_HOPS):
+            response = await self._send("GET", self._reach(url), headers)
+            location = response.headers.get("Location")
+            if response.status not in _REDIRECTS or not location:
+                return response
+            response.close()
+            here = URL(url, encoded=True)
+            there = here.join(URL(location, encoded=True))
+            if (there.scheme, there.host, there.port) != (here.scheme, here.host, here.port):
+                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+            url = str(there)
+        raise UnexpectedResponse(f"expected at most {MAX_HOPS} redirects, got more")
+
+    def _reach(self, url: str) -> str:
+        """The address with the host replaced where `upstream` says so; AddressRefused for what we never ask."""
+        parsed = URL(url, encoded=True)
+        endpoint = self._settings.upstream.get(parsed.host or "")
+        if endpoint is not None and parsed.explicit_port is None:
+            return endpoint.origin + parsed.raw_path_qs
+        host, port = parsed.host or "", parsed.port or 0
+        if self._policy.is_exempt(host, port):
+            return url
+        if parsed.scheme != "https":
+            raise AddressRefused(f"expected an https address, got {parsed.scheme}://{host}")
+        if _is_address(host):
+            check_address(host, own=self._own())
+        return url
+
+    async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        if self._settings.offline:
+            raise UpstreamUnreachable("offline: upstream is not asked")
+        if self._session is None:
+            raise UpstreamUnreachable("expected an open client, got a closed one")
+        return await self._session.request(
+            method,
+            URL(url, encoded=True),
+            headers={"Accept-Encoding": "identity", **headers},
+            allow_redirects=False,
+            skip_auto_headers=("User-Agent", "Accept"),
+        )
+
+
+class _CheckedResolver(AbstractResolver):
+    """Resolves names, and refuses those that lead to addresses we never connect to."""
+
+    def __init__(self, policy: LegPolicy, own: Callable[[], Collection[str]]) -> None:
+        self._policy = policy
+        self._own = own
+        self._resolver = aiohttp.ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        results = await self._resolver.resolve(host, port, family)
+        if not self._policy.is_exempt(host, port):
+            self._policy.pin([result["host"] for result in results], own=self._own())
+        return results
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+def exempt_hosts(settings: Settings) -> frozenset[tuple[str, int]]:
+    """The (host, port) pairs that may have any address: what the configuration names."""
+    named = {(host, port) for host in settings.intercepted for port in (80, 443)}
+    return frozenset(named | {(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
+
+
+def relayable(headers: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The fields of an upstream refusal that a client needs."""
+    kept = (
+        "WWW-Authenticate",
+        "Content-Type",
+        "Docker-Content-Digest",
+        "Docker-Distribution-Api-Version",
+        "Location",
+        "Retry-After",
+    )
+    return [(name, headers[name]) for name in kept if name in headers]
+
+
+def _check_data(
+    response: aiohttp.ClientResponse, asked: tuple[int, int] | None, length: int | None
+) -> DataStream:
+    """One check, one error each (as nginx's slice filter does)."""
+    status = response.status
+    if status in _SOURCE_GONE:
+        raise SourceExpired(f"{response.url.host} answered {status}")
+    if status == 429 or status >= 500:
+        raise UpstreamRefused(status, relayable(response.headers))
+    if status == 416 and response.headers.get("Content-Range", "").replace(" ", "") == "bytes*/0":
+        return DataStream(response, 0, 0, 0)
+    if status not in (200, 206) or (status == 206 and asked is None):
+        raise UnexpectedResponse(f"expected 206 or 200 from {response.url.host}, got {status}")
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnexpectedResponse(f"expected no content coding, got {encoding}")
+    if status == 200:
+        if response.content_length is None:
+            raise UnexpectedResponse("expected a Content-Length, got none")
+        start, stop, complete = 0, response.content_length, response.content_length
+    else:
+        assert asked is not None
+        start, stop, total = parse_content_range(response.headers.get("Content-Range"))
+        if total is None:
+            raise UnexpectedResponse("expected a complete length, got '*'")
+        complete = total
+        if (start, stop) != (asked[0], min(asked[1], complete)):
+            raise UnexpectedResponse(
+                f"expected bytes {asked[0]}-{min(asked[1], complete) - 1}, got {start}-{stop - 1}"
+            )
+        if response.content_length not in (None, stop - start):
+            raise UnexpectedResponse(f"expected {stop - start} bytes, got Content-Length {response.content_length}")
+    if length is not None and complete != length:
+        raise UnexpectedResponse(f"expected a complete length of {length}, got {complete}")
+    return DataStream(response, start, stop, complete)
+
+
+def _decode(body: bytes, coding: str) -> bytes:
+    match coding.strip().lower():
+        case "" | "identity":
+            return body
+        case "gzip" | "x-gzip":
+            # We ask for identity, but some middleboxes compress text all the same.
+            inflater = zlib.decompressobj(31)
+            try:
+                decoded = inflater.decompress(body, MAX_CONTROL_BODY)
+            except zlib.error as error:
+                raise UnexpectedResponse(f"expected gzip, got: {error}") from error
+            if not inflater.eof:
+                raise UnexpectedResponse(f"expected a gzip stream of at most {MAX_CONTROL_BODY} bytes, got more")
+            return decoded
+    raise UnexpectedResponse(f"expected content coding identity or gzip, got {coding!r}")
+
+
+def _translate(error: BaseException) -> UpstreamError:
+    """Our error for the client library's; without addresses, which may be signed."""
+    if isinstance(error, TimeoutError):
+        return UpstreamTimeout("no answer in time")
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return UpstreamUnreachable(f"{error.host}: name resolution failed: {error.os_error}")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        reason = getattr(error, "certificate_error", None) or error.os_error
+        return UpstreamUnreachable(f"{error.host}:{error.port}: {reason}")
+    return UpstreamUnreachable(f"{type(error).__name__}: {getattr(error, 'message', '') or error.__class__.__doc__}")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

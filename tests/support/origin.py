@@ -1,0 +1,1325 @@
+"""A fake Ollama registry and its blob CDN on loopback, over TLS, with counters, gates and one fault per invariant.
+
+Invariant: nothing is answered that the real servers would not answer, except where a `Fault` in `Origin.faults`
+says so; every request is counted before it is answered, every body byte after it is written.
+Knows nothing of the proxy under test or of any client.
+"""
+
+import contextlib
+import datetime
+import gzip
+import hashlib
+import ipaddress
+import json
+import os
+import re
+import secrets
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from enum import StrEnum
+from functools import lru_cache
+from http import HTTPStatus
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Literal, Protocol, Self
+from urllib.parse import parse_qs, quote
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+REGISTRY_HOST: Final = "registry.ollama.ai"
+R2_HOST: Final = "dd20bb891979d25aebc8bec07b2b3bbc.r2.cloudflarestorage.com"
+GOOD_TOKEN: Final = "good-token"
+
+MANIFEST_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
+CONFIG_TYPE: Final = "application/vnd.docker.container.image.v1+json"
+MODEL_TYPE: Final = "application/vnd.ollama.image.model"
+TEMPLATE_TYPE: Final = "application/vnd.ollama.image.template"
+PARAMS_TYPE: Final = "application/vnd.ollama.image.params"
+LICENSE_TYPE: Final = "application/vnd.ollama.image.license"
+
+Listener = Literal["registry", "cdn"]
+
+_MIB: Final = 1 << 20
+_PIECE: Final = 256 * 1024
+"""Bytes per write without a rate limit: large enough that Python is not the limit."""
+_LIMITED_PIECE: Final = 64 * 1024
+_SEND_BUFFER: Final = 256 * 1024
+"""SO_SNDBUF: without it the kernel grows the buffer to megabytes, and bytes nobody reads count as written."""
+_CREDIT_S: Final = 0.05
+"""How much lateness of a wake-up a token bucket makes up for; more would be a burst."""
+_WAIT_S: Final = 20.0
+
+
+# --- content -----------------------------------------------------------------------------------------------------
+
+
+class Source(Protocol):
+    """Bytes of a known size that can be read anywhere."""
+
+    @property
+    def size(self) -> int:
+        """The complete length."""
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes of the half-open interval."""
+
+    def sha256(self) -> str:
+        """The digest of all bytes, as hex."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Bytes held in memory."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        """The complete length."""
+        return len(self.data)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes of the half-open interval."""
+        return self.data[start:stop]
+
+    def sha256(self) -> str:
+        """The digest of all bytes, as hex."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _base_block(seed: int) -> bytes:
+    """One pseudo-random MiB twice in a row, so that every rotation of it is one slice."""
+    block = hashlib.shake_256(f"synthetic-{seed}".encode()).digest(_MIB)
+    return block + block
+
+
+@lru_cache(maxsize=64)
+def _streamed_sha256(source: "Synthetic | Sparse") -> str:
+    digest = hashlib.sha256()
+    for start in range(0, source.size, 4 * _MIB):
+        digest.update(source.read(start, min(start + 4 * _MIB, source.size)))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Synthetic:
+    """Incompressible bytes computed on demand: block i is the seed's random MiB rotated by a distance unique to i.
+
+    Every block of the first TiB differs from every other, so a block written in the wrong place changes the digest.
+    """
+
+    size: int
+    seed: int = 0
+
+    _STRIDE = 611_953
+    """Odd, hence prime to the block size: the rotations of 2**20 consecutive blocks are all different."""
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes of the half-open interval."""
+        base = memoryview(_base_block(self.seed))
+        stop = min(stop, self.size)
+        pieces: list[memoryview] = []
+        while start < stop:
+            index, within = divmod(start, _MIB)
+            length = min(_MIB - within, stop - start)
+            offset = index * self._STRIDE % _MIB + within
+            pieces.append(base[offset : offset + length])
+            start += length
+        return b"".join(pieces)
+
+    def sha256(self) -> str:
+        """The digest of all bytes, as hex."""
+        return _streamed_sha256(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """Zero bytes."""
+
+    size: int
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes of the half-open interval."""
+        return bytes(max(0, min(stop, self.size) - start))
+
+    def sha256(self) -> str:
+        """The digest of all bytes, as hex."""
+        return _streamed_sha256(self)
+
+
+# --- what a test steers -------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Holds whoever arrives until it is opened; countable, so that a test waits for arrivals instead of sleeping.
+
+    A pipe and not a threading.Event: the holder also has to see that its client went away, which takes a poll.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        weakref.finalize(self, os.close, self._reader)
+        weakref.finalize(self, os.close, self._writer)
+        self._condition = threading.Condition()
+        self._open = False
+        self._held = 0
+
+    def open(self) -> None:
+        """Let everyone pass, now and later."""
+        with self._condition:
+            if not self._open:
+                self._open = True
+                os.write(self._writer, b"!")
+
+    def set(self) -> None:
+        """As threading.Event."""
+        self.open()
+
+    def is_set(self) -> bool:
+        """As threading.Event: the gate is open."""
+        return self._open
+
+    @property
+    def held(self) -> int:
+        """How many requests wait here now."""
+        return self._held
+
+    def wait_held(self, count: int = 1, *, timeout_s: float = _WAIT_S) -> None:
+        """Return when at least `count` requests wait here together."""
+        with self._condition:
+            if not self._condition.wait_for(lambda: self._held >= count, timeout_s):
+                raise TimeoutError(f"expected {count} held requests within {timeout_s} s, got {self._held}")
+
+    def wait_empty(self, *, timeout_s: float = _WAIT_S) -> None:
+        """Return when no request waits here: all were let through, or their clients left."""
+        with self._condition:
+            if not self._condition.wait_for(lambda: self._held == 0, timeout_s):
+                raise TimeoutError(f"expected no held request within {timeout_s} s, got {self._held}")
+
+    def fileno(self) -> int:
+        """Readable once the gate is open."""
+        return self._reader
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Count the caller as held."""
+        with self._condition:
+            self._held += 1
+            self._condition.notify_all()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._held -= 1
+                self._condition.notify_all()
+
+
+class Mode(StrEnum):
+    """What a fault does."""
+
+    DROP = "drop"
+    """RST instead of a response."""
+    HANG = "hang"
+    """No byte of the response until the fault's gate is opened."""
+    STATUS = "status"
+    """Answer `status` with `headers` and `body` instead."""
+    RESET = "reset"
+    """RST after `after` body bytes, all of which the peer has received."""
+    TRUNCATE = "truncate"
+    """close_notify and FIN after `after` body bytes."""
+    STALL = "stall"
+    """A pause after `after` body bytes, until the fault's gate is opened."""
+    FLIP = "flip"
+    """The lowest bit of the blob's byte at offset `after` is inverted."""
+    SHORT_LENGTH = "short-length"
+    """Content-Length and body are `after` bytes; the rest of the head is as if nothing were missing."""
+    CONTENT_RANGE = "content-range"
+    """A 206 whose Content-Range is the text `value`, by default the true one moved by a byte."""
+    IGNORE_RANGE = "ignore-range"
+    """200 with the whole blob in answer to a Range."""
+    ETAG = "etag"
+    """The entity tag is `value`, by default another one than usual."""
+    GZIP = "gzip"
+    """Content-Encoding: gzip on a blob, asked for or not."""
+    NO_LENGTH = "no-length"
+    """No Content-Length: a chunked body, or a HEAD without the header."""
+    REDIRECT = "redirect"
+    """Registry: the blob redirect has the status `status`; with `headers` its Location can be replaced."""
+    DIRECT = "direct"
+    """Registry: the blob itself (200, or 206 for a Range) plus `headers` instead of the redirect."""
+
+
+_REGISTRY_MODES: Final = frozenset({Mode.REDIRECT, Mode.DIRECT})
+
+
+class Fault:
+    """One misbehaviour, spent `times` times (None: for ever) on the requests it matches.
+
+    It matches requests on listener `where` whose path contains `path` and the hex of `digest`, with `method` if given.
+    A response too short for `after` does not spend it.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        *,
+        after: int = 0,
+        times: int | None = 1,
+        where: Listener = "cdn",
+        digest: str = "",
+        path: str = "",
+        method: str = "",
+        status: int = 503,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        value: str | None = None,
+    ) -> None:
+        self.mode = mode
+        self.after = after
+        self.where: Listener = "registry" if mode in _REGISTRY_MODES else where
+        self.digest = digest
+        self.path = path
+        self.method = method
+        self.status = status
+        self.headers = dict(headers or {})
+        self.body = body
+        self.value = value
+        self.gate = Gate()
+        """Opened by the test to end a HANG or a STALL."""
+        self._lock = threading.Lock()
+        self._left = times
+        self._hits = 0
+
+    @property
+    def hits(self) -> int:
+        """How often it has happened."""
+        return self._hits
+
+    def matches(self, listener: Listener, request: "Request") -> bool:
+        """This fault is about such a request; whether any of it is left is another question."""
+        return (
+            self.where == listener
+            and self.path in request.path
+            and self.digest.removeprefix("sha256:") in request.path
+            and self.method in ("", request.method)
+        )
+
+    def take(self) -> bool:
+        """Spend one; False when none is left."""
+        with self._lock:
+            if self._left is not None:
+                if self._left <= 0:
+                    return False
+                self._left -= 1
+            self._hits += 1
+            return True
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request as it arrived."""
+
+    listener: Listener
+    method: str
+    path: str
+    query: str
+    fields: tuple[tuple[str, str], ...]
+    """Header names and values as on the wire, in order."""
+
+    @property
+    def target(self) -> str:
+        """Path and query as on the wire."""
+        return f"{self.path}?{self.query}" if self.query else self.path
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Values by lower-case name."""
+        return {name.lower(): value for name, value in self.fields}
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """The body of one upload request."""
+
+    request: Request
+    size: int
+    sha256: str
+
+
+class Counters:
+    """What the origin saw and sent; every property is a consistent copy."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.RLock())
+        self._open = 0
+        self._zero()
+
+    def _zero(self) -> None:
+        self._registry_requests: Counter[tuple[str, str]] = Counter()
+        self._cdn_requests = 0
+        self._bytes: dict[Listener, int] = {"registry": 0, "cdn": 0}
+        self._by_digest: Counter[str] = Counter()
+        self._peak = self._open
+        self._total = 0
+        self._upload_bytes = 0
+        self._requests: list[Request] = []
+        self._uploads: list[Upload] = []
+
+    @property
+    def registry_requests(self) -> Counter[tuple[str, str]]:
+        """Registry requests by (method, kind); kind is manifest, blob, upload, token or other."""
+        with self._changed:
+            return Counter(self._registry_requests)
+
+    @property
+    def cdn_requests(self) -> int:
+        """CDN requests of any outcome."""
+        with self._changed:
+            return self._cdn_requests
+
+    @property
+    def cdn_bytes(self) -> int:
+        """Body bytes of blobs written by the CDN."""
+        with self._changed:
+            return self._bytes["cdn"]
+
+    @property
+    def cdn_bytes_by_digest(self) -> Counter[str]:
+        """`cdn_bytes` by digest (`sha256:<hex>`)."""
+        with self._changed:
+            return Counter(self._by_digest)
+
+    @property
+    def registry_bytes(self) -> int:
+        """Body bytes of blobs written by the registry itself (Mode.DIRECT)."""
+        with self._changed:
+            return self._bytes["registry"]
+
+    @property
+    def cdn_connections_open(self) -> int:
+        """Connections to the CDN now."""
+        with self._changed:
+            return self._open
+
+    @property
+    def cdn_connections_peak(self) -> int:
+        """The most connections to the CDN at one time."""
+        with self._changed:
+            return self._peak
+
+    @property
+    def cdn_connections_total(self) -> int:
+        """Connections the CDN accepted."""
+        with self._changed:
+            return self._total
+
+    @property
+    def upload_bytes(self) -> int:
+        """Body bytes received by the upload endpoints."""
+        with self._changed:
+            return self._upload_bytes
+
+    @property
+    def requests(self) -> list[Request]:
+        """All requests in the order of arrival."""
+        with self._changed:
+            return list(self._requests)
+
+    @property
+    def uploads(self) -> list[Upload]:
+        """The upload requests whose body has arrived whole."""
+        with self._changed:
+            return list(self._uploads)
+
+    @property
+    def tokens(self) -> list[Request]:
+        """The requests to /token, byte for byte."""
+        return [request for request in self.requests if _kind(request) == "token"]
+
+    def wait_for(self, claim: Callable[["Counters"], bool], *, timeout_s: float = _WAIT_S) -> None:
+        """Return when `claim` holds; it is asked at every change."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: claim(self), timeout_s):
+                raise TimeoutError(f"counters did not get there within {timeout_s} s: {self}")
+
+    def __repr__(self) -> str:
+        with self._changed:
+            return (
+                f"registry {dict(self._registry_requests)}, cdn {self._cdn_requests} requests {self._bytes['cdn']} bytes, "
+                f"connections {self._open} open {self._peak} peak {self._total} total"
+            )
+
+    def _record(self, request: Request) -> None:
+        with self._changed:
+            self._requests.append(request)
+            if request.listener == "cdn":
+                self._cdn_requests += 1
+            else:
+                self._registry_requests[request.method, _kind(request)] += 1
+            self._changed.notify_all()
+
+    def _sent(self, listener: Listener, digest: str, count: int) -> None:
+        with self._changed:
+            self._bytes[listener] += count
+            if listener == "cdn":
+                self._by_digest[digest] += count
+            self._changed.notify_all()
+
+    def _connected(self, change: int) -> None:
+        with self._changed:
+            self._open += change
+            self._peak = max(self._peak, self._open)
+            self._total += change > 0
+            self._changed.notify_all()
+
+    def _received(self, count: int) -> None:
+        with self._changed:
+            self._upload_bytes += count
+            self._changed.notify_all()
+
+    def _uploaded(self, upload: Upload) -> None:
+        with self._changed:
+            self._uploads.append(upload)
+            self._changed.notify_all()
+
+
+# --- one connection ----------------------------------------------------------------------------------------------
+
+
+class _Gone(Exception):
+    """The peer closed, or the origin is being stopped: this connection is over."""
+
+
+class _Bucket:
+    """A token bucket without burst: says how long the taker has to wait before sending."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    def take(self, count: int, rate: int) -> float:
+        with self._lock:
+            now = time.monotonic()
+            at = max(self._next, now - _CREDIT_S)
+            self._next = at + count / rate
+            return max(0.0, at - now)
+
+
+class _Connection:
+    """One accepted TLS connection, used by one thread."""
+
+    def __init__(self, sock: ssl.SSLSocket, listener: Listener, stopping: Gate) -> None:
+        self.sock = sock
+        self.listener: Listener = listener
+        self.bucket = _Bucket()
+        self._stopping = stopping
+        self._buffer = bytearray()
+
+    def wait(self, timeout_s: float | None, gate: Gate | None = None) -> None:
+        """Return when the time is over or the gate open; raise _Gone when the peer leaves first."""
+        poller = select.poll()
+        poller.register(self._stopping, select.POLLIN)
+        if gate is not None:
+            poller.register(gate, select.POLLIN)
+        # Bytes that came early (the body of an upload) must not make this spin.
+        if not self._buffer:
+            poller.register(self.sock, select.POLLIN)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = {fd for fd, _event in poller.poll(None if left is None else left * 1000)}
+            if self._stopping.fileno() in ready:
+                raise _Gone
+            if gate is not None and gate.fileno() in ready:
+                return
+            if self.sock.fileno() in ready:
+                self._look()
+                if self._buffer:
+                    poller.unregister(self.sock)
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+
+    def _look(self) -> None:
+        """Read what is there: a close (with or without close_notify) or the start of something."""
+        self.sock.settimeout(0.0)
+        try:
+            data = self.sock.recv(65536)
+        except ssl.SSLWantReadError:
+            return
+        finally:
+            self.sock.settimeout(None)
+        if not data:
+            raise _Gone
+        self._buffer += data
+
+    def _fill(self) -> bool:
+        data = self.sock.recv(65536)
+        self._buffer += data
+        return bool(data)
+
+    def _line(self) -> bytes:
+        while (end := self._buffer.find(b"\r\n")) < 0:
+            if not self._fill():
+                raise _Gone
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 2]
+        return line
+
+    def read_request(self) -> Request | None:
+        """The next request, or None when the peer is done."""
+        if not self._buffer and not self._fill():
+            return None
+        method, target, version = self._line().decode("latin-1").split(" ")
+        if version != "HTTP/1.1":
+            raise _Gone
+        fields: list[tuple[str, str]] = []
+        while line := self._line().decode("latin-1"):
+            name, _colon, value = line.partition(":")
+            fields.append((name, value.strip()))
+        path, _mark, query = target.partition("?")
+        return Request(self.listener, method, path, query, tuple(fields))
+
+    def read_body(self, request: Request) -> Iterator[bytes]:
+        """The pieces of the request body."""
+        headers = request.headers
+        if headers.get("expect", "").lower() == "100-continue":
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if headers.get("transfer-encoding", "").lower() == "chunked":
+            while size := int(self._line().partition(b";")[0], 16):
+                yield from self._exactly(size)
+                self._line()
+            while self._line():
+                pass
+        else:
+            yield from self._exactly(int(headers.get("content-length", "0")))
+
+    def _exactly(self, size: int) -> Iterator[bytes]:
+        while size:
+            if not self._buffer and not self._fill():
+                raise _Gone
+            piece = bytes(self._buffer[:size])
+            del self._buffer[:size]
+            size -= len(piece)
+            yield piece
+
+    def wake(self) -> None:
+        """From another thread: end whatever the connection's thread waits for."""
+        with contextlib.suppress(OSError):
+            # Not SSLSocket.shutdown: that drops the TLS object under the feet of the reading thread.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """close_notify, then FIN."""
+        with contextlib.suppress(OSError, ValueError):
+            # unwrap() also waits for the peer's close_notify, which may never come; a shut receiving side ends
+            # that wait at once.
+            socket.socket.shutdown(self.sock, socket.SHUT_RD)
+            self.sock.unwrap()
+        self.sock.close()
+
+    def reset(self) -> None:
+        """RST, after the peer has received everything written so far."""
+        # A reset throws away what the kernel has not sent yet, and nothing announces that the queue is empty.
+        with contextlib.suppress(OSError, _Gone):
+            while _unsent(self.sock):
+                self.wait(0.001)
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+def _unsent(sock: socket.socket) -> int:
+    """Bytes the peer has not acknowledged."""
+    try:
+        import fcntl
+        import termios
+    except ImportError:
+        return 0
+    return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0])
+
+
+# --- the servers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Response:
+    status: int
+    headers: list[tuple[str, str]]
+    source: Source = field(default_factory=lambda: Stored(b""))
+    start: int = 0
+    stop: int = 0
+    chunked: bool = False
+    digest: str = ""
+    """Set when the body is a blob: its bytes are counted and rate-limited."""
+
+
+@dataclass(slots=True)
+class _Model:
+    manifest: bytes
+    requires: tuple[int, ...]
+
+
+_MANIFEST_PATH: Final = re.compile(r"/v2/(?P<name>.+)/manifests/(?P<reference>[^/]+)")
+_UPLOAD_PATH: Final = re.compile(r"/v2/(?P<name>.+)/blobs/uploads/(?P<session>[^/]*)")
+_BLOB_PATH: Final = re.compile(r"/v2/(?P<name>.+)/blobs/(?P<digest>sha256[:-][0-9a-fA-F]{64})")
+_CDN_PATH: Final = re.compile(r"/ollama/docker/registry/v2/blobs/sha256/(?P<two>..)/(?P<hex>(?P=two).{62})/data")
+_SINGLE_RANGE: Final = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+def _kind(request: Request) -> str:
+    if request.path == "/token":
+        return "token"
+    if _UPLOAD_PATH.fullmatch(request.path):
+        return "upload"
+    if _MANIFEST_PATH.fullmatch(request.path):
+        return "manifest"
+    return "blob" if _BLOB_PATH.fullmatch(request.path) else "other"
+
+
+class Origin:
+    """The two servers. A thread per connection: a blocking TLS socket is the one place where "these bytes, then a
+    reset" and "written, as far as the client lets us" mean exactly what they say.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.counters = Counters()
+        self.faults: list[Fault] = []
+        self.rate_per_connection: int | None = None
+        """Bytes per second for blob bodies on one connection."""
+        self.rate_total: int | None = None
+        """Bytes per second for all blob bodies together."""
+        self.gzip_manifests = False
+        """Whether a client that accepts gzip gets a manifest so encoded."""
+        self.token = GOOD_TOKEN
+        """What /token grants."""
+
+        self._lock = threading.Lock()
+        self._blobs: dict[str, Source] = {}
+        self._models: dict[tuple[str, str], _Model] = {}
+        self._members: dict[str, set[str]] = {}
+        self._private: set[str] = set()
+        self._signatures: dict[str, str] = {}
+        self._expired: set[str] = set()
+        self._gates: list[tuple[str, str, Gate]] = []
+        self._total_bucket = _Bucket()
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self.ca_file = directory / "origin-ca.pem"
+        self._context = _server_context(directory, self.ca_file)
+        self._stopping = Gate()
+        self._listening: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._connections: set[_Connection] = set()
+        # A bound socket that never listens keeps each port ours while the servers are stopped.
+        self._reserved: dict[Listener, socket.socket] = {"registry": _bind(0), "cdn": _bind(0)}
+        self.registry_port = int(self._reserved["registry"].getsockname()[1])
+        self.cdn_port = int(self._reserved["cdn"].getsockname()[1])
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        for sock in self._reserved.values():
+            sock.close()
+
+    # --- life
+
+    def start(self) -> None:
+        """Listen, on the same ports as ever."""
+        self._stopping = Gate()
+        for listener, reserved in self._reserved.items():
+            sock = _bind(int(reserved.getsockname()[1]))
+            sock.listen(256)
+            self._listening.append(sock)
+            self._spawn(self._accept, sock, listener, self._stopping)
+
+    def stop(self) -> None:
+        """Refuse connections and end the present ones."""
+        self._stopping.open()
+        for sock in self._listening:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        self._listening.clear()
+        self.disconnect()
+        me = threading.current_thread()
+        for thread in self._threads:
+            if thread is not me:
+                thread.join(_WAIT_S)
+        self._threads.clear()
+
+    def disconnect(self) -> None:
+        """End all present connections, as a restart of the servers would."""
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            connection.wake()
+
+    def _spawn(self, work: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=work, args=arguments, name=f"origin-{work.__name__}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self, listening: socket.socket, listener: Listener, stopping: Gate) -> None:
+        while True:
+            try:
+                sock, _address = listening.accept()
+            except OSError:
+                return
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            wrapped = self._context.wrap_socket(
+                sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
+            )
+            connection = _Connection(wrapped, listener, stopping)
+            with self._lock:
+                self._connections.add(connection)
+            if stopping.is_set():
+                connection.wake()
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            self._spawn(self._converse, connection)
+
+    def _converse(self, connection: _Connection) -> None:
+        is_cdn = connection.listener == "cdn"
+        if is_cdn:
+            self.counters._connected(1)
+        try:
+            connection.sock.do_handshake()
+            while request := connection.read_request():
+                self.counters._record(request)
+                if not self._answer(connection, request):
+                    break
+            connection.close()
+        except (_Gone, OSError, ValueError):
+            connection.sock.close()
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+            if is_cdn:
+                self.counters._connected(-1)
+
+    # --- content
+
+    def add_blob(self, data: bytes | Source) -> str:
+        """Put a blob on the CDN; a repository lists it once a model of that repository does."""
+        source: Source = Stored(data) if isinstance(data, bytes) else data
+        digest = f"sha256:{source.sha256()}"
+        self._blobs[digest] = source
+        return digest
+
+    def blob(self, digest: str) -> Source:
+        """The content of a blob."""
+        return self._blobs[digest]
+
+    def add_model(
+        self,
+        name: str,
+        reference: str,
+        *,
+        layers: Sequence[tuple[str, str]],
+        config: str,
+        private: bool = False,
+        requires: str = "",
+    ) -> bytes:
+        """Publish (or move) a tag and return the manifest's bytes.
+
+        `private` makes the whole repository need a token. `requires` is the oldest client version that gets it.
+        """
+
+        def descriptor(media_type: str, digest: str) -> dict[str, object]:
+            return {"mediaType": media_type, "digest": digest, "size": self._blobs[digest].size}
+
+        document = {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPE,
+            "config": descriptor(CONFIG_TYPE, config),
+            "layers": [descriptor(media_type, digest) for media_type, digest in layers],
+        }
+        # Spacing that no JSON library writes by itself: a re-serialised manifest cannot be mistaken for this one.
+        manifest = json.dumps(document, indent=3, separators=(" ,", ":  ")).encode() + b"\n \n"
+        self.put_manifest(name, reference, manifest, requires=requires)
+        self.add_member(name, config, *(digest for _media_type, digest in layers))
+        self.set_private(name, private=private)
+        return manifest
+
+    def put_manifest(self, name: str, reference: str, manifest: bytes, *, requires: str = "") -> None:
+        """Publish any bytes as a manifest."""
+        version = tuple(int(part) for part in requires.split(".")) if requires else ()
+        with self._lock:
+            self._models[name, reference] = _Model(manifest, version)
+
+    def add_member(self, name: str, *digests: str) -> None:
+        """Make a repository list blobs."""
+        with self._lock:
+            self._members.setdefault(name, set()).update(digests)
+
+    def remove_model(self, name: str, reference: str) -> None:
+        """Withdraw a tag; the repository keeps listing the blobs."""
+        with self._lock:
+            del self._models[name, reference]
+
+    def set_private(self, name: str, *, private: bool) -> None:
+        """Make a repository need a token, or not."""
+        with self._lock:
+            if private:
+                self._private.add(name)
+            else:
+                self._private.discard(name)
+
+    def signed_url(self, digest: str) -> str:
+        """A new address of a blob on the CDN, as a redirect names it."""
+        signature = secrets.token_hex(32)
+        with self._lock:
+            self._signatures[signature] = digest
+        hexadecimal = digest.removeprefix("sha256:")
+        now = datetime.datetime.now(datetime.UTC)
+        credential = quote(f"66040c77ac1b787c3af820529859349a/{now:%Y%m%d}/auto/s3/aws4_request", safe="")
+        return (
+            f"https://{R2_HOST}/ollama/docker/registry/v2/blobs/sha256/{hexadecimal[:2]}/{hexadecimal}/data"
+            f"?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential={credential}&X-Amz-Date={now:%Y%m%dT%H%M%SZ}"
+            f"&X-Amz-Expires=86400&X-Amz-SignedHeaders=host&X-Amz-Signature={signature}"
+        )
+
+    # --- steering
+
+    def gate(self, path_substring: str, *, method: str = "") -> Gate:
+        """Hold matching requests on both listeners, from when they are counted until the gate is opened."""
+        gate = Gate()
+        with self._lock:
+            self._gates.append((path_substring, method, gate))
+        return gate
+
+    def expire_signatures(self) -> None:
+        """Every address given out so far answers 403 from now on."""
+        with self._lock:
+            self._expired.update(self._signatures)
+
+    def reset_counters(self) -> None:
+        """Start counting anew; the connections that are open stay counted as open."""
+        with self.counters._changed:
+            self.counters._zero()
+
+    @property
+    def upstream_option(self) -> str:
+        """The value of the product's `upstream` option that leads here."""
+        return (
+            f"{REGISTRY_HOST}=https://localhost:{self.registry_port},{R2_HOST}=https://localhost:{self.cdn_port}"
+        )
+
+    @property
+    def resolve(self) -> dict[tuple[str, int], tuple[str, int]]:
+        """Where the real names are found, for a client without a proxy."""
+        return {
+            (REGISTRY_HOST, 443): ("127.0.0.1", self.registry_port),
+            (R2_HOST, 443): ("127.0.0.1", self.cdn_port),
+        }
+
+    # --- answering
+
+    def _fault(
+        self, connection: _Connection, request: Request, mode: Mode, applies: Callable[[Fault], bool] | None = None
+    ) -> Fault | None:
+        for fault in list(self.faults):
+            if (
+                fault.mode is mode
+                and fault.matches(connection.listener, request)
+                and (applies is None or applies(fault))
+                and fault.take()
+            ):
+                return fault
+        return None
+
+    def _answer(self, connection: _Connection, request: Request) -> bool:
+        """Answer one request; False ends the connection cleanly."""
+        with self._lock:
+            gates = [gate for path, method, gate in self._gates if path in request.path and method in ("", request.method)]
+        for gate in gates:
+            if not gate.is_set():
+                with gate.holding():
+                    connection.wait(None, gate)
+        if self._fault(connection, request, Mode.DROP):
+            connection.reset()
+            raise _Gone
+        if fault := self._fault(connection, request, Mode.HANG):
+            with fault.gate.holding():
+                connection.wait(None, fault.gate)
+        if fault := self._fault(connection, request, Mode.STATUS):
+            response = _faulty_status(connection.listener, fault)
+        elif connection.listener == "cdn":
+            response = self._cdn(connection, request)
+        else:
+            response = self._registry(connection, request)
+        for _piece in connection.read_body(request):
+            pass
+        return self._transmit(connection, request, response) and request.headers.get("connection", "") != "close"
+
+    def _registry(self, connection: _Connection, request: Request) -> _Response:
+        if request.path == "/token":
+            return _json(200, {"token": self.token})
+        if match := _UPLOAD_PATH.fullmatch(request.path):
+            return self._upload(connection, request, match["name"], match["session"])
+        if match := _MANIFEST_PATH.fullmatch(request.path):
+            return self._denied(match["name"], request) or self._manifest(
+                connection, request, match["name"], match["reference"]
+            )
+        if match := _BLOB_PATH.fullmatch(request.path):
+            digest = match["digest"].replace("-", ":").lower()
+            return self._denied(match["name"], request) or self._blob(connection, request, match["name"], digest)
+        return _plain(404, "404 page not found\n")
+
+    def _denied(self, name: str, request: Request) -> _Response | None:
+        if name not in self._private or request.headers.get("authorization") == f"Bearer {GOOD_TOKEN}":
+            return None
+        response = _json(401, {"errors": [{"code": "UNAUTHORIZED", "message": "authentication required", "detail": {}}]})
+        challenge = f'Bearer realm="https://{REGISTRY_HOST}/token",service="registry",scope="repository:{name}:pull"'
+        response.headers.append(("WWW-Authenticate", challenge))
+        return response
+
+    def _manifest(self, connection: _Connection, request: Request, name: str, reference: str) -> _Response:
+        if request.method == "PUT":
+            body = b"".join(connection.read_body(request))
+            self.put_manifest(name, reference, body)
+            return _Response(201, [("Location", request.path), ("Content-Length", "0")])
+        with self._lock:
+            model = self._models.get((name, reference))
+        if model is None:
+            return _registry_error(404, "MANIFEST_UNKNOWN", "manifest unknown")
+        if request.method not in ("GET", "HEAD"):
+            return _registry_error(405, "UNSUPPORTED", "The operation is unsupported.")
+        if model.requires and (0, 0, 0) != (version := _client_version(request)) and version < model.requires:
+            return _plain(412, "\nThe model you are attempting to pull requires a newer version of Ollama.\n")
+        if request.method == "HEAD":
+            digest = hashlib.sha256(model.manifest).hexdigest()
+            return _Response(
+                200,
+                [
+                    ("Content-Type", "text/plain; charset=utf-8"),
+                    ("ollama-content-digest", digest),
+                    ("ollama-push-time", "1790000000"),
+                ],
+            )
+        headers = [("Content-Type", "text/plain"), ("Vary", "Accept")]
+        body = model.manifest
+        if self.gzip_manifests and "gzip" in request.headers.get("accept-encoding", ""):
+            headers.append(("Content-Encoding", "gzip"))
+            body = gzip.compress(body)
+        return _Response(200, headers, Stored(body), 0, len(body), chunked=True)
+
+    def _blob(self, connection: _Connection, request: Request, name: str, digest: str) -> _Response:
+        source = self._blobs.get(digest)
+        if source is None or digest not in self._members.get(name, ()):
+            return _registry_error(404, "BLOB_UNKNOWN", "blob unknown to registry")
+        if request.method == "HEAD":
+            headers = [("Content-Type", "application/octet-stream"), ("Docker-Content-Digest", digest)]
+            if not self._fault(connection, request, Mode.NO_LENGTH):
+                headers.append(("Content-Length", str(source.size)))
+            return _Response(200, headers)
+        if request.method != "GET":
+            return _registry_error(405, "UNSUPPORTED", "The operation is unsupported.")
+        if fault := self._fault(connection, request, Mode.DIRECT):
+            response = self._content(connection, request, digest)
+            response.headers.extend(fault.headers.items())
+            return response
+        location, status = self.signed_url(digest), 307
+        if fault := self._fault(connection, request, Mode.REDIRECT):
+            location, status = fault.headers.get("Location", location), fault.status
+        headers = [("Content-Length", "0")]
+        return _Response(status, [("Location", location), *headers] if location else headers)
+
+    def _upload(self, connection: _Connection, request: Request, name: str, session: str) -> _Response:
+        digest, size = hashlib.sha256(), 0
+        for piece in connection.read_body(request):
+            digest.update(piece)
+            size += len(piece)
+            self.counters._received(len(piece))
+        self.counters._uploaded(Upload(request, size, digest.hexdigest()))
+        location = f"https://{REGISTRY_HOST}/v2/{name}/blobs/uploads/{session or secrets.token_hex(16)}"
+        status = 201 if request.method == "PUT" else 202
+        return _Response(
+            status,
+            [("Location", location), ("Docker-Upload-Location", location), ("Content-Length", "0")],
+        )
+
+    def _cdn(self, connection: _Connection, request: Request) -> _Response:
+        match = _CDN_PATH.fullmatch(request.path)
+        digest = f"sha256:{match['hex']}" if match else ""
+        signature = parse_qs(request.query).get("X-Amz-Signature", [""])[0]
+        with self._lock:
+            signed_for, expired = self._signatures.get(signature), signature in self._expired
+        if not signature:
+            return _xml(403, "AccessDenied", "Access Denied")
+        # The method is part of what is signed: a GET address is no good for a HEAD.
+        if signed_for is None or signed_for != digest or request.method != "GET":
+            return _xml(403, "SignatureDoesNotMatch", "The request signature we calculated does not match.")
+        if expired:
+            return _xml(403, "AccessDenied", "Request has expired")
+        if digest not in self._blobs:
+            return _xml(404, "NoSuchKey", "The specified key does not exist.")
+        return self._content(connection, request, digest)
+
+    def _content(self, connection: _Connection, request: Request, digest: str) -> _Response:
+        """A blob or a range of it, as an object store answers (RFC 9110 sections 13 and 14)."""
+
+        def fault(mode: Mode, applies: Callable[[Fault], bool] | None = None) -> Fault | None:
+            return self._fault(connection, request, mode, applies)
+
+        source, asked = self._blobs[digest], request.headers
+        tag = f'"{hashlib.md5(digest.encode(), usedforsecurity=False).hexdigest()}-16"'
+        if changed := fault(Mode.ETAG):
+            tag = changed.value or '"00000000000000000000000000000000-1"'
+        if asked.get("if-match", tag) not in (tag, "*"):
+            return _xml(412, "PreconditionFailed", "At least one of the preconditions you specified did not hold.")
+        interval = _interval(asked.get("range", ""), source.size)
+        if asked.get("if-range", tag) != tag or (interval and fault(Mode.IGNORE_RANGE)):
+            interval = None
+        headers = [
+            ("Content-Type", "application/octet-stream"),
+            ("ETag", tag),
+            ("Accept-Ranges", "bytes"),
+            ("Last-Modified", "Mon, 01 Jun 2026 12:00:00 GMT"),
+        ]
+        if interval and interval[0] >= interval[1]:
+            refused = _xml(416, "InvalidRange", "The requested range is not satisfiable")
+            refused.headers.append(("Content-Range", f"bytes */{source.size}"))
+            return refused
+        start, stop = interval or (0, source.size)
+        if interval:
+            content_range = f"bytes {start}-{stop - 1}/{source.size}"
+            if wrong := fault(Mode.CONTENT_RANGE):
+                content_range = wrong.value or f"bytes {start + 1}-{stop}/{source.size + 1}"
+            headers.append(("Content-Range", content_range))
+        status = 206 if interval else 200
+        if fault(Mode.GZIP):
+            source = Stored(gzip.compress(source.read(start, stop), 1))
+            start, stop = 0, source.size
+            headers.append(("Content-Encoding", "gzip"))
+        if short := fault(Mode.SHORT_LENGTH, lambda fault: fault.after < stop - start):
+            stop = start + short.after
+        chunked = fault(Mode.NO_LENGTH) is not None
+        if not chunked:
+            headers.append(("Content-Length", str(stop - start)))
+        return _Response(status, headers, source, start, stop, chunked=chunked, digest=digest)
+
+    def _transmit(self, connection: _Connection, request: Request, response: _Response) -> bool:
+        """Write a response; False when the connection has to end after it."""
+
+        def fault(mode: Mode, applies: Callable[[Fault], bool]) -> Fault | None:
+            return self._fault(connection, request, mode, applies)
+
+        head = [f"HTTP/1.1 {response.status} {_phrase(response.status)}", f"Date: {formatdate(usegmt=True)}"]
+        head += [f"{name}: {value}" for name, value in response.headers]
+        if response.chunked:
+            head.append("Transfer-Encoding: chunked")
+        connection.sock.sendall(("\r\n".join(head) + "\r\n\r\n").encode("latin-1"))
+        if request.method == "HEAD":
+            return True
+
+        start, stop = response.start, response.stop
+
+        def within(fault: Fault) -> bool:
+            return fault.after < stop - start
+
+        flip = fault(Mode.FLIP, lambda fault: start <= fault.after < stop)
+        stall, truncate, reset = (fault(mode, within) for mode in (Mode.STALL, Mode.TRUNCATE, Mode.RESET))
+        ends = [start + cut.after for cut in (truncate, reset) if cut]
+        end = min(ends, default=stop)
+        pauses = [start + stall.after] if stall and start + stall.after <= end else []
+        position = start
+        for mark in (*pauses, end):
+            while position < mark:
+                position += self._write_piece(connection, response, position, mark, flip)
+            if stall and mark in pauses:
+                with stall.gate.holding():
+                    connection.wait(None, stall.gate)
+        if ends:
+            if reset and end == start + reset.after:
+                connection.reset()
+                raise _Gone
+            return False
+        if response.chunked:
+            connection.sock.sendall(b"0\r\n\r\n")
+        return True
+
+    def _write_piece(
+        self, connection: _Connection, response: _Response, start: int, stop: int, flip: Fault | None
+    ) -> int:
+        """Write some of the body, as much as the rate limits let pass at once."""
+        length = min(stop - start, _PIECE)
+        delay = 0.0
+        if response.digest:
+            # A piece lasts a fiftieth of a second, so that a slow rate is a trickle and not a pulse.
+            rates = [
+                (rate, bucket)
+                for rate, bucket in (
+                    (self.rate_per_connection, connection.bucket),
+                    (self.rate_total, self._total_bucket),
+                )
+                if rate is not None
+            ]
+            for rate, _bucket in rates:
+                length = min(length, _LIMITED_PIECE, max(1024, rate // 50))
+            delay = max((bucket.take(length, rate) for rate, bucket in rates), default=0.0)
+        connection.wait(delay)
+        data = response.source.read(start, start + length)
+        if flip and start <= flip.after < start + length:
+            wrong = bytearray(data)
+            wrong[flip.after - start] ^= 1
+            data = bytes(wrong)
+        if response.chunked:
+            connection.sock.sendall(b"%x\r\n%b\r\n" % (length, data))
+        else:
+            connection.sock.sendall(data)
+        if response.digest:
+            self.counters._sent(connection.listener, response.digest, length)
+        return length
+
+
+def _bind(port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind(("127.0.0.1", port))
+    return sock
+
+
+def _interval(value: str, size: int) -> tuple[int, int] | None:
+    """The half-open interval of a single byte range; empty when unsatisfiable, None when there is none to honour."""
+    match = _SINGLE_RANGE.fullmatch(value)
+    if match is None or match.groups() == ("", ""):
+        return None
+    first, last = match.groups()
+    if not first:
+        return max(0, size - int(last)), size
+    if last and int(last) < int(first):
+        return None
+    return int(first), min(int(last) + 1, size) if last else size
+
+
+def _client_version(request: Request) -> tuple[int, ...]:
+    match = re.match(r"ollama/(\d+)\.(\d+)\.(\d+)", request.headers.get("user-agent", ""))
+    return tuple(int(part) for part in match.groups()) if match else (0, 0, 0)
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"
+
+
+def _whole(status: int, content_type: str, body: bytes) -> _Response:
+    headers = [("Content-Type", content_type), ("Content-Length", str(len(body)))]
+    return _Response(status, headers, Stored(body), 0, len(body))
+
+
+def _plain(status: int, text: str) -> _Response:
+    return _whole(status, "text/plain; charset=utf-8", text.encode())
+
+
+def _json(status: int, document: Mapping[str, object]) -> _Response:
+    return _whole(status, "application/json", json.dumps(document).encode())
+
+
+def _registry_error(status: int, code: str, message: str) -> _Response:
+    return _json(status, {"errors": [{"code": code, "message": message, "detail": {}}]})
+
+
+def _xml(status: int, code: str, message: str) -> _Response:
+    text = f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'
+    return _whole(status, "application/xml", text.encode())
+
+
+def _faulty_status(listener: Listener, fault: Fault) -> _Response:
+    if fault.body is not None:
+        response = _whole(fault.status, "text/plain", fault.body)
+    elif listener == "cdn":
+        response = _xml(fault.status, "InternalError", "We encountered an internal error. Please try again.")
+    else:
+        response = _registry_error(fault.status, "UNKNOWN", "unknown error")
+    response.headers.extend(fault.headers.items())
+    return response
+
+
+# --- certificates ------------------------------------------------------------------------------------------------
+
+
+def _server_context(directory: Path, ca_file: Path) -> ssl.SSLContext:
+    """A context with a leaf for all names, signed by a CA made now and written to `ca_file`."""
+    now = datetime.datetime.now(datetime.UTC)
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fake origin CA")])
+
+    def builder(subject: x509.Name, public_key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(ca_name)
+            .public_key(public_key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=2))
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+        )
+
+    usage = {
+        "digital_signature": True,
+        "content_commitment": False,
+        "key_encipherment": False,
+        "data_encipherment": False,
+        "key_agreement": False,
+        "key_cert_sign": False,
+        "crl_sign": False,
+        "encipher_only": False,
+        "decipher_only": False,
+    }
+    ca = (
+        builder(ca_name, ca_key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.KeyUsage(**{**usage, "key_cert_sign": True, "crl_sign": True}), critical=True)
+        .sign(ca_key, hashes.SHA256())
+    )
+    names: Iterable[x509.GeneralName] = [
+        x509.DNSName("localhost"),
+        x509.DNSName(REGISTRY_HOST),
+        x509.DNSName(R2_HOST),
+        x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+    ]
+    leaf = (
+        builder(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fake origin")]), key.public_key())
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.KeyUsage(**usage), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    ca_file.write_bytes(ca.public_bytes(pem))
+    chain = directory / "origin-leaf.pem"
+    chain.write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + leaf.public_bytes(pem)
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(chain)
+    context.set_alpn_protocols(["http/1.1"])
+    # A client that closes with an unread session ticket in its buffer resets the connection.
+    context.num_tickets = 0
+    return context

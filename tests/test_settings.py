@@ -1,0 +1,103 @@
+"""settings: every option's grammar, and errors that say expected and got."""
+
+import ipaddress
+from pathlib import Path
+
+import pytest
+
+from pullthrough.errors import SettingsError
+from pullthrough.settings import OPTIONS, R2_HOST, Endpoint, Finish, Settings, Tunnel, parse_settings
+
+
+def parse(**texts: str) -> Settings:
+    return parse_settings(texts, dir=Path("/d"), certs=Path("/c"))
+
+
+def test_defaults() -> None:
+    """Without options: the Ollama registry, its CDN, the local networks."""
+    assert parse() == Settings(
+        dir=Path("/d"),
+        certs=Path("/c"),
+        registries=("registry.ollama.ai",),
+        blob_host=R2_HOST,
+        upstream={},
+        clients=("private", "local"),
+        tunnel=Tunnel.ANY,
+        manifest_lifetime_s=300.0,
+        offline=False,
+        finish=Finish.AUTO,
+        upstream_connections=16,
+        log_level="info",
+    )
+
+
+def test_every_option_has_help() -> None:
+    """One paragraph, without a line break."""
+    assert all(option.help and "\n" not in option.help for option in OPTIONS)
+
+
+def test_values() -> None:
+    """Each grammar once."""
+    settings = parse(
+        dir="/x",
+        registries="Registry.Ollama.AI., hub.example",
+        upstream="registry.ollama.ai=https://mirror.lan:8443,hub.example=http://[::1]:5000/",
+        clients="10.1.0.0/16,any",
+        tunnel="none",
+        manifest_lifetime="1h",
+        offline="yes",
+        finish="never",
+        upstream_connections="4",
+        log_level="DEBUG",
+    )
+    assert settings.dir == Path("/x")
+    assert settings.registries == ("registry.ollama.ai", "hub.example")
+    assert settings.upstream["registry.ollama.ai"] == Endpoint("https", "mirror.lan", 8443)
+    assert settings.endpoint("hub.example").origin == "http://[::1]:5000"
+    assert settings.endpoint("other.example").origin == "https://other.example:443"
+    assert settings.clients == (ipaddress.ip_network("10.1.0.0/16"), "any")
+    assert settings.tunnel is Tunnel.NONE
+    assert settings.manifest_lifetime_s == 3600
+    assert settings.offline is True
+    assert settings.finish is Finish.NEVER
+    assert settings.upstream_connections == 4
+    assert settings.log_level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("registries", "a b"),
+        ("registries", "registry.ollama.ai,"),
+        ("registries", "10.0.0.1"),
+        ("blob_host", "registry.ollama.ai"),
+        ("blob_host", "cdn.registry.ollama.ai"),
+        ("upstream", "registry.ollama.ai"),
+        ("upstream", "registry.ollama.ai=ftp://x"),
+        ("upstream", "registry.ollama.ai=https://x/path"),
+        ("upstream", "registry.ollama.ai=https://user:pw@x"),
+        ("upstream", "registry.ollama.ai=https://x:99999"),
+        ("upstream", "stranger.example=https://x"),
+        ("clients", "everybody"),
+        ("clients", "10.0.0.1/8"),
+        ("tunnel", "some"),
+        ("manifest_lifetime", "soon"),
+        ("manifest_lifetime", "-5m"),
+        ("offline", "perhaps"),
+        ("finish", "later"),
+        ("upstream_connections", "0"),
+        ("upstream_connections", "99"),
+        ("upstream_connections", "four"),
+        ("log_level", "loud"),
+    ],
+)
+def test_bad_values_are_named(name: str, text: str) -> None:
+    """The option, what was expected and what was got are in the message."""
+    with pytest.raises(SettingsError, match=rf"ollama_cache_{name}: expected .*got "):
+        parse(**{name: text})
+
+
+def test_unknown_options_are_named() -> None:
+    """A misspelt option is not silently ignored."""
+    with pytest.raises(SettingsError, match=r"unknown option ollama_cache_max_sise: expected one of .*manifest_lifetime"):
+        parse(max_sise="1GB")

@@ -1,0 +1,328 @@
+"""store: ingest → verify → publish, and what survives a restart."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import diskcache
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from pullthrough.digest import Digest
+from pullthrough.errors import StoreError
+from pullthrough.intervals import Intervals
+from pullthrough.store import ManifestRecord, Name, Store
+
+NAME = Name("registry.ollama.ai", "library/tiny", "latest")
+
+
+def digest_of(data: bytes) -> Digest:
+    return Digest(hashlib.sha256(data).hexdigest())
+
+
+def record(store: Store, data: bytes, *, public: bool = True) -> Digest:
+    digest = digest_of(data)
+    ingest = store.ingest(digest)
+    ingest.begin(len(data))
+    ingest.write_at(0, data)
+    ingest.sync()
+    store.publish(ingest, public=public, now=1.0)
+    ingest.close()
+    return digest
+
+
+def read(store: Store, digest: Digest) -> bytes | None:
+    file = store.open_blob(digest)
+    if file is None:
+        return None
+    try:
+        return os.pread(file.descriptor, file.size + 1, 0)
+    finally:
+        file.release()
+
+
+def manifest(*blobs: bytes, confirmed: float = 5.0) -> ManifestRecord:
+    sizes = {digest_of(blob): len(blob) for blob in blobs}
+    body = json.dumps([str(digest) for digest in sizes]).encode()
+    return ManifestRecord(body, "text/plain", confirmed, frozenset(sizes), sizes)
+
+
+def test_reopened_store_is_complete(tmp_path: Path) -> None:
+    """Blobs, manifests, pairs and visibility are there again after a restart."""
+    store = Store.open(tmp_path / "store")
+    digest = record(store, b"blob")
+    store.put_manifest(NAME, manifest(b"blob", b"other"))
+    store.confirm_public("hub", "x/y", digest_of(b"third"), 5)
+    secret = store.secret
+    store.close()
+
+    store = Store.open(tmp_path / "store")
+    assert read(store, digest) == b"blob"
+    assert store.manifest(NAME) == manifest(b"blob", b"other")
+    assert store.is_member("registry.ollama.ai", "library/tiny", digest_of(b"other"))
+    assert store.is_member("hub", "x/y", digest_of(b"third"))
+    third = store.blob(digest_of(b"third"))
+    assert third is not None
+    assert (third.size, third.public, third.held) == (5, True, False)
+    assert store.secret == secret
+    store.close()
+
+
+def test_private_stays_private(tmp_path: Path) -> None:
+    """Publishing bytes says nothing about who may read them; upstream's word does."""
+    store = Store.open(tmp_path / "store")
+    digest = record(store, b"blob", public=False)
+    assert not store.held(digest).public  # type: ignore[union-attr]
+    store.confirm_public("hub", "x/y", digest, 4)
+    assert store.held(digest).public  # type: ignore[union-attr]
+    store.close()
+
+
+@pytest.mark.parametrize("damage", ["touched", "cut", "replaced", "gone"])
+def test_a_changed_file_is_no_hit(tmp_path: Path, damage: str) -> None:
+    """A blob file that is not the one that was verified is not served."""
+    store = Store.open(tmp_path / "store")
+    digest = record(store, b"blob")
+    path = store.blob_path(digest)
+    match damage:
+        case "touched":
+            os.utime(path, ns=(1, 1))
+        case "cut":
+            path.write_bytes(b"blo")
+        case "replaced":
+            copy = path.with_name("copy")
+            copy.write_bytes(b"blob")
+            stat = path.stat()
+            os.utime(copy, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+            copy.replace(path)
+        case "gone":
+            path.unlink()
+    assert store.held(digest) is None
+    assert read(store, digest) is None
+    store.close()
+
+
+def test_an_orphan_is_to_be_hashed_again(tmp_path: Path) -> None:
+    """A blob file without an index entry becomes a complete partial, not a hit."""
+    store = Store.open(tmp_path / "store")
+    store.close()
+    digest = digest_of(b"orphan")
+    (tmp_path / "store" / "blobs" / digest.file_name).write_bytes(b"orphan")
+    (tmp_path / "store" / "blobs" / "README").write_text("not ours")
+    store = Store.open(tmp_path / "store")
+    assert store.held(digest) is None
+    assert store.ingest(digest).resume() == (6, Intervals([(0, 6)]))
+    assert (tmp_path / "store" / "blobs" / "README").exists()
+    store.close()
+
+
+def test_quarantine_keeps_the_evidence(tmp_path: Path) -> None:
+    """Bytes that do not hash to their name are put away, and the name is free again."""
+    store = Store.open(tmp_path / "store")
+    digest = digest_of(b"right")
+    ingest = store.ingest(digest)
+    ingest.begin(5)
+    ingest.write_at(0, b"wrong")
+    path = store.quarantine(ingest)
+    ingest.close()
+    assert path.read_bytes() == b"wrong"
+    assert path.parent.name == "quarantine"
+    assert store.ingest(digest).resume() is None
+    store.close()
+
+
+def _second_daemon(folder: Path, queue: Any) -> None:
+    try:
+        Store.open(folder).close()
+        queue.put("opened")
+    except StoreError as error:
+        queue.put(str(error))
+
+
+def test_one_daemon_per_store(tmp_path: Path) -> None:
+    """A second process is told which process has the store."""
+    store = Store.open(tmp_path / "store")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_second_daemon, args=(tmp_path / "store", queue))
+    process.start()
+    assert f"expected a free store, got one in use by process {os.getpid()}" in queue.get(timeout=30)
+    process.join()
+    store.close()
+
+
+def test_foreign_folder(tmp_path: Path) -> None:
+    """A folder with something else in it is not touched."""
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(StoreError, match=r"expected an ollama-cache store or an empty folder, got .*'thesis\.tex'"):
+        Store.open(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_fresh_file_system(tmp_path: Path) -> None:
+    """A new disk's lost+found is not foreign."""
+    (tmp_path / "lost+found").mkdir()
+    Store.open(tmp_path).close()
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    """Expected a folder, got a file."""
+    (tmp_path / "store").write_text("")
+    with pytest.raises(StoreError, match="expected a folder, got a file"):
+        Store.open(tmp_path / "store")
+
+
+def test_newer_format(tmp_path: Path) -> None:
+    """A store of a later version is left alone."""
+    Store.open(tmp_path / "store").close()
+    (tmp_path / "store" / "ollama-cache.json").write_text('{"format": 2}')
+    with pytest.raises(StoreError, match=r"expected format 1 in ollama-cache\.json, got 2"):
+        Store.open(tmp_path / "store")
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    """The system's own words for what is wrong (a file stands where a folder must be made: root obeys that too)."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="expected a writable folder, got Not a directory"):
+        Store.open(tmp_path / "file" / "store")
+
+
+@pytest.mark.parametrize("damage", ["noise", "cut", "foreign row", "pickle"])
+def test_corrupt_index(tmp_path: Path, damage: str) -> None:
+    """A broken index stops the start and names the mend; a pickle in it is never run; the lock is free again."""
+    folder = tmp_path / "store"
+    store = Store.open(folder)
+    for number in range(200):
+        record(store, b"%d" % number)
+    store.close()
+    database = folder / "index" / "cache.db"
+    match damage:
+        case "noise":
+            database.write_bytes(os.urandom(100_000))
+        case "cut":
+            os.truncate(database, 20_000)
+        case "foreign row":
+            with sqlite3.connect(database) as connection:
+                connection.execute("UPDATE Cache SET key = 'hello' WHERE rowid = 7")
+        case "pickle":
+            with sqlite3.connect(database) as connection:
+                bomb = pickle.dumps(Bomb())
+                connection.execute("UPDATE Cache SET mode = 4, value = ?", (sqlite3.Binary(bomb),))
+    with pytest.raises(StoreError, match=r"expected a sound index in .*; move that folder away"):
+        Store.open(folder)
+    (folder / "index").rename(folder.parent / "away")
+    store = Store.open(folder)
+    assert store.ingest(digest_of(b"7")).resume() == (1, Intervals([(0, 1)]))
+    store.close()
+
+
+class Bomb:
+    """Unpickling it fails the test."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (_explode, ("unpickled",))
+
+
+def _explode(message: str) -> None:
+    raise AssertionError(message)
+
+
+def test_secret_is_for_the_owner(tmp_path: Path) -> None:
+    """The key that signs capabilities is readable by nobody else."""
+    Store.open(tmp_path / "store").close()
+    assert (tmp_path / "store" / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_index_is_plain(tmp_path: Path) -> None:
+    """What diskcache holds is text and bytes; another reader of the index sees no pickles."""
+    store = Store.open(tmp_path / "store")
+    record(store, b"blob")
+    store.put_manifest(NAME, manifest(b"blob"))
+    with pytest.raises(TypeError, match="expected a str or bytes value, got dict"):
+        store._index.set("key", {})
+    with pytest.raises(TypeError, match="expected a str key, got tuple"):
+        store._index.set(("key",), "")
+    store.close()
+    with sqlite3.connect(tmp_path / "store" / "index" / "cache.db") as connection:
+        modes = {mode for (mode,) in connection.execute("SELECT mode FROM Cache")}
+    assert modes == {diskcache.core.MODE_RAW}
+
+
+class AgainstADict(RuleBasedStateMachine):
+    """Record, write partly, abort, corrupt, reopen and crash: what can be read always hashes to its name."""
+
+    @initialize()
+    def start(self) -> None:
+        import tempfile
+
+        self.place = tempfile.TemporaryDirectory()
+        self.folder = Path(self.place.name) / "store"
+        self.store = Store.open(self.folder)
+        self.model: dict[Digest, bytes] = {}
+
+    @rule(data=st.binary(min_size=1, max_size=8))
+    def record(self, data: bytes) -> None:
+        self.model[record(self.store, data)] = data
+
+    @rule(data=st.binary(min_size=2, max_size=8))
+    def record_half(self, data: bytes) -> None:
+        digest = digest_of(data)
+        if digest in self.model:
+            return
+        ingest = self.store.ingest(digest)
+        ingest.begin(len(data))
+        ingest.write_at(0, data[:1])
+        ingest.mark([(0, 1)])
+        ingest.close()
+
+    @rule(data=st.binary(min_size=1, max_size=8))
+    def record_wrong(self, data: bytes) -> None:
+        digest = digest_of(data + b"!")
+        if digest in self.model:
+            return
+        ingest = self.store.ingest(digest)
+        ingest.begin(len(data))
+        ingest.write_at(0, data)
+        self.store.quarantine(ingest)
+        ingest.close()
+
+    @rule()
+    def reopen(self) -> None:
+        self.store.close()
+        self.store = Store.open(self.folder)
+
+    @rule(data=st.binary(min_size=1, max_size=8))
+    def crash_before_the_index(self, data: bytes) -> None:
+        """The rename happened, the index write did not: an orphan, found at the next start."""
+        digest = digest_of(data)
+        if digest in self.model:
+            return
+        self.store.blob_path(digest).write_bytes(data)
+        self.store.close()
+        self.store = Store.open(self.folder)
+        assert self.store.ingest(digest).resume() is not None
+
+    @invariant()
+    def holds(self) -> None:
+        assert set(self.store.blobs()) == set(self.model)
+        for digest, data in self.model.items():
+            assert read(self.store, digest) == data
+            assert digest_of(data) == digest
+        self.store.flush()
+        assert self.store._index.check() == []
+
+    def teardown(self) -> None:
+        self.store.close()
+        self.place.cleanup()
+
+
+TestAgainstADict = AgainstADict.TestCase
+# Each step opens or syncs real files.
+TestAgainstADict.settings = settings(settings.default, max_examples=25, stateful_step_count=15)
