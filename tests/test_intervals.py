@@ -61,6 +61,11 @@ class AgainstASet(RuleBasedStateMachine):
         assert {offset for gap in gaps for offset in range(*gap)} == set(range(start, stop)) - self.model
 
     @rule(start=OFFSET, stop=OFFSET)
+    def within(self, start: int, stop: int) -> None:
+        parts = self.intervals.within(start, stop) if start < stop else []
+        assert {offset for part in parts for offset in range(*part)} == set(range(start, stop)) & self.model
+
+    @rule(start=OFFSET, stop=OFFSET)
     def covers(self, start: int, stop: int) -> None:
         assert self.intervals.covers(start, stop) == (set(range(start, stop)) <= self.model)
 

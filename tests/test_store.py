@@ -18,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreError
 from pullthrough.intervals import Intervals
-from pullthrough.store import ManifestRecord, Name, Store
+from pullthrough.records import ManifestRecord, Name
+from pullthrough.store import Store
 
 NAME = Name("registry.ollama.ai", "library/tiny", "latest")
 
@@ -27,13 +28,13 @@ def digest_of(data: bytes) -> Digest:
     return Digest(hashlib.sha256(data).hexdigest())
 
 
-def record(store: Store, data: bytes, *, public: bool = True) -> Digest:
+def record(store: Store, data: bytes) -> Digest:
     digest = digest_of(data)
     ingest = store.ingest(digest)
     ingest.begin(len(data))
     ingest.write_at(0, data)
     ingest.sync()
-    store.publish(ingest, public=public, now=1.0)
+    store.publish(ingest, now=1.0)
     ingest.close()
     return digest
 
@@ -51,7 +52,7 @@ def read(store: Store, digest: Digest) -> bytes | None:
 def manifest(*blobs: bytes, confirmed: float = 5.0) -> ManifestRecord:
     sizes = {digest_of(blob): len(blob) for blob in blobs}
     body = json.dumps([str(digest) for digest in sizes]).encode()
-    return ManifestRecord(body, "text/plain", confirmed, frozenset(sizes), sizes)
+    return ManifestRecord(body, "text/plain", confirmed, sizes)
 
 
 def test_reopened_store_is_complete(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_reopened_store_is_complete(tmp_path: Path) -> None:
 def test_private_stays_private(tmp_path: Path) -> None:
     """Publishing bytes says nothing about who may read them; upstream's word does."""
     store = Store.open(tmp_path / "store")
-    digest = record(store, b"blob", public=False)
+    digest = record(store, b"blob")
     assert not store.held(digest).public  # type: ignore[union-attr]
     store.confirm_public("hub", "x/y", digest, 4)
     assert store.held(digest).public  # type: ignore[union-attr]
@@ -246,9 +247,9 @@ def test_the_index_is_plain(tmp_path: Path) -> None:
     record(store, b"blob")
     store.put_manifest(NAME, manifest(b"blob"))
     with pytest.raises(TypeError, match="expected a str or bytes value, got dict"):
-        store._index.set("key", {})
+        store._index.cache.set("key", {})
     with pytest.raises(TypeError, match="expected a str key, got tuple"):
-        store._index.set(("key",), "")
+        store._index.cache.set(("key",), "")
     store.close()
     with sqlite3.connect(tmp_path / "store" / "index" / "cache.db") as connection:
         modes = {mode for (mode,) in connection.execute("SELECT mode FROM Cache")}
@@ -315,8 +316,8 @@ class AgainstADict(RuleBasedStateMachine):
         for digest, data in self.model.items():
             assert read(self.store, digest) == data
             assert digest_of(data) == digest
-        self.store.flush()
-        assert self.store._index.check() == []
+        self.store._index.flush()
+        assert self.store._index.cache.check() == []
 
     def teardown(self) -> None:
         self.store.close()

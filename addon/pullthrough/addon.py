@@ -1,8 +1,7 @@
-"""The mitmproxy addon: options, policy hooks, and flows turned into requests and answers.
+"""The mitmproxy addon: options, life, and flows turned into requests and answers.
 
-Invariant: what is not intercepted is never decrypted; an exception in a policy hook refuses; no connection is
-served before everything is open. What runs is owned here: opened in `configure` and `running`, released in `done`.
-Knows how mitmproxy works and nothing of how a request is answered.
+Invariant: a start that fails ends mitmdump before it serves anybody; what runs is owned here, opened in `configure`
+and `running`, released in `done`. Knows how mitmproxy works and nothing of how a request is answered.
 """
 
 import asyncio
@@ -16,25 +15,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NoReturn
 
-from mitmproxy import addonmanager, connection, ctx, exceptions, http, tls
-from mitmproxy.proxy import layer, server_hooks
-from mitmproxy.proxy.layers import TCPLayer
-from mitmproxy.proxy.layers.http import HttpStream
+from mitmproxy import addonmanager, ctx, exceptions, http
 
 from pullthrough import places, platform
-from pullthrough.access import ClientPolicy
 from pullthrough.ca import Authority, Leaf, is_due
-from pullthrough.errors import AddressRefused, CacheError, Misdirected
+from pullthrough.errors import CacheError, Misdirected
+from pullthrough.exchange import Answer, Request
+from pullthrough.gate import Gate, normal, refuse
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.recording import Workroom
-from pullthrough.registry import Answer, Registry, Request
-from pullthrough.settings import ENVIRONMENT_PREFIX, OPTIONS, PREFIX, Settings, Tunnel, parse_settings
+from pullthrough.registry import Registry
+from pullthrough.settings import ENVIRONMENT_PREFIX, OPTIONS, PREFIX, Settings, parse_settings
 from pullthrough.store import Store
-from pullthrough.streamlayer import Mouth, Transfer, Transfers, check_internals, replace_http_layer
+from pullthrough.streamlayer import Mouth, Transfer, Transfers, check_internals
 from pullthrough.threads import Threads
-from pullthrough.tunnel import LegPolicy
-from pullthrough.upstream import Upstream, exempt_hosts
+from pullthrough.upstream import Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -74,10 +70,10 @@ class OllamaCache:
         self._threads: Threads | None = None
         self._recorder: Recorder | None = None
         self._registry: Registry | None = None
-        self._clients: ClientPolicy | None = None
-        self._legs: LegPolicy | None = None
         self._minting: asyncio.Task[None] | None = None
         self._transfers: Transfers = {}
+        self._gate = Gate(self._transfers)
+        self.addons = [self._gate]
         self._mouth = Mouth(lambda client: ctx.master.addons.get("proxyserver").connections.get(client))
 
     # --- life
@@ -128,8 +124,6 @@ class OllamaCache:
             ) from error
         self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
         self._store = Store.open(settings.dir)
-        self._clients = ClientPolicy(settings.clients, local=platform.local_networks())
-        self._legs = LegPolicy(exempt_hosts(settings), tunnels=settings.tunnel is Tunnel.ANY)
         self._settings = settings
         self._mint()
 
@@ -160,6 +154,7 @@ class OllamaCache:
         self._registry = Registry(settings, self._store, self._upstream, self._recorder)
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._forbid_reload()
+        self._gate.open(settings)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s",
             settings.dir,
@@ -171,6 +166,7 @@ class OllamaCache:
 
     async def done(self) -> None:
         """Let go of everything; recordings keep what they have."""
+        self._gate.close()
         if self._minting is not None:
             self._minting.cancel()
         self._registry = None
@@ -202,79 +198,19 @@ class OllamaCache:
             if script.ns is not None and self in getattr(script.ns, "addons", ()) and script.reloadtask:
                 script.reloadtask.cancel()
 
-    # --- who may come, and where to
-
-    def client_connected(self, client: connection.Client) -> None:
-        try:
-            admitted = self._registry is not None and self._clients is not None and self._clients.admits(client.peername[0])
-        except Exception:
-            _log.exception("client policy failed; refused")
-            admitted = False
-        if not admitted:
-            client.error = "not admitted"
-            _log.warning("refused client %s: not in ollama_cache_clients", client.peername[0])
-
-    def http_connect(self, flow: http.HTTPFlow) -> None:
-        try:
-            assert self._legs
-            if not self._intercepts(flow.request.host, flow.request.port):
-                self._legs.check_port(flow.request.port, encrypted=True)
-        except AddressRefused as error:
-            _refuse(flow, 403, f"tunnel to {flow.request.host}:{flow.request.port} refused: {error}")
-        except Exception:
-            _log.exception("tunnel policy failed; refused")
-            _refuse(flow, 403, "tunnel refused")
-
-    def next_layer(self, nextlayer: layer.NextLayer) -> None:
-        """Intercept our hosts with our own HTTP layer; pass every other tunnel through unread."""
-        context = nextlayer.context
-        in_tunnel = any(isinstance(item, HttpStream) for item in context.layers)
-        if in_tunnel and not (context.server.address and self._intercepts(*context.server.address[:2])):
-            nextlayer.layer = TCPLayer(context, ignore=True)
-            return
-        ctx.master.addons.get("nextlayer").next_layer(nextlayer)
-        if nextlayer.layer is not None:
-            nextlayer.layer = replace_http_layer(nextlayer.layer, self._transfers)
-
-    async def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
-        """Judge every leg, whatever request led to it, and pin the address that was judged."""
-        try:
-            assert self._legs and data.server.address
-            host, port = data.server.address[:2]
-            if self._legs.is_exempt(host, port):
-                return
-            # By now a tunnel's port has been checked; what is left are plain requests in absolute form.
-            self._legs.check_port(port, encrypted=port == 443)
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)
-            address = self._legs.pin([str(item[4][0]) for item in found], own=platform.own_addresses())
-            data.server.address = (address, port)
-        except (AddressRefused, OSError) as error:
-            data.server.error = str(error)
-            _log.warning("refused connection to %s: %s", data.server.address and data.server.address[0], error)
-        except Exception:
-            data.server.error = "refused"
-            _log.exception("address policy failed; refused")
-
-    def tls_failed_client(self, data: tls.TlsData) -> None:
-        _log.warning(
-            "client %s did not accept our certificate for %s (%s): does it trust the CA?",
-            data.conn.peername and data.conn.peername[0],
-            data.conn.sni,
-            data.conn.error,
-        )
-
     # --- flows
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Let bodies flow: only requests that we may answer are held until they are complete."""
         try:
-            self._check_names(flow)
+            if self._gate.is_ours(flow.request.host):
+                self._gate.check_names(flow)
         except Misdirected as error:
             _log.warning("%s", error)
             if _has_body(flow.request):
                 flow.kill()
             else:
-                _refuse(flow, error.status_hint, str(error))
+                refuse(flow, error.status_hint, str(error))
             return
         if not self._may_answer(flow):
             self._reroute(flow)
@@ -346,31 +282,13 @@ class OllamaCache:
             flow.response.headers.get("Cache-Status", ""),
         )
 
-    def _intercepts(self, host: str, port: int) -> bool:
-        return self._settings is not None and port == 443 and _normal(host) in self._settings.intercepted
-
-    def _is_ours(self, flow: http.HTTPFlow) -> bool:
-        return self._settings is not None and _normal(flow.request.host) in self._settings.intercepted
-
     def _may_answer(self, flow: http.HTTPFlow) -> bool:
-        return self._is_ours(flow) and flow.request.method in ("GET", "HEAD") and not _has_body(flow.request)
-
-    def _check_names(self, flow: http.HTTPFlow) -> None:
-        """Misdirected unless CONNECT authority, SNI and Host are one name."""
-        if not self._is_ours(flow):
-            return
-        host = _normal(flow.request.host)
-        names = {"Host": flow.request.pretty_host}
-        if flow.client_conn.tls_established and flow.client_conn.sni is not None:
-            names["SNI"] = flow.client_conn.sni
-        for kind, name in names.items():
-            if _normal(name) != host:
-                raise Misdirected(f"expected {kind} {host}, got {name!r}")
+        return self._gate.is_ours(flow.request.host) and flow.request.method in ("GET", "HEAD") and not _has_body(flow.request)
 
     def _reroute(self, flow: http.HTTPFlow) -> None:
         """Send a passed-through request where `upstream` says that its host is."""
         assert self._settings
-        endpoint = self._settings.upstream.get(_normal(flow.request.host))
+        endpoint = self._settings.upstream.get(normal(flow.request.host))
         if endpoint is not None:
             flow.request.scheme, flow.request.host, flow.request.port = endpoint.scheme, endpoint.host, endpoint.port
 
@@ -385,10 +303,6 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _normal(host: str) -> str:
-    return host.lower().rstrip(".")
-
-
 def _has_body(request: http.Request) -> bool:
     return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
 
@@ -396,7 +310,7 @@ def _has_body(request: http.Request) -> bool:
 def _request(flow: http.HTTPFlow) -> Request:
     headers = {name.lower(): value for name, value in flow.request.headers.items()}
     return Request(
-        flow.request.method, flow.request.scheme, _normal(flow.request.host), flow.request.path, headers
+        flow.request.method, flow.request.scheme, normal(flow.request.host), flow.request.path, headers
     )
 
 
@@ -406,8 +320,3 @@ def _response(status: int, headers: list[tuple[str, str]], body: bytes, length: 
     # After the body: setting content writes its own length, which is wrong for HEAD and for streamed bodies.
     response.headers["Content-Length"] = str(length)
     return response
-
-
-def _refuse(flow: http.HTTPFlow, status: int, message: str) -> None:
-    _log.warning("%s", message)
-    flow.response = http.Response.make(status, message.encode() + b"\n", {"Content-Type": "text/plain"})

@@ -6,7 +6,9 @@ both appear in one step or not at all, an existing key is never written to, and 
 that are written again when missing.
 
 Does not know who trusts the certificate or what terminates TLS. The constraints bind a verifier that applies those
-of a trust anchor, which RFC 5280 section 6.1 leaves open.
+of a trust anchor, which RFC 5280 section 6.1 leaves open. Two gaps are the verifiers': OpenSSL does not hold a
+wildcard CN against them when there is no SAN (openssl/openssl#30346; no constraint that Go accepts closes it), and
+x509.verification lets a wildcard one level above a permitted name through.
 """
 
 import contextlib
@@ -33,34 +35,25 @@ from pullthrough.errors import AuthorityError
 
 KEY_NAME: Final = "ollama-cache-ca-key.pem"
 CERTIFICATE_NAME: Final = "ollama-cache-ca-cert.pem"
-DER_NAME: Final = "ollama-cache-ca-cert.cer"
-"""The same certificate with the suffix that Windows opens in its certificate dialogue."""
-
+DER_NAME: Final = "ollama-cache-ca-cert.cer"  # what Windows opens in its certificate dialogue
 LIFETIME: Final = timedelta(days=3650)
 """Ten years, like mitmproxy's own CA: it is installed by hand on every client, and the constraints bound the harm."""
 LEAF_LIFETIME: Final = timedelta(days=90)
 """As Let's Encrypt; Apple refuses leaves of more than 825 days even from a CA that the user installed."""
-BACKDATE: Final = timedelta(days=1)
-"""What a client's clock may be behind ours."""
+BACKDATE: Final = timedelta(days=1)  # what a client's clock may be behind ours
 
 _NO_ADDRESSES: Final = tuple(x509.IPAddress(ipaddress.ip_network(text)) for text in ("0.0.0.0/0", "::/0"))
 """Permitted DNS names alone would leave every address permitted: each form has its own list. The other forms are not
 listed. Go refuses a critical extension that has a directoryName in it, there is no agreed way to exclude all of
 rfc822Name or URI, and EKU serverAuth keeps a certificate out of where those are matched."""
-_CA_USAGE: Final = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-"""keyCertSign and cRLSign (RFC 5280 section 4.2.1.3)."""
-_LEAF_USAGE: Final = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
-"""digitalSignature."""
+_CA_USAGE: Final = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # certificates, CRLs
+_LEAF_USAGE: Final = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # handshakes
 _SERVER_AUTH: Final = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
-_LABEL: Final = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
-_NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
-_COMMON_NAME_MAX: Final = 64
-"""ub-common-name, RFC 5280 appendix A.1; a host name may have 253 characters."""
+_LABEL: Final = "[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOST: Final = re.compile(rf"(?!.{{254}})(?:{_LABEL}\.)*(?![0-9]+\Z|0x[0-9a-f]*\Z){_LABEL}")
+"""A lower-case host name; a number as the last label would make it an address (WHATWG URL section 3.5)."""
 _MEND: Final = "move the ollama-cache-ca-* files away to make a new CA"
-_UNREADABLE: Final = (
-    ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType
-)  # fmt: skip
-"""What cryptography raises for a key or certificate that it cannot use (and TypeError for an encrypted key)."""
+_Extensions = Iterable[tuple[x509.ExtensionType, bool]]  # and whether it is critical
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +78,7 @@ class Authority:
     """A CA that can sign for `permitted` and nothing else. Made by `load` and `load_or_create`.
 
     A permitted name carries all its subdomains with it: RFC 5280 section 4.2.1.10 has no form for "this host only".
+    `fingerprint` is SHA-256 of the DER certificate as "AB:CD:…", as OpenSSL and browsers show it; `not_after` is aware.
     """
 
     def __init__(self, certificate_file: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
@@ -92,6 +86,8 @@ class Authority:
         self.certificate = certificate
         self.certificate_file = certificate_file
         self.permitted = _permitted_names(certificate)
+        self._start, self.not_after = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        self.fingerprint = certificate.fingerprint(hashes.SHA256()).hex(":").upper()
 
     @classmethod
     def load_or_create(cls, directory: Path, permitted: Sequence[str], *, now: datetime) -> "Authority":
@@ -116,8 +112,8 @@ class Authority:
         Missing certificate files are written again. AuthorityError if the files are missing, unreadable, expired, do
         not belong together, hold a CA that is not bound like ours, or if others can read the key.
         """
-        key_file, certificate_file, der_file = (directory / n for n in (KEY_NAME, CERTIFICATE_NAME, DER_NAME))
-        key, certificates = _read_key(key_file)
+        certificate_file, der_file = directory / CERTIFICATE_NAME, directory / DER_NAME
+        key, certificates = _read_key(directory / KEY_NAME)
         with _reporting(certificate_file, "the certificate of the key beside it"):
             if certificate_file.exists():
                 certificates = x509.load_pem_x509_certificates(certificate_file.read_bytes())
@@ -129,7 +125,8 @@ class Authority:
                 raise ValueError(f"one of another key: {certificate.subject.rfc4514_string()}")
             authority = cls(certificate_file, key, certificate)
             if not certificate_file.exists():
-                os.replace(_write_partial(certificate_file, certificate.public_bytes(Encoding.PEM), 0o644), certificate_file)
+                pem = certificate.public_bytes(Encoding.PEM)
+                os.replace(_write_partial(certificate_file, pem, 0o644), certificate_file)
         # Only a convenience for installing the CA by hand: a folder mounted read-only may lack it.
         with contextlib.suppress(OSError):
             der = certificate.public_bytes(Encoding.DER)
@@ -143,16 +140,6 @@ class Authority:
                     f"{', '.join(authority.permitted)}; run `ollama-cache ca renew` or {_MEND}"
                 )
         return authority
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the DER certificate as "AB:CD:…", the form that OpenSSL, browsers and key chains show."""
-        return self.certificate.fingerprint(hashes.SHA256()).hex(":").upper()
-
-    @property
-    def not_after(self) -> datetime:
-        """When the certificate expires, aware."""
-        return self.certificate.not_valid_after_utc
 
     def permits(self, host: str) -> bool:
         """Whether `host`, in lower case, is a permitted name or below one (RFC 5280 section 4.2.1.10)."""
@@ -170,38 +157,33 @@ class Authority:
         now = now.replace(microsecond=0)
         not_after = min(now + lifetime, self.not_after)
         key = ec.generate_private_key(ec.SECP256R1())
-        # The organisation tells whoever looks where the certificate comes from, and keeps the subject from being
-        # empty when the name is too long for a CN (the SAN would have to be critical, RFC 5280 section 4.1.2.6).
+        # The organisation tells whoever looks where the certificate comes from, and fills the subject where the name
+        # is too long for a CN (64, RFC 5280 appendix A.1): with an empty one the SAN would have to be critical.
         subject = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, "ollama-cache")]
-        if len(name) <= _COMMON_NAME_MAX:
+        if len(name) <= 64:
             subject.append(x509.NameAttribute(NameOID.COMMON_NAME, name))
+        issuer_key_id = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         extensions = (
             (x509.BasicConstraints(ca=False, path_length=None), True),
             (_LEAF_USAGE, True),
             (_SERVER_AUTH, False),
             (x509.SubjectAlternativeName([x509.DNSName(name)]), False),
-            (x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), False),
+            (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_key_id), False),
         )
-        start = max(now - BACKDATE, self.certificate.not_valid_before_utc)
-        certificate = (
-            _builder(x509.Name(subject), key, start, not_after, extensions)
-            .issuer_name(self.certificate.subject)
-            .sign(self._key, hashes.SHA256())
-        )
-        chain = b"".join(one.public_bytes(Encoding.PEM) for one in (certificate, self.certificate))
-        return Leaf(name, _key_pem(key) + chain, now, not_after)
+        builder = _builder(x509.Name(subject), key, max(now - BACKDATE, self._start), not_after, extensions)
+        certificate = builder.issuer_name(self.certificate.subject).sign(self._key, hashes.SHA256())
+        pem = _key_pem(key) + certificate.public_bytes(Encoding.PEM) + self.certificate.public_bytes(Encoding.PEM)
+        return Leaf(name, pem, now, not_after)
 
     def _check_time(self, now: datetime) -> None:
-        start, stop = self.certificate.not_valid_before_utc, self.not_after
-        if not start <= now < stop:
+        if not self._start <= now < self.not_after:
             raise AuthorityError(
-                f"{self.certificate_file}: expected a CA that is valid at {now}, got one from {start} to {stop}; "
-                "run `ollama-cache ca renew` or set the clock"
+                f"{self.certificate_file}: expected a CA that is valid at {now}, got "
+                f"one from {self._start} to {self.not_after}; run `ollama-cache ca renew` or set the clock"
             )
 
 
 def _create(directory: Path, names: Iterable[str], now: datetime) -> None:
-    now = now.replace(microsecond=0)
     key = ec.generate_private_key(ec.SECP256R1())
     # Random rather than this machine's name, which every client would be shown: an old CA and the one that follows it
     # must differ in subject, for verifiers look issuers up by it.
@@ -242,30 +224,25 @@ def _check_bounds(certificate: x509.Certificate) -> None:
     """Raise ValueError unless the certificate is bound as `_create` binds it, to whatever names."""
     found = {type(extension.value): extension for extension in certificate.extensions}
     names = _permitted_names(certificate)
-    if not names or not all(map(_is_host, names)):
+    if not names or not all(map(_HOST.fullmatch, names)):
         subject = certificate.subject.rfc4514_string()
-        raise ValueError(f"{subject} with name constraints that permit {names or 'everything'}: it may sign for others")
+        raise ValueError(f"{subject} with name constraints that permit {names or 'everything'}")
+    if x509.SubjectKeyIdentifier not in found:
+        raise ValueError("one without the subject key identifier that leaves refer to")
     for expected, critical in _bounds(names):
         got = found.get(type(expected))
         if got is None or got.value != expected or (critical and not got.critical):
-            wanted = f"critical {expected}" if critical else str(expected)
-            raise ValueError(f"one that has {got} instead of {wanted}")
+            raise ValueError(f"one that has {got} instead of {'critical' if critical else 'the'} {expected}")
 
 
 def _permitted_names(certificate: x509.Certificate) -> tuple[str, ...]:
-    try:
-        constraints = certificate.extensions.get_extension_for_class(x509.NameConstraints).value
-    except x509.ExtensionNotFound:
-        return ()
-    return tuple(str(name.value) for name in constraints.permitted_subtrees or ())
+    found = (extension.value for extension in certificate.extensions)
+    constraints = [value.permitted_subtrees or [] for value in found if isinstance(value, x509.NameConstraints)]
+    return tuple(str(name.value) for names in constraints for name in names)
 
 
 def _builder(
-    subject: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
-    start: datetime,
-    stop: datetime,
-    extensions: Iterable[tuple[x509.ExtensionType, bool]],
+    subject: x509.Name, key: ec.EllipticCurvePrivateKey, start: datetime, stop: datetime, extensions: _Extensions
 ) -> x509.CertificateBuilder:
     builder = x509.CertificateBuilder(subject_name=subject, public_key=key.public_key())
     builder = builder.serial_number(x509.random_serial_number()).not_valid_before(start).not_valid_after(stop)
@@ -281,15 +258,9 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _parse_host(name: str) -> str:
     """`name` in lower case; AuthorityError if it is an address, a wildcard or no host name at all."""
-    if not name.isascii() or not _is_host(name.lower()):
+    if not name.isascii() or not _HOST.fullmatch(name.lower()):
         raise AuthorityError(f"expected a host name, neither an address nor a wildcard, got {name!r}")
     return name.lower()
-
-
-def _is_host(name: str) -> bool:
-    labels = name.split(".")
-    # A number as the last label makes an address of it, however short (WHATWG URL section 3.5).
-    return len(name) <= 253 and all(map(_LABEL.fullmatch, labels)) and not _NUMBER.fullmatch(labels[-1])
 
 
 def _read_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, list[x509.Certificate]]:
@@ -323,5 +294,7 @@ def _write_partial(path: Path, data: bytes, mode: int) -> Path:
 def _reporting(path: Path, expected: str, mend: str = _MEND) -> Iterator[None]:
     try:
         yield
-    except (OSError, TypeError, *_UNREADABLE) as error:
+    # What cryptography raises for what it cannot read; TypeError for a key with a password.
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion,
+            x509.UnsupportedGeneralNameType) as error:  # fmt: skip
         raise AuthorityError(f"{path}: expected {expected}, got: {error}; {mend}") from error

@@ -109,5 +109,12 @@ class Intervals:
             start = self._stops[index]
             index += 1
 
+    def within(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The parts of the set that lie in `[start, stop)`."""
+        low = bisect_right(self._stops, start)
+        high = bisect_left(self._starts, stop)
+        pairs = zip(self._starts[low:high], self._stops[low:high], strict=True)
+        return [(max(start, a), min(stop, b)) for a, b in pairs]
+
     def _measure(self, low: int, high: int) -> int:
         return sum(self._stops[low:high]) - sum(self._starts[low:high])

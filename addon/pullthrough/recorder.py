@@ -6,7 +6,8 @@ Invariant: there is at most one recording per digest, whoever asks. Knows no HTT
 import asyncio
 
 from pullthrough.digest import Digest
-from pullthrough.recording import Obtain, Recording, Workroom
+from pullthrough.recording import Recording, Workroom
+from pullthrough.supply import Obtain, Supply
 from pullthrough.upstream import DataStream, Source
 
 
@@ -33,13 +34,14 @@ class Recorder:
         """
         recording = self._recordings.get(digest)
         if recording is None:
-            recording = Recording(self._room, digest, obtain, on_end=self._ended)
+            supply = Supply(self._room.upstream, obtain, source)
+            recording = Recording(self._room, digest, supply, on_end=self._ended)
             # Registered before it starts: the loop runs new tasks eagerly, and the next caller must find it.
             self._recordings[digest] = recording
-            recording.start(source, stream, after=self._closing.get(digest))
+            recording.start(stream, after=self._closing.get(digest))
             return recording
         if source is not None:
-            recording.offer(source)
+            recording.supply.offer(source)
         if stream is not None:
             stream.close()
         return recording

@@ -1,22 +1,18 @@
 """Answer a request as the registry and its CDN would: status, headers, and bytes or a reader.
 
 Invariant: what a client sees has the shape of the real registry (same hosts, a 307, the same bytes); a reader is
-given out only where `access.decide` or a valid capability grants it; None means "not ours: pass it through". The one
-place that maps errors to responses. Knows neither mitmproxy nor how bytes are sent.
+given out only where `access.decide` or a valid capability grants it; None means "not ours: pass it through".
+Knows neither mitmproxy nor how bytes are sent.
 """
 
 import asyncio
-import json
-import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from pullthrough import access, capability, freshness
+from pullthrough import access, capability
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
-from pullthrough.collapse import Collapser
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     CacheError,
@@ -26,10 +22,10 @@ from pullthrough.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from pullthrough.freshness import Freshness
+from pullthrough.exchange import Answer, Request, failure
+from pullthrough.manifests import Manifests
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
-from pullthrough.recording import Recording
 from pullthrough.route import (
     BlobRoute,
     ManifestRoute,
@@ -38,55 +34,11 @@ from pullthrough.route import (
     parse_registry_target,
 )
 from pullthrough.settings import Settings
-from pullthrough.store import ManifestRecord, Name, Store
-from pullthrough.upstream import DataStream, Response, Source, Upstream, relayable
+from pullthrough.store import Store
+from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, DataStream, Source, Upstream
 
-_log = logging.getLogger(__name__)
-
-DEADLINE_S: Final = 20.0
-"""All work for one control-plane request, retries included: Ollama's probe gives up after 30 s."""
-
-ACCEPT: Final = "application/vnd.docker.distribution.manifest.v2+json"
-"""Always sent: without it the registry has answered 400 (ollama#769), and its answer varies on it."""
-
-_DENIED: Final = frozenset({401, 403, 404})
-_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _TRANSFER_AGENT: Final = "ollama-transfer/"
 _OCTETS: Final = "application/octet-stream"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What of a client's request decides the answer; header names in lower case."""
-
-    method: str
-    scheme: str
-    host: str
-    target: str
-    headers: Mapping[str, str]
-
-    @property
-    def authorization(self) -> str | None:
-        return self.headers.get("authorization")
-
-    @property
-    def forwarded(self) -> dict[str, str]:
-        """What upstream may know of the client: its version (some models are gated by it)."""
-        agent = self.headers.get("user-agent")
-        return {"User-Agent": agent} if agent else {}
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A response; `length` is its Content-Length, also where no body is sent."""
-
-    status: int
-    cache: CacheStatus
-    headers: tuple[tuple[str, str], ...] = ()
-    body: bytes | Reader = b""
-    length: int = 0
-    digest: Digest | None = field(default=None)
-    """The blob it is about, for the log."""
 
 
 class Registry:
@@ -98,7 +50,7 @@ class Registry:
         self._upstream = upstream
         self._recorder = recorder
         self._vouchers = access.Vouchers()
-        self._manifests: Collapser[tuple[Name, str], Response] = Collapser()
+        self._manifests = Manifests(settings, store, upstream)
 
     async def answer(self, request: Request) -> Answer | None:
         """The answer, or None where the request is to be passed through to upstream untouched."""
@@ -111,83 +63,12 @@ class Registry:
                 return None
             match parse_registry_target(request.target):
                 case ManifestRoute() as route:
-                    return await self._manifest(request, route)
+                    return await self._manifests.answer(request, route)
                 case BlobRoute() as route:
                     return await self._blob(request, route)
             return None
         except InvalidRequest as error:
-            return _failure(error)
-
-    # --- manifests
-
-    async def _manifest(self, request: Request, route: ManifestRoute) -> Answer:
-        name = Name(request.host, route.repository, route.reference)
-        record = self._store.manifest(name)
-        verdict = freshness.decide(
-            freshness.Stored(record.confirmed) if record else None,
-            now=time.time(),
-            lifetime_s=self._settings.manifest_lifetime_s,
-            # The decision compares Unix seconds; upstream's clock is monotonic.
-            down_until=time.time() + self._upstream.down_until - time.monotonic(),
-            offline=self._settings.offline,
-        )
-        match verdict, record:
-            case (Freshness.SERVE, ManifestRecord()):
-                return _manifest_answer(request, record, CacheStatus(Outcome.HIT))
-            case (Freshness.SERVE_STALE, ManifestRecord()):
-                return _manifest_answer(request, record, CacheStatus(Outcome.HIT, detail="stale"))
-        timeout_s = freshness.REVALIDATE_TIMEOUT_S if record else DEADLINE_S
-        outcome = Outcome.STALE if record else Outcome.MISS
-        try:
-            async with asyncio.timeout(DEADLINE_S):
-                response, collapsed = await self._fetch_manifest(request, name, timeout_s)
-        except (UpstreamError, TimeoutError) as error:
-            cause = error if isinstance(error, UpstreamError) else UpstreamTimeout("no answer in time")
-            if record is None:
-                return _registry_failure(name, cause)
-            self._upstream.mark_down(freshness.DOWN_S)
-            _log.warning("%s: upstream failed (%s); serving the stored manifest", name, cause)
-            return _manifest_answer(request, record, CacheStatus(Outcome.STALE, detail="upstream-failed"))
-        cache = CacheStatus(outcome, forward_status=response.status, collapsed=collapsed)
-        if response.status == 200:
-            stored = self._store.manifest(name)
-            if stored is not None and stored.body == response.body:
-                return _manifest_answer(request, stored, CacheStatus(outcome, True, collapsed, 200))
-        elif record is not None and (response.status in (404, 429) or response.status >= 500):
-            _log.warning("%s: upstream answered %d; serving the stored manifest", name, response.status)
-            return _manifest_answer(
-                request, record, CacheStatus(outcome, forward_status=response.status, detail="stale")
-            )
-        return _relay(request, response, cache)
-
-    async def _fetch_manifest(self, request: Request, name: Name, timeout_s: float) -> tuple[Response, bool]:
-        """(upstream's answer, collapsed); stored if an anonymous request got it.
-
-        Authorization does not make a model private (client2 sends it always), so the anonymous try comes first;
-        only what it was denied is asked for in the caller's name, and never stored.
-        """
-        agent = request.headers.get("user-agent", "")
-        response, collapsed = await self._manifests.join(
-            (name, agent), lambda: self._fetch_public_manifest(request, name, timeout_s)
-        )
-        if response.status in _DENIED and request.authorization is not None:
-            headers = {**request.forwarded, "Accept": ACCEPT, "Authorization": request.authorization}
-            target = f"/v2/{name.repository}/manifests/{name.reference}"
-            return await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s), False
-        return response, collapsed
-
-    async def _fetch_public_manifest(self, request: Request, name: Name, timeout_s: float) -> Response:
-        target = f"/v2/{name.repository}/manifests/{name.reference}"
-        headers = {**request.forwarded, "Accept": ACCEPT}
-        response = await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s)
-        if response.status == 200:
-            content_type = response.headers.get("Content-Type", ACCEPT)
-            record = read_manifest(response.body, content_type, now=time.time())
-            if record is None:
-                _log.warning("%s: upstream's answer is no manifest; relayed, not stored", name)
-            else:
-                self._store.put_manifest(name, record)
-        return response
+            return failure(error)
 
     # --- blobs, asked for by repository
 
@@ -198,9 +79,9 @@ class Registry:
                     return await self._head_blob(request, route)
                 return await self._get_blob(request, route)
         except CacheError as error:
-            return _failure(error, route.digest)
+            return failure(error, route.digest)
         except TimeoutError:
-            return _failure(UpstreamTimeout("no answer in time"), route.digest)
+            return failure(UpstreamTimeout("no answer in time"), route.digest)
 
     async def _head_blob(self, request: Request, route: BlobRoute) -> Answer:
         # A push asks the same HEAD and skips the upload when the answer is 200: then only upstream's word counts.
@@ -226,32 +107,36 @@ class Registry:
             if response.status == 200 and (length := response.headers.get("Content-Length", "")).isdecimal():
                 self._confirm(request.host, route, authorization, int(length))
                 return int(length)
-            if response.status == 200 or response.status in _REDIRECTS:
+            if response.status == 200 or response.status in REDIRECTS:
                 # Registries that redirect HEAD too, or do not tell the size: the source itself tells.
-                return await (await self._open(request, route)).ready()
-            if response.status not in _DENIED:
+                return await self._open(request, route)
+            if response.status not in DENIED:
                 break
         raise UpstreamRefused(response.status, [])
 
     async def _get_blob(self, request: Request, route: BlobRoute) -> Answer:
         if self._is_known(request, route):
             held = self._store.held(route.digest)
-            if held is not None:
+            if held is not None and held.size is not None:
                 return self._redirect(request, route.digest, held.size, CacheStatus(Outcome.HIT))
             recording = self._recorder.find(route.digest)
             if recording is not None:
                 size = await recording.ready()
                 return self._redirect(request, route.digest, size, CacheStatus(Outcome.PARTIAL, collapsed=True))
-        recording = await self._open(request, route)
-        size = await recording.ready()
+        size = await self._open(request, route)
         return self._redirect(request, route.digest, size, CacheStatus(Outcome.MISS, stored=True))
 
-    async def _open(self, request: Request, route: BlobRoute) -> Recording:
-        """The recording of the blob, once upstream has granted it to this caller."""
+    async def _open(self, request: Request, route: BlobRoute) -> int:
+        """The blob's size, once upstream has granted it to this caller; it is being recorded if it is not here."""
         source, stream = await self._obtain(request, route)
-        return self._recorder.open(
+        if (held := self._store.held(route.digest)) is not None and held.size is not None:
+            if stream is not None:
+                stream.close()
+            return held.size
+        recording = self._recorder.open(
             route.digest, obtain=lambda: self.source(route.digest), source=source, stream=stream
         )
+        return await recording.ready()
 
     async def _obtain(self, request: Request, route: BlobRoute) -> tuple[Source, DataStream | None]:
         refusal: UpstreamRefused | None = None
@@ -262,7 +147,7 @@ class Registry:
                     request.host, route.repository, route.digest, headers, timeout_s=DEADLINE_S
                 )
             except UpstreamRefused as error:
-                if error.status_hint not in _DENIED:
+                if error.status_hint not in DENIED:
                     raise
                 refusal = error
                 continue
@@ -319,7 +204,7 @@ class Registry:
             f"{request.scheme}://{self._settings.blob_host}{canonical_path(digest)}"
             f"?{granted.to_query(self._store.secret)}"
         )
-        return Answer(307, cache, (("Location", location),), digest=digest)
+        return Answer(307, cache, (("Location", location),))
 
     # --- blobs, at their canonical address
 
@@ -347,9 +232,9 @@ class Registry:
                 size = await recording.ready()
             return self._bytes(request, digest, size, lambda a, b: Reader(a, b, recording=recording), hit=False)
         except CacheError as error:
-            return _failure(error, digest)
+            return failure(error, digest)
         except TimeoutError:
-            return _failure(UpstreamTimeout("no answer in time"), digest)
+            return failure(UpstreamTimeout("no answer in time"), digest)
 
     def _bytes(
         self, request: Request, digest: Digest, size: int, open_reader: Callable[[int, int], Reader], *, hit: bool
@@ -363,7 +248,7 @@ class Registry:
         match selected:
             case Unsatisfiable():
                 headers.append(("Content-Range", selected.content_range))
-                return Answer(416, cache, tuple(headers), digest=digest)
+                return Answer(416, cache, tuple(headers))
             case None:
                 status, start, stop = 200, 0, size
             case _:
@@ -371,18 +256,7 @@ class Registry:
                 headers.append(("Content-Range", selected.content_range))
         headers.append(("Content-Type", _OCTETS))
         body = open_reader(start, stop) if request.method == "GET" and start < stop else b""
-        return Answer(status, cache, tuple(headers), body, stop - start, digest)
-
-
-def read_manifest(body: bytes, content_type: str, *, now: float) -> ManifestRecord | None:
-    """The record of a manifest's bytes; None if they are none (a captive portal also answers 200)."""
-    try:
-        manifest = json.loads(body)
-        descriptors = [*manifest["layers"], *([manifest["config"]] if manifest.get("config") else [])]
-        sizes = {Digest.parse(item["digest"]): int(item["size"]) for item in descriptors}
-    except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest):
-        return None
-    return ManifestRecord(body, content_type, now, frozenset(sizes), sizes)
+        return Answer(status, cache, tuple(headers), body, stop - start)
 
 
 def _credentials(request: Request) -> Iterator[str | None]:
@@ -391,38 +265,6 @@ def _credentials(request: Request) -> Iterator[str | None]:
         yield request.authorization
 
 
-def _manifest_answer(request: Request, record: ManifestRecord, cache: CacheStatus) -> Answer:
-    headers = [("Content-Type", record.content_type)]
-    if request.method == "HEAD":
-        # As the registry does: bare hexadecimal, on HEAD only (seen 2026-09).
-        headers.append(("ollama-content-digest", record.digest))
-    body = record.body if request.method == "GET" else b""
-    return Answer(200, cache, tuple(headers), body, len(record.body))
-
-
-def _relay(request: Request, response: Response, cache: CacheStatus) -> Answer:
-    body = response.body if request.method == "GET" else b""
-    return Answer(response.status, cache, tuple(relayable(response.headers)), body, len(response.body))
-
-
 def _head(digest: Digest, size: int, cache: CacheStatus) -> Answer:
     headers = (("Content-Type", _OCTETS), ("Accept-Ranges", "bytes"), ("ETag", f'"{digest}"'))
-    return Answer(200, cache, headers, b"", size, digest)
-
-
-def _failure(error: CacheError, digest: Digest | None = None) -> Answer:
-    """A status and no body: an Ollama client writes whatever body comes into the model file."""
-    headers = error.headers if isinstance(error, UpstreamRefused) else ()
-    kept = tuple((name, value) for name, value in headers if name.lower() != "content-type")
-    forwarded = error.status_hint if isinstance(error, UpstreamRefused) else None
-    _log.info("%s: %s", digest.short if digest else "request", error)
-    return Answer(error.status_hint, CacheStatus(Outcome.MISS, forward_status=forwarded), kept, digest=digest)
-
-
-def _registry_failure(name: Name, error: UpstreamError) -> Answer:
-    """A manifest that cannot be had, in the registry's own error shape (OCI distribution-spec, "Error codes")."""
-    message = f"{name} is not recorded and upstream cannot be asked: {error}"
-    body = json.dumps({"errors": [{"code": "MANIFEST_UNKNOWN", "message": message}]}).encode()
-    _log.warning("%s", message)
-    headers = (("Content-Type", "application/json"),)
-    return Answer(504, CacheStatus(Outcome.MISS, detail="upstream-failed"), headers, body, len(body))
+    return Answer(200, cache, headers, b"", size)

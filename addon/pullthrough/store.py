@@ -9,109 +9,29 @@
     <dir>/quarantine/         bytes that did not hash to their name
 
 Invariant: a file under `blobs/` was hashed in full before it was moved there (ingest → verify → publish), and it is
-a hit only while its size, time and inode are those of that moment. The index is resident: reading it costs no SQL.
-Blob files lie beside diskcache's own folder because its `check(fix=True)` deletes files it does not know, and
-`cull_limit=0` because its culling drops ten rows of any size (diskcache 5.6.3). Knows no network.
+a hit only while its size, time and inode are those of that moment. Blob files lie beside diskcache's own folder
+because its `check(fix=True)` deletes files that it does not know (5.6.3). Knows no network.
 """
 
 import contextlib
 import json
-import logging
 import os
 import secrets
-import sqlite3
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
-
-import diskcache
+from typing import BinaryIO, Final
 
 from pullthrough import platform
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, StoreError, StoreUnwritable
+from pullthrough.index import Index
 from pullthrough.ingest import Ingest, SharedFile
-
-_log = logging.getLogger(__name__)
+from pullthrough.records import BlobRecord, ManifestRecord, Name
 
 FORMAT: Final = 1
 MARKER: Final = "ollama-cache.json"
 _FOLDERS: Final = ("index", "blobs", "ingest", "quarantine")
-
-# Every fact of the index is one row; `limit` is never reached because eviction is ours.
-_NO_LIMIT: Final = 1 << 62
-
-
-class PlainDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no annotations
-    """A diskcache Disk that stores text, bytes and numbers only and never unpickles.
-
-    A pickle in an index that somebody else may write to is code that runs here.
-    """
-
-    def put(self, key: object) -> Any:
-        if type(key) is not str:
-            raise TypeError(f"expected a str key, got {type(key).__name__}")
-        return super().put(key)
-
-    def get(self, key: object, raw: bool) -> Any:  # noqa: FBT001  # diskcache's signature
-        if not raw:
-            raise StoreError(f"expected a plain key in the index, got a pickled one ({key!r:.40})")
-        return super().get(key, raw)
-
-    def store(self, value: object, read: bool, key: object = diskcache.UNKNOWN) -> Any:  # noqa: FBT001
-        if type(value) not in (str, bytes):
-            raise TypeError(f"expected a str or bytes value, got {type(value).__name__}")
-        return super().store(value, read, key)
-
-    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> Any:  # noqa: FBT001
-        if mode == diskcache.core.MODE_PICKLE:
-            raise StoreError("expected a plain value in the index, got a pickled one")
-        return super().fetch(mode, filename, value, read)
-
-
-@dataclass(frozen=True, slots=True)
-class BlobRecord:
-    """What is known of one digest; `size` None and no file where only its visibility is known."""
-
-    size: int
-    held: bool
-    """Its bytes are here, verified."""
-    public: bool
-    """An anonymous request for it succeeded upstream."""
-    mtime_ns: int = 0
-    inode: int = 0
-    recorded: float = 0.0
-    """When it was verified, Unix seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class ManifestRecord:
-    """A stored manifest: upstream's bytes, untouched, and when upstream last confirmed them (Unix seconds)."""
-
-    body: bytes
-    content_type: str
-    confirmed: float
-    digests: frozenset[Digest]
-    """The blobs it lists."""
-    sizes: dict[Digest, int]
-
-    @property
-    def digest(self) -> str:
-        return sha256(self.body).hexdigest()
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Name:
-    """(host, repository, reference): under which a manifest is asked for."""
-
-    host: str
-    repository: str
-    reference: str
-
-    def __str__(self) -> str:
-        return f"{self.host}/{self.repository}:{self.reference}"
 
 
 class Store:
@@ -120,19 +40,19 @@ class Store:
     `publish` and `quarantine` may wait for the disk: the daemon calls them in a thread. The rest does not.
     """
 
-    def __init__(self, folder: Path, lock: BinaryIO, index: diskcache.Cache, secret: bytes) -> None:
+    def __init__(self, folder: Path, lock: BinaryIO, index: Index, secret: bytes) -> None:
         self.folder = folder
         self.secret = secret
         self._lock = lock
         self._index = index
-        self._blobs: dict[Digest, BlobRecord] = {}
-        self._manifests: dict[Name, ManifestRecord] = {}
-        self._listed: dict[tuple[str, str], dict[Digest, int]] = {}
-        self._confirmed: set[tuple[str, str, Digest]] = set()
+        contents = index.load()
+        self._blobs = contents.blobs
+        self._manifests = contents.manifests
+        self._pairs = contents.pairs
+        self._listed: dict[tuple[str, str], set[Digest]] = {}
+        for name, record in self._manifests.items():
+            self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
         self._open: dict[Digest, SharedFile] = {}
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ollama-cache-index")
-
-    # --- opening and closing
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
@@ -140,64 +60,19 @@ class Store:
 
         StoreError: a foreign or newer folder, another daemon, an unwritable disk, a corrupt index.
         """
-        try:
-            _prepare_folder(folder)
-            lock = _take_lock(folder)
-        except OSError as error:
-            raise StoreError(f"store {folder}: expected a writable folder, got {error.strerror or error}") from error
-        try:
-            index = diskcache.Cache(
-                str(folder / "index"),
-                disk=PlainDisk,
-                disk_min_file_size=_NO_LIMIT,
-                size_limit=_NO_LIMIT,
-                cull_limit=0,
-                eviction_policy="none",
-                statistics=0,
-                tag_index=0,
-            )
-            store = cls(folder, lock, index, _load_secret(folder))
-            store._load()
-        except (sqlite3.DatabaseError, StoreError, ValueError, KeyError, TypeError) as error:
-            lock.close()
-            raise StoreError(
-                f"store {folder}: expected a sound index in {folder / 'index'}, got: {error}; "
-                f"move that folder away and start again: blobs are kept and re-verified, manifests fetched anew"
-            ) from error
-        except OSError as error:
-            lock.close()
-            raise StoreError(f"store {folder}: expected a writable folder, got {error.strerror or error}") from error
-        store._adopt_orphans()
+        with contextlib.ExitStack() as undo:
+            try:
+                _prepare_folder(folder)
+                lock = undo.enter_context(_take_lock(folder))
+                index = Index(folder / "index")
+                undo.callback(index.close)
+                store = cls(folder, lock, index, _load_secret(folder))
+                store._adopt_orphans()
+            except OSError as error:
+                reason = error.strerror or error
+                raise StoreError(f"store {folder}: expected a writable folder, got {reason}") from error
+            undo.pop_all()
         return store
-
-    def _load(self) -> None:
-        for (problem,) in self._index._sql("PRAGMA quick_check(1)"):
-            if problem != "ok":
-                raise StoreError(str(problem))
-        bodies: dict[str, bytes] = {}
-        facts: list[tuple[Name, dict[str, Any]]] = []
-        for key in self._index:
-            value = self._index[key]
-            kind, _, rest = key.partition(" ")
-            match kind:
-                case "blob":
-                    self._blobs[Digest.parse(rest)] = BlobRecord(**json.loads(value))
-                case "manifest":
-                    facts.append((Name(*rest.split(" ")), json.loads(value)))
-                case "body":
-                    bodies[rest] = value
-                case "pair":
-                    host, repository, digest = rest.split(" ")
-                    self._confirmed.add((host, repository, Digest.parse(digest)))
-                case _:
-                    raise StoreError(f"unknown key {key!r:.80}")
-        for name, fact in facts:
-            sizes = {Digest.parse(text): size for text, size in fact["sizes"].items()}
-            record = ManifestRecord(
-                bodies[fact["body"]], fact["content_type"], fact["confirmed"], frozenset(sizes), sizes
-            )
-            self._manifests[name] = record
-            self._listed.setdefault((name.host, name.repository), {}).update(sizes)
 
     def _adopt_orphans(self) -> None:
         """Blob files that the index does not know become complete partials: hashed again before they are hits."""
@@ -211,9 +86,6 @@ class Store:
 
     def close(self) -> None:
         """Write out what is pending and give the folder free."""
-        # diskcache keeps a connection per thread: each is closed where it was opened.
-        self._writer.submit(self._index.close)
-        self._writer.shutdown(wait=True)
         self._index.close()
         self._lock.close()
 
@@ -251,14 +123,14 @@ class Store:
                 descriptor = platform.open_descriptor(self.blob_path(digest), os.O_RDONLY)
             except OSError:
                 return None
-            blob = self._open[digest] = SharedFile(descriptor, record.size, lambda: self._open.pop(digest))
+            blob = self._open[digest] = SharedFile(descriptor, record.size or 0, lambda: self._open.pop(digest))
         return blob.acquire()
 
     def ingest(self, digest: Digest) -> Ingest:
         """The ingest of `digest`: a new one, or the partial that an earlier recording left."""
         return Ingest(self.folder / "ingest", digest)
 
-    def publish(self, ingest: Ingest, *, public: bool, now: float) -> BlobRecord:
+    def publish(self, ingest: Ingest, *, now: float) -> BlobRecord:
         """Move a verified ingest among the blobs. The caller has hashed it; its bytes are already durable.
 
         StoreUnwritable if the disk refuses.
@@ -273,11 +145,10 @@ class Store:
             status = path.stat()
         except OSError as error:
             raise StoreUnwritable(f"publishing {digest}: {error}") from error
-        known = self._blobs.get(digest)
-        record = BlobRecord(
+        record = replace(
+            self._blobs.get(digest, BlobRecord()),
             size=status.st_size,
             held=True,
-            public=public or (known is not None and known.public),
             mtime_ns=status.st_mtime_ns,
             inode=status.st_ino,
             recorded=now,
@@ -295,37 +166,30 @@ class Store:
         return path
 
     def _put_blob(self, digest: Digest, record: BlobRecord) -> None:
-        self._write(f"blob {digest}", json.dumps(asdict(record)))
         self._blobs[digest] = record
+        self._index.put_blob(digest, record)
 
     # --- membership and visibility
 
-    def listed_size(self, host: str, repository: str, digest: Digest) -> int | None:
-        """The size under which a stored manifest of the repository lists the digest."""
-        return self._listed.get((host, repository), {}).get(digest)
-
     def is_member(self, host: str, repository: str, digest: Digest) -> bool:
         """A stored manifest of the repository lists it, or upstream confirmed the pair to an anonymous request."""
-        return (host, repository, digest) in self._confirmed or (
-            self.listed_size(host, repository, digest) is not None
-        )
+        return (host, repository, digest) in self._pairs or digest in self._listed.get((host, repository), ())
 
     def repositories(self, digest: Digest) -> list[tuple[str, str]]:
         """Every (host, repository) that the digest is known to belong to: where a source can be obtained again."""
-        confirmed = [(host, repository) for host, repository, other in self._confirmed if other == digest]
+        confirmed = [(host, repository) for host, repository, other in self._pairs if other == digest]
         listed = [pair for pair, digests in self._listed.items() if digest in digests]
         return list(dict.fromkeys(confirmed + listed))
 
     def confirm_public(self, host: str, repository: str, digest: Digest, size: int | None) -> None:
-        """Upstream answered an anonymous request for this pair."""
-        known = self._blobs.get(digest)
-        if known is None and size is not None:
-            self._put_blob(digest, BlobRecord(size=size, held=False, public=True))
-        elif known is not None and not known.public:
-            self._put_blob(digest, replace(known, public=True))
+        """Upstream answered an anonymous request for this pair; `size` where it told it."""
+        known = self._blobs.get(digest, BlobRecord())
+        record = replace(known, public=True, size=size if known.size is None else known.size)
+        if record != known:
+            self._put_blob(digest, record)
         if not self.is_member(host, repository, digest):
-            self._confirmed.add((host, repository, digest))
-            self._write(f"pair {host} {repository} {digest}", "")
+            self._pairs.add((host, repository, digest))
+            self._index.put_pair(host, repository, digest)
 
     # --- manifests
 
@@ -334,18 +198,9 @@ class Store:
 
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest that an anonymous request got."""
-        previous = self._manifests.get(name)
-        if previous is None or previous.body != record.body:
-            self._write(f"body {record.digest}", record.body)
-        fact = {
-            "body": record.digest,
-            "content_type": record.content_type,
-            "confirmed": record.confirmed,
-            "sizes": {str(digest): size for digest, size in record.sizes.items()},
-        }
-        self._write(f"manifest {name.host} {name.repository} {name.reference}", json.dumps(fact))
         self._manifests[name] = record
-        self._listed.setdefault((name.host, name.repository), {}).update(record.sizes)
+        self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
+        self._index.put_manifest(name, record)
 
     def models(self) -> list[Name]:
         return sorted(self._manifests)
@@ -353,21 +208,6 @@ class Store:
     def blobs(self) -> dict[Digest, BlobRecord]:
         """All held blobs."""
         return {digest: record for digest, record in self._blobs.items() if record.held}
-
-    def _write(self, key: str, value: str | bytes) -> None:
-        # In order, off the caller's thread: an index write waits for SQLite, a pull must not wait for it.
-        self._writer.submit(self._write_now, key, value)
-
-    def _write_now(self, key: str, value: str | bytes) -> None:
-        try:
-            self._index.set(key, value, retry=True)
-        except Exception:
-            # The resident index stays right; what is lost is only remembered until the next start.
-            _log.exception("index write failed: %s", key)
-
-    def flush(self) -> None:
-        """Wait until every write so far is in the index."""
-        self._writer.submit(lambda: None).result()
 
 
 def _prepare_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from mitmproxy import http, version
 from mitmproxy.connection import ConnectionState
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.context import Context
-from mitmproxy.proxy.layers.http import DropStream, HTTPMode, HttpLayer, HttpStream, SendHttp
+from mitmproxy.proxy.layers.http import DropStream, HttpLayer, HTTPMode, HttpStream, SendHttp
 from mitmproxy.proxy.layers.http._events import ErrorCode, ResponseData, ResponseHeaders, ResponseProtocolError
 from mitmproxy.proxy.layers.http._hooks import HttpErrorHook, HttpResponseHook
 
@@ -79,7 +79,7 @@ class CachingStream(HttpStream):
         super().__init__(context, stream_id)
         self._transfers = transfers
 
-    def send_response(self, already_streamed: bool = False) -> layer.CommandGenerator[None]:  # noqa: FBT001, FBT002
+    def send_response(self, already_streamed: bool = False) -> layer.CommandGenerator[None]:
         transfer = None if already_streamed else self._transfers.get(self.flow.id)
         if transfer is None:
             yield from super().send_response(already_streamed)
@@ -158,7 +158,7 @@ class Handler(Protocol):
     async def drain_writers(self) -> None: ...
 
 
-class mitmclient(Protocol):  # noqa: N801  # only a shape
+class mitmclient(Protocol):  # only a shape
     state: ConnectionState
 
 

@@ -13,7 +13,7 @@ import ssl
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,11 +23,11 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from multidict import CIMultiDict
 from yarl import URL
 
-from pullthrough.byterange import format_range, parse_content_range
+from pullthrough.byterange import format_range
+from pullthrough.datacheck import Extent, check_data, relayable
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
-    SourceExpired,
     UnexpectedResponse,
     UpstreamError,
     UpstreamRefused,
@@ -51,8 +51,13 @@ BATCH: Final = 256 << 10
 BATCH_WAIT_S: Final = 0.01
 """A slow connection delivers 16 KiB TLS records: waiting this long for more saves most thread switches of a write."""
 
-_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
-_SOURCE_GONE: Final = frozenset({401, 403, 404, 410})
+DEADLINE_S: Final = 20.0
+"""All work for one control-plane request, retries included: Ollama's probe gives up after 30 s."""
+
+REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+DENIED: Final = frozenset({401, 403, 404})
+"""What a registry answers to somebody who may not know, or may not be told."""
+
 MAX_HOPS: Final = 5
 
 
@@ -80,10 +85,10 @@ class Source:
 class DataStream:
     """A checked data response: the bytes `[start, stop)` of a blob of `length` bytes, in order."""
 
-    def __init__(self, response: aiohttp.ClientResponse, start: int, stop: int, length: int) -> None:
-        self.start = start
-        self.stop = stop
-        self.length = length
+    def __init__(self, response: aiohttp.ClientResponse, extent: Extent) -> None:
+        self.start = extent.start
+        self.stop = extent.stop
+        self.length = extent.length
         self.validator = response.headers.get("ETag")
         self._response = response
 
@@ -213,11 +218,12 @@ class Upstream:
             raise _translate(error) from error
         self._down_until = 0.0
         if response.status == 200:
-            stream = _check_data(response, None, None)
+            with _closing_on_error(response):
+                stream = DataStream(response, check_data(200, response.headers, asked=None, length=None))
             return Source(url, {k: v for k, v in headers.items() if k.lower() == "authorization"}), stream
         with contextlib.closing(response):
             location = response.headers.get("Location")
-            if response.status in _REDIRECTS and location:
+            if response.status in REDIRECTS and location:
                 # Relative to the registry's public name: that is what the signature was made for.
                 public = URL(f"https://{host}{target}", encoded=True)
                 return Source(str(public.join(URL(location, encoded=True)))), None
@@ -226,36 +232,31 @@ class Upstream:
     # --- data plane
 
     async def open_range(
-        self, source: Source, start: int, stop: int | None, *, expected_length: int | None, validator: str | None
+        self, source: Source, start: int, stop: int, *, expected_length: int | None, validator: str | None
     ) -> DataStream:
-        """A checked response to a GET of `[start, stop)`, or of the whole where `stop` is None.
+        """A checked response to a GET of `[start, stop)`.
 
         The stream may be the whole blob from byte 0, when the source ignores Range. SourceExpired if the address is
         no longer good; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
         """
-        headers = dict(source.headers)
-        if stop is not None:
-            headers["Range"] = format_range(start, stop)
+        headers = {**source.headers, "Range": format_range(start, stop)}
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
                 response = await self._follow(source.url, headers)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise _translate(error) from error
-        try:
-            asked = None if stop is None else (start, stop)
-            stream = _check_data(response, asked, expected_length)
+        with _closing_on_error(response):
+            extent = check_data(response.status, response.headers, asked=(start, stop), length=expected_length)
+            stream = DataStream(response, extent)
             if validator is not None and stream.validator != validator:
                 raise UnexpectedResponse(f"expected the validator {validator}, got {stream.validator}")
-        except BaseException:
-            response.close()
-            raise
         return stream
 
     async def _follow(self, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
         for _ in range(MAX_HOPS):
             response = await self._send("GET", self._reach(url), headers)
             location = response.headers.get("Location")
-            if response.status not in _REDIRECTS or not location:
+            if response.status not in REDIRECTS or not location:
                 return response
             response.close()
             here = URL(url, encoded=True)
@@ -320,54 +321,13 @@ def exempt_hosts(settings: Settings) -> frozenset[tuple[str, int]]:
     return frozenset(named | {(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
 
 
-def relayable(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The fields of an upstream refusal that a client needs."""
-    kept = (
-        "WWW-Authenticate",
-        "Content-Type",
-        "Docker-Content-Digest",
-        "Docker-Distribution-Api-Version",
-        "Location",
-        "Retry-After",
-    )
-    return [(name, headers[name]) for name in kept if name in headers]
-
-
-def _check_data(
-    response: aiohttp.ClientResponse, asked: tuple[int, int] | None, length: int | None
-) -> DataStream:
-    """One check, one error each (as nginx's slice filter does)."""
-    status = response.status
-    if status in _SOURCE_GONE:
-        raise SourceExpired(f"{response.url.host} answered {status}")
-    if status == 429 or status >= 500:
-        raise UpstreamRefused(status, relayable(response.headers))
-    if status == 416 and response.headers.get("Content-Range", "").replace(" ", "") == "bytes*/0":
-        return DataStream(response, 0, 0, 0)
-    if status not in (200, 206) or (status == 206 and asked is None):
-        raise UnexpectedResponse(f"expected 206 or 200 from {response.url.host}, got {status}")
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        raise UnexpectedResponse(f"expected no content coding, got {encoding}")
-    if status == 200:
-        if response.content_length is None:
-            raise UnexpectedResponse("expected a Content-Length, got none")
-        start, stop, complete = 0, response.content_length, response.content_length
-    else:
-        assert asked is not None
-        start, stop, total = parse_content_range(response.headers.get("Content-Range"))
-        if total is None:
-            raise UnexpectedResponse("expected a complete length, got '*'")
-        complete = total
-        if (start, stop) != (asked[0], min(asked[1], complete)):
-            raise UnexpectedResponse(
-                f"expected bytes {asked[0]}-{min(asked[1], complete) - 1}, got {start}-{stop - 1}"
-            )
-        if response.content_length not in (None, stop - start):
-            raise UnexpectedResponse(f"expected {stop - start} bytes, got Content-Length {response.content_length}")
-    if length is not None and complete != length:
-        raise UnexpectedResponse(f"expected a complete length of {length}, got {complete}")
-    return DataStream(response, start, stop, complete)
+@contextlib.contextmanager
+def _closing_on_error(response: aiohttp.ClientResponse) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        response.close()
+        raise
 
 
 def _decode(body: bytes, coding: str) -> bytes:

@@ -97,7 +97,9 @@ class Connection:
         """The last response is over, nothing forbids another one, and the peer has sent nothing since."""
         if self._end is not None or self._buffer or self._sock.fileno() < 0:
             return False
-        if self._current is not None and not (self._current.ended == "complete" and self._current.keeps_alive):
+        if self._current is not None and not (
+            self._current.ended == "complete" and self._current.keeps_alive
+        ):
             return False
         pending = isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0
         return not pending and not select.select([self._sock], [], [], 0)[0]
@@ -210,7 +212,9 @@ class Connection:
             if first is None:
                 assert self._end is not None
                 if self._buffer:
-                    raise ProtocolError(f"expected a status line, got {bytes(self._buffer[:200])!r} and the end")
+                    raise ProtocolError(
+                        f"expected a status line, got {bytes(self._buffer[:200])!r} and the end"
+                    )
                 raise ClosedBeforeResponse(self._end.how)
             match = _STATUS_LINE.fullmatch(first)
             if match is None:
@@ -279,7 +283,9 @@ class Response:
         if len(lengths) > 1 or any(not re.fullmatch("[0-9]+", value) for value in lengths):
             raise ProtocolError(f"expected one decimal Content-Length, got {sorted(lengths)}")
         if codings and (lengths or codings != ["chunked"]):
-            raise ProtocolError(f"expected Transfer-Encoding: chunked alone, got {codings} and lengths {sorted(lengths)}")
+            raise ProtocolError(
+                f"expected Transfer-Encoding: chunked alone, got {codings} and lengths {sorted(lengths)}"
+            )
         self.content_length: int | None = int(lengths.pop()) if lengths else None
         """The field's value; None when absent. For a HEAD it is the length that a GET would have."""
         self.is_chunked = bool(codings)
@@ -421,7 +427,9 @@ def connect(
             tunnel.set_timeout(timeout_s)
             tunnel.set_deadline(deadline)
             response = tunnel.request(
-                "CONNECT", f"{host}:{port}", [("Host", f"{host}:{port}"), ("User-Agent", "Go-http-client/1.1"), *connect_headers]
+                "CONNECT",
+                f"{host}:{port}",
+                [("Host", f"{host}:{port}"), ("User-Agent", "Go-http-client/1.1"), *connect_headers],
             )
             if response.status != 200:
                 raise ConnectRefused(response, response.read())

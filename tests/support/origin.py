@@ -675,7 +675,9 @@ class _Model:
 _MANIFEST_PATH: Final = re.compile(r"/v2/(?P<name>.+)/manifests/(?P<reference>[^/]+)")
 _UPLOAD_PATH: Final = re.compile(r"/v2/(?P<name>.+)/blobs/uploads/(?P<session>[^/]*)")
 _BLOB_PATH: Final = re.compile(r"/v2/(?P<name>.+)/blobs/(?P<digest>sha256[:-][0-9a-fA-F]{64})")
-_CDN_PATH: Final = re.compile(r"/ollama/docker/registry/v2/blobs/sha256/(?P<two>..)/(?P<hex>(?P=two).{62})/data")
+_CDN_PATH: Final = re.compile(
+    r"/ollama/docker/registry/v2/blobs/sha256/(?P<two>..)/(?P<hex>(?P=two).{62})/data"
+)
 _SINGLE_RANGE: Final = re.compile(r"bytes=(\d*)-(\d*)")
 
 
@@ -919,9 +921,7 @@ class Origin:
     @property
     def upstream_option(self) -> str:
         """The value of the product's `upstream` option that leads here."""
-        return (
-            f"{REGISTRY_HOST}=https://localhost:{self.registry_port},{R2_HOST}=https://localhost:{self.cdn_port}"
-        )
+        return f"{REGISTRY_HOST}=https://localhost:{self.registry_port},{R2_HOST}=https://localhost:{self.cdn_port}"
 
     @property
     def resolve(self) -> dict[tuple[str, int], tuple[str, int]]:
@@ -934,7 +934,11 @@ class Origin:
     # --- answering
 
     def _fault(
-        self, connection: _Connection, request: Request, mode: Mode, applies: Callable[[Fault], bool] | None = None
+        self,
+        connection: _Connection,
+        request: Request,
+        mode: Mode,
+        applies: Callable[[Fault], bool] | None = None,
     ) -> Fault | None:
         for fault in list(self.faults):
             if (
@@ -949,7 +953,11 @@ class Origin:
     def _answer(self, connection: _Connection, request: Request) -> bool:
         """Answer one request; False ends the connection cleanly."""
         with self._lock:
-            gates = [gate for path, method, gate in self._gates if path in request.path and method in ("", request.method)]
+            gates = [
+                gate
+                for path, method, gate in self._gates
+                if path in request.path and method in ("", request.method)
+            ]
         for gate in gates:
             if not gate.is_set():
                 with gate.holding():
@@ -968,7 +976,9 @@ class Origin:
             response = self._registry(connection, request)
         for _piece in connection.read_body(request):
             pass
-        return self._transmit(connection, request, response) and request.headers.get("connection", "") != "close"
+        return (
+            self._transmit(connection, request, response) and request.headers.get("connection", "") != "close"
+        )
 
     def _registry(self, connection: _Connection, request: Request) -> _Response:
         if request.path == "/token":
@@ -981,14 +991,20 @@ class Origin:
             )
         if match := _BLOB_PATH.fullmatch(request.path):
             digest = match["digest"].replace("-", ":").lower()
-            return self._denied(match["name"], request) or self._blob(connection, request, match["name"], digest)
+            return self._denied(match["name"], request) or self._blob(
+                connection, request, match["name"], digest
+            )
         return _plain(404, "404 page not found\n")
 
     def _denied(self, name: str, request: Request) -> _Response | None:
         if name not in self._private or request.headers.get("authorization") == f"Bearer {GOOD_TOKEN}":
             return None
-        response = _json(401, {"errors": [{"code": "UNAUTHORIZED", "message": "authentication required", "detail": {}}]})
-        challenge = f'Bearer realm="https://{REGISTRY_HOST}/token",service="registry",scope="repository:{name}:pull"'
+        response = _json(
+            401, {"errors": [{"code": "UNAUTHORIZED", "message": "authentication required", "detail": {}}]}
+        )
+        challenge = (
+            f'Bearer realm="https://{REGISTRY_HOST}/token",service="registry",scope="repository:{name}:pull"'
+        )
         response.headers.append(("WWW-Authenticate", challenge))
         return response
 
@@ -1085,7 +1101,9 @@ class Origin:
         if changed := fault(Mode.ETAG):
             tag = changed.value or '"00000000000000000000000000000000-1"'
         if asked.get("if-match", tag) not in (tag, "*"):
-            return _xml(412, "PreconditionFailed", "At least one of the preconditions you specified did not hold.")
+            return _xml(
+                412, "PreconditionFailed", "At least one of the preconditions you specified did not hold."
+            )
         interval = _interval(asked.get("range", ""), source.size)
         if asked.get("if-range", tag) != tag or (interval and fault(Mode.IGNORE_RANGE)):
             interval = None
@@ -1275,7 +1293,9 @@ def _server_context(directory: Path, ca_file: Path) -> ssl.SSLContext:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=2))
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
+            )
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         )
 

@@ -1,0 +1,57 @@
+"""A client's request and the answer to it, as values.
+
+Invariant: an answer's `length` is its Content-Length, also where no body is sent. `failure` is the one place that
+turns an error into a blob route's answer. Knows neither mitmproxy nor how anything is answered.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.digest import Digest
+from pullthrough.errors import CacheError, UpstreamRefused
+from pullthrough.reader import Reader
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What of a client's request decides the answer; header names in lower case."""
+
+    method: str
+    scheme: str
+    host: str
+    target: str
+    headers: Mapping[str, str]
+
+    @property
+    def authorization(self) -> str | None:
+        return self.headers.get("authorization")
+
+    @property
+    def forwarded(self) -> dict[str, str]:
+        """What upstream may know of the client: its version (some models are gated by it)."""
+        agent = self.headers.get("user-agent")
+        return {"User-Agent": agent} if agent else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response; `length` is its Content-Length, also where no body is sent."""
+
+    status: int
+    cache: CacheStatus
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes | Reader = b""
+    length: int = 0
+
+
+def failure(error: CacheError, digest: Digest | None = None) -> Answer:
+    """A status and no body: an Ollama client writes whatever body comes into the model file."""
+    headers = error.headers if isinstance(error, UpstreamRefused) else ()
+    kept = tuple((name, value) for name, value in headers if name.lower() != "content-type")
+    forwarded = error.status_hint if isinstance(error, UpstreamRefused) else None
+    _log.info("%s: %s", digest.short if digest else "request", error)
+    return Answer(error.status_hint, CacheStatus(Outcome.MISS, forward_status=forwarded), kept)

@@ -1,0 +1,131 @@
+"""Answer manifest requests: from the store while fresh, else from upstream, stale when upstream cannot answer.
+
+Invariant: bytes are upstream's, untouched (a model's ID is their hash); only what an anonymous request got is
+stored, and refusals (401, 403, 404, 412) never are. Knows no blobs.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from typing import Final
+
+from pullthrough import freshness
+from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.collapse import Collapser
+from pullthrough.datacheck import relayable
+from pullthrough.errors import UpstreamError, UpstreamTimeout
+from pullthrough.exchange import Answer, Request
+from pullthrough.freshness import Freshness
+from pullthrough.records import ManifestRecord, Name
+from pullthrough.route import ManifestRoute
+from pullthrough.settings import Settings
+from pullthrough.store import Store
+from pullthrough.upstream import DEADLINE_S, DENIED, Response, Upstream
+
+_log = logging.getLogger(__name__)
+
+ACCEPT: Final = "application/vnd.docker.distribution.manifest.v2+json"
+"""Always sent: without it the registry has answered 400 (ollama#769), and its answer varies on it."""
+
+
+class Manifests:
+    """The manifests of all registries."""
+
+    def __init__(self, settings: Settings, store: Store, upstream: Upstream) -> None:
+        self._settings = settings
+        self._store = store
+        self._upstream = upstream
+        self._fetches: Collapser[tuple[Name, str], Response] = Collapser()
+
+    async def answer(self, request: Request, route: ManifestRoute) -> Answer:
+        name = Name(request.host, route.repository, route.reference)
+        record = self._store.manifest(name)
+        verdict = freshness.decide(
+            freshness.Stored(record.confirmed) if record else None,
+            now=time.time(),
+            lifetime_s=self._settings.manifest_lifetime_s,
+            # The decision compares Unix seconds; upstream's clock is monotonic.
+            down_until=time.time() + self._upstream.down_until - time.monotonic(),
+            offline=self._settings.offline,
+        )
+        match verdict, record:
+            case (Freshness.SERVE, ManifestRecord()):
+                return _manifest_answer(request, record, CacheStatus(Outcome.HIT))
+            case (Freshness.SERVE_STALE, ManifestRecord()):
+                return _manifest_answer(request, record, CacheStatus(Outcome.HIT, detail="stale"))
+        timeout_s = freshness.REVALIDATE_TIMEOUT_S if record else DEADLINE_S
+        outcome = Outcome.STALE if record else Outcome.MISS
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                response, collapsed = await self._fetch_manifest(request, name, timeout_s)
+        except (UpstreamError, TimeoutError) as error:
+            cause = error if isinstance(error, UpstreamError) else UpstreamTimeout("no answer in time")
+            if record is None:
+                return _unavailable(name, cause)
+            self._upstream.mark_down(freshness.DOWN_S)
+            _log.warning("%s: upstream failed (%s); serving the stored manifest", name, cause)
+            return _manifest_answer(request, record, CacheStatus(Outcome.STALE, detail="upstream-failed"))
+        cache = CacheStatus(outcome, forward_status=response.status, collapsed=collapsed)
+        if response.status == 200:
+            stored = self._store.manifest(name)
+            if stored is not None and stored.body == response.body:
+                return _manifest_answer(request, stored, CacheStatus(outcome, True, collapsed, 200))
+        elif record is not None and (response.status in (404, 429) or response.status >= 500):
+            _log.warning("%s: upstream answered %d; serving the stored manifest", name, response.status)
+            return _manifest_answer(
+                request, record, CacheStatus(outcome, forward_status=response.status, detail="stale")
+            )
+        return _relay(request, response, cache)
+
+    async def _fetch_manifest(self, request: Request, name: Name, timeout_s: float) -> tuple[Response, bool]:
+        """(upstream's answer, collapsed); stored if an anonymous request got it.
+
+        Authorization does not make a model private (client2 sends it always), so the anonymous try comes first;
+        only what it was denied is asked for in the caller's name, and never stored.
+        """
+        agent = request.headers.get("user-agent", "")
+        response, collapsed = await self._fetches.join(
+            (name, agent), lambda: self._fetch_public_manifest(request, name, timeout_s)
+        )
+        if response.status in DENIED and request.authorization is not None:
+            headers = {**request.forwarded, "Accept": ACCEPT, "Authorization": request.authorization}
+            target = f"/v2/{name.repository}/manifests/{name.reference}"
+            return await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s), False
+        return response, collapsed
+
+    async def _fetch_public_manifest(self, request: Request, name: Name, timeout_s: float) -> Response:
+        target = f"/v2/{name.repository}/manifests/{name.reference}"
+        headers = {**request.forwarded, "Accept": ACCEPT}
+        response = await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s)
+        if response.status == 200:
+            content_type = response.headers.get("Content-Type", ACCEPT)
+            record = ManifestRecord.parse(response.body, content_type, now=time.time())
+            if record is None:
+                _log.warning("%s: upstream's answer is no manifest; relayed, not stored", name)
+            else:
+                self._store.put_manifest(name, record)
+        return response
+
+
+def _manifest_answer(request: Request, record: ManifestRecord, cache: CacheStatus) -> Answer:
+    headers = [("Content-Type", record.content_type)]
+    if request.method == "HEAD":
+        # As the registry does: bare hexadecimal, on HEAD only (seen 2026-09).
+        headers.append(("ollama-content-digest", record.digest))
+    body = record.body if request.method == "GET" else b""
+    return Answer(200, cache, tuple(headers), body, len(record.body))
+
+
+def _relay(request: Request, response: Response, cache: CacheStatus) -> Answer:
+    body = response.body if request.method == "GET" else b""
+    return Answer(response.status, cache, tuple(relayable(response.headers)), body, len(response.body))
+
+
+def _unavailable(name: Name, error: UpstreamError) -> Answer:
+    """A manifest that cannot be had, in the registry's own error shape (OCI distribution-spec, "Error codes")."""
+    message = f"{name} is not recorded and upstream cannot be asked: {error}"
+    body = json.dumps({"errors": [{"code": "MANIFEST_UNKNOWN", "message": message}]}).encode()
+    _log.warning("%s", message)
+    headers = (("Content-Type", "application/json"),)
+    return Answer(504, CacheStatus(Outcome.MISS, detail="upstream-failed"), headers, body, len(body))

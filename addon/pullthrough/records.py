@@ -1,0 +1,68 @@
+"""What is known of blobs and manifests, as values.
+
+Knows neither how they are stored nor what follows from them.
+"""
+
+import json
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Self
+
+from pullthrough.digest import Digest
+from pullthrough.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRecord:
+    """What is known of one digest."""
+
+    size: int | None = None
+    """None until upstream or its bytes have told."""
+    held: bool = False
+    """Its bytes are here, verified."""
+    public: bool = False
+    """An anonymous request for it succeeded upstream."""
+    mtime_ns: int = 0
+    inode: int = 0
+    recorded: float = 0.0
+    """When it was verified, Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Name:
+    """(host, repository, reference): under which a manifest is asked for."""
+
+    host: str
+    repository: str
+    reference: str
+
+    def __str__(self) -> str:
+        separator = "@" if ":" in self.reference else ":"
+        return f"{self.host}/{self.repository}{separator}{self.reference}"
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRecord:
+    """A stored manifest: upstream's bytes, untouched, and when upstream last confirmed them (Unix seconds)."""
+
+    body: bytes
+    content_type: str
+    confirmed: float
+    sizes: dict[Digest, int]
+    """The blobs it lists, and the sizes it claims for them."""
+
+    @classmethod
+    def parse(cls, body: bytes, content_type: str, *, now: float) -> Self | None:
+        """The record of a manifest's bytes; None if they are none (a captive portal also answers 200)."""
+        try:
+            manifest = json.loads(body)
+            descriptors = [*manifest["layers"], *([manifest["config"]] if manifest.get("config") else [])]
+            sizes = {Digest.parse(item["digest"]): int(item["size"]) for item in descriptors}
+        except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest):
+            return None
+        return cls(body, content_type, now, sizes)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the bytes, bare hexadecimal."""
+        return sha256(self.body).hexdigest()

@@ -1,0 +1,118 @@
+"""Hash what has been assembled, keep the journal, and publish the blob once it is whole and right.
+
+Invariant: the hash goes over the file as it is on disk, in order, once; nothing is published before its digest was
+compared. Knows no connection and no reader.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from pullthrough import platform
+from pullthrough.assembly import Assembly
+from pullthrough.errors import DigestMismatch, StoreError
+from pullthrough.ingest import Ingest
+from pullthrough.store import Store
+from pullthrough.threads import Threads
+
+_log = logging.getLogger(__name__)
+
+HASH_PIECE: Final = 4 << 20
+FLUSH_S: Final = 2.0
+FLUSH_BYTES: Final = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """How long the commit took (seconds), and how much of the blob was unhashed when its last byte came."""
+
+    commit_s: float
+    fsync_s: float
+    unhashed: int
+
+
+class Sealer:
+    """Follows one assembly to its end."""
+
+    def __init__(self, store: Store, threads: Threads, ingest: Ingest, assembly: Assembly) -> None:
+        self._store = store
+        self._threads = threads
+        self._ingest = ingest
+        self._assembly = assembly
+        self._grown = asyncio.Event()
+        self._much = asyncio.Event()
+        self._unflushed = 0
+        self._unhashed = 0
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write bytes that have arrived; StoreUnwritable if the disk refuses."""
+        await self._threads.disk(self._ingest.write_at, offset, data)
+        self._assembly.add(offset, offset + len(data))
+        if self._assembly.complete:
+            self._unhashed = self._assembly.size - self._assembly.hashed
+        self._grown.set()
+        self._unflushed += len(data)
+        if self._unflushed >= FLUSH_BYTES:
+            self._much.set()
+
+    async def mark(self, start: int, stop: int) -> None:
+        """Journal what is present of `[start, stop)`."""
+        present = self._assembly.present.within(start, stop)
+        await self._threads.disk(self._ingest.mark, present)
+
+    async def keep_flushed(self) -> None:
+        """Make what is written durable, every FLUSH_S seconds or FLUSH_BYTES bytes, for ever."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_S):
+                    await self._much.wait()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Make what is written durable now."""
+        self._much.clear()
+        if self._unflushed:
+            self._unflushed = 0
+            await self._threads.disk(self._ingest.flush, self._assembly.present.copy())
+
+    async def hash(self) -> str:
+        """Hash the prefix as it grows; returns the hexadecimal sha256 when all of it has gone through."""
+        assert self._ingest.file is not None
+        hasher = hashlib.sha256()
+        descriptor, assembly = self._ingest.file.descriptor, self._assembly
+
+        def update(offset: int, size: int) -> int:
+            data = platform.read_at(descriptor, offset, size)
+            hasher.update(data)
+            return len(data)
+
+        while assembly.hashed < assembly.size:
+            size = min(HASH_PIECE, assembly.frontier - assembly.hashed)
+            if size == 0:
+                self._grown.clear()
+                await self._grown.wait()
+                continue
+            count = await self._threads.hashing(update, assembly.hashed, size)
+            if count == 0:
+                raise StoreError(
+                    f"recording {self._ingest.digest}: expected {assembly.size} bytes on disk, got {assembly.hashed}"
+                )
+            assembly.hashed += count
+        return hasher.hexdigest()
+
+    async def seal(self, actual: str) -> Sealed:
+        """Publish the blob if it is what it claims to be; DigestMismatch after it was quarantined if not."""
+        began = time.monotonic()
+        digest = self._ingest.digest
+        if actual != digest.hex:
+            path = await self._threads.disk(self._store.quarantine, self._ingest)
+            _log.error("expected %s, got sha256:%s: quarantined as %s", digest, actual, path.name)
+            raise DigestMismatch(str(digest), f"sha256:{actual}")
+        await self._threads.disk(self._ingest.sync)
+        synced = time.monotonic()
+        await self._threads.disk(self._store.publish, self._ingest, now=time.time())
+        return Sealed(time.monotonic() - began, synced - began, self._unhashed)

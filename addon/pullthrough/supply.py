@@ -1,0 +1,79 @@
+"""The source of one blob: kept, shared by all its connections, obtained again when it has expired.
+
+Invariant: sources live in memory only, and are obtained once for all who miss one. Knows no bytes and no slices.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from pullthrough.errors import SourceExpired, UpstreamUnreachable
+from pullthrough.upstream import DataStream, Source, Upstream
+
+Obtain = Callable[[], Awaitable[Source]]
+
+
+class Supply:
+    """Opens checked responses for the blob, from whatever source is good now."""
+
+    def __init__(self, upstream: Upstream, obtain: Obtain, source: Source | None) -> None:
+        """`obtain` asks a registry for a source; `source` is one that a client's request has just got."""
+        self._upstream = upstream
+        self._obtain = obtain
+        self._source = source
+        self._obtaining: asyncio.Task[Source] | None = None
+        self._validator: str | None = None
+
+    def offer(self, source: Source) -> None:
+        """A client has just got this source: use it if ours is gone."""
+        if self._source is None:
+            self._source = source
+
+    async def source(self) -> Source:
+        """The source now; UpstreamError if none can be had."""
+        if self._source is not None:
+            return self._source
+        if self._obtaining is None:
+            self._obtaining = asyncio.get_running_loop().create_task(self._obtain_once(), name="obtain source")
+        return await asyncio.shield(self._obtaining)
+
+    async def _obtain_once(self) -> Source:
+        try:
+            self._source = await self._obtain()
+            return self._source
+        finally:
+            self._obtaining = None
+
+    def adopt(self, stream: DataStream) -> None:
+        """Hold all later responses against this first one's validator."""
+        self._validator = stream.validator
+
+    async def open_first(self, size: int) -> DataStream:
+        """The first response: at most `size` bytes from the start; it tells the complete length.
+
+        No client has been answered yet, so two tries must do.
+        """
+        try:
+            return await self.open(await self.source(), 0, size, length=None)
+        except (SourceExpired, UpstreamUnreachable):
+            return await self.open(await self.source(), 0, size, length=None)
+
+    async def open(self, source: Source, start: int, stop: int, *, length: int | None) -> DataStream:
+        """A response with `[start, stop)`, or with the whole where the source ignores Range."""
+        try:
+            stream = await self._upstream.open_range(
+                source, start, stop, expected_length=length, validator=self._validator
+            )
+        except SourceExpired:
+            if self._source is source:
+                self._source = None
+            raise
+        self._validator = self._validator or stream.validator
+        return stream
+
+    def slot(self, source: Source) -> asyncio.Semaphore:
+        """A place among all connections to the source's host."""
+        return self._upstream.slot(source)
+
+    def close(self) -> None:
+        if self._obtaining is not None:
+            self._obtaining.cancel()
