@@ -71,7 +71,8 @@ class Gate:
 
     def http_connect(self, flow: http.HTTPFlow) -> None:
         try:
-            if not self._intercepts(flow.request.host, flow.request.port):
+            host, port = flow.request.host, flow.request.port
+            if not self._intercepts(host, port) and not self._legs.is_exempt(host, port):
                 self._legs.check_port(flow.request.port, encrypted=True)
         except AddressRefused as error:
             refuse(flow, 403, f"tunnel to {flow.request.host}:{flow.request.port} refused: {error}")

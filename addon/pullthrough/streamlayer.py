@@ -4,9 +4,8 @@ mitmproxy sends a response that an addon made from memory in one piece. Here a s
 blocking hook per piece instead: the hook (answered by `Mouth`) waits until the client has taken what was written,
 takes the next piece from the reader and returns it. Memory stays at a few pieces per client.
 
-Invariant: a body is either sent whole, or the connection is closed short of its Content-Length after a clean
-close_notify and FIN, which lets Ollama keep what it has (server/download.go: unexpected EOF keeps progress, a reset
-does not). Leans on mitmproxy internals that `check_internals` looks at. Knows no registry and no store.
+Invariant: a body is either sent whole, or the connection is closed with FIN short of its Content-Length, which lets
+Ollama keep what it has (server/download.go: an unexpected EOF keeps progress, a reset does not). Leans on mitmproxy internals that `check_internals` looks at. Knows no registry and no store.
 """
 
 import asyncio

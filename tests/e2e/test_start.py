@@ -1,0 +1,116 @@
+"""A start that cannot be right stops: one line that says expected and got, exit code 1, and no open proxy."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mitmproxy.certs import CertStore
+
+from pullthrough.store import Store
+from tests.support.proxy import ADDON, run_until_exit
+
+
+def refused(folder: Path, *, script: Path = ADDON, env: dict[str, str] | None = None, **options: object) -> str:
+    """The one line that mitmdump says before it exits with 1."""
+    places = {"ollama_cache_dir": folder / "store", "ollama_cache_certs": folder / "certs"}
+    code, output = run_until_exit(folder, script=script, env=env, **(places | options))
+    lines = [line for line in output.splitlines() if "Loading script" not in line and "listening at" not in line]
+    assert code == 1, output
+    assert len(lines) == 1, output
+    assert "Traceback" not in output
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ollama_cache_tunnel": "some"}, "option ollama_cache_tunnel: expected any or none, got 'some'"),
+        ({"ollama_cache_max_sise": "1GB"}, "unknown option ollama_cache_max_sise: expected one of"),
+        ({"ollama_cache_manifest_lifetime": "soon"}, "ollama_cache_manifest_lifetime: expected a duration"),
+        ({"ollama_cache_clients": "10.0.0.1/8"}, "ollama_cache_clients: expected CIDR networks"),
+        ({"ssl_verify_upstream_trusted_ca": "/nonexistent.pem"}, "ssl_verify_upstream_trusted_ca: expected a PEM file"),
+        ({"mode": "socks5"}, "option mode: expected regular, got socks5"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_options(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    """Values, misspelt names, and what only the system can tell."""
+    assert message in refused(tmp_path, **options)
+
+
+def test_bad_environment(tmp_path: Path) -> None:
+    """The environment is held to the same grammar."""
+    message = refused(tmp_path, env={"OLLAMA_CACHE_FINISH": "later"})
+    assert "option ollama_cache_finish: expected auto or always or never, got 'later'" in message
+
+
+def foreign_folder(folder: Path) -> str:
+    (folder / "store").mkdir()
+    (folder / "store" / "thesis.tex").write_text("")
+    return "expected an ollama-cache store or an empty folder, got a folder with 'thesis.tex' in it"
+
+
+def unwritable(folder: Path) -> str:
+    (folder / "store").write_text("")
+    return "expected a folder, got a file"
+
+
+def newer_format(folder: Path) -> str:
+    Store.open(folder / "store").close()
+    (folder / "store" / "ollama-cache.json").write_text('{"format": 99}')
+    return "expected format 1 in ollama-cache.json, got 99"
+
+
+def corrupt_index(folder: Path) -> str:
+    Store.open(folder / "store").close()
+    (folder / "store" / "index" / "cache.db").write_bytes(b"no database" * 1000)
+    return "expected a sound index in"
+
+
+def unconstrained_ca(folder: Path) -> str:
+    """mitmproxy's own kind of CA, which may sign anything, under our file names."""
+    CertStore.create_store(folder / "mitmproxy", "mitmproxy", 2048)
+    (folder / "certs").mkdir()
+    both = (folder / "mitmproxy" / "mitmproxy-ca.pem").read_bytes()
+    (folder / "certs" / "ollama-cache-ca-key.pem").touch(mode=0o600)
+    (folder / "certs" / "ollama-cache-ca-key.pem").write_bytes(both)
+    (folder / "certs" / "ollama-cache-ca-cert.pem").write_bytes(
+        (folder / "mitmproxy" / "mitmproxy-ca-cert.pem").read_bytes()
+    )
+    return "expected"
+
+
+@pytest.mark.parametrize("damage", [foreign_folder, unwritable, newer_format, corrupt_index, unconstrained_ca])
+def test_bad_folders(tmp_path: Path, damage: Callable[[Path], str]) -> None:
+    """What lies on disk is not ours, or not usable."""
+    expected = damage(tmp_path)
+    message = refused(tmp_path)
+    assert expected in message
+    assert "certs" in message if damage is unconstrained_ca else "store" in message
+
+
+def test_second_daemon(tmp_path: Path) -> None:
+    """A store belongs to one daemon."""
+    store = Store.open(tmp_path / "store")
+    assert "expected a free store, got one in use by process" in refused(tmp_path)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        ("from mitmproxy import version; version.VERSION = '13.0.0'", "expected mitmproxy >=12.2,<13, got 13.0.0"),
+        (
+            "from mitmproxy.proxy.layers.http import HttpStream\n"
+            "def send_response(self, streamed, trailers): ...\n"
+            "HttpStream.send_response = send_response",
+            "expected send_response(self, already_streamed) in mitmproxy",
+        ),
+    ],
+    ids=["version", "internals"],
+)
+def test_another_mitmproxy(tmp_path: Path, patch: str, message: str) -> None:
+    """Internals that are not those the stream layer was written for."""
+    script = tmp_path / "patched.py"
+    script.write_text(f"{patch}\nimport sys\nsys.path.insert(0, {str(ADDON.parent)!r})\n{ADDON.read_text()}")
+    assert message in refused(tmp_path, script=script)
