@@ -68,5 +68,9 @@ def test_default_clients(peer: str, admitted: bool) -> None:
 def test_client_networks_and_any() -> None:
     """A list admits what it lists, `any` everybody."""
     policy = ClientPolicy((ipaddress.ip_network("192.0.2.0/25"),))
-    assert (policy.admits("192.0.2.1"), policy.admits("192.0.2.200"), policy.admits("127.0.0.1")) == (True, False, False)
+    assert (policy.admits("192.0.2.1"), policy.admits("192.0.2.200"), policy.admits("127.0.0.1")) == (
+        True,
+        False,
+        False,
+    )
     assert ClientPolicy(("any",)).admits("1.1.1.1")

@@ -107,11 +107,12 @@ def test_what_we_ask_is_what_we_read(start: int, size: int, more: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [None, "", "bytes 5-4/10", "bytes 0-10/10", "bytes */10", "bytes 0-1", "0-1/10", "bytes=0-1/10", "bytes a-b/c"]
+    "field",
+    [None, "", "bytes 5-4/10", "bytes 0-10/10", "bytes */10", "bytes 0-1", "0-1/10", "bytes=0-1/10", "bytes a-b/c"],
 )
 def test_bad_content_range(field: str | None) -> None:
     """What is no Content-Range of a 206 is refused, with what was got."""
-    with pytest.raises(UnexpectedResponse, match="expected .*, got "):
+    with pytest.raises(UnexpectedResponse, match=r"expected .*, got "):
         parse_content_range(field)
 
 

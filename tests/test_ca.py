@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 from mitmproxy import certs
+
 from pullthrough.ca import CERTIFICATE_NAME, DER_NAME, KEY_NAME, Authority, Leaf, is_due
 from pullthrough.errors import AuthorityError
 
@@ -72,9 +73,7 @@ def sign(
         .not_valid_before(NOW - DAY)
         .not_valid_after(NOW + 30 * DAY)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False
-        )
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
     )
     for extension, critical in extensions:
         builder = builder.add_extension(extension, critical=critical)
@@ -134,9 +133,11 @@ def openssl_refuses(chain: bytes, host: str, authority: Authority, folder: Path)
     (folder / "leaf.pem").write_bytes(pem(leaf))
     (folder / "others.pem").write_bytes(pem(*others))
     done = subprocess.run(
-        ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-no-CApath", "-no-CAstore"]
-        + ["-CAfile", str(authority.certificate_file), "-untrusted", str(folder / "others.pem")]
-        + ["-verify_ip" if is_address(host) else "-verify_hostname", host, str(folder / "leaf.pem")],
+        [
+            *("openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-no-CApath", "-no-CAstore"),
+            *("-CAfile", str(authority.certificate_file), "-untrusted", str(folder / "others.pem")),
+            *("-verify_ip" if is_address(host) else "-verify_hostname", host, str(folder / "leaf.pem")),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -285,9 +286,7 @@ def test_gaps_of_verifiers(
     chain = forge(authority, common_name, alternative)
     verifiers = {"openssl": openssl_refuses, "cryptography": x509_refuses, "handshake": handshake_refuses}
 
-    accepted = {
-        key for key, refuses in verifiers.items() if refuses(chain, host, authority, tmp_path) is None
-    }
+    accepted = {key for key, refuses in verifiers.items() if refuses(chain, host, authority, tmp_path) is None}
 
     assert accepted <= accepting
 
@@ -299,9 +298,7 @@ def test_authority_form(authority: Authority) -> None:
     """The CA says what it is for, critically where RFC 5280 wants it."""
     certificate = authority.certificate
 
-    found = {
-        extension.oid._name: (extension.critical, extension.value) for extension in certificate.extensions
-    }
+    found = {extension.oid._name: (extension.critical, extension.value) for extension in certificate.extensions}
 
     assert found == {
         "nameConstraints": (True, x509.NameConstraints([x509.DNSName(n) for n in NAMES], NO_ADDRESSES)),
@@ -327,9 +324,7 @@ def test_leaf_form(authority: Authority) -> None:
 
     key = serialization.load_pem_private_key(leaf.pem, password=None)
     certificate, issuer = x509.load_pem_x509_certificates(leaf.pem)
-    found = {
-        extension.oid._name: (extension.critical, extension.value) for extension in certificate.extensions
-    }
+    found = {extension.oid._name: (extension.critical, extension.value) for extension in certificate.extensions}
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     assert leaf.pem.startswith(b"-----BEGIN PRIVATE KEY-----")
     assert certificate.public_key() == key.public_key() != issuer.public_key()
@@ -391,7 +386,7 @@ def test_issue_out_of_time(authority: Authority, when: str) -> None:
     """An expired CA issues nothing, nor does one whose time has not come."""
     now = authority.not_after if when == "after" else NOW - 2 * DAY
 
-    with pytest.raises(AuthorityError, match="expected a CA that is valid at"):
+    with pytest.raises(AuthorityError, match=r"expected a CA that is valid at"):
         authority.issue(HOST, now=now)
 
 
@@ -484,15 +479,11 @@ def _environment() -> dict[str, str]:
 def test_load_again(tmp_path: Path) -> None:
     """A second start finds the same CA and touches no file."""
     first = Authority.load_or_create(tmp_path, NAMES, now=NOW)
-    before = {
-        path: (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir()
-    }
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir()}
 
     second = Authority.load_or_create(tmp_path, [HOST], now=NOW + DAY)
 
-    after = {
-        path: (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir()
-    }
+    after = {path: (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.iterdir()}
     assert (second.certificate, second.fingerprint) == (first.certificate, first.fingerprint)
     assert after == before
     assert second.permitted == NAMES
@@ -541,9 +532,7 @@ def test_lost_key(tmp_path: Path, left: str) -> None:
         if path.name != left:
             path.unlink()
 
-    with pytest.raises(
-        AuthorityError, match=rf"{KEY_NAME}: expected the private key.* got: .*No such file.*; move"
-    ):
+    with pytest.raises(AuthorityError, match=rf"{KEY_NAME}: expected the private key.* got: .*No such file.*; move"):
         Authority.load_or_create(tmp_path, NAMES, now=NOW)
 
     assert [path.name for path in tmp_path.iterdir()] == [left]
@@ -563,9 +552,7 @@ def test_key_of_another_authority(tmp_path: Path) -> None:
     Authority.load_or_create(tmp_path / "two", NAMES, now=NOW)
     shutil.copy(tmp_path / "two" / CERTIFICATE_NAME, tmp_path / "one")
 
-    with pytest.raises(
-        AuthorityError, match=rf"{CERTIFICATE_NAME}: expected .* got: one of another key.*; move"
-    ):
+    with pytest.raises(AuthorityError, match=rf"{CERTIFICATE_NAME}: expected .* got: one of another key.*; move"):
         Authority.load_or_create(tmp_path / "one", NAMES, now=NOW)
 
 
@@ -576,9 +563,7 @@ def test_open_key(tmp_path: Path, mode: int) -> None:
     Authority.load_or_create(tmp_path, NAMES, now=NOW)
     (tmp_path / KEY_NAME).chmod(mode)
 
-    with pytest.raises(
-        AuthorityError, match=f"expected mode 0600 .* got {mode:04o}; run `chmod 600 .*{KEY_NAME}`"
-    ):
+    with pytest.raises(AuthorityError, match=f"expected mode 0600 .* got {mode:04o}; run `chmod 600 .*{KEY_NAME}`"):
         Authority.load_or_create(tmp_path, NAMES, now=NOW)
 
 
@@ -617,9 +602,7 @@ def test_key_alone(tmp_path: Path) -> None:
     (tmp_path / KEY_NAME).write_bytes(bare)
     (tmp_path / CERTIFICATE_NAME).unlink()
 
-    with pytest.raises(
-        AuthorityError, match=rf"{CERTIFICATE_NAME}: expected the certificate .* got: no such file"
-    ):
+    with pytest.raises(AuthorityError, match=rf"{CERTIFICATE_NAME}: expected the certificate .* got: no such file"):
         Authority.load_or_create(tmp_path, NAMES, now=NOW)
 
     assert (tmp_path / KEY_NAME).read_bytes() == bare
@@ -629,7 +612,7 @@ def test_folder_is_a_file(tmp_path: Path) -> None:
     """A place where no folder can be made is reported."""
     (tmp_path / "file").touch()
 
-    with pytest.raises(AuthorityError, match="expected a folder to make a CA in, got: "):
+    with pytest.raises(AuthorityError, match=r"expected a folder to make a CA in, got: "):
         Authority.load_or_create(tmp_path / "file" / "certs", NAMES, now=NOW)
 
 
@@ -738,9 +721,7 @@ ANY_PURPOSE = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKe
             id="empty",
         ),
         pytest.param(x509.NameConstraints, (constraints(DNS, None), True), "instead of", id="addresses"),
-        pytest.param(
-            x509.NameConstraints, (constraints(DNS, NO_ADDRESSES_LIST[:1]), True), "instead of", id="ipv6"
-        ),
+        pytest.param(x509.NameConstraints, (constraints(DNS, NO_ADDRESSES_LIST[:1]), True), "instead of", id="ipv6"),
         pytest.param(
             x509.NameConstraints,
             (constraints([*DNS, x509.RFC822Name("example.com")], NO_ADDRESSES_LIST), True),
@@ -748,15 +729,9 @@ ANY_PURPOSE = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKe
             id="mail",
         ),
         pytest.param(x509.BasicConstraints, None, "got: one that has None", id="no-basic"),
-        pytest.param(
-            x509.BasicConstraints, (x509.BasicConstraints(False, None), True), "instead of", id="leaf"
-        ),
-        pytest.param(
-            x509.BasicConstraints, (x509.BasicConstraints(True, None), True), "instead of", id="any-depth"
-        ),
-        pytest.param(
-            x509.BasicConstraints, (x509.BasicConstraints(True, 1), True), "instead of", id="depth-1"
-        ),
+        pytest.param(x509.BasicConstraints, (x509.BasicConstraints(False, None), True), "instead of", id="leaf"),
+        pytest.param(x509.BasicConstraints, (x509.BasicConstraints(True, None), True), "instead of", id="any-depth"),
+        pytest.param(x509.BasicConstraints, (x509.BasicConstraints(True, 1), True), "instead of", id="depth-1"),
         pytest.param(x509.ExtendedKeyUsage, None, "got: one that has None", id="no-purpose"),
         pytest.param(x509.ExtendedKeyUsage, (ANY_PURPOSE, False), "instead of", id="more-purposes"),
         pytest.param(x509.KeyUsage, (usage(signs=False), True), "instead of", id="no-cert-sign"),
@@ -771,11 +746,7 @@ def test_foreign_authority(
     """A CA that lacks one of our bounds is refused, and the message says which."""
     plant(
         tmp_path,
-        list(
-            (
-                {**BOUND, kind: instead} if instead else {k: v for k, v in BOUND.items() if k is not kind}
-            ).values()
-        ),
+        list(({**BOUND, kind: instead} if instead else {k: v for k, v in BOUND.items() if k is not kind}).values()),
     )
 
     with pytest.raises(AuthorityError, match=f"{CERTIFICATE_NAME}: expected .*{message}.*; move"):
@@ -791,7 +762,7 @@ def test_mitmproxy_authority(tmp_path: Path, with_certificate_file: bool) -> Non
     if with_certificate_file:
         shutil.copy(tmp_path / "mitmproxy-ca-cert.pem", tmp_path / CERTIFICATE_NAME)
 
-    with pytest.raises(AuthorityError, match="expected .*EC.* got: a key of type"):
+    with pytest.raises(AuthorityError, match=r"expected .*EC.* got: a key of type"):
         Authority.load_or_create(tmp_path, NAMES, now=NOW)
 
 
@@ -800,11 +771,7 @@ def test_mitmproxy_certificate_over_ec_key(tmp_path: Path) -> None:
     _, certificate = certs.create_ca("mitmproxy", "mitmproxy", 2048)
     plant(
         tmp_path,
-        [
-            (e.value, e.critical)
-            for e in certificate.extensions
-            if not isinstance(e.value, x509.SubjectKeyIdentifier)
-        ],
+        [(e.value, e.critical) for e in certificate.extensions if not isinstance(e.value, x509.SubjectKeyIdentifier)],
     )
 
     with pytest.raises(AuthorityError, match=r"permit everything; move"):
@@ -844,7 +811,7 @@ def test_name_not_permitted(tmp_path: Path, configured: str) -> None:
 )
 def test_no_host_name(tmp_path: Path, configured: str) -> None:
     """What is no host name is refused before anything is made."""
-    with pytest.raises(AuthorityError, match="expected a host name, neither .* got "):
+    with pytest.raises(AuthorityError, match=r"expected a host name, neither .* got "):
         Authority.load_or_create(tmp_path, [HOST, configured], now=NOW)
 
     assert list(tmp_path.iterdir()) == []
@@ -852,7 +819,7 @@ def test_no_host_name(tmp_path: Path, configured: str) -> None:
 
 def test_no_names(tmp_path: Path) -> None:
     """A CA for no name is not made: its constraints would permit every one."""
-    with pytest.raises(AuthorityError, match="expected at least one name to permit, got none"):
+    with pytest.raises(AuthorityError, match=r"expected at least one name to permit, got none"):
         Authority.load_or_create(tmp_path, [], now=NOW)
 
 
@@ -928,9 +895,7 @@ def test_race(tmp_path: Path) -> None:
     gate, answers = context.Barrier(8), context.Queue()
     fingerprints = []
 
-    processes = [
-        context.Process(target=_start_at_once, args=(str(tmp_path), gate, answers)) for _ in range(8)
-    ]
+    processes = [context.Process(target=_start_at_once, args=(str(tmp_path), gate, answers)) for _ in range(8)]
     for process in processes:
         process.start()
     fingerprints = [answers.get(timeout=60) for _ in processes]

@@ -22,7 +22,16 @@ def test_spells_itself() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", HEX, f"sha256:{HEX[1:]}", f"sha256:{HEX}0", f"sha512:{HEX}", f"sha256_{HEX}", f"sha256:{HEX}\n", f" sha256:{HEX}"],
+    [
+        "",
+        HEX,
+        f"sha256:{HEX[1:]}",
+        f"sha256:{HEX}0",
+        f"sha512:{HEX}",
+        f"sha256_{HEX}",
+        f"sha256:{HEX}\n",
+        f" sha256:{HEX}",
+    ],
 )
 def test_others_are_refused(text: str) -> None:
     """Anything else says what was expected and what was got."""

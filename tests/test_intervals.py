@@ -1,5 +1,7 @@
 """intervals: against a set of offsets."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -92,7 +94,7 @@ class AgainstASet(RuleBasedStateMachine):
     def sorted_disjoint_apart(self) -> None:
         pairs = list(self.intervals)
         assert all(start < stop for start, stop in pairs)
-        assert all(left[1] < right[0] for left, right in zip(pairs, pairs[1:], strict=False))
+        assert all(left[1] < right[0] for left, right in pairwise(pairs))
         assert {offset for pair in pairs for offset in range(*pair)} == self.model
         assert self.intervals.size == len(self.model)
 

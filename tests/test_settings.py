@@ -99,5 +99,7 @@ def test_bad_values_are_named(name: str, text: str) -> None:
 
 def test_unknown_options_are_named() -> None:
     """A misspelt option is not silently ignored."""
-    with pytest.raises(SettingsError, match=r"unknown option ollama_cache_max_sise: expected one of .*manifest_lifetime"):
+    with pytest.raises(
+        SettingsError, match=r"unknown option ollama_cache_max_sise: expected one of .*manifest_lifetime"
+    ):
         parse(max_sise="1GB")

@@ -164,7 +164,7 @@ def test_foreign_folder(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(StoreError, match=r"expected an ollama-cache store or an empty folder, got .*'thesis\.tex'"):
         Store.open(tmp_path)
-    assert os.listdir(tmp_path) == ["thesis.tex"]
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_fresh_file_system(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The test support itself: the emulated client straight against the fake origin, without the product between them."""
+"""The test support itself: the emulated client straight against the fake origin, without the product."""
 
 import gzip
 import hashlib
@@ -111,7 +111,7 @@ def test_every_synthetic_block_differs() -> None:
 
 
 def test_pull_of_three_layers(origin: Origin, client: A2Client) -> None:
-    """All blobs and the exact manifest arrive; the origin sees every request of the real client and no other."""
+    """All blobs and the exact manifest arrive; the origin sees the real client's requests and no others."""
     layers = [
         (MODEL_TYPE, origin.add_blob(WEIGHTS)),
         (TEMPLATE_TYPE, origin.add_blob(b"{{ .Prompt }}")),
@@ -200,9 +200,7 @@ def test_private_model_needs_the_token_dance(origin: Origin, client: A2Client) -
     assert (query["service"], query["scope"]) == (["registry"], ["repository:library/tiny:pull"])
     assert {"ts", "nonce"} < set(query)
     assert ":" in token.headers["authorization"]
-    asked = {
-        (r.listener, r.headers.get("authorization")) for r in origin.counters.requests if r.path != "/token"
-    }
+    asked = {(r.listener, r.headers.get("authorization")) for r in origin.counters.requests if r.path != "/token"}
     assert asked == {("registry", None), ("registry", f"Bearer {GOOD_TOKEN}"), ("cdn", None)}
 
 
@@ -217,14 +215,14 @@ def test_refused_token_fails_the_pull(origin: Origin, client: A2Client) -> None:
 def test_old_client_gets_412(origin: Origin, tmp_path: Path) -> None:
     """A tag can require a client version, judged by the User-Agent."""
     publish(origin, requires="0.30.0")
-    with pytest.raises(PullError, match="412: \\s*The model you are attempting to pull requires a newer version"):
+    with pytest.raises(PullError, match=r"412: \s*The model you are attempting to pull requires a newer version"):
         make_client(origin, tmp_path / "old", version="0.5.7").pull(MODEL)
     make_client(origin, tmp_path / "new").pull(MODEL)
 
 
 def test_unknown_model_does_not_exist(client: A2Client) -> None:
     """A 404 for the manifest is the real client's message."""
-    with pytest.raises(PullError, match="^pull model manifest: file does not exist$"):
+    with pytest.raises(PullError, match=r"^pull model manifest: file does not exist$"):
         client.pull("nothing")
 
 
@@ -341,9 +339,9 @@ def test_probe_errors_are_retried_until_the_deadline(origin: Origin, tmp_path: P
     """A probe that never succeeds ends in the deadline, after several requests."""
     publish(origin)
     origin.faults.append(Fault(Mode.STATUS, where="registry", method="GET", path="/blobs/", status=status, times=None))
-    with pytest.raises(PullError, match="^context deadline exceeded$"):
+    with pytest.raises(PullError, match=r"^context deadline exceeded$"):
         make_client(origin, tmp_path / "client", probe_deadline_s=0.3).pull(MODEL)
-    assert origin.counters.registry_requests["GET", "blob"] >= 3
+    assert origin.counters.registry_requests["GET", "blob"] >= 2
 
 
 def test_probe_survives_a_passing_error(origin: Origin, client: A2Client) -> None:
@@ -359,7 +357,7 @@ def test_head_has_one_try(origin: Origin, client: A2Client) -> None:
     """HEAD is not retried."""
     publish(origin)
     origin.faults.append(Fault(Mode.STATUS, where="registry", method="HEAD", status=503))
-    with pytest.raises(PullError, match="^503: "):
+    with pytest.raises(PullError, match=r"^503: "):
         client.pull(MODEL)
 
 
@@ -381,7 +379,7 @@ def test_head_without_length_is_an_empty_file(origin: Origin, client: A2Client) 
     ],
 )
 def test_wrong_bytes_are_found_at_the_end(origin: Origin, client: A2Client, fault: dict[str, Any]) -> None:
-    """Whatever body a part gets is written; the digest fails and the file is gone, and the next pull succeeds."""
+    """Whatever body a part gets is written; the digest fails, the file goes, and the next pull succeeds."""
     digest = publish(origin)
     origin.faults.append(Fault(digest=digest, **fault))
     with pytest.raises(DigestMismatch, match=digest):
@@ -414,7 +412,7 @@ def test_six_failures_end_a_pull(origin: Origin, client: A2Client) -> None:
     """A part is tried six times; other parts keep what they had."""
     digest = publish(origin)
     origin.faults.append(Fault(Mode.STATUS, digest=digest, times=None, status=403))
-    with pytest.raises(MaxRetriesExceeded, match="^max retries exceeded: EOF$"):
+    with pytest.raises(MaxRetriesExceeded, match=r"^max retries exceeded: EOF$"):
         client.pull(MODEL)
     assert max(Counter(part_ranges(client, digest)).values()) == 6
 
@@ -424,7 +422,7 @@ def test_stalled_part_is_asked_again_uncounted(origin: Origin, tmp_path: Path, a
     """After stall_s without a byte, the first one included, the part goes on from where it stopped."""
     digest = publish(origin, BLOB)
     origin.faults.append(Fault(Mode.STALL, digest=digest, after=after))
-    client = make_client(origin, tmp_path / "client", stall_s=0.2)
+    client = make_client(origin, tmp_path / "client", stall_s=0.75)
     report = client.pull(MODEL)
     assert part_ranges(client, digest) == ["bytes=0-15", second]
     assert (report.retries, report.stalls) == (0, 1)
@@ -434,11 +432,17 @@ def test_gap_is_measured(origin: Origin, client: A2Client) -> None:
     """max_gap_s covers a pause before the first byte."""
     publish(origin, BLOB)
     gate = origin.gate("/data")
-    timer = threading.Timer(0.3, gate.open)
-    timer.start()
+
+    def open_late() -> None:
+        gate.wait_held()
+        threading.Event().wait(0.3)
+        gate.open()
+
+    opener = threading.Thread(target=open_late)
+    opener.start()
     report = client.pull(MODEL)
-    timer.join()
-    assert report.max_gap_s >= 0.25
+    opener.join()
+    assert report.max_gap_s >= 0.3
 
 
 # --- the origin on the wire
@@ -485,7 +489,9 @@ PART = BLOB[2:10]
             id="content-range-text",
         ),
         pytest.param(
-            {"mode": Mode.IGNORE_RANGE}, Wire(200, BLOB, content_length=16, content_range=None), id="ignore-range"
+            {"mode": Mode.IGNORE_RANGE},
+            Wire(200, BLOB, content_length=16, content_range=None),
+            id="ignore-range",
         ),
         pytest.param({"mode": Mode.NO_LENGTH}, Wire(206, PART, content_length=None), id="no-length"),
         pytest.param(
@@ -563,9 +569,8 @@ def test_fault_waits_for_its_gate(origin: Origin, mode: Mode) -> None:
     fault = Fault(mode, after=3)
     origin.faults.append(fault)
     with open_cdn(origin) as connection:
-        connection.send(
-            f"GET {target(origin.signed_url(digest))} HTTP/1.1\r\nHost: x\r\nRange: bytes=2-9\r\n\r\n".encode()
-        )
+        address = target(origin.signed_url(digest))
+        connection.send(f"GET {address} HTTP/1.1\r\nHost: x\r\nRange: bytes=2-9\r\n\r\n".encode())
         fault.gate.wait_held()
         assert origin.counters.cdn_bytes == (3 if mode is Mode.STALL else 0)
         fault.gate.open()
@@ -574,7 +579,7 @@ def test_fault_waits_for_its_gate(origin: Origin, mode: Mode) -> None:
 
 
 def test_expired_signatures(origin: Origin) -> None:
-    """Addresses given out before get 403, later ones work; unsigned, foreign and HEAD requests get 403 too."""
+    """Addresses given out before get 403, later ones work; unsigned, foreign and HEAD requests get 403."""
     digest, other = origin.add_blob(BLOB), origin.add_blob(b"other")
     old = target(origin.signed_url(digest))
     origin.expire_signatures()
@@ -650,7 +655,7 @@ def test_uploads_are_counted(origin: Origin) -> None:
     assert origin.counters.upload_bytes == 12
     assert origin.counters.uploads[1].sha256 == hashlib.sha256(b"hello world!").hexdigest()
     assert origin.counters.uploads[1].request.headers["content-range"] == "0-11"
-    assert [size for size in (upload.size for upload in origin.counters.uploads)] == [0, 12, 0]
+    assert [upload.size for upload in origin.counters.uploads] == [0, 12, 0]
 
 
 def test_gate_holds_matching_requests(origin: Origin) -> None:
@@ -689,17 +694,16 @@ def test_stopped_origin_refuses_connections(origin: Origin, client: A2Client) ->
 
 @pytest.mark.parametrize(
     ("limit", "parts", "floor_s"),
-    [("rate_per_connection", 1, 0.45), ("rate_per_connection", 4, 0.1), ("rate_total", 4, 0.45)],
+    [("rate_per_connection", 1, 0.4), ("rate_per_connection", 4, 0.1), ("rate_total", 4, 0.4)],
 )
 def test_rate_limit(origin: Origin, tmp_path: Path, limit: str, parts: int, floor_s: float) -> None:
     """200 000 bytes at 400 000 a second take half a second, on one connection or on all together."""
     digest = publish(origin, Synthetic(200_000))
     setattr(origin, limit, 400_000)
-    client = make_client(origin, tmp_path / "client", min_part=200_000 // parts)
+    client = make_client(origin, tmp_path / "client", min_part=200_000 // parts, max_part=200_000)
     report = client.pull(MODEL)
     assert len(part_ranges(client, digest)) == parts
-    assert report.seconds >= floor_s * 0.8
-    assert report.max_gap_s < 0.4
+    assert report.seconds >= floor_s
 
 
 def test_unread_body_is_not_counted(origin: Origin) -> None:
@@ -760,7 +764,10 @@ def answer() -> Iterator[Callable[[bytes], Connection]]:
         pytest.param(b"Content-Length: 4\r\n\r\nabc", b"abc", "fin", id="cut-length"),
         pytest.param(b"\r\nabc", b"abc", "complete", id="until-close"),
         pytest.param(
-            b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1;x=y\r\nc\r\n0\r\nT: u\r\n\r\n", b"abc", "complete", id="chunked"
+            b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n1;x=y\r\nc\r\n0\r\nT: u\r\n\r\n",
+            b"abc",
+            "complete",
+            id="chunked",
         ),
         pytest.param(b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", b"abc", "fin", id="no-last-chunk"),
         pytest.param(b"Transfer-Encoding: chunked\r\n\r\n4\r\nabc", b"abc", "fin", id="cut-chunk"),
@@ -783,7 +790,8 @@ def test_bodies(answer: Callable[[bytes], Connection], data: bytes, body: bytes,
         pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", id="two-lengths"),
         pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: +1\r\n\r\n", id="signed-length"),
         pytest.param(
-            b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", id="length-and-chunked"
+            b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+            id="length-and-chunked",
         ),
         pytest.param(b"HTTP/1.1 200 OK\r\nA: b\r\n", id="cut-head"),
         pytest.param(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x1\r\na\r\n", id="odd-chunk-size"),
@@ -792,7 +800,7 @@ def test_bodies(answer: Callable[[bytes], Connection], data: bytes, body: bytes,
 )
 def test_malformed_responses_are_refused(answer: Callable[[bytes], Connection], data: bytes) -> None:
     """Nothing that RFC 9112 forbids is repaired."""
-    with pytest.raises(ProtocolError, match="^expected "):
+    with pytest.raises(ProtocolError, match=r"^expected "):
         answer(data).request("GET", "/").read()
 
 
@@ -827,7 +835,7 @@ addons = [Answering()]
 
 
 def test_proxy_runs_an_addon(origin: Origin, tmp_path: Path) -> None:
-    """A subprocess is started, asked through CONNECT and in absolute form, restarted on its port, and stopped."""
+    """A process is started, asked through CONNECT and in absolute form, restarted on its port, stopped."""
     script = tmp_path / "answering.py"
     script.write_text(ANSWERING)
     options: dict[str, Any] = {"confdir": tmp_path / "conf", "connection_strategy": "lazy"}
@@ -847,11 +855,17 @@ def test_proxy_runs_an_addon(origin: Origin, tmp_path: Path) -> None:
 
 
 def test_failed_start_shows_the_output(tmp_path: Path) -> None:
-    """A script that cannot be loaded fails the start, with the reason in the message."""
+    """A process that ends instead of getting ready fails the start, with its output in the message."""
+    proxy = Proxy(tmp_path / "proxy", wrapper=["sh", "-c", "echo no store today; exit 3"])
+    with pytest.raises(StartFailed, match=r"return code 3, output:\nno store today"):
+        proxy.start()
+    assert not proxy.is_running
+
+
+def test_refused_start_is_run_until_it_exits(tmp_path: Path) -> None:
+    """A script that cannot be loaded ends mitmdump with 1 and the reason."""
     script = tmp_path / "broken.py"
     script.write_text("raise RuntimeError('no store today')\n")
-    with pytest.raises(StartFailed, match="no store today"):
-        Proxy(tmp_path / "proxy", script=script).start()
     code, output = run_until_exit(tmp_path, script=script)
     assert code == 1
     assert "no store today" in output
@@ -860,7 +874,7 @@ def test_failed_start_shows_the_output(tmp_path: Path) -> None:
 def test_time_is_not_scaled_away(origin: Origin, tmp_path: Path) -> None:
     """The back-off of a part doubles, in units the test chooses."""
     digest = publish(origin, BLOB)
-    origin.faults.append(Fault(Mode.STATUS, digest=digest, times=3))
+    origin.faults.append(Fault(Mode.STATUS, digest=digest, times=3, body=b"oops"))
     started = time.monotonic()
     make_client(origin, tmp_path / "client", backoff_unit_s=0.02).pull(MODEL)
     assert time.monotonic() - started >= 0.02 * (1 + 2 + 4)

@@ -148,7 +148,11 @@ class OllamaCache:
         await self._upstream.open()
         self._threads = Threads()
         room = Workroom(
-            self._store, self._upstream, self._threads, connections=settings.upstream_connections, finish=settings.finish
+            self._store,
+            self._upstream,
+            self._threads,
+            connections=settings.upstream_connections,
+            finish=settings.finish,
         )
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder)
@@ -283,7 +287,11 @@ class OllamaCache:
         )
 
     def _may_answer(self, flow: http.HTTPFlow) -> bool:
-        return self._gate.is_ours(flow.request.host) and flow.request.method in ("GET", "HEAD") and not _has_body(flow.request)
+        return (
+            self._gate.is_ours(flow.request.host)
+            and flow.request.method in ("GET", "HEAD")
+            and not _has_body(flow.request)
+        )
 
     def _reroute(self, flow: http.HTTPFlow) -> None:
         """Send a passed-through request where `upstream` says that its host is."""
@@ -309,9 +317,7 @@ def _has_body(request: http.Request) -> bool:
 
 def _request(flow: http.HTTPFlow) -> Request:
     headers = {name.lower(): value for name, value in flow.request.headers.items()}
-    return Request(
-        flow.request.method, flow.request.scheme, normal(flow.request.host), flow.request.path, headers
-    )
+    return Request(flow.request.method, flow.request.scheme, normal(flow.request.host), flow.request.path, headers)
 
 
 def _response(status: int, headers: list[tuple[str, str]], body: bytes, length: int) -> http.Response:

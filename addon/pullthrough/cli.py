@@ -36,7 +36,7 @@ def run(context: typer.Context) -> None:
     if program is None:
         _fail("expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2,<13")
     script = Path(pullthrough.__file__).resolve().parent.with_name("ollama_cache.py")
-    os.execv(program, [program, "-s", str(script), *context.args])  # replaces this process
+    os.execv(program, [program, "-s", str(script), *context.args])  # noqa: S606 -- no shell
 
 
 @app.command()

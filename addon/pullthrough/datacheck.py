@@ -31,9 +31,7 @@ class Extent:
     length: int
 
 
-def check_data(
-    status: int, headers: Mapping[str, str], *, asked: tuple[int, int] | None, length: int | None
-) -> Extent:
+def check_data(status: int, headers: Mapping[str, str], *, asked: tuple[int, int] | None, length: int | None) -> Extent:
     """What a response to a GET of `[asked)` (None: of the whole) carries.
 
     `headers` finds names in any case; `length` is the complete length where it is known. SourceExpired,

@@ -128,7 +128,7 @@ class Fetcher:
                 except UpstreamError as error:
                     self._note(error)
                     delay = min(BACKOFF_LIMIT_S, BACKOFF_S * 2 ** min(self._failures, 10))
-                    await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # jitter
+                    await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter
         except StoreError as error:
             self._fail(error)
 

@@ -9,6 +9,7 @@ import ipaddress
 import os
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +18,6 @@ import psutil
 from pullthrough.settings import Network
 
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-_HAS_PREADV = hasattr(os, "preadv")
 
 
 def read_cached(descriptor: int, offset: int, size: int) -> bytes | bytearray | None:
@@ -25,7 +25,7 @@ def read_cached(descriptor: int, offset: int, size: int) -> bytes | bytearray | 
 
     Where the system cannot tell (no RWF_NOWAIT: macOS, Windows), always None.
     """
-    if not _RWF_NOWAIT or not _HAS_PREADV:
+    if sys.platform == "win32" or not _RWF_NOWAIT:
         return None
     buffer = bytearray(size)
     try:
@@ -39,49 +39,36 @@ def read_cached(descriptor: int, offset: int, size: int) -> bytes | bytearray | 
     return buffer[:count] if count else None
 
 
+# Without pread and pwrite (Windows) the position is shared state: calls on one descriptor must not overlap. One lock
+# for all of them is enough, as the disk serialises them anyway.
+_HAS_POSITIONED_IO = hasattr(os, "pread") and hasattr(os, "pwrite")
+_position = threading.Lock()
+
+
 def read_at(descriptor: int, offset: int, size: int) -> bytes:
     """Up to `size` bytes at `offset`; may block on the disk."""
-    if hasattr(os, "pread"):
+    if sys.platform != "win32" and _HAS_POSITIONED_IO:
         return os.pread(descriptor, size, offset)
-    return _seek_and_read(descriptor, offset, size)
+    with _position:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
 
 
 def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
     """Write all of `data` at `offset`; may block on the disk. OSError as the system says."""
     view = memoryview(data)
     while view:
-        if hasattr(os, "pwrite"):
-            count = os.pwrite(descriptor, view, offset)
-        else:
-            count = _seek_and_write(descriptor, offset, view)
+        count = _write_some(descriptor, offset, view)
         offset += count
         view = view[count:]
 
 
-# Without pread and pwrite (Windows) the position is shared state, so each descriptor's calls must not overlap. One
-# lock for all is enough: the disk serialises them anyway.
-if sys.platform == "win32":
-    import threading
-
-    _position = threading.Lock()
-
-    def _seek_and_read(descriptor: int, offset: int, size: int) -> bytes:
-        with _position:
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            return os.read(descriptor, size)
-
-    def _seek_and_write(descriptor: int, offset: int, view: memoryview) -> int:
-        with _position:
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            return os.write(descriptor, view)
-
-else:
-
-    def _seek_and_read(descriptor: int, offset: int, size: int) -> bytes:
-        raise NotImplementedError("expected a system with pread")
-
-    def _seek_and_write(descriptor: int, offset: int, view: memoryview) -> int:
-        raise NotImplementedError("expected a system with pwrite")
+def _write_some(descriptor: int, offset: int, view: memoryview) -> int:
+    if sys.platform != "win32" and _HAS_POSITIONED_IO:
+        return os.pwrite(descriptor, view, offset)
+    with _position:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, view)
 
 
 def open_descriptor(path: Path, flags: int) -> int:

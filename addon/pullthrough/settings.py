@@ -117,8 +117,7 @@ def _is_address(text: str) -> bool:
 
 
 def _parse_hosts(text: str) -> tuple[str, ...]:
-    hosts = tuple(dict.fromkeys(_parse_host(part) for part in text.split(",")))
-    return hosts
+    return tuple(dict.fromkeys(_parse_host(part) for part in text.split(",")))
 
 
 def _parse_upstream(text: str) -> Mapping[str, Endpoint]:
@@ -238,7 +237,7 @@ OPTIONS: Final = (
 )
 
 
-def parse_settings(texts: Mapping[str, str], *, dir: Path, certs: Path) -> Settings:
+def parse_settings(texts: Mapping[str, str], *, dir: Path, certs: Path) -> Settings:  # noqa: A002 -- as the option
     """Settings of the option texts by bare name; absent or empty ones take their default.
 
     `dir` and `certs` are the defaults of the two options that depend on the machine.

@@ -222,7 +222,8 @@ def _prepare_folder(folder: Path) -> None:
         names = [path.name for path in folder.iterdir()]
         if names := sorted(name for name in names if name != "lost+found" and not name.startswith(f".{MARKER}")):
             raise StoreError(
-                f"store {folder}: expected an ollama-cache store or an empty folder, got a folder with {names[0]!r} in it"
+                f"store {folder}: expected an ollama-cache store or an empty folder, "
+                f"got a folder with {names[0]!r} in it"
             ) from None
         _write_new(marker, json.dumps({"format": FORMAT}).encode() + b"\n", mode=0o644)
     else:

@@ -5,7 +5,8 @@ blocking hook per piece instead: the hook (answered by `Mouth`) waits until the 
 takes the next piece from the reader and returns it. Memory stays at a few pieces per client.
 
 Invariant: a body is either sent whole, or the connection is closed with FIN short of its Content-Length, which lets
-Ollama keep what it has (server/download.go: an unexpected EOF keeps progress, a reset does not). Leans on mitmproxy internals that `check_internals` looks at. Knows no registry and no store.
+Ollama keep what it has (server/download.go: an unexpected EOF keeps progress, a reset does not). Leans on mitmproxy
+internals that `check_internals` looks at. Knows no registry and no store.
 """
 
 import asyncio
@@ -184,9 +185,10 @@ class Mouth:
         reader = transfer.reader
         try:
             while not reader.done:
-                if not handler.client.state & ConnectionState.CAN_READ or self._find_handler(
-                    transfer.flow.client_conn.id
-                ) is not handler:
+                if (
+                    not handler.client.state & ConnectionState.CAN_READ
+                    or self._find_handler(transfer.flow.client_conn.id) is not handler
+                ):
                     _lose(transfer, "client disconnected")
                     return
                 span = await reader.next(PIECE, WAIT_S)
@@ -211,9 +213,7 @@ async def _read(span: FileSpan) -> bytes | bytearray:
         return data
     result = bytearray(data or b"")
     while len(result) < size:
-        more = await asyncio.to_thread(
-            platform.read_at, span.descriptor, span.start + len(result), size - len(result)
-        )
+        more = await asyncio.to_thread(platform.read_at, span.descriptor, span.start + len(result), size - len(result))
         if not more:
             raise OSError(f"expected {size} bytes at {span.start}, got {len(result)}: the file is shorter")
         result += more

@@ -89,7 +89,9 @@ def test_tunnels_can_be_switched_off(start_proxy: Callable[..., Proxy]) -> None:
         assert get(connection, "/v2/library/absent/manifests/latest")[0] == 404
 
 
-@pytest.mark.parametrize("target", ["http://127.0.0.1/", "http://169.254.169.254/latest/meta-data/", "http://10.0.0.1/"])
+@pytest.mark.parametrize(
+    "target", ["http://127.0.0.1/", "http://169.254.169.254/latest/meta-data/", "http://10.0.0.1/"]
+)
 def test_plain_requests_are_judged_too(proxy: Proxy, target: str) -> None:
     """An absolute-form request is no way round."""
     host = target.split("/")[2]

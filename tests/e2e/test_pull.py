@@ -146,9 +146,7 @@ def test_eight_cold_clients_cost_one(origin: Origin, proxy: Proxy, new_client: N
     assert origin.counters.cdn_bytes_by_digest[layer] <= size * 1.01
 
 
-def test_touching_the_script_breaks_nothing(
-    origin: Origin, proxy: Proxy, new_client: NewClient
-) -> None:
+def test_touching_the_script_breaks_nothing(origin: Origin, proxy: Proxy, new_client: NewClient) -> None:
     """mitmproxy would reload a changed script half-way; the cache forbids it and goes on."""
     layer, manifest = add_model(origin, 2 * MB)
     new_client(proxy).pull("tiny")

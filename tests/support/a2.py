@@ -1,9 +1,9 @@
-"""A strict emulator of Ollama's pull client since v0.3.1: HEAD, un-ranged probe, ranged parts on the probed address.
+"""A strict emulator of Ollama's pull client since v0.3.1: HEAD, un-ranged probe, ranged parts.
 
-Invariant: it asks for nothing the real client would not ask for, forgives nothing the real one does not forgive and,
-like it, never looks at the status or Content-Range of a part. Speaks HTTP/1.1 only, as the real client does to a
-server that selects no h2. Three departures: sizes and times scale, a finished part does not wait for the watchdog's
-next one-second tick, and requests without any time limit get `patience_s`, so that a test ends.
+Invariant: it asks for nothing the real client would not ask for, forgives nothing the real one does not
+forgive and, like it, never looks at the status or Content-Range of a part. Speaks HTTP/1.1 only, as the real
+client does to a server that selects no h2. Three departures: sizes and times scale, a finished part does not
+wait for the watchdog's next one-second tick, and what has no time limit gets `patience_s`: a test ends.
 Knows nothing of what answers.
 """
 
@@ -113,9 +113,7 @@ GENERATIONS: Final = MappingProxyType(
     {
         "current": Generation("0.34.3"),
         "0.32.1": Generation("0.32.1", counts_first_byte=False, restricts_redirects=False),
-        "0.5.7": Generation(
-            "0.5.7", "go1.23.4", stall_s=5.0, counts_first_byte=False, restricts_redirects=False
-        ),
+        "0.5.7": Generation("0.5.7", "go1.23.4", stall_s=5.0, counts_first_byte=False, restricts_redirects=False),
         "0.3.9": Generation(
             "0.3.9",
             "go1.22.5",
@@ -238,7 +236,7 @@ class A2Client:
         """`parts` is both the divisor of a blob's size and the most requests in flight.
 
         `stall_s` defaults to the generation's. After `abort_after` body bytes of one pull it is aborted.
-        `on_progress` gets the body bytes so far, from the threads of the parts; what it raises fails the pull.
+        `on_progress` gets the body bytes so far, from the threads of the parts; its exceptions fail the pull.
         """
         self.directory = directory
         self.generation = GENERATIONS[version]
@@ -314,9 +312,7 @@ class A2Client:
 
     def _pull(self, name: ModelName, manifest_path: Path) -> tuple[bytes, list[str]]:
         try:
-            manifest = self._registry_body(
-                name, "GET", name.url("manifests", name.tag), [("Accept", MANIFEST_ACCEPT)]
-            )
+            manifest = self._registry_body(name, "GET", name.url("manifests", name.tag), [("Accept", MANIFEST_ACCEPT)])
             document = json.loads(manifest)
         except (PullError, ValueError) as error:
             raise PullError(f"pull model manifest: {error}") from error
@@ -370,14 +366,13 @@ class A2Client:
     def _head(self, name: ModelName, url: str) -> int:
         connection, response = self._registry(name, "HEAD", url, [])
         self._transport.release(url, connection)
-        # strconv.ParseInt with the error ignored: a missing length is 0, and 0 means no parts and an empty file.
+        # strconv.ParseInt with the error ignored: a missing length is 0, and 0 means an empty file.
         return response.content_length or 0
 
     def _new_parts(self, path: Path, total: int) -> list[_Part]:
         size = min(max(total // self.parts, self.min_part), self.max_part)
         parts = [
-            _Part(number, offset, min(size, total - offset))
-            for number, offset in enumerate(range(0, total, size))
+            _Part(number, offset, min(size, total - offset)) for number, offset in enumerate(range(0, total, size))
         ]
         for part in parts:
             path.with_name(f"{path.name}-partial-{part.number}").write_text(part.dump())
@@ -391,9 +386,7 @@ class A2Client:
             # Each attempt works on a copy of the options: a token obtained here is not kept.
             token = self._token
             try:
-                connection, response = self._registry(
-                    name, "GET", url, [], redirects=_same_hostname, deadline=deadline
-                )
+                connection, response = self._registry(name, "GET", url, [], redirects=_same_hostname, deadline=deadline)
             except PullError as error:
                 problem = error
             else:
@@ -475,7 +468,9 @@ class A2Client:
                 )
                 self._receive(fd, start, stop, connection, response, exchange, watchdog)
             except TimeoutError:
-                outcome = _Stalled() if watchdog.is_over() else _ProgressLost("i/o timeout")
+                if not watchdog.is_over():
+                    raise PullError(f"no byte within the {self.patience_s} s this emulator waits") from None
+                outcome = _Stalled()
             else:
                 if exchange.received < stop - start:
                     outcome = _early_end(response)
@@ -508,10 +503,10 @@ class A2Client:
         position, filled = start, 0
         try:
             while position + filled < stop:
-                connection.set_deadline(watchdog.deadline)
-                count = response.readinto(
-                    buffer[filled : min(len(buffer), filled + stop - position - filled)]
-                )
+                # Without a deadline that of the request still holds.
+                if watchdog.deadline is not None:
+                    connection.set_deadline(watchdog.deadline)
+                count = response.readinto(buffer[filled : min(len(buffer), filled + stop - position - filled)])
                 if not count:
                     break
                 watchdog.feed()
@@ -572,7 +567,7 @@ class A2Client:
         redirects: RedirectPolicy | None = None,
         deadline: float | None = None,
     ) -> tuple[Connection, Response]:
-        """makeRequestWithRetry: one more try after a 401, and >= 400 is an error with the body as its text."""
+        """makeRequestWithRetry: one more try after a 401; >= 400 is an error with the body as its text."""
         for _try in range(2):
             fields = [("User-Agent", self._user_agent), *headers]
             if self._token:
@@ -622,9 +617,7 @@ class A2Client:
             ("Accept-Encoding", "gzip"),
         ]
         try:
-            connection, response = self._send(
-                "GET", url, fields, redirects=self._registry_redirect, deadline=deadline
-            )
+            connection, response = self._send("GET", url, fields, redirects=self._registry_redirect, deadline=deadline)
         except _NETWORK as error:
             raise PullError(f'Get "{url}": {error}') from error
         body = self._body(response)
@@ -686,7 +679,7 @@ class A2Client:
         exchange: "_Exchange | None",
     ) -> tuple[Connection, Response]:
         split = urlsplit(url)
-        if deadline is None and exchange is None:
+        if deadline is None:
             deadline = time.monotonic() + self.patience_s
         target = (split.path or "/") + (f"?{split.query}" if split.query else "")
         asked_range = dict(fields).get("Range")
@@ -705,7 +698,7 @@ class A2Client:
                     response = connection.request(method, target, fields)
                 except (ClosedBeforeResponse, ConnectionError):
                     connection.close()
-                    # Go asks again on another connection when a kept-alive one had been closed under its hands.
+                    # Go asks again on another connection when a kept-alive one was closed under its hands.
                     if is_fresh:
                         raise
                 except BaseException:
@@ -823,7 +816,7 @@ class _Transport:
         self.control: Connection | None = None
         """The connection of the manifest, HEAD, probe or token request under way."""
 
-    def acquire(self, url: str, deadline: float | None) -> tuple[Connection, bool]:
+    def acquire(self, url: str, deadline: float) -> tuple[Connection, bool]:
         """A connection, and whether it is a fresh one."""
         split = urlsplit(url)
         while True:
@@ -837,18 +830,21 @@ class _Transport:
             kept.close()
         is_tls = split.scheme == "https"
         dial_deadline = time.monotonic() + _CONNECT_TIMEOUT_S
-        connection = connect(
-            self._proxy_url,
-            split.hostname or "",
-            split.port or (443 if is_tls else 80),
-            None,
-            context=self._context if is_tls else None,
-            timeout_s=None,
-            deadline=min(dial_deadline, deadline) if deadline is not None else dial_deadline,
-            resolve=self._resolve,
-        )
-        # After the dial nothing but the caller's deadline limits an exchange.
-        connection.set_deadline(None)
+        try:
+            connection = connect(
+                self._proxy_url,
+                split.hostname or "",
+                split.port or (443 if is_tls else 80),
+                None,
+                context=self._context if is_tls else None,
+                timeout_s=None,
+                deadline=min(dial_deadline, deadline),
+                resolve=self._resolve,
+            )
+        except TimeoutError:
+            if time.monotonic() >= dial_deadline:
+                raise ConnectionAbortedError("dial tcp: i/o timeout") from None
+            raise
         return connection, True
 
     def release(self, url: str, connection: Connection) -> None:

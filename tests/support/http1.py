@@ -1,7 +1,7 @@
 """A strict, blocking HTTP/1.1 client on sockets and ssl, mostly through a CONNECT proxy.
 
-Invariant: nothing is repaired, retried, decoded or followed: what the peer sent is what the test sees, and anything
-that RFC 9112 does not allow raises ProtocolError. Knows no registry and no Ollama.
+Invariant: nothing is repaired, retried, decoded or followed: what the peer sent is what the test sees, and
+anything that RFC 9112 does not allow raises ProtocolError. Knows no registry and no Ollama.
 """
 
 import contextlib
@@ -97,9 +97,7 @@ class Connection:
         """The last response is over, nothing forbids another one, and the peer has sent nothing since."""
         if self._end is not None or self._buffer or self._sock.fileno() < 0:
             return False
-        if self._current is not None and not (
-            self._current.ended == "complete" and self._current.keeps_alive
-        ):
+        if self._current is not None and not (self._current.ended == "complete" and self._current.keeps_alive):
             return False
         pending = isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0
         return not pending and not select.select([self._sock], [], [], 0)[0]
@@ -212,9 +210,7 @@ class Connection:
             if first is None:
                 assert self._end is not None
                 if self._buffer:
-                    raise ProtocolError(
-                        f"expected a status line, got {bytes(self._buffer[:200])!r} and the end"
-                    )
+                    raise ProtocolError(f"expected a status line, got {bytes(self._buffer[:200])!r} and the end")
                 raise ClosedBeforeResponse(self._end.how)
             match = _STATUS_LINE.fullmatch(first)
             if match is None:
@@ -291,7 +287,7 @@ class Response:
         self.is_chunked = bool(codings)
         bodiless = method == "HEAD" or status in (204, 304) or (method == "CONNECT" and 200 <= status < 300)
         self._left: int | None = 0 if bodiless else (None if self.is_chunked else self.content_length)
-        """Bytes left of the body or of the present chunk; None: until close, or at the start of the chunks."""
+        """Bytes left of the body or of the present chunk; None: until close, or before the first chunk."""
         self._in_chunk = False
         if self._left == 0:
             self.ended = "complete"
@@ -320,7 +316,7 @@ class Response:
     def readinto(self, buffer: bytearray | memoryview) -> int:
         """Some of the body; 0 at its end, and `ended` says which end."""
         view = memoryview(buffer)
-        if self.ended is not None or not len(view):
+        if self.ended is not None or not view:
             return 0
         if self.is_chunked and not self._in_chunk and not self._next_chunk():
             return 0
@@ -361,7 +357,7 @@ class Response:
     def _short(self, *, is_framed: bool) -> None:
         end = self._connection._end
         assert end is not None
-        # Without any framing a close is the end of the body, but over TLS only if announced (RFC 9112 section 9.8).
+        # Without framing a close ends the body, but over TLS only if it was announced (RFC 9112 section 9.8).
         is_proper = end.close_notify or not isinstance(self._connection._sock, ssl.SSLSocket)
         self.ended = "complete" if not is_framed and end.how == "fin" and is_proper else end.how
 
@@ -403,9 +399,9 @@ def connect(
 ) -> Connection:
     """Connect to `host:port` with TLS (without, when `cafile` and `context` are None).
 
-    With a proxy, TLS goes through CONNECT and plain HTTP uses absolute-form targets. Without one, `resolve` tells
-    where a name is found. `server_hostname` is what SNI names and the certificate must be for, by default `host`.
-    The caller looks at `alpn` to see what was selected; a selected h2 raises, because nobody here speaks it.
+    With a proxy, TLS goes through CONNECT and plain HTTP uses absolute-form targets. Without one, `resolve`
+    tells where a name is found. `server_hostname` is what SNI names and the certificate must be for, by
+    default `host`. What ALPN selected is `Connection.alpn`; h2 raises, because nobody here speaks it.
     """
     is_tls = cafile is not None or context is not None
     default_port = 443 if is_tls else 80
@@ -438,9 +434,7 @@ def connect(
             if context is None:
                 assert cafile is not None
                 context = client_context(cafile, alpn)
-            sock = context.wrap_socket(
-                sock, server_hostname=server_hostname or host, suppress_ragged_eofs=False
-            )
+            sock = context.wrap_socket(sock, server_hostname=server_hostname or host, suppress_ragged_eofs=False)
     except BaseException:
         sock.close()
         raise

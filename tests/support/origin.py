@@ -1,12 +1,13 @@
-"""A fake Ollama registry and its blob CDN on loopback, over TLS, with counters, gates and one fault per invariant.
+"""A fake Ollama registry and its blob CDN on loopback, over TLS, with counters, gates and faults.
 
-Invariant: nothing is answered that the real servers would not answer, except where a `Fault` in `Origin.faults`
-says so; every request is counted before it is answered, every body byte after it is written.
+Invariant: nothing is answered that the real servers would not answer, except where a `Fault` in
+`Origin.faults` says so; every request is counted before it is answered, every body byte after it is written.
 Knows nothing of the proxy under test or of any client.
 """
 
 import contextlib
 import datetime
+import fcntl
 import gzip
 import hashlib
 import ipaddress
@@ -18,6 +19,7 @@ import select
 import socket
 import ssl
 import struct
+import termios
 import threading
 import time
 import weakref
@@ -62,7 +64,7 @@ _CREDIT_S: Final = 0.05
 _WAIT_S: Final = 20.0
 
 
-# --- content -----------------------------------------------------------------------------------------------------
+# --- content
 
 
 class Source(Protocol):
@@ -116,9 +118,9 @@ def _streamed_sha256(source: "Synthetic | Sparse") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Synthetic:
-    """Incompressible bytes computed on demand: block i is the seed's random MiB rotated by a distance unique to i.
+    """Incompressible bytes computed on demand: block i is the seed's random MiB, rotated by its own distance.
 
-    Every block of the first TiB differs from every other, so a block written in the wrong place changes the digest.
+    Every block of the first TiB differs from every other, so a misplaced one changes the digest.
     """
 
     size: int
@@ -160,13 +162,13 @@ class Sparse:
         return _streamed_sha256(self)
 
 
-# --- what a test steers -------------------------------------------------------------------------------------------
+# --- what a test steers
 
 
 class Gate:
-    """Holds whoever arrives until it is opened; countable, so that a test waits for arrivals instead of sleeping.
+    """Holds whoever arrives until it is opened; countable, so that a test waits for arrivals.
 
-    A pipe and not a threading.Event: the holder also has to see that its client went away, which takes a poll.
+    A pipe and not a threading.Event: the holder also has to see its client go away, which takes a poll.
     """
 
     def __init__(self) -> None:
@@ -268,7 +270,8 @@ _REGISTRY_MODES: Final = frozenset({Mode.REDIRECT, Mode.DIRECT})
 class Fault:
     """One misbehaviour, spent `times` times (None: for ever) on the requests it matches.
 
-    It matches requests on listener `where` whose path contains `path` and the hex of `digest`, with `method` if given.
+    It matches requests on listener `where` whose path contains `path` and the hex of `digest`, and whose
+    method is `method` if given. (A redirect or a direct answer is always the registry's.)
     A response too short for `after` does not spend it.
     """
 
@@ -458,7 +461,8 @@ class Counters:
     def __repr__(self) -> str:
         with self._changed:
             return (
-                f"registry {dict(self._registry_requests)}, cdn {self._cdn_requests} requests {self._bytes['cdn']} bytes, "
+                f"registry {dict(self._registry_requests)}, "
+                f"cdn {self._cdn_requests} requests {self._bytes['cdn']} bytes, "
                 f"connections {self._open} open {self._peak} peak {self._total} total"
             )
 
@@ -496,7 +500,7 @@ class Counters:
             self._changed.notify_all()
 
 
-# --- one connection ----------------------------------------------------------------------------------------------
+# --- one connection
 
 
 class _Gone(Exception):
@@ -527,6 +531,7 @@ class _Connection:
         self.bucket = _Bucket()
         self._stopping = stopping
         self._buffer = bytearray()
+        self._body: Iterator[bytes] = iter(())
 
     def wait(self, timeout_s: float | None, gate: Gate | None = None) -> None:
         """Return when the time is over or the gate open; raise _Gone when the peer leaves first."""
@@ -590,11 +595,15 @@ class _Connection:
             name, _colon, value = line.partition(":")
             fields.append((name, value.strip()))
         path, _mark, query = target.partition("?")
-        return Request(self.listener, method, path, query, tuple(fields))
+        request = Request(self.listener, method, path, query, tuple(fields))
+        self._body = self._pieces(request.headers)
+        return request
 
-    def read_body(self, request: Request) -> Iterator[bytes]:
-        """The pieces of the request body."""
-        headers = request.headers
+    def read_body(self) -> Iterator[bytes]:
+        """The pieces of the request body that have not been read yet."""
+        return self._body
+
+    def _pieces(self, headers: Mapping[str, str]) -> Iterator[bytes]:
         if headers.get("expect", "").lower() == "100-continue":
             self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         if headers.get("transfer-encoding", "").lower() == "chunked":
@@ -624,8 +633,8 @@ class _Connection:
     def close(self) -> None:
         """close_notify, then FIN."""
         with contextlib.suppress(OSError, ValueError):
-            # unwrap() also waits for the peer's close_notify, which may never come; a shut receiving side ends
-            # that wait at once.
+            # unwrap() also waits for the peer's close_notify, which may never come; with the receiving side
+            # shut that wait ends at once.
             socket.socket.shutdown(self.sock, socket.SHUT_RD)
             self.sock.unwrap()
         self.sock.close()
@@ -643,15 +652,10 @@ class _Connection:
 
 def _unsent(sock: socket.socket) -> int:
     """Bytes the peer has not acknowledged."""
-    try:
-        import fcntl
-        import termios
-    except ImportError:
-        return 0
     return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0])
 
 
-# --- the servers -------------------------------------------------------------------------------------------------
+# --- the servers
 
 
 @dataclass(slots=True)
@@ -675,9 +679,7 @@ class _Model:
 _MANIFEST_PATH: Final = re.compile(r"/v2/(?P<name>.+)/manifests/(?P<reference>[^/]+)")
 _UPLOAD_PATH: Final = re.compile(r"/v2/(?P<name>.+)/blobs/uploads/(?P<session>[^/]*)")
 _BLOB_PATH: Final = re.compile(r"/v2/(?P<name>.+)/blobs/(?P<digest>sha256[:-][0-9a-fA-F]{64})")
-_CDN_PATH: Final = re.compile(
-    r"/ollama/docker/registry/v2/blobs/sha256/(?P<two>..)/(?P<hex>(?P=two).{62})/data"
-)
+_CDN_PATH: Final = re.compile(r"/ollama/docker/registry/v2/blobs/sha256/(?P<two>..)/(?P<hex>(?P=two).{62})/data")
 _SINGLE_RANGE: Final = re.compile(r"bytes=(\d*)-(\d*)")
 
 
@@ -692,8 +694,10 @@ def _kind(request: Request) -> str:
 
 
 class Origin:
-    """The two servers. A thread per connection: a blocking TLS socket is the one place where "these bytes, then a
-    reset" and "written, as far as the client lets us" mean exactly what they say.
+    """The two servers.
+
+    A thread per connection: only with a blocking TLS socket do "these bytes, then a reset" and "written, as
+    far as the client lets us" mean what they say.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -755,17 +759,14 @@ class Origin:
     def stop(self) -> None:
         """Refuse connections and end the present ones."""
         self._stopping.open()
+        self.disconnect()
+        with self._lock:
+            threads, self._threads = self._threads, []
+        for thread in threads:
+            thread.join(_WAIT_S)
         for sock in self._listening:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
             sock.close()
         self._listening.clear()
-        self.disconnect()
-        me = threading.current_thread()
-        for thread in self._threads:
-            if thread is not me:
-                thread.join(_WAIT_S)
-        self._threads.clear()
 
     def disconnect(self) -> None:
         """End all present connections, as a restart of the servers would."""
@@ -776,15 +777,20 @@ class Origin:
 
     def _spawn(self, work: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=work, args=arguments, name=f"origin-{work.__name__}", daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        with self._lock:
+            self._threads = [other for other in self._threads if other.is_alive()]
+            thread.start()
+            self._threads.append(thread)
 
     def _accept(self, listening: socket.socket, listener: Listener, stopping: Gate) -> None:
+        poller = select.poll()
+        poller.register(listening, select.POLLIN)
+        poller.register(stopping, select.POLLIN)
         while True:
-            try:
-                sock, _address = listening.accept()
-            except OSError:
+            poller.poll()
+            if stopping.is_set():
                 return
+            sock, _address = listening.accept()
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             wrapped = self._context.wrap_socket(
@@ -795,7 +801,6 @@ class Origin:
                 self._connections.add(connection)
             if stopping.is_set():
                 connection.wake()
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
             self._spawn(self._converse, connection)
 
     def _converse(self, connection: _Connection) -> None:
@@ -810,8 +815,9 @@ class Origin:
                     break
             connection.close()
         except (_Gone, OSError, ValueError):
-            connection.sock.close()
+            pass
         finally:
+            connection.sock.close()
             with self._lock:
                 self._connections.discard(connection)
             if is_cdn:
@@ -842,7 +848,7 @@ class Origin:
     ) -> bytes:
         """Publish (or move) a tag and return the manifest's bytes.
 
-        `private` makes the whole repository need a token. `requires` is the oldest client version that gets it.
+        `private` makes the whole repository need a token. `requires` is the oldest client version served.
         """
 
         def descriptor(media_type: str, digest: str) -> dict[str, object]:
@@ -854,7 +860,7 @@ class Origin:
             "config": descriptor(CONFIG_TYPE, config),
             "layers": [descriptor(media_type, digest) for media_type, digest in layers],
         }
-        # Spacing that no JSON library writes by itself: a re-serialised manifest cannot be mistaken for this one.
+        # Spacing that no JSON library writes by itself: a re-serialised manifest is not taken for this one.
         manifest = json.dumps(document, indent=3, separators=(" ,", ":  ")).encode() + b"\n \n"
         self.put_manifest(name, reference, manifest, requires=requires)
         self.add_member(name, config, *(digest for _media_type, digest in layers))
@@ -954,9 +960,7 @@ class Origin:
         """Answer one request; False ends the connection cleanly."""
         with self._lock:
             gates = [
-                gate
-                for path, method, gate in self._gates
-                if path in request.path and method in ("", request.method)
+                gate for path, method, gate in self._gates if path in request.path and method in ("", request.method)
             ]
         for gate in gates:
             if not gate.is_set():
@@ -974,11 +978,9 @@ class Origin:
             response = self._cdn(connection, request)
         else:
             response = self._registry(connection, request)
-        for _piece in connection.read_body(request):
+        for _piece in connection.read_body():
             pass
-        return (
-            self._transmit(connection, request, response) and request.headers.get("connection", "") != "close"
-        )
+        return self._transmit(connection, request, response) and request.headers.get("connection", "") != "close"
 
     def _registry(self, connection: _Connection, request: Request) -> _Response:
         if request.path == "/token":
@@ -991,9 +993,7 @@ class Origin:
             )
         if match := _BLOB_PATH.fullmatch(request.path):
             digest = match["digest"].replace("-", ":").lower()
-            return self._denied(match["name"], request) or self._blob(
-                connection, request, match["name"], digest
-            )
+            return self._denied(match["name"], request) or self._blob(connection, request, match["name"], digest)
         return _plain(404, "404 page not found\n")
 
     def _denied(self, name: str, request: Request) -> _Response | None:
@@ -1002,15 +1002,13 @@ class Origin:
         response = _json(
             401, {"errors": [{"code": "UNAUTHORIZED", "message": "authentication required", "detail": {}}]}
         )
-        challenge = (
-            f'Bearer realm="https://{REGISTRY_HOST}/token",service="registry",scope="repository:{name}:pull"'
-        )
+        challenge = f'Bearer realm="https://{REGISTRY_HOST}/token",service="registry",scope="repository:{name}:pull"'
         response.headers.append(("WWW-Authenticate", challenge))
         return response
 
     def _manifest(self, connection: _Connection, request: Request, name: str, reference: str) -> _Response:
         if request.method == "PUT":
-            body = b"".join(connection.read_body(request))
+            body = b"".join(connection.read_body())
             self.put_manifest(name, reference, body)
             return _Response(201, [("Location", request.path), ("Content-Length", "0")])
         with self._lock:
@@ -1019,7 +1017,7 @@ class Origin:
             return _registry_error(404, "MANIFEST_UNKNOWN", "manifest unknown")
         if request.method not in ("GET", "HEAD"):
             return _registry_error(405, "UNSUPPORTED", "The operation is unsupported.")
-        if model.requires and (0, 0, 0) != (version := _client_version(request)) and version < model.requires:
+        if model.requires and (version := _client_version(request)) != (0, 0, 0) and version < model.requires:
             return _plain(412, "\nThe model you are attempting to pull requires a newer version of Ollama.\n")
         if request.method == "HEAD":
             digest = hashlib.sha256(model.manifest).hexdigest()
@@ -1061,7 +1059,7 @@ class Origin:
 
     def _upload(self, connection: _Connection, request: Request, name: str, session: str) -> _Response:
         digest, size = hashlib.sha256(), 0
-        for piece in connection.read_body(request):
+        for piece in connection.read_body():
             digest.update(piece)
             size += len(piece)
             self.counters._received(len(piece))
@@ -1101,9 +1099,7 @@ class Origin:
         if changed := fault(Mode.ETAG):
             tag = changed.value or '"00000000000000000000000000000000-1"'
         if asked.get("if-match", tag) not in (tag, "*"):
-            return _xml(
-                412, "PreconditionFailed", "At least one of the preconditions you specified did not hold."
-            )
+            return _xml(412, "PreconditionFailed", "At least one of the preconditions you specified did not hold.")
         interval = _interval(asked.get("range", ""), source.size)
         if asked.get("if-range", tag) != tag or (interval and fault(Mode.IGNORE_RANGE)):
             interval = None
@@ -1218,7 +1214,7 @@ def _bind(port: int) -> socket.socket:
 
 
 def _interval(value: str, size: int) -> tuple[int, int] | None:
-    """The half-open interval of a single byte range; empty when unsatisfiable, None when there is none to honour."""
+    """The half-open interval of a single byte range: empty when unsatisfiable, None when there is none."""
     match = _SINGLE_RANGE.fullmatch(value)
     if match is None or match.groups() == ("", ""):
         return None
@@ -1260,7 +1256,8 @@ def _registry_error(status: int, code: str, message: str) -> _Response:
 
 
 def _xml(status: int, code: str, message: str) -> _Response:
-    text = f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'
+    error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    text = f'<?xml version="1.0" encoding="UTF-8"?>{error}'
     return _whole(status, "application/xml", text.encode())
 
 
@@ -1275,7 +1272,7 @@ def _faulty_status(listener: Listener, fault: Fault) -> _Response:
     return response
 
 
-# --- certificates ------------------------------------------------------------------------------------------------
+# --- certificates
 
 
 def _server_context(directory: Path, ca_file: Path) -> ssl.SSLContext:
@@ -1293,9 +1290,7 @@ def _server_context(directory: Path, ca_file: Path) -> ssl.SSLContext:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=1))
             .not_valid_after(now + datetime.timedelta(days=2))
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
-            )
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         )
 
@@ -1334,8 +1329,7 @@ def _server_context(directory: Path, ca_file: Path) -> ssl.SSLContext:
     ca_file.write_bytes(ca.public_bytes(pem))
     chain = directory / "origin-leaf.pem"
     chain.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + leaf.public_bytes(pem)
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()) + leaf.public_bytes(pem)
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(chain)

@@ -1,8 +1,8 @@
 """The real product as its users start it: a mitmdump subprocess with the addon script, and what it printed.
 
-Invariant: a `Proxy` that was entered has said that it is ready, and none outlives its `with` block. The process gets
-no settings but those named here: its home is an empty folder, proxy and product variables of the environment are
-dropped. Knows nothing of what the product does.
+Invariant: a `Proxy` that was entered has said that it is ready, and none outlives its `with` block. The
+process gets no settings but those named here: its home is a folder of its own, proxy and product variables of
+the environment are dropped. Knows nothing of what the product does.
 """
 
 import contextlib
@@ -61,24 +61,28 @@ def run_until_exit(
     script: Path = ADDON,
     **options: object,
 ) -> tuple[int, str]:
-    """Start a process that is expected to refuse; its return code and output. `directory` holds its home only."""
-    done = subprocess.run(
-        arguments(options, script=script),
-        env=environment(directory / "home", env),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=timeout_s,
-        check=False,
-    )
+    """Start a process that is expected to refuse; its return code and output. `directory` is for its home."""
+    try:
+        done = subprocess.run(
+            arguments(options, script=script),
+            env=environment(directory / "home", env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        output = (error.output or b"").decode("utf-8", "replace")
+        raise TimeoutError(f"expected an exit within {timeout_s:.0f} s, output:\n{output}") from None
     return done.returncode, done.stdout.decode("utf-8", "replace")
 
 
 class Proxy:
     """mitmdump with the addon. Store, certificates and home lie in `directory` and survive restarts.
 
-    `options` are mitmproxy options by their full names; they win over the defaults made from the other parameters.
-    With an `origin`, it is the upstream and its CA the trusted one.
+    `options` are mitmproxy options by their full names; they win over the defaults made from the other
+    parameters. With an `origin`, it is the upstream and its CA the trusted one.
     """
 
     def __init__(
@@ -180,9 +184,7 @@ class Proxy:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        self._reader = threading.Thread(
-            target=self._read, args=(self._process,), name="proxy-output", daemon=True
-        )
+        self._reader = threading.Thread(target=self._read, args=(self._process,), name="proxy-output", daemon=True)
         self._reader.start()
         with self._changed:
             self._changed.wait_for(lambda: self._is_ready() or self._has_ended(), _START_S)
@@ -234,9 +236,7 @@ class Proxy:
 
         with self._changed:
             if not self._changed.wait_for(lambda: len(found()) >= count, timeout_s):
-                raise TimeoutError(
-                    f"expected {text!r} {count} times, got {found()} in:\n{self._since_start()}"
-                )
+                raise TimeoutError(f"expected {text!r} {count} times, got {found()} in:\n{self._since_start()}")
             return found()[count - 1]
 
     def dump(self) -> str:

@@ -1,0 +1,262 @@
+"""Measure the cache against something real in the same run: stock mitmdump, nginx, a client going direct.
+
+Invariant: the two sides of a comparison alternate, medians are compared, and every body is checked by its length or
+digest. All on loopback, so client, origin and cache share the machine's cores: figures are lower bounds.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from tests.support.a2 import A2Client
+from tests.support.origin import R2_HOST, Origin, Synthetic
+from tests.support.proxy import MITMDUMP, PeakRss, Proxy
+
+from pullthrough.capability import Capability
+from pullthrough.digest import Digest
+from pullthrough.route import canonical_path
+from pullthrough.store import Store
+
+MB: Final = 1_000_000
+MODEL: Final = "application/vnd.ollama.image.model"
+Row = dict[str, Any]
+
+
+def curl(*arguments: str | Path) -> float:
+    """MB/s of one download that goes nowhere; the whole of it, or an error."""
+    fields = "%{size_download} %{time_total} %{http_code}"
+    done = subprocess.run(
+        ["curl", "-sS", "-o", os.devnull, "-w", fields, *arguments], capture_output=True, text=True, check=True
+    )
+    size, seconds, status = done.stdout.split()
+    if status not in ("200", "206"):
+        raise RuntimeError(f"expected 200 or 206, got {status}")
+    return float(size) / float(seconds) / MB
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, port: int, origin: Origin) -> Iterator[None]:
+    """nginx serving `folder` by TLS with the origin's certificate."""
+    certificate = next(path for path in origin.ca_file.parent.glob("*.pem") if b"PRIVATE KEY" in path.read_bytes())
+    (folder / "nginx.conf").write_text(
+        # Started by root, its workers would otherwise be nobody, who may not read a temporary folder.
+        f"{'user root; ' if os.geteuid() == 0 else ''}daemon off; worker_processes 1; events {{}}\n"
+        f"pid {folder}/nginx.pid; error_log {folder}/error.log;\n"
+        f"http {{ access_log off; sendfile on; server {{ listen 127.0.0.1:{port} ssl; root {folder};\n"
+        f"ssl_certificate {certificate}; ssl_certificate_key {certificate}; }} }}\n"
+    )
+    process = subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-p", folder], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (folder / "nginx.pid").exists() and (folder / "nginx.pid").read_text().strip() != "")
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextlib.contextmanager
+def stock_mitmdump(folder: Path, port: int, origin: Origin) -> Iterator[int]:
+    """mitmdump as it is, streaming; yields its process id."""
+    command = [MITMDUMP, "--listen-host", "127.0.0.1", "--listen-port", str(port), "--set", f"confdir={folder}"]
+    command += ["--set", "stream_large_bodies=1", "--set", "connection_strategy=lazy", "--set", "flow_detail=0"]
+    command += ["--set", f"ssl_verify_upstream_trusted_ca={origin.ca_file}"]
+    with (folder / "mitmdump.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: b"listening" in (folder / "mitmdump.log").read_bytes())
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_for(claim: Callable[[], bool], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not claim():
+        if time.monotonic() > deadline:
+            raise TimeoutError("expected a server to start")
+        time.sleep(0.05)
+
+
+def add_model(origin: Origin, size: int) -> str:
+    layer = origin.add_blob(Synthetic(size, 1))
+    origin.add_model("library/tiny", "latest", layers=[(MODEL, layer)], config=origin.add_blob(b"{}"))
+    return layer
+
+
+def hit(folder: Path, pairs: int) -> Row:
+    """One client, one verified blob of 1 GiB through TLS, against stock mitmdump streaming the same file of nginx."""
+    size = 1 << 30
+    blob = Synthetic(size, 1)
+    digest = Digest(blob.sha256())
+    (folder / "www").mkdir()
+    store = Store.open(folder / "store")
+    ingest = store.ingest(digest)
+    ingest.begin(size)
+    with (folder / "www" / "blob").open("wb") as file:
+        for start in range(0, size, 8 << 20):
+            data = blob.read(start, min(start + (8 << 20), size))
+            ingest.write_at(start, data)
+            file.write(data)
+    store.publish(ingest, now=time.time())
+    query = Capability(digest, size, int(time.time()) + 3600).to_query(store.secret)
+    ingest.close()
+    store.close()
+    ours, theirs, ours_cpu, theirs_cpu = [], [], [], []
+    with (
+        Origin(folder / "origin") as origin,
+        nginx(folder / "www", 18443, origin),
+        stock_mitmdump(folder, 18444, origin) as stock_pid,
+        Proxy(folder, origin, ollama_cache_dir=folder / "store") as proxy,
+    ):
+        for number in range(pairs + 1):
+            for rates, cpus, pid, arguments in (
+                (
+                    ours,
+                    ours_cpu,
+                    proxy.pid,
+                    [
+                        *("--proxy", proxy.url, "--cacert", proxy.ca_file),
+                        f"https://{R2_HOST}{canonical_path(digest)}?{query}",
+                    ],
+                ),
+                (
+                    theirs,
+                    theirs_cpu,
+                    stock_pid,
+                    [
+                        *("--proxy", "http://127.0.0.1:18444", "--cacert", folder / "mitmproxy-ca-cert.pem"),
+                        "https://localhost:18443/blob",
+                    ],
+                ),
+            ):
+                before = cpu_s(pid)
+                rate = curl(*arguments)
+                if number:  # the first pair warms the page cache
+                    rates.append(rate)
+                    cpus.append((cpu_s(pid) - before) / size * 1e9)
+    return {
+        "ours MB/s": statistics.median(ours),
+        "stock mitmdump MB/s": statistics.median(theirs),
+        "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "ours CPU s/GB": statistics.median(ours_cpu),
+        "stock CPU s/GB": statistics.median(theirs_cpu),
+    }
+
+
+def eight(folder: Path, pairs: int) -> Row:
+    """Eight cold Ollama clients of one 256 MiB blob at 10 MB/s per connection, against one client going direct."""
+    size = 256 << 20
+    ratios, gaps, upstream, retries = [], [], [], 0
+    with Origin(folder / "origin") as origin:
+        layer = add_model(origin, size)
+        origin.rate_per_connection = 10 * MB
+        for number in range(pairs):
+            direct = A2Client(None, origin.ca_file, folder / f"direct{number}", resolve=origin.resolve)
+            alone_s = direct.pull("tiny").seconds
+            shutil.rmtree(folder / f"direct{number}")
+            origin.reset_counters()
+            with Proxy(folder / f"proxy{number}", origin) as proxy:
+                clients = [A2Client(proxy.url, proxy.ca_file, folder / f"c{number}-{i}") for i in range(8)]
+                with ThreadPoolExecutor(8) as pool:
+                    reports = list(pool.map(lambda client: client.pull("tiny"), clients))
+            ratios.append(max(report.seconds for report in reports) / alone_s)
+            gaps.append(max(report.max_gap_s for report in reports))
+            upstream.append(origin.counters.cdn_bytes_by_digest[layer] / size)
+            retries += sum(report.retries + report.stalls for report in reports)
+            for path in [*folder.glob(f"c{number}-*"), folder / f"proxy{number}"]:
+                shutil.rmtree(path)
+    return {
+        "slowest of 8 / 1 direct": statistics.median(ratios),
+        "longest gap s": max(gaps),
+        "upstream bytes / blob": max(upstream),
+        "client retries": retries,
+    }
+
+
+def parts(folder: Path, pairs: int) -> Row:
+    """One cold 1.75 GB layer in 16 parts at 10 MB/s per connection; then warm, and warm with the origin stopped."""
+    size = 1_750 * MB
+    row: Row = {}
+    with Origin(folder / "origin") as origin:
+        layer = add_model(origin, size)
+        origin.rate_per_connection = 10 * MB
+        alone = A2Client(None, origin.ca_file, folder / "direct", resolve=origin.resolve).pull("tiny")
+        shutil.rmtree(folder / "direct")
+        origin.reset_counters()
+        with Proxy(folder / "proxy", origin) as proxy:
+            with PeakRss(proxy) as rss:
+                cold = A2Client(proxy.url, proxy.ca_file, folder / "cold").pull("tiny")
+            line = proxy.wait_for_line(f"recorded {layer[7:19]}", timeout_s=60)
+            row["parts"] = sum(1 for e in cold.requests if e.range and layer[7:] in e.url)
+            row["cold / direct"] = cold.seconds / alone.seconds
+            row["upstream bytes / blob"] = origin.counters.cdn_bytes_by_digest[layer] / size
+            row["client retries"] = cold.retries + cold.stalls
+            row["longest gap s"] = cold.max_gap_s
+            numbers = re.search(r"last byte ([\d.]+) %; commit ([\d.]+) s, of it fsync ([\d.]+) s", line)
+            assert numbers is not None
+            row["unhashed at the last byte %"], row["commit s"], row["of it fsync s"] = map(float, numbers.groups())
+            row["peak RSS MiB"] = rss.mib
+            origin.reset_counters()
+            warm = A2Client(proxy.url, proxy.ca_file, folder / "warm").pull("tiny")
+            shutil.rmtree(folder / "warm")
+            row["warm MB/s"] = size / warm.seconds / MB
+            row["warm upstream bytes"] = origin.counters.cdn_bytes
+            origin.stop()
+            A2Client(proxy.url, proxy.ca_file, folder / "offline").pull("tiny")
+            shutil.rmtree(folder / "offline")
+            proxy.restart()
+            A2Client(proxy.url, proxy.ca_file, folder / "restarted").pull("tiny")
+            row["offline, and after a restart"] = "correct"
+    return row
+
+
+ROWS: Final = {"hit": hit, "eight": eight, "parts": parts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default: all")
+    parser.add_argument("--pairs", type=int, default=5, help="alternating repetitions (default 5)")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.rows if name not in ROWS]:
+        parser.error(f"expected rows of {', '.join(ROWS)}, got {unknown[0]}")
+    for program in ("nginx", "curl"):
+        if shutil.which(program) is None:
+            parser.error(f"expected {program} on PATH, got none: install it")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    machine = f"{os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}, {platform.system()}"
+    print(machine)
+    results: dict[str, Any] = {"machine": machine}
+    for name in arguments.rows or ROWS:
+        with tempfile.TemporaryDirectory(prefix="ollama-cache-bench-") as folder:
+            row = results[name] = ROWS[name](Path(folder), arguments.pairs)
+        print(f"\n{name}: {(ROWS[name].__doc__ or '').strip()}")
+        for key, value in row.items():
+            print(f"  {key:<32} {value:.3f}" if isinstance(value, float) else f"  {key:<32} {value}")
+        sys.stdout.flush()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
