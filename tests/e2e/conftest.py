@@ -1,45 +1,116 @@
-"""A hostile origin and a real mitmdump in front of it, fresh for each test."""
+"""A hostile origin and a real mitmdump in front of it.
 
+A start of mitmdump costs two seconds, so `origin` and `proxy` are one pair for all tests of a process: each test
+brings models of its own (`add_model`, `unique`), and the pair is put right before the next one. A test that needs
+other options, restarts, or looks at all that the cache holds or costs takes `start_proxy`.
+"""
+
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.a2 import A2Client
 from tests.support.http1 import Connection, connect
-from tests.support.origin import R2_HOST, Origin
+from tests.support.origin import R2_HOST, Origin, Source, Synthetic
 from tests.support.proxy import Proxy
 
 MODEL = "application/vnd.ollama.image.model"
 REGISTRY = "registry.ollama.ai"
 MB = 1_000_000
 
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of an origin."""
+
+    repository: str
+    layers: tuple[str, ...]
+    manifest: bytes
+
+    @property
+    def name(self) -> str:
+        """What a user types."""
+        return self.repository.removeprefix("library/")
+
+    @property
+    def layer(self) -> str:
+        """The digest of the first layer."""
+        return self.layers[0]
+
+    @property
+    def manifest_target(self) -> str:
+        """The request target of its manifest."""
+        return f"/v2/{self.repository}/manifests/latest"
+
+    @property
+    def blob_target(self) -> str:
+        """The request target of its first layer."""
+        return f"/v2/{self.repository}/blobs/{self.layer}"
+
+    @property
+    def recorded(self) -> str:
+        """The beginning of the line that the cache says when the first layer is verified."""
+        return f"recorded {self.layer[7:19]}"
+
+
+def unique(size: int) -> Synthetic:
+    """Bytes that no other test has."""
+    return Synthetic(size, next(_numbers))
+
+
+def add_model(origin: Origin, *layers: bytes | Source, repository: str = "", **options: Any) -> Model:
+    """Publish a model of these layers as `latest`, in a repository of its own unless one is named."""
+    repository = repository or f"library/m{next(_numbers)}"
+    digests = tuple(origin.add_blob(layer) for layer in layers)
+    config = origin.add_blob(b'{"model_format":"gguf"}')
+    pairs = [(MODEL, digest) for digest in digests]
+    return Model(repository, digests, origin.add_model(repository, "latest", layers=pairs, config=config, **options))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Origin, Proxy]]:
+    """The pair behind `origin` and `proxy`."""
+    folder = tmp_path_factory.mktemp("shared")
+    with Origin(folder / "origin") as origin, Proxy(folder, origin) as proxy:
+        yield origin, proxy
+
 
 @pytest.fixture
-def origin(tmp_path: Path) -> Iterator[Origin]:
-    folder = tmp_path / "origin"
-    folder.mkdir()
-    with Origin(folder) as origin:
-        yield origin
+def origin(shared: tuple[Origin, Proxy]) -> Iterator[Origin]:
+    """The shared origin: running, without faults, limits and counts."""
+    origin, _ = shared
+    yield origin
+    origin.restore()
+
+
+@pytest.fixture
+def proxy(shared: tuple[Origin, Proxy], origin: Origin) -> Proxy:
+    """The shared cache in front of `origin`."""
+    _, proxy = shared
+    if not proxy.is_running:
+        proxy.start()
+    proxy.forget_lines()
+    return proxy
 
 
 @pytest.fixture
 def start_proxy(tmp_path: Path, origin: Origin) -> Iterator[Callable[..., Proxy]]:
-    """Start the cache in front of the origin, with options; what it printed is shown when the test fails."""
+    """Start a cache of the test's own in front of the origin, with options; its output is shown on a failure."""
     folder = tmp_path / "proxy"
     folder.mkdir()
     with ExitStack() as stack:
 
-        def start(**options: object) -> Proxy:
+        def start(**options: Any) -> Proxy:
             return stack.enter_context(Proxy(folder, origin, **options))
 
         yield start
-
-
-@pytest.fixture
-def proxy(start_proxy: Callable[..., Proxy]) -> Proxy:
-    return start_proxy()
 
 
 @pytest.fixture
@@ -47,12 +118,12 @@ def new_client(tmp_path: Path) -> Callable[..., A2Client]:
     """An Ollama of today with an empty models folder of its own; parts and back-off scaled down a hundredfold."""
     count = 0
 
-    def make(proxy: Proxy, **options: object) -> A2Client:
+    def make(proxy: Proxy, **options: Any) -> A2Client:
         nonlocal count
         count += 1
-        scale: dict[str, object] = {"min_part": MB, "max_part": 10 * MB, "backoff_unit_s": 0.05}
+        scale: dict[str, Any] = {"min_part": MB, "max_part": 10 * MB, "backoff_unit_s": 0.05}
         directory = options.pop("directory", tmp_path / f"client{count}")
-        return A2Client(proxy.url, proxy.ca_file, directory, **(scale | options))  # type: ignore[arg-type]
+        return A2Client(proxy.url, proxy.ca_file, directory, **(scale | options))
 
     return make
 
@@ -74,10 +145,10 @@ def get(connection: Connection, target: str, **headers: str) -> tuple[int, dict[
     return response.status, {name.lower(): value for name, value in response.headers}, body
 
 
-def canonical(proxy: Proxy, repository: str, digest: str) -> str:
-    """The canonical address (path and query) that the cache redirects a blob request to."""
+def canonical(proxy: Proxy, model: Model) -> str:
+    """The canonical address (path and query) that the cache redirects a request for the first layer to."""
     with to_registry(proxy) as connection:
-        status, headers, _ = get(connection, f"/v2/{repository}/blobs/{digest}")
+        status, headers, _ = get(connection, model.blob_target)
     assert status == 307, status
     location = headers["location"]
     assert location.startswith(f"https://{R2_HOST}/"), location

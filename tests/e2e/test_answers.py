@@ -9,30 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pullthrough.byterange import ByteRange, Unsatisfiable, parse_range
-from tests.e2e.conftest import MB, MODEL, canonical, get, to_cdn, to_registry
+from tests.e2e.conftest import MB, add_model, canonical, get, to_cdn, to_registry, unique
 from tests.support.http1 import connect
-from tests.support.origin import R2_HOST, Fault, Mode, Origin, Synthetic
+from tests.support.origin import R2_HOST, Fault, Mode, Origin
 from tests.support.proxy import Proxy
-
-
-def add_tiny(origin: Origin, data: bytes | Synthetic) -> str:
-    """A model whose one layer is `data`; the layer's digest."""
-    layer = origin.add_blob(data)
-    origin.add_model("library/tiny", "latest", layers=[(MODEL, layer)], config=origin.add_blob(b"{}"))
-    return layer
-
-
-def tiny_manifest(origin: Origin) -> bytes:
-    """What upstream serves for the model of `add_tiny`."""
-    layer = origin.add_blob(b"layer")
-    return origin.add_model("library/tiny", "latest", layers=[(MODEL, layer)], config=origin.add_blob(b"{}"))
 
 
 def test_manifest_is_byte_exact(origin: Origin, proxy: Proxy) -> None:
     """GET, HEAD, first and later: upstream's bytes and type; HEAD tells length and digest."""
-    manifest = tiny_manifest(origin)
+    model = add_model(origin, unique(10))
+    manifest, target = model.manifest, model.manifest_target
     with to_registry(proxy) as connection:
-        target = "/v2/library/tiny/manifests/latest"
         status, first, body = get(connection, target)
         assert (status, first["content-type"]) == (200, "text/plain")
         assert body == manifest
@@ -60,8 +47,8 @@ def test_refusals_are_relayed_and_never_stored(
     origin: Origin, proxy: Proxy, status: int, headers: dict[str, str]
 ) -> None:
     """What upstream refuses, the client sees as upstream said it; the next client gets the next answer."""
-    manifest = tiny_manifest(origin)
-    target = "/v2/library/tiny/manifests/latest"
+    model = add_model(origin, unique(10))
+    manifest, target = model.manifest, model.manifest_target
     fault = Fault(Mode.STATUS, where="registry", status=status, headers=headers, times=2)
     origin.faults.append(fault)
     with to_registry(proxy) as connection:
@@ -75,8 +62,8 @@ def test_refusals_are_relayed_and_never_stored(
 
 def test_a_page_that_is_no_manifest_is_not_stored(origin: Origin, proxy: Proxy) -> None:
     """A captive portal's 200 reaches the client that asked, and nobody after it."""
-    manifest = tiny_manifest(origin)
-    target = "/v2/library/tiny/manifests/latest"
+    model = add_model(origin, unique(10))
+    manifest, target = model.manifest, model.manifest_target
     origin.faults.append(Fault(Mode.STATUS, where="registry", status=200, body=b"<html>please log in</html>", times=1))
     with to_registry(proxy) as connection:
         assert get(connection, target)[2] == b"<html>please log in</html>"
@@ -85,63 +72,64 @@ def test_a_page_that_is_no_manifest_is_not_stored(origin: Origin, proxy: Proxy) 
 
 def test_head_of_a_blob(origin: Origin, proxy: Proxy) -> None:
     """200 with the true length and no body for what the repository has, upstream's 404 for what it has not."""
-    layer = add_tiny(origin, b"0123456789")
-    other = origin.add_blob(b"somebody else's")
+    model = add_model(origin, unique(10).read(0, 10))
+    other = origin.add_blob(unique(11))
     with to_registry(proxy) as connection:
-        for spelling in (layer, layer.replace(":", "-"), "sha256:" + layer[7:].upper()):
-            response = connection.request("HEAD", f"/v2/library/tiny/blobs/{spelling}", [])
+        for spelling in (model.layer, model.layer.replace(":", "-"), "sha256:" + model.layer[7:].upper()):
+            response = connection.request("HEAD", f"/v2/{model.repository}/blobs/{spelling}", [])
             assert (response.status, response.header("content-length")) == (200, "10")
             assert response.read() == b""
-        response = connection.request("HEAD", f"/v2/library/tiny/blobs/{other}", [])
+        response = connection.request("HEAD", f"/v2/{model.repository}/blobs/{other}", [])
         assert (response.status, response.header("content-length")) == (404, "0")
-    canonical(proxy, "library/tiny", layer)
+    canonical(proxy, model)
     with to_registry(proxy) as connection:
         # Its bytes are here by now; another repository's claim to them is still upstream's to judge.
-        response = connection.request("HEAD", f"/v2/library/stranger/blobs/{layer}", [])
+        response = connection.request("HEAD", f"/v2/library/stranger/blobs/{model.layer}", [])
         assert response.status == 404
-        assert get(connection, f"/v2/library/stranger/blobs/{layer}")[0] == 404
+        assert get(connection, f"/v2/library/stranger/blobs/{model.layer}")[0] == 404
 
 
 def test_blob_redirect_keeps_the_scheme_and_the_hosts(origin: Origin, proxy: Proxy) -> None:
     """307 to the CDN's own host, without a body, from cold and warm alike; http stays http."""
-    layer = add_tiny(origin, b"0123456789")
-    address = canonical(proxy, "library/tiny", layer)
-    proxy.wait_for_line(f"recorded {layer[7:19]}")
-    assert canonical(proxy, "library/tiny", layer).partition("?")[0] == address.partition("?")[0]
+    model = add_model(origin, ten := unique(10).read(0, 10))
+    address = canonical(proxy, model)
+    proxy.wait_for_line(model.recorded)
+    assert canonical(proxy, model).partition("?")[0] == address.partition("?")[0]
     with connect(proxy.url, "registry.ollama.ai", 80, None) as connection:
-        status, headers, _ = get(connection, f"/v2/library/tiny/blobs/{layer}")
+        status, headers, _ = get(connection, model.blob_target)
         assert (status, headers["content-length"]) == (307, "0")
         assert headers["location"].startswith(f"http://{R2_HOST}/ollama/docker/registry/v2/blobs/sha256/")
     with connect(proxy.url, R2_HOST, 80, None) as connection:
-        assert get(connection, headers["location"].removeprefix(f"http://{R2_HOST}"))[2] == b"0123456789"
+        assert get(connection, headers["location"].removeprefix(f"http://{R2_HOST}"))[2] == ten
 
 
 def test_without_a_capability_nothing_is_served_or_recorded(origin: Origin, proxy: Proxy) -> None:
     """A request to the blob host that we did not send there goes to that very URL, and leaves no trace."""
-    layer = add_tiny(origin, b"0123456789")
-    address = canonical(proxy, "library/tiny", layer)
-    proxy.wait_for_line(f"recorded {layer[7:19]}")
+    model = add_model(origin, unique(10).read(0, 10))
+    address = canonical(proxy, model)
+    proxy.wait_for_line(model.recorded)
     path, _, query = address.partition("?")
     forged = query[:-1] + ("0" if query[-1] != "0" else "1")
-    other = origin.add_blob(b"not ours")
+    other = origin.add_blob(theirs := unique(8).read(0, 8))
     presigned = origin.signed_url(other).removeprefix(f"https://{R2_HOST}")
     origin.reset_counters()
     with to_cdn(proxy) as connection:
         assert get(connection, path)[0] == 403
         assert get(connection, f"{path}?{forged}")[0] == 403
-        assert get(connection, presigned)[2] == b"not ours"
-        assert get(connection, presigned)[2] == b"not ours"
-    assert origin.counters.cdn_requests == 4
+        assert get(connection, presigned)[2] == theirs
+        assert get(connection, presigned)[2] == theirs
+    hexadecimals = (model.layer[7:], other[7:])
+    assert sum(any(name in request.path for name in hexadecimals) for request in origin.counters.requests) == 4
     assert not list(proxy.store.glob(f"*/{other.replace(':', '-')}*"))
 
 
 def test_three_hundred_ranges_on_a_cold_blob(origin: Origin, proxy: Proxy) -> None:
     """Six clients ask for anything in any order while the blob is recorded: every answer exact, each byte once."""
     size = 24 * MB + 12345
-    blob = Synthetic(size, 7)
-    layer = add_tiny(origin, blob)
+    blob = unique(size)
+    model = add_model(origin, blob)
     origin.rate_per_connection = 4 * MB
-    address = canonical(proxy, "library/tiny", layer)
+    address = canonical(proxy, model)
     rng = random.Random(5)
 
     def field() -> str:
@@ -182,20 +170,20 @@ def test_three_hundred_ranges_on_a_cold_blob(origin: Origin, proxy: Proxy) -> No
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(ask, fields))
-    assert origin.counters.cdn_bytes_by_digest[layer] <= size * 1.01
+    assert origin.counters.cdn_bytes_by_digest[model.layer] <= size * 1.01
 
 
 def test_if_range_and_head_at_the_canonical_address(origin: Origin, proxy: Proxy) -> None:
     """A strong match keeps the range, anything else gets the whole; HEAD tells the length."""
-    layer = add_tiny(origin, b"0123456789")
-    address = canonical(proxy, "library/tiny", layer)
+    model = add_model(origin, ten := unique(10).read(0, 10))
+    address = canonical(proxy, model)
     with to_cdn(proxy) as connection:
         status, headers, _ = get(connection, address)
         tag = headers["etag"]
         assert (status, headers["accept-ranges"], "content-encoding" in headers) == (200, "bytes", False)
-        assert get(connection, address, Range="bytes=2-4", If_Range=tag)[::2] == (206, b"234")
-        assert get(connection, address, Range="bytes=2-4", If_Range='"other"')[::2] == (200, b"0123456789")
-        assert get(connection, address, Range="bytes=2-4", Accept_Encoding="gzip")[::2] == (206, b"234")
+        assert get(connection, address, Range="bytes=2-4", If_Range=tag)[::2] == (206, ten[2:5])
+        assert get(connection, address, Range="bytes=2-4", If_Range='"other"')[::2] == (200, ten)
+        assert get(connection, address, Range="bytes=2-4", Accept_Encoding="gzip")[::2] == (206, ten[2:5])
         response = connection.request("HEAD", address, [("Range", "bytes=2-4")])
         assert (response.status, response.header("content-length"), response.read()) == (200, "10", b"")
 
@@ -203,12 +191,12 @@ def test_if_range_and_head_at_the_canonical_address(origin: Origin, proxy: Proxy
 @pytest.mark.parametrize("size", [0, 1, 2, 65535, 65536, 65537])
 def test_sizes_around_the_edges(origin: Origin, proxy: Proxy, size: int) -> None:
     """An empty blob, one byte, and one more or less than a slice."""
-    data = bytes(index % 251 for index in range(size))
-    layer = add_tiny(origin, data)
-    address = canonical(proxy, "library/tiny", layer)
+    data = unique(size).read(0, size)
+    model = add_model(origin, data)
+    address = canonical(proxy, model)
     with to_cdn(proxy) as connection:
         assert get(connection, address)[::2] == (200, data)
-    proxy.wait_for_line(f"recorded {layer[7:19]}")
+    proxy.wait_for_line(model.recorded)
     origin.stop()
     with to_cdn(proxy) as connection:
         assert get(connection, address)[::2] == (200, data)
@@ -216,41 +204,40 @@ def test_sizes_around_the_edges(origin: Origin, proxy: Proxy, size: int) -> None
 
 def test_a_corrupted_byte_never_becomes_a_hit(origin: Origin, proxy: Proxy) -> None:
     """Bytes that do not hash to their name are put away; the next pull fetches anew and is right."""
-    blob = Synthetic(3 * MB, 3)
-    layer = add_tiny(origin, blob)
-    origin.faults.append(Fault(Mode.FLIP, digest=layer, after=2 * MB, times=1))
-    address = canonical(proxy, "library/tiny", layer)
+    blob = unique(3 * MB)
+    model = add_model(origin, blob)
+    origin.faults.append(Fault(Mode.FLIP, digest=model.layer, after=2 * MB, times=1))
+    address = canonical(proxy, model)
     with to_cdn(proxy) as connection:
         get(connection, address)
     proxy.wait_for_line("quarantined")
-    assert not (proxy.store / "blobs" / layer.replace(":", "-")).exists()
+    assert not (proxy.store / "blobs" / model.layer.replace(":", "-")).exists()
     with to_cdn(proxy) as connection:
-        assert get(connection, canonical(proxy, "library/tiny", layer))[2] == blob.read(0, 3 * MB)
-    proxy.wait_for_line(f"recorded {layer[7:19]}")
+        assert get(connection, canonical(proxy, model))[2] == blob.read(0, 3 * MB)
+    proxy.wait_for_line(model.recorded)
 
 
-def test_private_model(origin: Origin, proxy: Proxy) -> None:
+def test_private_model(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
     """A private blob is there for the credential that upstream accepts, and for nobody by its digest."""
-    secret = origin.add_blob(b"secret weights")
-    config = origin.add_blob(b"{}")
-    origin.add_model("me/private", "latest", layers=[(MODEL, secret)], config=config, private=True)
-    target = f"/v2/me/private/blobs/{secret}"
+    proxy = start_proxy()
+    model = add_model(origin, b"secret weights", repository="me/private", private=True)
+    secret, target = model.layer, model.blob_target
     right = {"Authorization": "Bearer good-token"}
     with to_registry(proxy) as connection:
         status, headers, body = get(connection, target)
         assert (status, body) == (401, b"")
         assert headers["www-authenticate"].startswith("Bearer realm=")
-        assert get(connection, "/v2/me/private/manifests/latest")[0] == 401
-        assert get(connection, "/v2/me/private/manifests/latest", **right)[0] == 200
+        assert get(connection, model.manifest_target)[0] == 401
+        assert get(connection, model.manifest_target, **right)[0] == 200
         status, headers, _ = get(connection, target, **right)
         assert status == 307
     with to_cdn(proxy) as connection:
         assert get(connection, headers["location"].removeprefix(f"https://{R2_HOST}"))[2] == b"secret weights"
-    proxy.wait_for_line(f"recorded {secret[7:19]}")
+    proxy.wait_for_line(model.recorded)
     with to_registry(proxy) as connection:
         assert get(connection, target)[0] == 401
         assert get(connection, target, Authorization="Bearer wrong")[0] == 401
-        assert get(connection, "/v2/me/private/manifests/latest")[0] == 401
+        assert get(connection, model.manifest_target)[0] == 401
         assert get(connection, f"/v2/library/other/blobs/{secret}")[0] in (401, 404)
         assert get(connection, target, **right)[0] == 307
     stored = b"".join(path.read_bytes() for path in proxy.store.rglob("*") if path.is_file())
@@ -258,13 +245,14 @@ def test_private_model(origin: Origin, proxy: Proxy) -> None:
     assert "good-token" not in proxy.dump()
 
 
-def test_signed_addresses_stay_secret(origin: Origin, proxy: Proxy) -> None:
+def test_signed_addresses_stay_secret(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
     """Neither upstream's signature nor our capability is logged or stored."""
-    layer = add_tiny(origin, b"0123456789")
-    address = canonical(proxy, "library/tiny", layer)
+    proxy = start_proxy()
+    model = add_model(origin, unique(10).read(0, 10))
+    address = canonical(proxy, model)
     with to_cdn(proxy) as connection:
         get(connection, address)
-    proxy.wait_for_line(f"recorded {layer[7:19]}")
+    proxy.wait_for_line(model.recorded)
     text = proxy.dump()
     stored = b"".join(path.read_bytes() for path in proxy.store.rglob("*") if path.is_file())
     assert address.partition("access=")[2] not in text
@@ -284,9 +272,9 @@ def test_missing_manifest_while_upstream_is_down(origin: Origin, proxy: Proxy) -
 def test_offline_option(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
     """Offline, upstream is not even tried."""
     proxy = start_proxy(ollama_cache_offline="true")
-    layer = add_tiny(origin, b"0123456789")
+    model = add_model(origin, unique(10).read(0, 10))
     with to_registry(proxy) as connection:
-        assert get(connection, "/v2/library/tiny/manifests/latest")[0] == 504
-        status, headers, body = get(connection, f"/v2/library/tiny/blobs/{layer}")
+        assert get(connection, model.manifest_target)[0] == 504
+        status, headers, body = get(connection, model.blob_target)
         assert (status, headers["content-length"], body) == (502, "0", b"")
     assert not origin.counters.requests

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import MB, MODEL
-from tests.support.origin import Origin, Synthetic
+from tests.e2e.conftest import MB, add_model, unique
+from tests.support.origin import Origin
 from tests.support.proxy import Proxy
 
 
@@ -23,7 +23,7 @@ def program(name: str) -> Path:
 
 def gguf(size: int) -> bytes:
     """The smallest file that is a GGUF (magic, version 3, no tensors, no keys), padded."""
-    return struct.pack("<4sIQQ", b"GGUF", 3, 0, 0) + Synthetic(size - 24, 1).read(0, size - 24)
+    return struct.pack("<4sIQQ", b"GGUF", 3, 0, 0) + unique(size - 24).read(0, size - 24)
 
 
 def ramalama(proxy: Proxy, store: Path, model: str) -> None:
@@ -43,14 +43,13 @@ def ramalama(proxy: Proxy, store: Path, model: str) -> None:
 def test_ramalama(origin: Origin, proxy: Proxy, tmp_path: Path) -> None:
     """ramalama pulls cold, from the store, and with the registry switched off; each byte came once."""
     data = gguf(20 * MB)
-    layer = origin.add_blob(data)
-    origin.add_model("library/tiny", "latest", layers=[(MODEL, layer)], config=origin.add_blob(b"{}"))
+    model = add_model(origin, data)
     for name in ("cold", "warm"):
-        ramalama(proxy, tmp_path / name, "tiny")
-    proxy.wait_for_line(f"recorded {layer[7:19]}")
+        ramalama(proxy, tmp_path / name, model.name)
+    proxy.wait_for_line(model.recorded)
     origin.stop()
-    ramalama(proxy, tmp_path / "offline", "tiny")
+    ramalama(proxy, tmp_path / "offline", model.name)
     for name in ("cold", "warm", "offline"):
         files = [path for path in (tmp_path / name).rglob("*") if path.is_file() and path.stat().st_size == len(data)]
         assert any(path.read_bytes() == data for path in files)
-    assert origin.counters.cdn_bytes_by_digest[layer] == len(data)
+    assert origin.counters.cdn_bytes_by_digest[model.layer] == len(data)

@@ -9,6 +9,7 @@ import re
 import select
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -240,6 +241,11 @@ class Connection:
         with contextlib.suppress(OSError):
             # Not SSLSocket.shutdown: that drops the TLS object under the feet of the reading thread.
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def reset(self) -> None:
+        """Close with RST: what was sent and not yet acknowledged is lost."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._sock.close()
 
     def close(self) -> None:
         """Close, with close_notify while the peer still listens."""

@@ -768,6 +768,24 @@ class Origin:
             sock.close()
         self._listening.clear()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it listens."""
+        return bool(self._listening)
+
+    def restore(self) -> None:
+        """Listening, without faults, gates, limits and counts; blobs and models stay."""
+        with self._lock:
+            gates, self._gates = self._gates, []
+        for _, _, gate in gates:
+            gate.open()
+        self.faults.clear()
+        self.rate_per_connection = self.rate_total = None
+        self.gzip_manifests = False
+        if not self.is_running:
+            self.start()
+        self.reset_counters()
+
     def disconnect(self) -> None:
         """End all present connections, as a restart of the servers would."""
         with self._lock:

@@ -239,6 +239,10 @@ class Proxy:
                 raise TimeoutError(f"expected {text!r} {count} times, got {found()} in:\n{self._since_start()}")
             return found()[count - 1]
 
+    def forget_lines(self) -> None:
+        """Make `wait_for_line` look only at what comes from now on."""
+        self._from = len(self.output)
+
     def dump(self) -> str:
         """All output, also printed, so that pytest shows it beside a failure."""
         text = "\n".join(self.output)
