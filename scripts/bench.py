@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,16 +36,30 @@ MODEL: Final = "application/vnd.ollama.image.model"
 Row = dict[str, Any]
 
 
-def curl(*arguments: str | Path) -> float:
-    """MB/s of one download that goes nowhere; the whole of it, or an error."""
-    fields = "%{size_download} %{time_total} %{http_code}"
-    done = subprocess.run(
-        ["curl", "-sS", "-o", os.devnull, "-w", fields, *arguments], capture_output=True, text=True, check=True
-    )
-    size, seconds, status = done.stdout.split()
-    if status not in ("200", "206"):
-        raise RuntimeError(f"expected 200 or 206, got {status}")
-    return float(size) / float(seconds) / MB
+@dataclass
+class Side:
+    """One of two proxies to compare."""
+
+    pid: int
+    proxy: str
+    ca_file: Path
+    url: str
+    rates: list[float] = field(default_factory=list)
+    """MB/s of each download."""
+    cpu: list[float] = field(default_factory=list)
+    """Seconds of processor time per GB of each download."""
+
+    def download(self) -> None:
+        """Fetch all of the URL to nowhere and note what it took; an error if it is not all."""
+        command = ["curl", "-sS", "-o", os.devnull, "-w", "%{size_download} %{time_total} %{http_code}"]
+        command += ["--proxy", self.proxy, "--cacert", str(self.ca_file), self.url]
+        before = cpu_s(self.pid)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        size, seconds, status = done.stdout.split()
+        if status != "200":
+            raise RuntimeError(f"expected 200, got {status}")
+        self.rates.append(float(size) / float(seconds) / MB)
+        self.cpu.append((cpu_s(self.pid) - before) / float(size) * 1e9)
 
 
 def cpu_s(pid: int) -> float:
@@ -75,7 +90,7 @@ def nginx(folder: Path, port: int, origin: Origin) -> Iterator[None]:
 @contextlib.contextmanager
 def stock_mitmdump(folder: Path, port: int, origin: Origin) -> Iterator[int]:
     """mitmdump as it is, streaming; yields its process id."""
-    command = [MITMDUMP, "--listen-host", "127.0.0.1", "--listen-port", str(port), "--set", f"confdir={folder}"]
+    command = [str(MITMDUMP), "--listen-host", "127.0.0.1", "--listen-port", str(port), "--set", f"confdir={folder}"]
     command += ["--set", "stream_large_bodies=1", "--set", "connection_strategy=lazy", "--set", "flow_detail=0"]
     command += ["--set", f"ssl_verify_upstream_trusted_ca={origin.ca_file}"]
     with (folder / "mitmdump.log").open("wb") as log:
@@ -120,52 +135,37 @@ def hit(folder: Path, pairs: int) -> Row:
     query = Capability(digest, size, int(time.time()) + 3600).to_query(store.secret)
     ingest.close()
     store.close()
-    ours, theirs, ours_cpu, theirs_cpu = [], [], [], []
     with (
         Origin(folder / "origin") as origin,
         nginx(folder / "www", 18443, origin),
         stock_mitmdump(folder, 18444, origin) as stock_pid,
         Proxy(folder, origin, ollama_cache_dir=folder / "store") as proxy,
     ):
-        for number in range(pairs + 1):
-            for rates, cpus, pid, arguments in (
-                (
-                    ours,
-                    ours_cpu,
-                    proxy.pid,
-                    [
-                        *("--proxy", proxy.url, "--cacert", proxy.ca_file),
-                        f"https://{R2_HOST}{canonical_path(digest)}?{query}",
-                    ],
-                ),
-                (
-                    theirs,
-                    theirs_cpu,
-                    stock_pid,
-                    [
-                        *("--proxy", "http://127.0.0.1:18444", "--cacert", folder / "mitmproxy-ca-cert.pem"),
-                        "https://localhost:18443/blob",
-                    ],
-                ),
-            ):
-                before = cpu_s(pid)
-                rate = curl(*arguments)
-                if number:  # the first pair warms the page cache
-                    rates.append(rate)
-                    cpus.append((cpu_s(pid) - before) / size * 1e9)
+        url = f"https://{R2_HOST}{canonical_path(digest)}?{query}"
+        ours = Side(proxy.pid, proxy.url, proxy.ca_file, url)
+        stock_ca = folder / "mitmproxy-ca-cert.pem"
+        stock = Side(stock_pid, "http://127.0.0.1:18444", stock_ca, "https://localhost:18443/blob")
+        for _ in range(pairs + 1):
+            ours.download()
+            stock.download()
+    for side in (ours, stock):
+        del side.rates[0], side.cpu[0]  # the first pair warmed the page cache
     return {
-        "ours MB/s": statistics.median(ours),
-        "stock mitmdump MB/s": statistics.median(theirs),
-        "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
-        "ours CPU s/GB": statistics.median(ours_cpu),
-        "stock CPU s/GB": statistics.median(theirs_cpu),
+        "ours MB/s": statistics.median(ours.rates),
+        "stock mitmdump MB/s": statistics.median(stock.rates),
+        "ratio": statistics.median(a / b for a, b in zip(ours.rates, stock.rates, strict=True)),
+        "ours CPU s/GB": statistics.median(ours.cpu),
+        "stock CPU s/GB": statistics.median(stock.cpu),
     }
 
 
 def eight(folder: Path, pairs: int) -> Row:
     """Eight cold Ollama clients of one 256 MiB blob at 10 MB/s per connection, against one client going direct."""
     size = 256 << 20
-    ratios, gaps, upstream, retries = [], [], [], 0
+    ratios: list[float] = []
+    gaps: list[float] = []
+    upstream: list[float] = []
+    retries = 0
     with Origin(folder / "origin") as origin:
         layer = add_model(origin, size)
         origin.rate_per_connection = 10 * MB

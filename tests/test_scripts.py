@@ -394,11 +394,12 @@ def test_test_script_selects(checkout: Checkout, arguments: list[str], marks: st
     answer = """case "$1 $2" in '-m pytest') shift 2; echo "[$2]"; shift 2; echo "[$*]"; exit 5 ;; esac\n"""
     python.write_text(real.replace("#!/bin/sh\n", f"#!/bin/sh\n{answer}"), encoding="utf-8")
     result = checkout.machine.run(checkout.folder / "scripts" / "test", *arguments)
-    assert result.stdout.splitlines() == [f"[{marks}]", f"[{rest}]"]
+    parallel = "--numprocesses auto --maxprocesses 4 --dist worksteal"
+    assert result.stdout.splitlines() == [f"[{marks}]", f"[{f'{parallel} {rest}'.strip()}]"]
     assert result.returncode == 5
 
 
-@pytest.mark.parametrize("name", ["find-python", "make-ca", "run", "setup", "test"])
+@pytest.mark.parametrize("name", ["bench", "find-python", "make-ca", "run", "setup", "test"])
 def test_script_is_executable_shell(name: str) -> None:
     """Each script may be run as it is, and its shell can parse it."""
     script = SCRIPTS / name
