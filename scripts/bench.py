@@ -171,14 +171,14 @@ def eight(folder: Path, pairs: int) -> Row:
         origin.rate_per_connection = 10 * MB
         for number in range(pairs):
             direct = A2Client(None, origin.ca_file, folder / f"direct{number}", resolve=origin.resolve)
-            alone_s = direct.pull("tiny").seconds
+            alone_s = direct.pull("tiny").transfer_s
             shutil.rmtree(folder / f"direct{number}")
             origin.reset_counters()
             with Proxy(folder / f"proxy{number}", origin) as proxy:
                 clients = [A2Client(proxy.url, proxy.ca_file, folder / f"c{number}-{i}") for i in range(8)]
                 with ThreadPoolExecutor(8) as pool:
                     reports = list(pool.map(lambda client: client.pull("tiny"), clients))
-            ratios.append(max(report.seconds for report in reports) / alone_s)
+            ratios.append(max(report.transfer_s for report in reports) / alone_s)
             gaps.append(max(report.max_gap_s for report in reports))
             upstream.append(origin.counters.cdn_bytes_by_digest[layer] / size)
             retries += sum(report.retries + report.stalls for report in reports)
@@ -207,7 +207,7 @@ def parts(folder: Path, pairs: int) -> Row:
                 cold = A2Client(proxy.url, proxy.ca_file, folder / "cold").pull("tiny")
             line = proxy.wait_for_line(f"recorded {layer[7:19]}", timeout_s=60)
             row["parts"] = sum(1 for e in cold.requests if e.range and layer[7:] in e.url)
-            row["cold / direct"] = cold.seconds / alone.seconds
+            row["cold / direct"] = cold.transfer_s / alone.transfer_s
             row["upstream bytes / blob"] = origin.counters.cdn_bytes_by_digest[layer] / size
             row["client retries"] = cold.retries + cold.stalls
             row["longest gap s"] = cold.max_gap_s
@@ -218,7 +218,7 @@ def parts(folder: Path, pairs: int) -> Row:
             origin.reset_counters()
             warm = A2Client(proxy.url, proxy.ca_file, folder / "warm").pull("tiny")
             shutil.rmtree(folder / "warm")
-            row["warm MB/s"] = size / warm.seconds / MB
+            row["warm MB/s"] = size / warm.transfer_s / MB
             row["warm upstream bytes"] = origin.counters.cdn_bytes
             origin.stop()
             A2Client(proxy.url, proxy.ca_file, folder / "offline").pull("tiny")

@@ -22,6 +22,9 @@ from pullthrough.threads import Threads
 _log = logging.getLogger(__name__)
 
 HASH_PIECE: Final = 4 << 20
+# What one visit to the thread may hash: each visit waits for the event loop twice, and on a busy machine that costs
+# more than the hashing itself.
+HASH_STRETCH: Final = 64 << 20
 FLUSH_S: Final = 2.0
 FLUSH_BYTES: Final = 256 << 20
 
@@ -85,23 +88,24 @@ class Sealer:
         hasher = hashlib.sha256()
         descriptor, assembly = self._ingest.file.descriptor, self._assembly
 
-        def update(offset: int, size: int) -> int:
-            data = platform.read_at(descriptor, offset, size)
-            hasher.update(data)
-            return len(data)
+        def update(start: int, stop: int) -> int:
+            offset = start
+            while offset < stop and (data := platform.read_at(descriptor, offset, min(HASH_PIECE, stop - offset))):
+                hasher.update(data)
+                offset += len(data)
+            return offset
 
         while assembly.hashed < assembly.size:
-            size = min(HASH_PIECE, assembly.frontier - assembly.hashed)
-            if size == 0:
+            if assembly.frontier == assembly.hashed:
                 self._grown.clear()
                 await self._grown.wait()
                 continue
-            count = await self._threads.hashing(update, assembly.hashed, size)
-            if count == 0:
+            stop = min(assembly.frontier, assembly.hashed + HASH_STRETCH)
+            assembly.hashed = await self._threads.hashing(update, assembly.hashed, stop)
+            if assembly.hashed < stop:
                 raise StoreError(
                     f"recording {self._ingest.digest}: expected {assembly.size} bytes on disk, got {assembly.hashed}"
                 )
-            assembly.hashed += count
         return hasher.hexdigest()
 
     async def seal(self, actual: str) -> Sealed:

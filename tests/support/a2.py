@@ -153,7 +153,10 @@ class PullReport:
     max_gap_s: float
     """The longest time that any part waited for its next (or first) byte."""
     requests: tuple[Exchange, ...]
+    transfer_s: float
+    """Until the last blob was complete."""
     seconds: float
+    """Until its digests were verified too, which each client does on its own machine."""
     manifest: builtins.bytes
 
 
@@ -205,6 +208,7 @@ class _Tally:
     stalls: int = 0
     max_gap_s: float = 0.0
     requests: list[Exchange] = field(default_factory=list)
+    transferred: float = 0.0
 
 
 RedirectPolicy = Callable[[SplitResult, SplitResult], bool | str]
@@ -298,6 +302,7 @@ class A2Client:
             stalls=tally.stalls,
             max_gap_s=tally.max_gap_s,
             requests=tuple(tally.requests),
+            transfer_s=tally.transferred - started,
             seconds=time.monotonic() - started,
             manifest=manifest,
         )
@@ -328,6 +333,7 @@ class A2Client:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._download(name, digest, path)
                 downloaded.append(digest)
+        self._tally.transferred = time.monotonic()
         for digest in downloaded:
             with self.blob_path(digest).open("rb") as file:
                 actual = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
