@@ -31,7 +31,7 @@ from tests.support.origin import (
     Sparse,
     Synthetic,
 )
-from tests.support.proxy import PeakRss, Proxy, StartFailed, run_until_exit
+from tests.support.proxy import PROGRAM, PeakRss, Proxy, StartFailed, run_until_exit
 
 BLOB = b"0123456789abcdef"
 CONFIG = b'{"model_format":"gguf"}'
@@ -839,7 +839,7 @@ def test_proxy_runs_an_addon(origin: Origin, tmp_path: Path) -> None:
     script = tmp_path / "answering.py"
     script.write_text(ANSWERING)
     options: dict[str, Any] = {"confdir": tmp_path / "conf", "connection_strategy": "lazy"}
-    with Proxy(tmp_path / "proxy", origin, script=script, **options) as proxy:
+    with Proxy(tmp_path / "proxy", origin, program=(PROGRAM[0], "-s", script), **options) as proxy:
         port = proxy.port
         with PeakRss(proxy) as peak:
             cafile = tmp_path / "conf" / "mitmproxy-ca-cert.pem"
@@ -856,7 +856,7 @@ def test_proxy_runs_an_addon(origin: Origin, tmp_path: Path) -> None:
 
 def test_failed_start_shows_the_output(tmp_path: Path) -> None:
     """A process that ends instead of getting ready fails the start, with its output in the message."""
-    proxy = Proxy(tmp_path / "proxy", wrapper=["sh", "-c", "echo no store today; exit 3"])
+    proxy = Proxy(tmp_path / "proxy", program=["sh", "-c", "echo no store today; exit 3"])
     with pytest.raises(StartFailed, match=r"return code 3, output:\nno store today"):
         proxy.start()
     assert not proxy.is_running
@@ -866,7 +866,7 @@ def test_refused_start_is_run_until_it_exits(tmp_path: Path) -> None:
     """A script that cannot be loaded ends mitmdump with 1 and the reason."""
     script = tmp_path / "broken.py"
     script.write_text("raise RuntimeError('no store today')\n")
-    code, output = run_until_exit(tmp_path, script=script)
+    code, output = run_until_exit(tmp_path, program=(PROGRAM[0], "-s", script))
     assert code == 1
     assert "no store today" in output
 

@@ -23,7 +23,7 @@ to wait for one to end, and a `kill -9` costs one per connection."""
 FIRST_SLICE = 512 * KIB
 """Asked for while no rate has been measured."""
 
-STARVING_S = 1.5
+STARVING_S = 1.0
 """Clients give up on a part after 5 s without a byte (v0.1.23-v0.5.7), 30 s (later): a starving reader gets the next
 free connection, which is busy for SHARED_SLICE_S at most."""
 

@@ -140,8 +140,9 @@ def test_eight_cold_clients_cost_one(origin: Origin, proxy: Proxy, new_client: N
         reports = list(pool.map(lambda client: client.pull(model.name), clients))
     for client in clients:
         assert_complete(client, model)
-    assert max(report.max_gap_s for report in reports) < 5
-    assert sum(report.retries for report in reports) == 0
+    assert sum(report.retries + report.stalls for report in reports) == 0
+    # Below 3 s on an idle machine, which test_long demands; here other tests run beside.
+    assert max(report.max_gap_s for report in reports) < 10
     assert origin.counters.cdn_bytes_by_digest[model.layer] <= size * 1.01
 
 

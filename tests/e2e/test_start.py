@@ -1,19 +1,21 @@
 """A start that cannot be right stops: one line that says expected and got, exit code 1, and no open proxy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from mitmproxy.certs import CertStore
 
 from pullthrough.store import Store
-from tests.support.proxy import ADDON, run_until_exit
+from tests.support.proxy import ADDON, PROGRAM, run_until_exit
 
 
-def refused(folder: Path, *, script: Path = ADDON, env: dict[str, str] | None = None, **options: object) -> str:
+def refused(
+    folder: Path, *, program: Sequence[str | Path] = PROGRAM, env: dict[str, str] | None = None, **options: object
+) -> str:
     """The one line that mitmdump says before it exits with 1."""
     places = {"ollama_cache_dir": folder / "store", "ollama_cache_certs": folder / "certs"}
-    code, output = run_until_exit(folder, script=script, env=env, **(places | options))
+    code, output = run_until_exit(folder, program=program, env=env, **(places | options))
     lines = [line for line in output.splitlines() if "Loading script" not in line and "listening at" not in line]
     assert code == 1, output
     assert len(lines) == 1, output
@@ -113,4 +115,4 @@ def test_another_mitmproxy(tmp_path: Path, patch: str, message: str) -> None:
     """Internals that are not those the stream layer was written for."""
     script = tmp_path / "patched.py"
     script.write_text(f"{patch}\nimport sys\nsys.path.insert(0, {str(ADDON.parent)!r})\n{ADDON.read_text()}")
-    assert message in refused(tmp_path, script=script)
+    assert message in refused(tmp_path, program=(PROGRAM[0], "-s", script))

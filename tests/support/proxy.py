@@ -23,7 +23,7 @@ READY_MARKER: Final = "ollama-cache ready"
 """What the addon logs when it can serve."""
 CA_NAME: Final = "ollama-cache-ca-cert.pem"
 ADDON: Final = Path(__file__).resolve().parents[2] / "addon" / "ollama_cache.py"
-MITMDUMP: Final = Path(sys.executable).parent / "mitmdump"
+PROGRAM: Final = (Path(sys.executable).parent / "mitmdump", "-s", ADDON)
 
 _LISTENING: Final = re.compile(r"proxy listening at \S*?:(?P<port>\d+)\.?\s*$")
 _START_S: Final = 30.0
@@ -38,9 +38,9 @@ class StartFailed(Exception):
     """The process ended, or was not ready in time; the message is its whole output."""
 
 
-def arguments(options: Mapping[str, object], *, port: int = 0, script: Path = ADDON) -> list[str]:
+def arguments(options: Mapping[str, object], *, port: int = 0, program: Sequence[str | Path] = PROGRAM) -> list[str]:
     """The command line; booleans are written the way mitmproxy reads them."""
-    command = [str(MITMDUMP), "-s", str(script), "--listen-host", "127.0.0.1", "--listen-port", str(port)]
+    command = [*map(str, program), "--listen-host", "127.0.0.1", "--listen-port", str(port)]
     for name, value in options.items():
         command += ["--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
     return command
@@ -58,13 +58,13 @@ def run_until_exit(
     *,
     timeout_s: float = 30.0,
     env: Mapping[str, str] | None = None,
-    script: Path = ADDON,
+    program: Sequence[str | Path] = PROGRAM,
     **options: object,
 ) -> tuple[int, str]:
     """Start a process that is expected to refuse; its return code and output. `directory` is for its home."""
     try:
         done = subprocess.run(
-            arguments(options, script=script),
+            arguments(options, program=program),
             env=environment(directory / "home", env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -91,11 +91,10 @@ class Proxy:
         origin: Origin | None = None,
         *,
         env: Mapping[str, str] | None = None,
-        script: Path = ADDON,
-        wrapper: Sequence[str] = (),
+        program: Sequence[str | Path] = PROGRAM,
         **options: object,
     ) -> None:
-        """`wrapper` is put before the command, e.g. prlimit and its arguments."""
+        """`program` is what takes mitmdump's arguments, with whatever starts it."""
         self.directory = directory
         self.options: dict[str, object] = {
             "ollama_cache_dir": directory / "store",
@@ -110,8 +109,7 @@ class Proxy:
         self.port = 0
         """Chosen by the system at the first start and kept by later ones."""
         self._env = dict(env or {})
-        self._script = script
-        self._wrapper = list(wrapper)
+        self._program = tuple(program)
         self._changed = threading.Condition()
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
@@ -178,7 +176,7 @@ class Proxy:
         assert not self.is_running, "expected a stopped proxy"
         self._from = len(self.output)
         self._process = subprocess.Popen(
-            [*self._wrapper, *arguments(self.options, port=self.port, script=self._script)],
+            arguments(self.options, port=self.port, program=self._program),
             env=environment(self.directory / "home", self._env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
