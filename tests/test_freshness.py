@@ -3,6 +3,7 @@
 import pytest
 
 from pullthrough.freshness import Freshness, Stored, decide
+from pullthrough.records import Version
 
 NOW = 10_000.0
 
@@ -26,3 +27,23 @@ def test_decision(confirmed: float | None, down_until: float, offline: bool, exp
     """Serve, revalidate, fetch or serve stale."""
     stored = Stored(confirmed) if confirmed is not None else None
     assert decide(stored, now=NOW, lifetime_s=300, down_until=down_until, offline=offline) is expected
+
+
+@pytest.mark.parametrize(
+    ("oldest", "version", "expected"),
+    [
+        pytest.param((0, 5, 7), (0, 5, 7), Freshness.SERVE, id="granted to this one"),
+        pytest.param((0, 5, 7), (0, 34, 0), Freshness.SERVE, id="a newer one"),
+        pytest.param((0, 5, 7), (0, 5, 6), Freshness.REVALIDATE, id="an older one may be refused"),
+        pytest.param((0, 10, 0), (0, 9, 9), Freshness.REVALIDATE, id="numbers, not text"),
+        pytest.param(None, (0, 34, 0), Freshness.REVALIDATE, id="granted to no Ollama so far"),
+        pytest.param((0, 5, 7), None, Freshness.SERVE, id="no Ollama is not gated"),
+        pytest.param(None, None, Freshness.SERVE, id="neither"),
+    ],
+)
+def test_version_gate(oldest: Version | None, version: Version | None, expected: Freshness) -> None:
+    """A client older than any that upstream has granted the manifest to asks upstream itself; offline it is served."""
+    stored = Stored(NOW, oldest)
+    assert decide(stored, now=NOW, lifetime_s=300, down_until=0, offline=False, version=version) is expected
+    offline = decide(stored, now=NOW, lifetime_s=300, down_until=0, offline=True, version=version)
+    assert offline is (Freshness.SERVE if expected is Freshness.SERVE else Freshness.SERVE_STALE)

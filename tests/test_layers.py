@@ -12,7 +12,7 @@ PACKAGE: Final = ADDON / "pullthrough"
 
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
-    "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck",
+    "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums",
     "L1": "assembly scheduler freshness retention access tunnel metrics",
     "L2a": "store upstream collapse ca platform control index ingest places threads",
     "L2b": "recorder transfer recording fetcher sealer supply",
@@ -32,6 +32,7 @@ SIDEWAYS: Final = {
     "settings": {"errors"},
     "records": {"digest", "errors"},
     "datacheck": {"byterange", "errors"},
+    "chunksums": {"digest", "errors"},
     "access": {"tunnel"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},

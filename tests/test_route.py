@@ -6,6 +6,7 @@ from pullthrough.digest import Digest
 from pullthrough.route import (
     BlobRoute,
     CanonicalRoute,
+    ChunksumsRoute,
     ManifestRoute,
     canonical_path,
     parse_canonical_target,
@@ -23,13 +24,16 @@ HEX = "0123456789abcdef" * 4
         ("/v2/Some_One/My-Model.GGUF/manifests/Q4_K_M", ManifestRoute("Some_One/My-Model.GGUF", "Q4_K_M")),
         ("/v2/a/b/c/manifests/x", ManifestRoute("a/b/c", "x")),
         (f"/v2/library/x/manifests/sha256:{HEX}", ManifestRoute("library/x", f"sha256:{HEX}")),
+        (f"/v2/library/x/manifests/sha256%3a{HEX.upper()}", ManifestRoute("library/x", f"sha256:{HEX}")),
+        (f"/v2/library/x/manifests/sha256-{HEX}", ManifestRoute("library/x", f"sha256-{HEX}")),
+        (f"/v2/library/x/chunksums/sha256:{HEX}", ChunksumsRoute("library/x", Digest(HEX))),
         (f"/v2/library/x/blobs/sha256:{HEX}", BlobRoute("library/x", Digest(HEX))),
         (f"/v2/library/x/blobs/sha256-{HEX}", BlobRoute("library/x", Digest(HEX))),
         (f"/v2/library/x/blobs/sha256%3A{HEX}", BlobRoute("library/x", Digest(HEX))),
         (f"/v2/library/x/blobs/sha256:{HEX.upper()}", BlobRoute("library/x", Digest(HEX))),
         ("/v2/", None),
         ("/v2/library/x/tags/list", None),
-        (f"/v2/library/x/chunksums/sha256:{HEX}", None),
+        (f"/v2/library/x/chunksums/sha256:{HEX}/1", None),
         ("/v2/library/x/blobs/uploads/", None),
         (f"/v2/library/x/blobs/sha256:{HEX[1:]}", None),
         (f"/v2/library/x/blobs/sha256:{HEX}?a=b", None),
@@ -59,3 +63,9 @@ def test_canonical_targets() -> None:
 def test_other_targets_of_the_blob_host(path: str) -> None:
     """Other objects, and a folder that does not fit its digest, are not ours."""
     assert parse_canonical_target(path) is None
+
+
+@pytest.mark.parametrize(("reference", "digest"), [("latest", None), (f"sha256-{HEX}", None), (f"sha256:{HEX}", HEX)])
+def test_manifest_digest(reference: str, digest: str | None) -> None:
+    """Only the form with a colon names bytes: the other is a tag."""
+    assert ManifestRoute("library/x", reference).digest == (Digest(digest) if digest else None)

@@ -5,15 +5,20 @@ turns an error into a blob route's answer. Knows neither mitmproxy nor how anyth
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, UpstreamRefused
 from pullthrough.reader import Reader
+from pullthrough.records import Version
 
 _log = logging.getLogger(__name__)
+
+_OLLAMA: Final = re.compile(r"ollama/(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,13 @@ class Request:
     @property
     def authorization(self) -> str | None:
         return self.headers.get("authorization")
+
+    @property
+    def version(self) -> Version | None:
+        """The Ollama that asks, None for other clients and for 0.0.0, which is a build from source."""
+        match = _OLLAMA.match(self.headers.get("user-agent", ""))
+        version = tuple(int(number) for number in match.groups()) if match else (0, 0, 0)
+        return version if any(version) else None
 
     @property
     def forwarded(self) -> dict[str, str]:

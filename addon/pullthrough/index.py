@@ -116,8 +116,9 @@ class Index:
                     raise StoreError(f"unknown key {key!r:.80}")
         for name, fact in facts:
             sizes = {Digest.parse(text): size for text, size in fact["sizes"].items()}
+            oldest = tuple(fact["oldest"]) if fact["oldest"] is not None else None
             contents.manifests[name] = ManifestRecord(
-                bodies[fact["body"]], fact["content_type"], fact["confirmed"], sizes
+                bodies[fact["body"]], fact["content_type"], fact["confirmed"], sizes, oldest
             )
         return contents
 
@@ -129,6 +130,7 @@ class Index:
             "body": record.digest,
             "content_type": record.content_type,
             "confirmed": record.confirmed,
+            "oldest": record.oldest,
             "sizes": {str(digest): size for digest, size in record.sizes.items()},
         }
         self._put(f"body {record.digest}", record.body)

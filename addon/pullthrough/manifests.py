@@ -8,16 +8,18 @@ import asyncio
 import json
 import logging
 import time
+from dataclasses import replace
 from typing import Final
 
 from pullthrough import freshness
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.collapse import Collapser
 from pullthrough.datacheck import relayable
-from pullthrough.errors import UpstreamError, UpstreamTimeout
+from pullthrough.digest import Digest
+from pullthrough.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout
 from pullthrough.exchange import Answer, Request
 from pullthrough.freshness import Freshness
-from pullthrough.records import ManifestRecord, Name
+from pullthrough.records import ManifestRecord, Name, Version
 from pullthrough.route import ManifestRoute
 from pullthrough.settings import Settings
 from pullthrough.store import Store
@@ -38,16 +40,25 @@ class Manifests:
         self._upstream = upstream
         self._fetches: Collapser[tuple[Name, str], Response] = Collapser()
 
+    def stored(self, request: Request, repository: str, digest: Digest) -> Answer | None:
+        """The stored manifest with these bytes, None if there is none: what a digest names does not change."""
+        record = self._store.manifest_by_digest(request.host, repository, digest)
+        return _manifest_answer(request, record, CacheStatus(Outcome.HIT)) if record else None
+
     async def answer(self, request: Request, route: ManifestRoute) -> Answer:
+        """As the policy above says; `route.reference` may be a tag or a digest."""
+        if route.digest is not None and (answer := self.stored(request, route.repository, route.digest)):
+            return answer
         name = Name(request.host, route.repository, route.reference)
         record = self._store.manifest(name)
         verdict = freshness.decide(
-            freshness.Stored(record.confirmed) if record else None,
+            freshness.Stored(record.confirmed, record.oldest) if record else None,
             now=time.time(),
             lifetime_s=self._settings.manifest_lifetime_s,
             # The decision compares Unix seconds; upstream's clock is monotonic.
             down_until=time.time() + self._upstream.down_until - time.monotonic(),
             offline=self._settings.offline,
+            version=request.version,
         )
         match verdict, record:
             case (Freshness.SERVE, ManifestRecord()):
@@ -58,7 +69,7 @@ class Manifests:
         outcome = Outcome.STALE if record else Outcome.MISS
         try:
             async with asyncio.timeout(DEADLINE_S):
-                response, collapsed = await self._fetch_manifest(request, name, timeout_s)
+                response, collapsed = await self._fetch_manifest(request, name, route.digest, timeout_s)
         except (UpstreamError, TimeoutError) as error:
             cause = error if isinstance(error, UpstreamError) else UpstreamTimeout("no answer in time")
             if record is None:
@@ -78,7 +89,9 @@ class Manifests:
             )
         return _relay(request, response, cache)
 
-    async def _fetch_manifest(self, request: Request, name: Name, timeout_s: float) -> tuple[Response, bool]:
+    async def _fetch_manifest(
+        self, request: Request, name: Name, digest: Digest | None, timeout_s: float
+    ) -> tuple[Response, bool]:
         """(upstream's answer, collapsed); stored if an anonymous request got it.
 
         Authorization does not make a model private (client2 sends it always), so the anonymous try comes first;
@@ -86,7 +99,7 @@ class Manifests:
         """
         agent = request.headers.get("user-agent", "")
         response, collapsed = await self._fetches.join(
-            (name, agent), lambda: self._fetch_public_manifest(request, name, timeout_s)
+            (name, agent), lambda: self._fetch_public_manifest(request, name, digest, timeout_s)
         )
         if response.status in DENIED and request.authorization is not None:
             headers = {**request.forwarded, "Accept": ACCEPT, "Authorization": request.authorization}
@@ -94,7 +107,9 @@ class Manifests:
             return await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s), False
         return response, collapsed
 
-    async def _fetch_public_manifest(self, request: Request, name: Name, timeout_s: float) -> Response:
+    async def _fetch_public_manifest(
+        self, request: Request, name: Name, digest: Digest | None, timeout_s: float
+    ) -> Response:
         target = f"/v2/{name.repository}/manifests/{name.reference}"
         headers = {**request.forwarded, "Accept": ACCEPT}
         response = await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s)
@@ -103,9 +118,17 @@ class Manifests:
             record = ManifestRecord.parse(response.body, content_type, now=time.time())
             if record is None:
                 _log.warning("%s: upstream's answer is no manifest; relayed, not stored", name)
+            elif digest is not None and record.digest != digest.hex:
+                raise UnexpectedResponse(f"{name}: expected a manifest with this digest, got sha256:{record.digest}")
             else:
-                self._store.put_manifest(name, record)
+                self._store.put_manifest(name, replace(record, oldest=self._oldest(name, record, request.version)))
         return response
+
+    def _oldest(self, name: Name, record: ManifestRecord, version: Version | None) -> Version | None:
+        """The oldest version that has been granted these bytes, with the one that has them now."""
+        stored = self._store.manifest(name)
+        known = [stored.oldest] if stored is not None and stored.body == record.body else []
+        return min((item for item in [*known, version] if item is not None), default=None)
 
 
 def _manifest_answer(request: Request, record: ManifestRecord, cache: CacheStatus) -> Answer:

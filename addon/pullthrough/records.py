@@ -11,6 +11,9 @@ from typing import Self
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest
 
+Version = tuple[int, ...]
+"""An Ollama's, as its User-Agent tells it."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlobRecord:
@@ -50,6 +53,8 @@ class ManifestRecord:
     confirmed: float
     sizes: dict[Digest, int]
     """The blobs it lists, and the sizes it claims for them."""
+    oldest: Version | None = None
+    """The oldest client version that upstream has granted these bytes to; None if nobody has told one."""
 
     @classmethod
     def parse(cls, body: bytes, content_type: str, *, now: float) -> Self | None:

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from pullthrough import access, capability
+from pullthrough import access, capability, chunksums
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     CacheError,
-    InvalidRequest,
+    UnexpectedResponse,
     UpstreamError,
     UpstreamRefused,
     UpstreamTimeout,
@@ -28,7 +28,10 @@ from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.route import (
     BlobRoute,
+    CanonicalRoute,
+    ChunksumsRoute,
     ManifestRoute,
+    Route,
     canonical_path,
     parse_canonical_target,
     parse_registry_target,
@@ -56,32 +59,40 @@ class Registry:
         """The answer, or None where the request is to be passed through to upstream untouched."""
         if request.method not in ("GET", "HEAD"):
             return None
-        try:
-            if request.host == self._settings.blob_host:
-                return await self._canonical(request)
-            if request.host not in self._settings.registries:
+        if request.host == self._settings.blob_host:
+            route: Route | CanonicalRoute | None = parse_canonical_target(request.target)
+        elif request.host in self._settings.registries:
+            route = parse_registry_target(request.target)
+        else:
+            route = None
+        match route:
+            case None:
                 return None
-            match parse_registry_target(request.target):
-                case ManifestRoute() as route:
-                    return await self._manifests.answer(request, route)
-                case BlobRoute() as route:
-                    return await self._blob(request, route)
-            return None
-        except InvalidRequest as error:
-            return failure(error)
-
-    # --- blobs, asked for by repository
-
-    async def _blob(self, request: Request, route: BlobRoute) -> Answer:
+            case ManifestRoute():
+                return await self._manifests.answer(request, route)
         try:
             async with asyncio.timeout(DEADLINE_S):
-                if request.method == "HEAD":
-                    return await self._head_blob(request, route)
-                return await self._get_blob(request, route)
+                match route:
+                    case CanonicalRoute():
+                        return await self._canonical(request, route)
+                    case ChunksumsRoute():
+                        return await self._chunksums(request, route) if request.method == "GET" else None
+                    case BlobRoute():
+                        return await self._blob(request, route)
         except CacheError as error:
             return failure(error, route.digest)
         except TimeoutError:
             return failure(UpstreamTimeout("no answer in time"), route.digest)
+
+    # --- blobs, asked for by repository
+
+    async def _blob(self, request: Request, route: BlobRoute) -> Answer:
+        # client2 pulls `name@digest` by asking for the manifest as a blob.
+        if manifest := self._manifests.stored(request, route.repository, route.digest):
+            return manifest
+        if request.method == "HEAD":
+            return await self._head_blob(request, route)
+        return await self._get_blob(request, route)
 
     async def _head_blob(self, request: Request, route: BlobRoute) -> Answer:
         # A push asks the same HEAD and skips the upload when the answer is 200: then only upstream's word counts.
@@ -115,27 +126,34 @@ class Registry:
         raise UpstreamRefused(response.status, [])
 
     async def _get_blob(self, request: Request, route: BlobRoute) -> Answer:
-        if self._is_known(request, route):
-            held = self._store.held(route.digest)
-            if held is not None and held.size is not None:
-                return self._redirect(request, route.digest, held.size, CacheStatus(Outcome.HIT))
-            recording = self._recorder.find(route.digest)
-            if recording is not None:
-                size = await recording.ready()
-                return self._redirect(request, route.digest, size, CacheStatus(Outcome.PARTIAL, collapsed=True))
+        if (size := await self._known_size(request, route)) is not None:
+            held = self._store.held(route.digest) is not None
+            cache = CacheStatus(Outcome.HIT) if held else CacheStatus(Outcome.PARTIAL, collapsed=True)
+            return self._redirect(request, route.digest, size, cache)
         size = await self._open(request, route)
         return self._redirect(request, route.digest, size, CacheStatus(Outcome.MISS, stored=True))
+
+    async def _known_size(self, request: Request, route: BlobRoute | ChunksumsRoute) -> int | None:
+        """The size of a blob that this caller may have and that is here, or is being recorded; else None."""
+        if not self._is_known(request, route):
+            return None
+        if (held := self._store.held(route.digest)) is not None:
+            return held.size
+        recording = self._recorder.find(route.digest)
+        return await recording.ready() if recording is not None else None
 
     async def _open(self, request: Request, route: BlobRoute) -> int:
         """The blob's size, once upstream has granted it to this caller; it is being recorded if it is not here."""
         source, stream = await self._obtain(request, route)
-        if (held := self._store.held(route.digest)) is not None and held.size is not None:
+        return await self._record(route.digest, source, stream)
+
+    async def _record(self, digest: Digest, source: Source, stream: DataStream | None = None) -> int:
+        """The blob's size; it is being recorded from the source if it is not here."""
+        if (held := self._store.held(digest)) is not None and held.size is not None:
             if stream is not None:
                 stream.close()
             return held.size
-        recording = self._recorder.open(
-            route.digest, obtain=lambda: self.source(route.digest), source=source, stream=stream
-        )
+        recording = self._recorder.open(digest, obtain=lambda: self.source(digest), source=source, stream=stream)
         return await recording.ready()
 
     async def _obtain(self, request: Request, route: BlobRoute) -> tuple[Source, DataStream | None]:
@@ -170,7 +188,7 @@ class Registry:
             return source
         raise problem
 
-    def _is_known(self, request: Request, route: BlobRoute) -> bool:
+    def _is_known(self, request: Request, route: BlobRoute | ChunksumsRoute) -> bool:
         record = self._store.blob(route.digest)
         evidence = access.Evidence(
             public=record is not None and record.public,
@@ -185,7 +203,9 @@ class Registry:
         )
         return access.decide(evidence) is access.Decision.GRANT
 
-    def _confirm(self, host: str, route: BlobRoute, authorization: str | None, size: int | None) -> None:
+    def _confirm(
+        self, host: str, route: BlobRoute | ChunksumsRoute, authorization: str | None, size: int | None
+    ) -> None:
         """Upstream has granted the pair to the holder of `authorization`."""
         self._vouchers.add(
             access.credential_key(authorization), host, route.repository, route.digest, now=time.monotonic()
@@ -199,42 +219,64 @@ class Registry:
 
     def _redirect(self, request: Request, digest: Digest, size: int, cache: CacheStatus) -> Answer:
         """The 307 that every client generation accepts: to another host name, which looks like the registry's own."""
+        return Answer(307, cache, (("Location", self._canonical_url(request, digest, size)),))
+
+    def _canonical_url(self, request: Request, digest: Digest, size: int) -> str:
+        """The canonical address with a capability; in the request's scheme, which decides the client's proxy."""
         granted = capability.Capability(digest, size, int(time.time()) + capability.LIFETIME_S)
-        location = (
-            f"{request.scheme}://{self._settings.blob_host}{canonical_path(digest)}"
-            f"?{granted.to_query(self._store.secret)}"
-        )
-        return Answer(307, cache, (("Location", location),))
+        query = granted.to_query(self._store.secret)
+        return f"{request.scheme}://{self._settings.blob_host}{canonical_path(digest)}?{query}"
+
+    # --- chunk sums
+
+    async def _chunksums(self, request: Request, route: ChunksumsRoute) -> Answer:
+        """Upstream's list with our address for its; one chunk of all where upstream cannot be asked.
+
+        The list is asked for each time: it is small, and with many chunks a client resumes in the middle.
+        """
+        try:
+            body, cache = await self._ask_chunksums(request, route)
+            size = chunksums.check(body)
+        except (UpstreamUnreachable, UpstreamTimeout):
+            size = await self._known_size(request, route) or 0
+            if not size:
+                raise
+            body, cache = chunksums.whole(route.digest, size), CacheStatus(Outcome.HIT, detail="upstream-failed")
+        location = self._canonical_url(request, route.digest, size)
+        headers = (("Content-Type", "text/plain; charset=utf-8"), ("Content-Location", location))
+        return Answer(200, cache, headers, body, len(body))
+
+    async def _ask_chunksums(self, request: Request, route: ChunksumsRoute) -> tuple[bytes, CacheStatus]:
+        """Upstream's list; the blob is being recorded if it is not here. UpstreamRefused where upstream says no."""
+        target = f"/v2/{route.repository}/chunksums/{route.digest}"
+        for authorization in _credentials(request):
+            headers = request.forwarded | ({"Authorization": authorization} if authorization else {})
+            response = await self._upstream.ask("GET", request.host, target, headers, timeout_s=DEADLINE_S)
+            if response.status == 200 and (location := response.headers.get("Content-Location")):
+                self._confirm(request.host, route, authorization, None)
+                await self._record(route.digest, self._upstream.source_at(request.host, target, location))
+                return response.body, CacheStatus(Outcome.REQUEST, forward_status=200)
+            if response.status not in DENIED:
+                break
+        if response.status == 200:
+            raise UnexpectedResponse("expected a Content-Location with the chunk sums, got none")
+        raise UpstreamRefused(response.status, [])
 
     # --- blobs, at their canonical address
 
-    async def _canonical(self, request: Request) -> Answer | None:
-        route = parse_canonical_target(request.target)
-        if route is None:
-            return None
-        granted = capability.verify(route.query, route.digest, secret=self._store.secret, now=time.time())
-        if granted is None:
-            return None
+    async def _canonical(self, request: Request, route: CanonicalRoute) -> Answer | None:
         digest = route.digest
-        try:
-            file = self._store.open_blob(digest)
-            if file is not None:
-                try:
-                    return self._bytes(
-                        request, digest, file.size, lambda a, b: Reader(a, b, file=file.acquire()), hit=True
-                    )
-                finally:
-                    file.release()
-            async with asyncio.timeout(DEADLINE_S):
-                recording = self._recorder.find(digest) or self._recorder.open(
-                    digest, obtain=lambda: self.source(digest)
-                )
-                size = await recording.ready()
-            return self._bytes(request, digest, size, lambda a, b: Reader(a, b, recording=recording), hit=False)
-        except CacheError as error:
-            return failure(error, digest)
-        except TimeoutError:
-            return failure(UpstreamTimeout("no answer in time"), digest)
+        if capability.verify(route.query, digest, secret=self._store.secret, now=time.time()) is None:
+            return None
+        file = self._store.open_blob(digest)
+        if file is not None:
+            try:
+                return self._bytes(request, digest, file.size, lambda a, b: Reader(a, b, file=file.acquire()), hit=True)
+            finally:
+                file.release()
+        recording = self._recorder.find(digest) or self._recorder.open(digest, obtain=lambda: self.source(digest))
+        size = await recording.ready()
+        return self._bytes(request, digest, size, lambda a, b: Reader(a, b, recording=recording), hit=False)
 
     def _bytes(
         self, request: Request, digest: Digest, size: int, open_reader: Callable[[int, int], Reader], *, hit: bool

@@ -50,8 +50,9 @@ class Store:
         self._manifests = contents.manifests
         self._pairs = contents.pairs
         self._listed: dict[tuple[str, str], set[Digest]] = {}
+        self._by_digest: dict[tuple[str, str, str], ManifestRecord] = {}
         for name, record in self._manifests.items():
-            self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
+            self._list(name, record)
         self._open: dict[Digest, SharedFile] = {}
 
     @classmethod
@@ -196,11 +197,19 @@ class Store:
     def manifest(self, name: Name) -> ManifestRecord | None:
         return self._manifests.get(name)
 
+    def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
+        """The manifest of the repository whose bytes have this digest, whatever it was asked for by."""
+        return self._by_digest.get((host, repository, digest.hex))
+
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest that an anonymous request got."""
         self._manifests[name] = record
-        self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
+        self._list(name, record)
         self._index.put_manifest(name, record)
+
+    def _list(self, name: Name, record: ManifestRecord) -> None:
+        self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
+        self._by_digest[name.host, name.repository, record.digest] = record
 
     def models(self) -> list[Name]:
         return sorted(self._manifests)

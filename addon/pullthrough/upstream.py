@@ -224,10 +224,15 @@ class Upstream:
         with contextlib.closing(response):
             location = response.headers.get("Location")
             if response.status in REDIRECTS and location:
-                # Relative to the registry's public name: that is what the signature was made for.
-                public = URL(f"https://{host}{target}", encoded=True)
-                return Source(str(public.join(URL(location, encoded=True)))), None
+                return self.source_at(host, target, location), None
             raise UpstreamRefused(response.status, relayable(response.headers))
+
+    @staticmethod
+    def source_at(host: str, target: str, location: str) -> Source:
+        """The source that an answer to `target` points to; `location` may be relative."""
+        # To the registry's public name: that is what the signature was made for.
+        public = URL(f"https://{host}{target}", encoded=True)
+        return Source(str(public.join(URL(location, encoded=True))))
 
     # --- data plane
 

@@ -278,3 +278,29 @@ def test_offline_option(origin: Origin, start_proxy: Callable[..., Proxy]) -> No
         status, headers, body = get(connection, model.blob_target)
         assert (status, headers["content-length"], body) == (502, "0", b"")
     assert not origin.counters.requests
+
+
+def test_version_gate(origin: Origin, proxy: Proxy) -> None:
+    """A model that the registry refuses to old versions is not served to one from the store either."""
+    model = add_model(origin, b"x", requires="0.30.0")
+    with to_registry(proxy) as connection:
+        for version, status, cache in (("0.34.3", 200, "fwd"), ("0.5.7", 412, "fwd"), ("0.34.3", 200, "hit")):
+            got, headers, _ = get(connection, model.manifest_target, User_Agent=f"ollama/{version} (amd64 linux) Go/go1")
+            assert got == status
+            assert f"ollama-cache; {cache}" in headers["cache-status"]
+
+
+def test_a_manifest_by_its_digest(origin: Origin, proxy: Proxy) -> None:
+    """A stored manifest is also a blob of its repository, and found by digest; a stranger's repository lacks it."""
+    model = add_model(origin, b"x")
+    other = add_model(origin, b"y")
+    digest = hashlib.sha256(model.manifest).hexdigest()
+    with to_registry(proxy) as connection:
+        get(connection, model.manifest_target)
+        origin.reset_counters()
+        for target in (f"blobs/sha256:{digest}", f"blobs/sha256-{digest}", f"manifests/sha256:{digest}"):
+            status, headers, body = get(connection, f"/v2/{model.repository}/{target}")
+            assert (status, body) == (200, model.manifest)
+            assert headers["cache-status"] == "ollama-cache; hit"
+        assert not origin.counters.requests
+        assert get(connection, f"/v2/{other.repository}/blobs/sha256:{digest}")[0] == 404

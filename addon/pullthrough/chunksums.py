@@ -1,0 +1,33 @@
+"""Chunk sums: the list of a blob's chunks and their digests that client2 pulls by (server/internal/client/ollama,
+v0.6.6-v0.31.1).
+
+Invariant: a list that `check` has passed covers its blob from the first byte to the last, without gap or overlap.
+Knows neither where a list comes from nor the bytes it speaks of.
+"""
+
+from pullthrough.digest import Digest
+from pullthrough.errors import InvalidRequest, UnexpectedResponse
+
+
+def check(body: bytes) -> int:
+    """The size of the blob that the lines `<digest> <first>-<last>` cover. UnexpectedResponse if they do not."""
+    words = body.decode("ascii", "replace").split()
+    position = 0
+    for number, (text, interval) in enumerate(zip(words[::2], words[1::2], strict=False), start=1):
+        first, separator, last = interval.partition("-")
+        try:
+            Digest.parse(text)
+        except InvalidRequest as error:
+            raise UnexpectedResponse(f"chunk {number}: {error}") from error
+        plain = separator and first.isascii() and first.isdecimal() and last.isascii() and last.isdecimal()
+        if not plain or len(interval) > 40 or int(first) != position or int(last) < position:
+            raise UnexpectedResponse(f"chunk {number}: expected {position}-<last byte>, got {interval:.45}")
+        position = int(last) + 1
+    if position == 0 or len(words) % 2:
+        raise UnexpectedResponse(f"expected pairs of digest and interval, got {len(words)} words")
+    return position
+
+
+def whole(digest: Digest, size: int) -> bytes:
+    """The list with one chunk: all of the blob."""
+    return f"{digest} 0-{size - 1}\n".encode()
