@@ -383,7 +383,7 @@ class Counters:
 
     @property
     def registry_requests(self) -> Counter[tuple[str, str]]:
-        """Registry requests by (method, kind); kind is manifest, blob, upload, token or other."""
+        """Registry requests by (method, kind); kind is manifest, blob, chunksums, upload, token or other."""
         with self._changed:
             return Counter(self._registry_requests)
 
@@ -679,6 +679,7 @@ class _Model:
 _MANIFEST_PATH: Final = re.compile(r"/v2/(?P<name>.+)/manifests/(?P<reference>[^/]+)")
 _UPLOAD_PATH: Final = re.compile(r"/v2/(?P<name>.+)/blobs/uploads/(?P<session>[^/]*)")
 _BLOB_PATH: Final = re.compile(r"/v2/(?P<name>.+)/blobs/(?P<digest>sha256[:-][0-9a-fA-F]{64})")
+_CHUNKSUMS_PATH: Final = re.compile(r"/v2/(?P<name>.+)/chunksums/(?P<digest>sha256[:-][0-9a-fA-F]{64})")
 _CDN_PATH: Final = re.compile(r"/ollama/docker/registry/v2/blobs/sha256/(?P<two>..)/(?P<hex>(?P=two).{62})/data")
 _SINGLE_RANGE: Final = re.compile(r"bytes=(\d*)-(\d*)")
 
@@ -690,6 +691,8 @@ def _kind(request: Request) -> str:
         return "upload"
     if _MANIFEST_PATH.fullmatch(request.path):
         return "manifest"
+    if _CHUNKSUMS_PATH.fullmatch(request.path):
+        return "chunksums"
     return "blob" if _BLOB_PATH.fullmatch(request.path) else "other"
 
 
@@ -709,6 +712,10 @@ class Origin:
         """Bytes per second for all blob bodies together."""
         self.gzip_manifests = False
         """Whether a client that accepts gzip gets a manifest so encoded."""
+        self.redirects_head = False
+        """Whether HEAD of a blob is redirected to the CDN like GET, as until the middle of 2024."""
+        self.chunk_size = 8 * _MIB
+        """Bytes of each chunk that /chunksums/ lists; nothing is known of the real sizes."""
         self.token = GOOD_TOKEN
         """What /token grants."""
 
@@ -717,7 +724,8 @@ class Origin:
         self._models: dict[tuple[str, str], _Model] = {}
         self._members: dict[str, set[str]] = {}
         self._private: set[str] = set()
-        self._signatures: dict[str, str] = {}
+        self._signatures: dict[str, tuple[str, str]] = {}
+        """The digest and the method that each one is for."""
         self._expired: set[str] = set()
         self._gates: list[tuple[str, str, Gate]] = []
         self._total_bucket = _Bucket()
@@ -774,14 +782,15 @@ class Origin:
         return bool(self._listening)
 
     def restore(self) -> None:
-        """Listening, without faults, gates, limits and counts; blobs and models stay."""
+        """Listening as at first, without faults, gates, limits and counts; blobs and models stay."""
         with self._lock:
             gates, self._gates = self._gates, []
         for _, _, gate in gates:
             gate.open()
         self.faults.clear()
         self.rate_per_connection = self.rate_total = None
-        self.gzip_manifests = False
+        self.gzip_manifests = self.redirects_head = False
+        self.chunk_size = 8 * _MIB
         if not self.is_running:
             self.start()
         self.reset_counters()
@@ -909,11 +918,11 @@ class Origin:
             else:
                 self._private.discard(name)
 
-    def signed_url(self, digest: str) -> str:
-        """A new address of a blob on the CDN, as a redirect names it."""
+    def signed_url(self, digest: str, method: str = "GET") -> str:
+        """A new address of a blob on the CDN, as a redirect names it; good for one method."""
         signature = secrets.token_hex(32)
         with self._lock:
-            self._signatures[signature] = digest
+            self._signatures[signature] = digest, method
         hexadecimal = digest.removeprefix("sha256:")
         now = datetime.datetime.now(datetime.UTC)
         credential = quote(f"66040c77ac1b787c3af820529859349a/{now:%Y%m%d}/auto/s3/aws4_request", safe="")
@@ -1012,6 +1021,9 @@ class Origin:
         if match := _BLOB_PATH.fullmatch(request.path):
             digest = match["digest"].replace("-", ":").lower()
             return self._denied(match["name"], request) or self._blob(connection, request, match["name"], digest)
+        if match := _CHUNKSUMS_PATH.fullmatch(request.path):
+            digest = match["digest"].replace("-", ":").lower()
+            return self._denied(match["name"], request) or self._chunksums(request, match["name"], digest)
         return _plain(404, "404 page not found\n")
 
     def _denied(self, name: str, request: Request) -> _Response | None:
@@ -1058,22 +1070,36 @@ class Origin:
         source = self._blobs.get(digest)
         if source is None or digest not in self._members.get(name, ()):
             return _registry_error(404, "BLOB_UNKNOWN", "blob unknown to registry")
-        if request.method == "HEAD":
+        if request.method == "HEAD" and not self.redirects_head:
             headers = [("Content-Type", "application/octet-stream"), ("Docker-Content-Digest", digest)]
             if not self._fault(connection, request, Mode.NO_LENGTH):
                 headers.append(("Content-Length", str(source.size)))
             return _Response(200, headers)
-        if request.method != "GET":
+        if request.method not in ("GET", "HEAD"):
             return _registry_error(405, "UNSUPPORTED", "The operation is unsupported.")
         if fault := self._fault(connection, request, Mode.DIRECT):
             response = self._content(connection, request, digest)
             response.headers.extend(fault.headers.items())
             return response
-        location, status = self.signed_url(digest), 307
+        location, status = self.signed_url(digest, request.method), 307
         if fault := self._fault(connection, request, Mode.REDIRECT):
             location, status = fault.headers.get("Location", location), fault.status
         headers = [("Content-Length", "0")]
         return _Response(status, [("Location", location), *headers] if location else headers)
+
+    def _chunksums(self, request: Request, name: str, digest: str) -> _Response:
+        source = self._blobs.get(digest)
+        if source is None or digest not in self._members.get(name, ()):
+            return _registry_error(404, "BLOB_UNKNOWN", "blob unknown to registry")
+        if request.method != "GET":
+            return _registry_error(405, "UNSUPPORTED", "The operation is unsupported.")
+        lines = []
+        for start in range(0, source.size, self.chunk_size):
+            stop = min(start + self.chunk_size, source.size)
+            lines.append(f"sha256:{hashlib.sha256(source.read(start, stop)).hexdigest()} {start}-{stop - 1}\n")
+        response = _plain(200, "".join(lines))
+        response.headers.append(("Content-Location", self.signed_url(digest)))
+        return response
 
     def _upload(self, connection: _Connection, request: Request, name: str, session: str) -> _Response:
         digest, size = hashlib.sha256(), 0
@@ -1098,7 +1124,7 @@ class Origin:
         if not signature:
             return _xml(403, "AccessDenied", "Access Denied")
         # The method is part of what is signed: a GET address is no good for a HEAD.
-        if signed_for is None or signed_for != digest or request.method != "GET":
+        if signed_for != (digest, request.method):
             return _xml(403, "SignatureDoesNotMatch", "The request signature we calculated does not match.")
         if expired:
             return _xml(403, "AccessDenied", "Request has expired")
