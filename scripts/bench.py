@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from tests.support.a2 import A2Client
 from tests.support.origin import R2_HOST, Origin, Synthetic
-from tests.support.proxy import MITMDUMP, PeakRss, Proxy
+from tests.support.proxy import PROGRAM, PeakRss, Proxy
 
 from pullthrough.capability import Capability
 from pullthrough.digest import Digest
@@ -90,7 +90,7 @@ def nginx(folder: Path, port: int, origin: Origin) -> Iterator[None]:
 @contextlib.contextmanager
 def stock_mitmdump(folder: Path, port: int, origin: Origin) -> Iterator[int]:
     """mitmdump as it is, streaming; yields its process id."""
-    command = [str(MITMDUMP), "--listen-host", "127.0.0.1", "--listen-port", str(port), "--set", f"confdir={folder}"]
+    command = [str(PROGRAM[0]), "--listen-host", "127.0.0.1", "--listen-port", str(port), "--set", f"confdir={folder}"]
     command += ["--set", "stream_large_bodies=1", "--set", "connection_strategy=lazy", "--set", "flow_detail=0"]
     command += ["--set", f"ssl_verify_upstream_trusted_ca={origin.ca_file}"]
     with (folder / "mitmdump.log").open("wb") as log:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.gotchas import GOTCHAS, shown
+
 settings.register_profile("fast", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("deep", max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
@@ -26,3 +28,36 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(sock, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the compatibility matrix as far as it was run, and the table of traps if all of it was."""
+    reports = [
+        report
+        for outcome in ("passed", "failed", "error", "skipped")
+        for report in terminalreporter.getreports(outcome)
+        if isinstance(report, pytest.TestReport)
+    ]
+    cells: dict[str, dict[str, str]] = {}
+    outcomes: dict[str, str] = {}
+    for report in reports:
+        for name, value in report.user_properties:
+            if name == "matrix":
+                client, state = value
+                cells.setdefault(client, {})[state] = "ok" if report.passed else report.outcome
+        name = report.nodeid.removeprefix("tests/").partition("[")[0]
+        if outcomes.get(name) != "failed":
+            outcomes[name] = report.outcome
+    if cells:
+        states = list(dict.fromkeys(state for row in cells.values() for state in row))
+        states.sort(key=["cold", "warm", "offline", "resumed", "concurrent"].index)
+        width = max(map(len, cells))
+        terminalreporter.section("compatibility")
+        terminalreporter.write_line(f"{'':{width}}  " + "".join(f"{state:11}" for state in states))
+        for client in sorted(cells):
+            row = "".join(f"{cells[client].get(state, '-'):11}" for state in states)
+            terminalreporter.write_line(f"{client:{width}}  {row}")
+    if all(any(test in outcomes for test in gotcha.tests) for gotcha in GOTCHAS if gotcha.tests):
+        terminalreporter.section("a cache must")
+        for number, must, proof in shown(outcomes):
+            terminalreporter.write_line(f"{number:2} {must}: {proof}")

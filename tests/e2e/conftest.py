@@ -32,6 +32,7 @@ class Model:
 
     repository: str
     layers: tuple[str, ...]
+    config: str
     manifest: bytes
 
     @property
@@ -43,6 +44,11 @@ class Model:
     def layer(self) -> str:
         """The digest of the first layer."""
         return self.layers[0]
+
+    @property
+    def blobs(self) -> tuple[str, ...]:
+        """The digests of all layers and of the config."""
+        return (*self.layers, self.config)
 
     @property
     def manifest_target(self) -> str:
@@ -71,7 +77,8 @@ def add_model(origin: Origin, *layers: bytes | Source, repository: str = "", **o
     digests = tuple(origin.add_blob(layer) for layer in layers)
     config = origin.add_blob(b'{"model_format":"gguf"}')
     pairs = [(MODEL, digest) for digest in digests]
-    return Model(repository, digests, origin.add_model(repository, "latest", layers=pairs, config=config, **options))
+    manifest = origin.add_model(repository, "latest", layers=pairs, config=config, **options)
+    return Model(repository, digests, config, manifest)
 
 
 @pytest.fixture(scope="session")

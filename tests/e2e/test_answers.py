@@ -285,7 +285,9 @@ def test_version_gate(origin: Origin, proxy: Proxy) -> None:
     model = add_model(origin, b"x", requires="0.30.0")
     with to_registry(proxy) as connection:
         for version, status, cache in (("0.34.3", 200, "fwd"), ("0.5.7", 412, "fwd"), ("0.34.3", 200, "hit")):
-            got, headers, _ = get(connection, model.manifest_target, User_Agent=f"ollama/{version} (amd64 linux) Go/go1")
+            got, headers, _ = get(
+                connection, model.manifest_target, User_Agent=f"ollama/{version} (amd64 linux) Go/go1"
+            )
             assert got == status
             assert f"ollama-cache; {cache}" in headers["cache-status"]
 

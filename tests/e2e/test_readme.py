@@ -11,6 +11,7 @@ import pytest
 
 from pullthrough.settings import OPTIONS
 from tests.e2e.conftest import add_model, unique
+from tests.e2e.test_matrix import CLIENTS, STATES
 from tests.support.origin import Origin
 from tests.support.proxy import Proxy, environment
 
@@ -57,6 +58,26 @@ def test_option_table() -> None:
     for (name, default, _), option in zip(rows, OPTIONS, strict=True):
         # Two are words: the machine's folders, and a host name too long for a table.
         assert default.strip(" `") == option.default or name in ("dir", "certs", "blob_host"), name
+
+
+def test_every_client_is_listed() -> None:
+    """The compatibility table has the matrix's clients and states, in order."""
+    section = README.partition("\n## Every client\n")[2].partition("\n## ")[0]
+    head, *rows = re.findall(r"^\| (?!\d|\||---).*$", section, re.MULTILINE)
+    assert head == f"| client | {' | '.join(STATES)} |"
+    assert [row.split(" |")[0][2:] for row in rows] == [client.name for client in CLIENTS]
+
+
+def test_what_the_cache_says_is_what_it_says() -> None:
+    """Each phrase that the troubleshooting table quotes from the cache is in its source."""
+    section = README.partition("\n### When it does not\n")[2].partition("\n## ")[0]
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "addon").rglob("*.py"))
+    source = re.sub(r'"\s+f?"', "", source)
+    quoted = re.findall(r"(?:the cache says|the cache's line|look for) `([^`]+)`", section)
+    assert len(quoted) >= 5
+    for phrase in (*quoted, "is not recorded and upstream cannot be asked", "expected a free store, got one in use"):
+        for piece in filter(None, phrase.split("…")):
+            assert piece.strip() in source, phrase
 
 
 def test_ready_lines(running: tuple[Origin, Proxy]) -> None:

@@ -1,0 +1,47 @@
+"""registry: what becomes of a request when upstream does not answer; against an upstream that only hangs."""
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from pullthrough import registry
+from pullthrough.exchange import Request
+from pullthrough.recorder import Recorder
+from pullthrough.registry import Registry
+from pullthrough.settings import parse_settings
+from pullthrough.store import Store
+from pullthrough.upstream import Upstream
+
+HOST = "registry.ollama.ai"
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+
+
+class HangingUpstream:
+    """Never answers."""
+
+    async def _hang(self, *_: Any, **__: Any) -> Any:
+        await asyncio.Event().wait()
+
+    ask = obtain = _hang
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("kind", ["blobs", "chunksums"])
+def test_a_blob_request_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, kind: str) -> None:
+    """A registry that does not answer is a 504 without text, long before the 30 s after which a probe gives up."""
+    assert registry.DEADLINE_S < 30
+    monkeypatch.setattr(registry, "DEADLINE_S", 0.02)
+    store = Store.open(tmp_path / "store")
+    try:
+        settings = parse_settings({}, dir=tmp_path, certs=tmp_path)
+        core = Registry(settings, store, cast(Upstream, HangingUpstream()), cast(Recorder, None))
+        answer = asyncio.run(core.answer(Request(method, "https", HOST, f"/v2/library/x/{kind}/{DIGEST}", {})))
+    finally:
+        store.close()
+    if (method, kind) == ("HEAD", "chunksums"):
+        assert answer is None, "expected to be passed through"
+        return
+    assert answer is not None
+    assert (answer.status, answer.body, answer.length) == (504, b"", 0)
