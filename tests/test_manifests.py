@@ -1,0 +1,395 @@
+"""manifests: stored or asked for, relayed or kept; against an upstream and a store that only remember."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from multidict import CIMultiDict
+
+from pullthrough import manifests
+from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.errors import (
+    AddressRefused,
+    CacheError,
+    UnexpectedResponse,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from pullthrough.exchange import Answer, Request
+from pullthrough.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
+from pullthrough.manifests import ACCEPT, Manifests
+from pullthrough.records import ManifestRecord, Name
+from pullthrough.route import ManifestRoute
+from pullthrough.settings import parse_settings
+from pullthrough.store import Store
+from pullthrough.upstream import DEADLINE_S, Response, Upstream
+
+HOST = "registry.ollama.ai"
+ROUTE = ManifestRoute("library/tiny", "latest")
+NAME = Name(HOST, ROUTE.repository, ROUTE.reference)
+TARGET = "/v2/library/tiny/manifests/latest"
+NOW = 50_000.0  # Unix seconds
+UPTIME = 700.0  # monotonic seconds at the same moment
+LIFETIME = 300.0
+TYPE = "text/plain; charset=utf-8"  # as the registry really sends it
+
+
+def manifest(letter: str) -> bytes:
+    layer = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{letter * 64}", "size": 1}
+    return json.dumps({"schemaVersion": 2, "layers": [layer]}).encode()
+
+
+OLD, NEW = manifest("a"), manifest("b")
+PORTAL = b"<html>please log in</html>"
+
+
+def response(status: int, body: bytes = b"", **fields: str) -> Response:
+    return Response(status, CIMultiDict({name.replace("_", "-"): value for name, value in fields.items()}), body)
+
+
+GRANTED = response(200, NEW, Content_Type=TYPE, Set_Cookie="a=b", ETag='"x"')
+CHALLENGE = 'Bearer realm="https://registry.ollama.ai/token"'
+DENIED = response(401, b"{}", WWW_Authenticate=CHALLENGE, Content_Type="application/json")
+
+
+class FakeUpstream:
+    """Gives prepared answers in turn, the last one for ever, and remembers what it was asked."""
+
+    def __init__(self, *answers: Response | CacheError) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[str, str, str, dict[str, str], float]] = []
+        self.down_until = 0.0
+        self.marked: list[float] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def ask(
+        self, method: str, host: str, target: str, headers: Mapping[str, str], *, timeout_s: float
+    ) -> Response:
+        self.asked.append((method, host, target, dict(headers), timeout_s))
+        await self.gate.wait()
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, CacheError):
+            raise answer
+        return answer
+
+    def mark_down(self, seconds: float) -> None:
+        self.marked.append(seconds)
+
+
+class FakeStore:
+    """A dictionary."""
+
+    def __init__(self) -> None:
+        self.manifests: dict[Name, ManifestRecord] = {}
+
+    def manifest(self, name: Name) -> ManifestRecord | None:
+        return self.manifests.get(name)
+
+    def put_manifest(self, name: Name, record: ManifestRecord) -> None:
+        self.manifests[name] = record
+
+
+class World:
+    """The manifests of a cache, at a time of its own."""
+
+    def __init__(self, *answers: Response | CacheError, stored_ago: float | None = None, **options: str) -> None:
+        self.upstream = FakeUpstream(*answers)
+        self.store = FakeStore()
+        if stored_ago is not None:
+            record = ManifestRecord.parse(OLD, TYPE, now=NOW - stored_ago)
+            assert record is not None
+            self.store.put_manifest(NAME, record)
+        settings = parse_settings({"manifest_lifetime": "5m", **options}, dir=Path("/d"), certs=Path("/c"))
+        self.manifests = Manifests(settings, cast(Store, self.store), cast(Upstream, self.upstream))
+
+    async def get(self, method: str = "GET", **headers: str) -> Answer:
+        fields = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self.manifests.answer(Request(method, "https", HOST, TARGET, fields), ROUTE)
+
+    def ask(self, method: str = "GET", **headers: str) -> Answer:
+        return asyncio.run(self.get(method, **headers))
+
+    @property
+    def stored(self) -> tuple[bytes, float] | None:
+        record = self.store.manifest(NAME)
+        return (record.body, record.confirmed) if record is not None else None
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clocks stand still."""
+    monkeypatch.setattr(manifests, "time", SimpleNamespace(time=lambda: NOW, monotonic=lambda: UPTIME))
+
+
+def expected(body: bytes, *cache: Any, status: int = 200, **more: Any) -> Answer:
+    return Answer(status, CacheStatus(*cache, **more), (("Content-Type", TYPE),), body, len(body))
+
+
+# --- nothing stored
+
+
+def test_a_first_request_is_asked_and_stored() -> None:
+    """Upstream's bytes and type, untouched; of its other fields nothing."""
+    world = World(GRANTED)
+    assert world.ask() == expected(NEW, Outcome.MISS, True, False, 200)
+    assert world.stored == (NEW, NOW)
+    assert world.upstream.asked == [("GET", HOST, TARGET, {"Accept": ACCEPT}, DEADLINE_S)]
+
+
+def test_a_type_is_made_up_only_if_there_is_none() -> None:
+    """A registry that names no type gave what was asked for."""
+    world = World(response(200, NEW))
+    assert world.ask().headers == (("Content-Type", ACCEPT),)
+
+
+def test_upstream_learns_the_version_of_the_client_and_nothing_else() -> None:
+    """User-Agent gates some models; cookies, Accept and addresses are the client's own affair."""
+    world = World(GRANTED)
+    world.ask(user_agent="ollama/0.9.9 (amd64 linux)", cookie="a=b", accept="*/*", x_forwarded_for="10.0.0.1")
+    assert [asked[3] for asked in world.upstream.asked] == [
+        {"User-Agent": "ollama/0.9.9 (amd64 linux)", "Accept": ACCEPT}
+    ]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_head_is_get_without_a_body(method: str, first: bool) -> None:
+    """HEAD is answered from a GET, with the length of the body it leaves out and the digest that Ollama reads."""
+    world = World(GRANTED)
+    if not first:
+        world.ask()
+    answer = world.ask(method)
+    digest = ("ollama-content-digest", hashlib.sha256(NEW).hexdigest())
+    assert answer.headers == (("Content-Type", TYPE), *((digest,) if method == "HEAD" else ()))
+    assert (answer.body, answer.length) == (NEW if method == "GET" else b"", len(NEW))
+    assert [asked[0] for asked in world.upstream.asked] == ["GET"]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 412, 429, 500, 503])
+def test_a_refusal_is_relayed_and_not_stored(status: int) -> None:
+    """As upstream said it, its body too, without the fields that are about a connection or a session."""
+    refusal = response(status, OLD, Content_Type="text/plain", Retry_After="7", Set_Cookie="a=b", Connection="close")
+    world = World(refusal, GRANTED)
+    answer = world.ask()
+    fields = (("Content-Type", "text/plain"), ("Retry-After", "7"))
+    assert answer == Answer(status, CacheStatus(Outcome.MISS, forward_status=status), fields, OLD, len(OLD))
+    assert world.stored is None
+    assert world.ask().body == NEW
+
+
+def test_a_refusal_to_head_has_no_body() -> None:
+    """But its length."""
+    answer = World(DENIED).ask("HEAD")
+    assert (answer.status, answer.body, answer.length) == (401, b"", 2)
+    assert ("WWW-Authenticate", CHALLENGE) in answer.headers
+
+
+def test_a_page_that_is_no_manifest_is_relayed_and_not_stored() -> None:
+    """A captive portal's 200."""
+    world = World(response(200, PORTAL, Content_Type="text/html"))
+    answer = world.ask()
+    assert (answer.status, answer.body, answer.headers) == (200, PORTAL, (("Content-Type", "text/html"),))
+    assert answer.cache == CacheStatus(Outcome.MISS, forward_status=200)
+    assert world.stored is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UpstreamUnreachable("registry.ollama.ai: name resolution failed: no such host"),
+        UpstreamTimeout("no answer in time"),
+        UnexpectedResponse("expected at most 8388608 bytes, got more"),
+        AddressRefused("expected a public address, got 10.0.0.1"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_answer_and_nothing_stored(error: CacheError) -> None:
+    """504 and an error document of the registry's shape that names the manifest and the cause."""
+    world = World(error)
+    answer = world.ask()
+    assert (answer.status, answer.cache) == (504, CacheStatus(Outcome.MISS, detail="upstream-failed"))
+    assert answer.headers == (("Content-Type", "application/json"),)
+    assert isinstance(answer.body, bytes)
+    assert answer.length == len(answer.body)
+    (problem,) = json.loads(answer.body)["errors"]
+    assert problem["code"] == "MANIFEST_UNKNOWN"
+    assert problem["message"] == f"{NAME} is not recorded and upstream cannot be asked: {error}"
+    # There is no copy to serve meanwhile, so that the next request asks again.
+    assert world.upstream.marked == []
+
+
+# --- a copy is stored
+
+
+@pytest.mark.parametrize(
+    ("stored_ago", "down_for", "offline", "cache"),
+    [
+        pytest.param(0.0, None, "false", CacheStatus(Outcome.HIT), id="just confirmed"),
+        pytest.param(LIFETIME - 1, None, "false", CacheStatus(Outcome.HIT), id="fresh"),
+        pytest.param(LIFETIME - 1, 5.0, "true", CacheStatus(Outcome.HIT), id="fresh, whatever is with upstream"),
+        pytest.param(LIFETIME, 5.0, "false", CacheStatus(Outcome.HIT, detail="stale"), id="stale, upstream is down"),
+        pytest.param(1e9, None, "true", CacheStatus(Outcome.HIT, detail="stale"), id="stale, offline"),
+    ],
+)
+def test_served_unasked(stored_ago: float, down_for: float | None, offline: str, cache: CacheStatus) -> None:
+    """A fresh copy, and a stale one while upstream cannot be asked."""
+    world = World(GRANTED, stored_ago=stored_ago, offline=offline)
+    if down_for is not None:
+        world.upstream.down_until = UPTIME + down_for
+    answer = world.ask()
+    assert (answer.status, answer.body, answer.cache) == (200, OLD, cache)
+    assert world.upstream.asked == []
+
+
+@pytest.mark.parametrize(
+    ("stored_ago", "down_for"),
+    [
+        pytest.param(LIFETIME, None, id="stale at its lifetime"),
+        pytest.param(LIFETIME, -1.0, id="upstream may be asked again"),
+        pytest.param(-60.0, None, id="confirmed in the future"),
+    ],
+)
+def test_revalidated(stored_ago: float, down_for: float | None) -> None:
+    """A stale copy waits three seconds for upstream, and gives way to what it says."""
+    world = World(GRANTED, stored_ago=stored_ago)
+    world.upstream.down_until = 0.0 if down_for is None else UPTIME + down_for
+    assert world.ask() == expected(NEW, Outcome.STALE, True, False, 200)
+    assert world.stored == (NEW, NOW)
+    assert [asked[4] for asked in world.upstream.asked] == [REVALIDATE_TIMEOUT_S]
+
+
+def test_an_unchanged_manifest_is_fresh_again() -> None:
+    """The same bytes again: the next request is not asked."""
+    world = World(response(200, OLD, Content_Type=TYPE), stored_ago=LIFETIME)
+    assert world.ask() == expected(OLD, Outcome.STALE, True, False, 200)
+    assert world.ask() == expected(OLD, Outcome.HIT)
+    assert len(world.upstream.asked) == 1
+
+
+@pytest.mark.parametrize("error", [UpstreamUnreachable("reset"), UpstreamTimeout("late")])
+def test_no_answer_to_a_revalidation(error: CacheError) -> None:
+    """The stored copy, however old; and upstream is left alone for a while."""
+    world = World(error, stored_ago=1e9)
+    assert world.ask() == expected(OLD, Outcome.STALE, detail="upstream-failed")
+    assert world.stored == (OLD, NOW - 1e9)
+    assert world.upstream.marked == [DOWN_S]
+
+
+@pytest.mark.parametrize("status", [404, 429, 500, 502, 503, 504])
+def test_a_model_that_is_withdrawn_or_cannot_be_told(status: int) -> None:
+    """Served stale: what was pulled once can be pulled again. Upstream did answer, so it counts as up."""
+    world = World(response(status, b"gone"), stored_ago=LIFETIME)
+    assert world.ask() == expected(OLD, Outcome.STALE, forward_status=status, detail="stale")
+    assert world.stored == (OLD, NOW - LIFETIME)
+    assert world.upstream.marked == []
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 412])
+def test_a_refusal_of_this_caller(status: int) -> None:
+    """It may be gated by version or by account: the stored copy is not for everybody any more."""
+    world = World(response(status, b"no", Content_Type="text/plain"), stored_ago=LIFETIME)
+    answer = world.ask()
+    assert (answer.status, answer.body) == (status, b"no")
+    assert answer.cache == CacheStatus(Outcome.STALE, forward_status=status)
+
+
+def test_an_answer_that_is_none_to_a_revalidation() -> None:
+    """The stored copy, too."""
+    world = World(UnexpectedResponse("expected gzip, got noise"), stored_ago=LIFETIME)
+    assert world.ask() == expected(OLD, Outcome.STALE, detail="upstream-failed")
+
+
+# --- credentials
+
+
+def test_authorization_is_not_sent_before_it_is_needed() -> None:
+    """client2 sends it always: the anonymous answer is the one for everybody."""
+    world = World(GRANTED)
+    assert world.ask(authorization="Bearer t").status == 200
+    assert ["Authorization" in asked[3] for asked in world.upstream.asked] == [False]
+    assert world.stored == (NEW, NOW)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_only_this_caller_gets_is_not_stored(status: int) -> None:
+    """Denied to nobody in particular, granted to the caller: relayed, and asked for again the next time."""
+    world = World(response(status), GRANTED, response(status), response(status, b"no"))
+    answer = world.ask(authorization="Bearer t", user_agent="ollama/1")
+    assert (answer.status, answer.body, answer.cache) == (200, NEW, CacheStatus(Outcome.MISS, forward_status=200))
+    assert [asked[3].get("Authorization") for asked in world.upstream.asked] == [None, "Bearer t"]
+    assert all(asked[3]["User-Agent"] == "ollama/1" for asked in world.upstream.asked)
+    assert all(asked[3]["Accept"] == ACCEPT for asked in world.upstream.asked)
+    assert world.stored is None
+    assert world.ask().status == status
+
+
+def test_what_only_this_caller_gets_is_not_mixed_up_with_the_stored_copy() -> None:
+    """A model that has become private, and another one: its owner gets the new one, which nobody else does."""
+    world = World(response(401), GRANTED, stored_ago=LIFETIME)
+    answer = world.ask(authorization="Bearer t")
+    assert (answer.status, answer.body, answer.cache) == (200, NEW, CacheStatus(Outcome.STALE, forward_status=200))
+    assert world.stored != (NEW, NOW)
+
+
+@pytest.mark.parametrize("status", [400, 412, 429, 500])
+def test_credentials_do_not_answer_every_refusal(status: int) -> None:
+    """Only what tells an anonymous caller "not you" is asked again in a name."""
+    world = World(response(status), GRANTED)
+    assert world.ask(authorization="Bearer t").status == status
+    assert len(world.upstream.asked) == 1
+
+
+def test_a_caller_without_credentials_gets_the_challenge() -> None:
+    """It says where a token can be had."""
+    world = World(DENIED)
+    assert ("WWW-Authenticate", CHALLENGE) in world.ask().headers
+    assert len(world.upstream.asked) == 1
+
+
+# --- together
+
+
+def test_equal_requests_are_one() -> None:
+    """Three clients, one request, one answer; a client of another version asks for itself."""
+
+    async def main() -> None:
+        world = World(GRANTED)
+        world.upstream.gate.clear()
+        clients = [asyncio.create_task(world.get(user_agent="ollama/1")) for _ in range(3)]
+        clients.append(asyncio.create_task(world.get(user_agent="ollama/2")))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(world.upstream.asked) == 2
+        world.upstream.gate.set()
+        answers = await asyncio.gather(*clients)
+        assert [answer.body for answer in answers] == [NEW] * 4
+        assert [answer.cache.collapsed for answer in answers] == [False, True, True, False]
+        assert all(answer.cache.stored for answer in answers)
+        assert len(world.upstream.asked) == 2
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stored_ago", [None, LIFETIME], ids=["nothing stored", "a copy stored"])
+def test_a_request_has_a_deadline(monkeypatch: pytest.MonkeyPatch, stored_ago: float | None) -> None:
+    """Whatever upstream's own limits do, the client is answered in time."""
+    monkeypatch.setattr(manifests, "DEADLINE_S", 0.01)
+
+    async def main() -> Answer:
+        world = World(GRANTED, stored_ago=stored_ago)
+        world.upstream.gate.clear()
+        return await world.get()
+
+    answer = asyncio.run(main())
+    if stored_ago is None:
+        assert answer.status == 504
+        assert isinstance(answer.body, bytes)
+        assert b"no answer in time" in answer.body
+    else:
+        assert answer == expected(OLD, Outcome.STALE, detail="upstream-failed")
