@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,6 +14,7 @@ from multidict import CIMultiDict
 
 from pullthrough import manifests
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
     CacheError,
@@ -23,7 +25,7 @@ from pullthrough.errors import (
 from pullthrough.exchange import Answer, Request
 from pullthrough.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.manifests import ACCEPT, Manifests
-from pullthrough.records import ManifestRecord, Name
+from pullthrough.records import ManifestRecord, Name, Version
 from pullthrough.route import ManifestRoute
 from pullthrough.settings import parse_settings
 from pullthrough.store import Store
@@ -91,6 +93,12 @@ class FakeStore:
     def manifest(self, name: Name) -> ManifestRecord | None:
         return self.manifests.get(name)
 
+    def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
+        for name, record in self.manifests.items():
+            if (name.host, name.repository, record.digest) == (host, repository, digest.hex):
+                return record
+        return None
+
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         self.manifests[name] = record
 
@@ -98,22 +106,28 @@ class FakeStore:
 class World:
     """The manifests of a cache, at a time of its own."""
 
-    def __init__(self, *answers: Response | CacheError, stored_ago: float | None = None, **options: str) -> None:
+    def __init__(
+        self,
+        *answers: Response | CacheError,
+        stored_ago: float | None = None,
+        oldest: Version | None = None,
+        **options: str,
+    ) -> None:
         self.upstream = FakeUpstream(*answers)
         self.store = FakeStore()
         if stored_ago is not None:
             record = ManifestRecord.parse(OLD, TYPE, now=NOW - stored_ago)
             assert record is not None
-            self.store.put_manifest(NAME, record)
+            self.store.put_manifest(NAME, replace(record, oldest=oldest))
         settings = parse_settings({"manifest_lifetime": "5m", **options}, dir=Path("/d"), certs=Path("/c"))
         self.manifests = Manifests(settings, cast(Store, self.store), cast(Upstream, self.upstream))
 
-    async def get(self, method: str = "GET", **headers: str) -> Answer:
+    async def get(self, method: str = "GET", route: ManifestRoute = ROUTE, **headers: str) -> Answer:
         fields = {name.replace("_", "-"): value for name, value in headers.items()}
-        return await self.manifests.answer(Request(method, "https", HOST, TARGET, fields), ROUTE)
+        return await self.manifests.answer(Request(method, "https", HOST, TARGET, fields), route)
 
-    def ask(self, method: str = "GET", **headers: str) -> Answer:
-        return asyncio.run(self.get(method, **headers))
+    def ask(self, method: str = "GET", route: ManifestRoute = ROUTE, **headers: str) -> Answer:
+        return asyncio.run(self.get(method, route, **headers))
 
     @property
     def stored(self) -> tuple[bytes, float] | None:
@@ -303,6 +317,82 @@ def test_an_answer_that_is_none_to_a_revalidation() -> None:
     """The stored copy, too."""
     world = World(UnexpectedResponse("expected gzip, got noise"), stored_ago=LIFETIME)
     assert world.ask() == expected(OLD, Outcome.STALE, detail="upstream-failed")
+
+
+# --- versions of clients
+
+
+def test_an_older_client_is_not_served_unasked() -> None:
+    """Upstream refuses some models to it; the refusal changes nothing for those who were granted the manifest."""
+    world = World(response(412, b"update Ollama"), stored_ago=0, oldest=(0, 10, 0))
+    answer = world.ask(user_agent="ollama/0.9.9 (amd64 linux)")
+    assert (answer.status, answer.body, answer.cache) == (
+        412,
+        b"update Ollama",
+        CacheStatus(Outcome.STALE, forward_status=412),
+    )
+    for agent in ("ollama/0.10.0 (amd64 linux)", "ollama/0.11.0", "curl/8.5.0", "ollama/0.0.0"):
+        assert world.ask(user_agent=agent) == expected(OLD, Outcome.HIT)
+    assert len(world.upstream.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "oldest", "agent", "granted"),
+    [
+        pytest.param(OLD, (0, 10, 0), "ollama/0.9.9", (0, 9, 9), id="the same to an older one"),
+        pytest.param(OLD, (0, 10, 0), "ollama/0.34.0", (0, 10, 0), id="the same to a newer one"),
+        pytest.param(OLD, (0, 10, 0), "curl/8.5.0", (0, 10, 0), id="the same to another client"),
+        pytest.param(OLD, None, "ollama/0.34.0", (0, 34, 0), id="the same, the first time to an Ollama"),
+        pytest.param(NEW, (0, 10, 0), "ollama/0.34.0", (0, 34, 0), id="another manifest"),
+        pytest.param(NEW, (0, 10, 0), "curl/8.5.0", None, id="another manifest to another client"),
+    ],
+)
+def test_the_oldest_version_is_remembered(
+    body: bytes, oldest: Version | None, agent: str, granted: Version | None
+) -> None:
+    """What was granted to a version is granted to newer ones, as long as the bytes are the same."""
+    world = World(response(200, body, Content_Type=TYPE), stored_ago=LIFETIME, oldest=oldest)
+    assert world.ask(user_agent=agent).body == body
+    assert world.store.manifests[NAME].oldest == granted
+
+
+# --- asked for by digest
+
+
+def by_digest(body: bytes, repository: str = ROUTE.repository) -> ManifestRoute:
+    return ManifestRoute(repository, f"sha256:{hashlib.sha256(body).hexdigest()}")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_digest_names_the_same_for_ever(method: str) -> None:
+    """Stored under any tag it is served, however old."""
+    world = World(GRANTED, stored_ago=1e9)
+    answer = world.ask(method, by_digest(OLD))
+    assert (answer.status, answer.cache, answer.length) == (200, CacheStatus(Outcome.HIT), len(OLD))
+    assert world.upstream.asked == []
+
+
+def test_a_digest_is_asked_for_and_stored() -> None:
+    """Where this repository is not known to have it; that another one has it says nothing."""
+    world = World(GRANTED, stored_ago=0)
+    route = by_digest(NEW)
+    assert world.ask(route=route) == expected(NEW, Outcome.MISS, True, False, 200)
+    assert world.ask(route=route) == expected(NEW, Outcome.HIT)
+    assert [asked[2] for asked in world.upstream.asked] == [f"/v2/{ROUTE.repository}/manifests/{route.reference}"]
+    world.ask(route=by_digest(NEW, "library/other"))
+    assert len(world.upstream.asked) == 2
+
+
+def test_other_bytes_than_the_digest_says() -> None:
+    """They are not handed on as what they are not, and not stored."""
+    world = World(GRANTED)
+    route = by_digest(OLD)
+    answer = world.ask(route=route)
+    assert answer.status == 504
+    assert isinstance(answer.body, bytes)
+    got = hashlib.sha256(NEW).hexdigest()
+    assert f"@{route.reference}: expected a manifest with this digest, got sha256:{got}" in answer.body.decode()
+    assert world.store.manifests == {}
 
 
 # --- credentials
