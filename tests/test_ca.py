@@ -780,7 +780,7 @@ def test_mitmproxy_certificate_over_ec_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("configured", ["hf.co", "ollama.ai", f"x{HOST}"])
 def test_name_not_permitted(tmp_path: Path, configured: str) -> None:
-    """A configured name that the CA does not permit is named, with what it permits and both mends."""
+    """A configured name that the CA does not permit is named, with what it permits and the mend."""
     Authority.load_or_create(tmp_path, NAMES, now=NOW)
 
     with pytest.raises(AuthorityError) as caught:
@@ -788,7 +788,7 @@ def test_name_not_permitted(tmp_path: Path, configured: str) -> None:
 
     assert str(caught.value) == (
         f"{tmp_path / CERTIFICATE_NAME}: expected a CA that permits {configured}, got one that permits "
-        f"{HOST}, {BLOB_HOST}; run `ollama-cache ca renew` or "
+        f"{HOST}, {BLOB_HOST}; "
         "move the ollama-cache-ca-* files away to make a new CA"
     )
 
@@ -836,7 +836,9 @@ def test_load_out_of_time(tmp_path: Path, when: timedelta) -> None:
     """An expired CA, or one whose time has not come, stops the start."""
     Authority.load_or_create(tmp_path, NAMES, now=NOW)
 
-    with pytest.raises(AuthorityError, match=r"expected a CA that is valid at .*, got one from .*ca renew"):
+    with pytest.raises(
+        AuthorityError, match=r"expected a CA that is valid at .*, got one from .*; set the clock, or move"
+    ):
         Authority.load_or_create(tmp_path, NAMES, now=NOW + when)
 
 

@@ -278,10 +278,10 @@ RELAYED = [
     ("Content-Type", "application/json"),
     ("Docker-Content-Digest", "sha256:ab"),
     ("Docker-Distribution-Api-Version", "registry/2.0"),
-    ("Location", "/elsewhere"),
     ("Retry-After", "7"),
 ]
 DROPPED = [
+    ("Location", "/elsewhere"),
     ("Connection", "close"),
     ("Transfer-Encoding", "chunked"),
     ("Content-Encoding", "gzip"),

@@ -1,6 +1,7 @@
 """The layers hold: a module knows only what lies below it, and the lower two rows know no world outside."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,7 @@ PACKAGE: Final = ADDON / "pullthrough"
 
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
-    "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums",
+    "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding",
     "L1": "assembly scheduler freshness retention access tunnel metrics",
     "L2a": "store upstream collapse ca platform control index ingest places threads",
     "L2b": "recorder transfer recording fetcher sealer supply",
@@ -33,6 +34,7 @@ SIDEWAYS: Final = {
     "records": {"digest", "errors"},
     "datacheck": {"byterange", "errors"},
     "chunksums": {"digest", "errors"},
+    "coding": {"errors"},
     "access": {"tunnel"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},
@@ -269,3 +271,13 @@ def test_missing_row_docstring_and_length_are_caught() -> None:
 def test_allowed_import_passes(module: str, body: str) -> None:
     """What the table allows is not reported."""
     assert violations(module, f'"""A job."""\n{body}\n') == []
+
+
+def test_the_picture_is_the_house() -> None:
+    """The package's docstring shows each module in its row."""
+    picture = ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))) or ""
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    shown: dict[str, str] = {}
+    for row, words in re.findall(r"^ +(L\d\w?) (.*(?:\n {8}.*)*)", picture, re.MULTILINE):
+        shown |= dict.fromkeys(modules.intersection(re.findall(r"\w+", words)), row)
+    assert shown == {module: ROW_OF[module] for module in modules}

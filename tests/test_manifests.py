@@ -102,6 +102,9 @@ class FakeStore:
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         self.manifests[name] = record
 
+    def deny(self, name: Name, record: ManifestRecord) -> None:
+        self.manifests[name] = replace(record, denied=True)
+
 
 class World:
     """The manifests of a cache, at a time of its own."""
@@ -483,3 +486,32 @@ def test_a_request_has_a_deadline(monkeypatch: pytest.MonkeyPatch, stored_ago: f
         assert b"no answer in time" in answer.body
     else:
         assert answer == expected(OLD, Outcome.STALE, detail="upstream-failed")
+
+
+# --- what becomes private, and what is no answer
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_manifest_that_is_refused_to_all_becomes_private(status: int) -> None:
+    """From then on it is nobody's while upstream is away, until upstream grants it to an anonymous request again."""
+    world = World(
+        response(status), UpstreamUnreachable("x"), response(200, OLD, Content_Type=TYPE), stored_ago=LIFETIME
+    )
+    assert world.ask().status == status
+    assert world.ask().status == 504
+    assert world.ask().body == OLD
+    assert world.store.manifests[NAME].denied is False
+
+
+def test_a_withdrawn_manifest_is_not_private() -> None:
+    """404 may be a mistake of the registry's: the copy is served on."""
+    world = World(response(404), stored_ago=LIFETIME)
+    assert world.ask().body == OLD
+    assert world.store.manifests[NAME].denied is False
+
+
+def test_a_page_that_is_no_manifest_does_not_replace_one() -> None:
+    """A captive portal answers 200 too: who has a copy keeps it."""
+    world = World(response(200, PORTAL), stored_ago=LIFETIME)
+    assert world.ask().body == OLD
+    assert world.stored == (OLD, NOW - LIFETIME)

@@ -76,6 +76,30 @@ def test_reopened_store_is_complete(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_denied_manifest_is_known_no_more(tmp_path: Path) -> None:
+    """Nor are its blobs, but for those that another manifest of the repository lists; also after a restart."""
+    store = Store.open(tmp_path / "store")
+    other = Name(NAME.host, NAME.repository, "other")
+    denied, kept = manifest(b"shared", b"mine"), manifest(b"shared")
+    store.put_manifest(NAME, denied)
+    store.put_manifest(other, kept)
+    store.confirm_public(NAME.host, NAME.repository, digest_of(b"mine"), 4)
+    store.deny(NAME, denied)
+    for _ in range(2):
+        assert not store.is_member(NAME.host, NAME.repository, digest_of(b"mine"))
+        assert store.is_member(NAME.host, NAME.repository, digest_of(b"shared"))
+        assert store.manifest_by_digest(NAME.host, NAME.repository, Digest(denied.digest)) is None
+        assert store.manifest_by_digest(NAME.host, NAME.repository, Digest(kept.digest)) == kept
+        stored = store.manifest(NAME)
+        assert stored is not None
+        assert stored.denied
+        store.close()
+        store = Store.open(tmp_path / "store")
+    store.put_manifest(NAME, denied)
+    assert store.is_member(NAME.host, NAME.repository, digest_of(b"mine"))
+    store.close()
+
+
 def test_private_stays_private(tmp_path: Path) -> None:
     """Publishing bytes says nothing about who may read them; upstream's word does."""
     store = Store.open(tmp_path / "store")

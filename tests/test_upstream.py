@@ -305,7 +305,7 @@ async def test_codings_of_a_manifest(coding: str | None, body: bytes) -> None:
         pytest.param("gzip, gzip", gzip.compress(gzip.compress(BODY)), "got 'gzip, gzip'", id="gzip twice"),
         pytest.param("gzip", BODY, "expected gzip, got", id="not gzip at all"),
         pytest.param("gzip", zlib.compress(BODY), "expected gzip, got", id="deflate under the name of gzip"),
-        pytest.param("gzip", gzip.compress(BODY)[:-3], "expected a gzip stream of at most", id="cut"),
+        pytest.param("gzip", gzip.compress(BODY)[:-3], "expected a whole gzip stream, got its first", id="cut"),
         pytest.param("gzip", gzip.compress(BODY)[:-5] + b"\0" * 5, "expected gzip, got", id="wrong check sum"),
     ],
 )

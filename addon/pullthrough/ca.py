@@ -137,7 +137,7 @@ class Authority:
             if not authority.permits(_parse_host(name)):
                 raise AuthorityError(
                     f"{certificate_file}: expected a CA that permits {name}, got one that permits "
-                    f"{', '.join(authority.permitted)}; run `ollama-cache ca renew` or {_MEND}"
+                    f"{', '.join(authority.permitted)}; {_MEND}"
                 )
         return authority
 
@@ -179,7 +179,7 @@ class Authority:
         if not self._start <= now < self.not_after:
             raise AuthorityError(
                 f"{self.certificate_file}: expected a CA that is valid at {now}, got "
-                f"one from {self._start} to {self.not_after}; run `ollama-cache ca renew` or set the clock"
+                f"one from {self._start} to {self.not_after}; set the clock, or {_MEND}"
             )
 
 

@@ -1,7 +1,7 @@
 """The command line: `ollama-cache run` and `ollama-cache ca`.
 
 Invariant: a verb either does what it says and exits 0, or says on standard error what was expected and what was got
-and exits 1. Knows mitmdump only as a program to start.
+and exits 1 (2 when it was called wrongly). Knows mitmdump only as a program to start.
 """
 
 import os
@@ -58,7 +58,7 @@ def ca(
         authority = Authority.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
     except (CacheError, OSError) as error:
         _fail(str(error))
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(emoji=False, highlight=False, markup=False, soft_wrap=True)
     console.print(f"certificate (PEM)    {authority.certificate_file}")
     console.print(f"certificate (DER)    {authority.certificate_file.with_suffix('.cer')}")
     console.print(f"SHA-256 fingerprint  {authority.fingerprint}")
@@ -72,5 +72,6 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"ollama-cache: {message}", markup=False)
+    console = Console(stderr=True, emoji=False, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"ollama-cache: {message}")
     raise typer.Exit(1)

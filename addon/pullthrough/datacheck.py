@@ -17,7 +17,6 @@ _RELAYED: Final = (
     "Content-Type",
     "Docker-Content-Digest",
     "Docker-Distribution-Api-Version",
-    "Location",
     "Retry-After",
 )
 
@@ -49,7 +48,7 @@ def check_data(status: int, headers: Mapping[str, str], *, asked: tuple[int, int
     if coding not in ("", "identity"):
         raise UnexpectedResponse(f"expected no content coding, got {coding}")
     text = headers.get("Content-Length", "")
-    content_length = int(text) if text.isdecimal() and len(text) < 20 else None
+    content_length = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
     if content_length is None:
         # Without it an early end looks like the end.
         raise UnexpectedResponse(f"expected a Content-Length, got {text!r}")

@@ -16,6 +16,7 @@ Knows no files of blobs.
 import json
 import logging
 import sqlite3
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -118,7 +119,7 @@ class Index:
             sizes = {Digest.parse(text): size for text, size in fact["sizes"].items()}
             oldest = tuple(fact["oldest"]) if fact["oldest"] is not None else None
             contents.manifests[name] = ManifestRecord(
-                bodies[fact["body"]], fact["content_type"], fact["confirmed"], sizes, oldest
+                bodies[fact["body"]], fact["content_type"], fact["confirmed"], sizes, oldest, fact["denied"]
             )
         return contents
 
@@ -131,6 +132,7 @@ class Index:
             "content_type": record.content_type,
             "confirmed": record.confirmed,
             "oldest": record.oldest,
+            "denied": record.denied,
             "sizes": {str(digest): size for digest, size in record.sizes.items()},
         }
         self._put(f"body {record.digest}", record.body)
@@ -138,6 +140,9 @@ class Index:
 
     def put_pair(self, host: str, repository: str, digest: Digest) -> None:
         self._put(f"pair {host} {repository} {digest}", "")
+
+    def delete_pair(self, host: str, repository: str, digest: Digest) -> None:
+        self._write_later(self.cache.delete, f"pair {host} {repository} {digest}")
 
     def flush(self) -> None:
         """Wait until every write so far is in the database."""
@@ -151,11 +156,14 @@ class Index:
         self.cache.close()
 
     def _put(self, key: str, value: str | bytes) -> None:
-        self._writer.submit(self._write, key, value)
+        self._write_later(self.cache.set, key, value)
 
-    def _write(self, key: str, value: str | bytes) -> None:
+    def _write_later(self, change: Callable[..., object], key: str, *value: str | bytes) -> None:
+        self._writer.submit(self._write, change, key, *value)
+
+    def _write(self, change: Callable[..., object], key: str, *value: str | bytes) -> None:
         try:
-            self.cache.set(key, value, retry=True)
+            change(key, *value, retry=True)
         except (sqlite3.Error, OSError, diskcache.Timeout):
             # What is resident stays right; it is only forgotten at the next start, and then learnt again.
             _log.exception("index write of %s failed", key)

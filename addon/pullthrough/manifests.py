@@ -23,7 +23,7 @@ from pullthrough.records import ManifestRecord, Name, Version
 from pullthrough.route import ManifestRoute
 from pullthrough.settings import Settings
 from pullthrough.store import Store
-from pullthrough.upstream import DEADLINE_S, DENIED, Response, Upstream
+from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Response, Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ class Manifests:
             return answer
         name = Name(request.host, route.repository, route.reference)
         record = self._store.manifest(name)
+        if record is not None and record.denied:
+            record = None
         verdict = freshness.decide(
             freshness.Stored(record.confirmed, record.oldest) if record else None,
             now=time.time(),
@@ -82,8 +84,10 @@ class Manifests:
             stored = self._store.manifest(name)
             if stored is not None and stored.body == response.body:
                 return _manifest_answer(request, stored, CacheStatus(outcome, True, collapsed, 200))
-        elif record is not None and (response.status in (404, 429) or response.status >= 500):
-            _log.warning("%s: upstream answered %d; serving the stored manifest", name, response.status)
+        portal = response.status == 200 and ManifestRecord.parse(response.body, "", now=0) is None
+        if record is not None and (portal or response.status in (404, 429) or response.status >= 500):
+            what = "with something else" if portal else str(response.status)
+            _log.warning("%s: upstream answered %s; serving the stored manifest", name, what)
             return _manifest_answer(
                 request, record, CacheStatus(outcome, forward_status=response.status, detail="stale")
             )
@@ -122,6 +126,9 @@ class Manifests:
                 raise UnexpectedResponse(f"{name}: expected a manifest with this digest, got sha256:{record.digest}")
             else:
                 self._store.put_manifest(name, replace(record, oldest=self._oldest(name, record, request.version)))
+        elif response.status in (401, 403) and (stored := self._store.manifest(name)) and not stored.denied:
+            _log.warning("%s: upstream answered %d: private from now on", name, response.status)
+            self._store.deny(name, stored)
         return response
 
     def _oldest(self, name: Name, record: ManifestRecord, version: Version | None) -> Version | None:
@@ -142,7 +149,10 @@ def _manifest_answer(request: Request, record: ManifestRecord, cache: CacheStatu
 
 def _relay(request: Request, response: Response, cache: CacheStatus) -> Answer:
     body = response.body if request.method == "GET" else b""
-    return Answer(response.status, cache, tuple(relayable(response.headers)), body, len(response.body))
+    headers = relayable(response.headers)
+    if response.status in REDIRECTS and (location := response.headers.get("Location")):
+        headers.append(("Location", location))
+    return Answer(response.status, cache, tuple(headers), body, len(response.body))
 
 
 def _unavailable(name: Name, error: UpstreamError) -> Answer:

@@ -105,6 +105,7 @@ def lock_exclusively(file: BinaryIO) -> bool:
         if sys.platform == "win32":
             import msvcrt
 
+            file.seek(0)  # what is locked is the byte at the position
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -141,13 +142,14 @@ def local_networks() -> tuple[Network, ...]:
     networks: list[Network] = []
     for entries in psutil.net_if_addrs().values():
         for entry in entries:
-            if entry.family not in (socket.AF_INET, socket.AF_INET6) or not entry.netmask:
+            if entry.family not in (socket.AF_INET, socket.AF_INET6) or not entry.netmask or entry.ptp:
                 continue
             with contextlib.suppress(ValueError):
                 address = ipaddress.ip_address(entry.address.partition("%")[0])
-                prefix = bin(int(ipaddress.ip_address(entry.netmask))).count("1")
-                network = ipaddress.ip_network(f"{address}/{prefix}", strict=False)
+                mask = ipaddress.ip_address(entry.netmask)
+                prefix = int(mask).bit_count()
+                gapless = int(mask) == (1 << mask.max_prefixlen) - (1 << (mask.max_prefixlen - prefix))
                 # A /0 would admit the whole Internet, an interface without a network admits nobody.
-                if prefix >= (8 if address.version == 4 else 32):
-                    networks.append(network)
+                if mask.version == address.version and gapless and prefix >= (8 if address.version == 4 else 32):
+                    networks.append(ipaddress.ip_network(f"{address}/{prefix}", strict=False))
     return tuple(networks)

@@ -55,15 +55,20 @@ class ManifestRecord:
     """The blobs it lists, and the sizes it claims for them."""
     oldest: Version | None = None
     """The oldest client version that upstream has granted these bytes to; None if nobody has told one."""
+    denied: bool = False
+    """Upstream refuses it to an anonymous request by now: it is nobody's until upstream grants it again."""
 
     @classmethod
     def parse(cls, body: bytes, content_type: str, *, now: float) -> Self | None:
         """The record of a manifest's bytes; None if they are none (a captive portal also answers 200)."""
         try:
             manifest = json.loads(body)
-            descriptors = [*manifest["layers"], *([manifest["config"]] if manifest.get("config") else [])]
-            sizes = {Digest.parse(item["digest"]): int(item["size"]) for item in descriptors}
-        except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest):
+            layers = manifest["layers"] or []
+            descriptors = [*layers, *([manifest["config"]] if manifest.get("config") else [])]
+            sizes = {Digest.parse(item["digest"]): item["size"] for item in descriptors}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidRequest):
+            return None
+        if not isinstance(layers, list) or any(type(size) is not int or size < 0 for size in sizes.values()):
             return None
         return cls(body, content_type, now, sizes)
 

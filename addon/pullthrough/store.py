@@ -201,6 +201,23 @@ class Store:
         """The manifest of the repository whose bytes have this digest, whatever it was asked for by."""
         return self._by_digest.get((host, repository, digest.hex))
 
+    def deny(self, name: Name, record: ManifestRecord) -> None:
+        """Upstream refuses this manifest to an anonymous request: neither it nor its blobs are known any more.
+
+        The bytes stay, for those whom upstream grants them.
+        """
+        self._listed.pop((name.host, name.repository), None)
+        self._by_digest.pop((name.host, name.repository, record.digest), None)
+        self.put_manifest(name, replace(record, denied=True))
+        for other, stored in self._manifests.items():
+            if (other.host, other.repository) == (name.host, name.repository):
+                self._list(other, stored)
+        for digest in record.sizes:
+            pair = (name.host, name.repository, digest)
+            if pair in self._pairs:
+                self._pairs.remove(pair)
+                self._index.delete_pair(*pair)
+
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest that an anonymous request got."""
         self._manifests[name] = record
@@ -208,8 +225,9 @@ class Store:
         self._index.put_manifest(name, record)
 
     def _list(self, name: Name, record: ManifestRecord) -> None:
-        self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
-        self._by_digest[name.host, name.repository, record.digest] = record
+        if not record.denied:
+            self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
+            self._by_digest[name.host, name.repository, record.digest] = record
 
     def models(self) -> list[Name]:
         return sorted(self._manifests)

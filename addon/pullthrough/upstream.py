@@ -11,7 +11,6 @@ import ipaddress
 import socket
 import ssl
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from pullthrough.byterange import format_range
+from pullthrough.coding import decode
 from pullthrough.datacheck import Extent, check_data, relayable
 from pullthrough.digest import Digest
 from pullthrough.errors import (
@@ -59,6 +59,9 @@ DENIED: Final = frozenset({401, 403, 404})
 """What a registry answers to somebody who may not know, or may not be told."""
 
 MAX_HOPS: Final = 5
+
+# ValueError: addresses and header fields that cannot be sent, as far as the library finds out late.
+_FAILURES: Final = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,9 @@ class DataStream:
                     raise UpstreamUnreachable(f"expected {left} more bytes, got the end of the response")
                 if len(data) < min(BATCH, left):
                     await asyncio.sleep(BATCH_WAIT_S)
-                    data += content.read_nowait()
+                    # A failure while we waited is for the next read: these bytes are here.
+                    with contextlib.suppress(*_FAILURES):
+                        data += content.read_nowait()
                 if len(data) > left:
                     raise UnexpectedResponse(f"expected {left} more bytes, got {len(data)}")
                 left -= len(data)
@@ -120,7 +125,7 @@ class DataStream:
             # The end of the message gives the connection back for the next slice.
             if await content.readany():
                 raise UnexpectedResponse(f"expected {self.stop - self.start} bytes, got more")
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except _FAILURES as error:
             raise _translate(error) from error
 
 
@@ -197,9 +202,9 @@ class Upstream:
                         if len(body) > MAX_CONTROL_BODY:
                             raise UnexpectedResponse(f"expected at most {MAX_CONTROL_BODY} bytes, got more")
             self._down_until = 0.0
-            body = _decode(body, response.headers.get("Content-Encoding", "identity"))
+            body = decode(body, response.headers.get("Content-Encoding", "identity"), limit=MAX_CONTROL_BODY)
             return Response(response.status, CIMultiDict(response.headers), body)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except _FAILURES as error:
             raise _translate(error) from error
 
     async def obtain(
@@ -214,7 +219,7 @@ class Upstream:
         try:
             async with asyncio.timeout(timeout_s):
                 response = await self._send("GET", url, headers)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except _FAILURES as error:
             raise _translate(error) from error
         self._down_until = 0.0
         if response.status == 200:
@@ -225,14 +230,15 @@ class Upstream:
             location = response.headers.get("Location")
             if response.status in REDIRECTS and location:
                 return self.source_at(host, target, location), None
-            raise UpstreamRefused(response.status, relayable(response.headers))
+            if response.status >= 400:
+                raise UpstreamRefused(response.status, relayable(response.headers))
+            raise UnexpectedResponse(f"expected 200, a redirect or a refusal, got {response.status}")
 
     @staticmethod
     def source_at(host: str, target: str, location: str) -> Source:
         """The source that an answer to `target` points to; `location` may be relative."""
         # To the registry's public name: that is what the signature was made for.
-        public = URL(f"https://{host}{target}", encoded=True)
-        return Source(str(public.join(URL(location, encoded=True))))
+        return Source(_join(f"https://{host}{target}", location))
 
     # --- data plane
 
@@ -248,7 +254,7 @@ class Upstream:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
                 response = await self._follow(source.url, headers)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except _FAILURES as error:
             raise _translate(error) from error
         with _closing_on_error(response):
             extent = check_data(response.status, response.headers, asked=(start, stop), length=expected_length)
@@ -258,26 +264,25 @@ class Upstream:
         return stream
 
     async def _follow(self, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
-        for _ in range(MAX_HOPS):
+        for _ in range(MAX_HOPS + 1):
             response = await self._send("GET", self._reach(url), headers)
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or not location:
                 return response
             response.close()
-            here = URL(url, encoded=True)
-            there = here.join(URL(location, encoded=True))
-            if (there.scheme, there.host, there.port) != (here.scheme, here.host, here.port):
+            there = _join(url, location)
+            if _origin(there) != _origin(url):
                 headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
-            url = str(there)
+            url = there
         raise UnexpectedResponse(f"expected at most {MAX_HOPS} redirects, got more")
 
     def _reach(self, url: str) -> str:
         """The address with the host replaced where `upstream` says so; AddressRefused for what we never ask."""
         parsed = URL(url, encoded=True)
-        endpoint = self._settings.upstream.get(parsed.host or "")
-        if endpoint is not None and parsed.explicit_port is None:
+        host, port = (parsed.host or "").rstrip("."), parsed.port or 0
+        endpoint = self._settings.upstream.get(host)
+        if endpoint is not None and parsed.is_default_port():
             return endpoint.origin + parsed.raw_path_qs
-        host, port = parsed.host or "", parsed.port or 0
         if self._policy.is_exempt(host, port):
             return url
         if parsed.scheme != "https":
@@ -335,21 +340,20 @@ def _closing_on_error(response: aiohttp.ClientResponse) -> Iterator[None]:
         raise
 
 
-def _decode(body: bytes, coding: str) -> bytes:
-    match coding.strip().lower():
-        case "" | "identity":
-            return body
-        case "gzip" | "x-gzip":
-            # We ask for identity, but some middleboxes compress text all the same.
-            inflater = zlib.decompressobj(31)
-            try:
-                decoded = inflater.decompress(body, MAX_CONTROL_BODY)
-            except zlib.error as error:
-                raise UnexpectedResponse(f"expected gzip, got: {error}") from error
-            if not inflater.eof:
-                raise UnexpectedResponse(f"expected a gzip stream of at most {MAX_CONTROL_BODY} bytes, got more")
-            return decoded
-    raise UnexpectedResponse(f"expected content coding identity or gzip, got {coding!r}")
+def _join(base: str, location: str) -> str:
+    """Where a Location leads. UnexpectedResponse if it is no address; it may be signed, so it is not quoted."""
+    try:
+        return str(URL(base, encoded=True).join(URL(location, encoded=True)))
+    except ValueError:
+        raise UnexpectedResponse(
+            f"expected an address in Location, got {len(location)} characters that are none"
+        ) from None
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port: what an Authorization is for (RFC 6454 section 4)."""
+    parsed = URL(url, encoded=True)
+    return parsed.scheme, parsed.host, parsed.port
 
 
 def _translate(error: BaseException) -> UpstreamError:
@@ -361,7 +365,10 @@ def _translate(error: BaseException) -> UpstreamError:
     if isinstance(error, aiohttp.ClientConnectorError):
         reason = getattr(error, "certificate_error", None) or error.os_error
         return UpstreamUnreachable(f"{error.host}:{error.port}: {reason}")
-    return UpstreamUnreachable(f"{type(error).__name__}: {getattr(error, 'message', '') or error.__class__.__doc__}")
+    # The library's own messages quote what they are about: an address, or the bytes that are no HTTP.
+    if isinstance(error, ValueError):
+        return UnexpectedResponse(f"expected an address that can be used, got one that cannot ({type(error).__name__})")
+    return UpstreamUnreachable(f"{type(error).__name__}: {(type(error).__doc__ or '').partition('\n')[0]}")
 
 
 def _is_address(host: str) -> bool:
