@@ -1,12 +1,11 @@
 """Pulls of the size that users have. Run by `scripts/test --long`."""
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.e2e.conftest import MB, add_model, canonical, to_cdn, unique
+from tests.e2e.conftest import MB, add_model, canonical, fetch_parts, unique
 from tests.e2e.test_pull import assert_complete
 from tests.support.a2 import A2Client
 from tests.support.origin import Origin, Sparse
@@ -18,34 +17,15 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 def test_sixteen_ranges_of_4_gib(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
     """Sixteen ranges of 256 MiB at once, cold and warm, in less than 200 MB of memory."""
     proxy = start_proxy()
-    size, part = 4 << 30, 256 << 20
-    model = add_model(origin, Sparse(size))
+    blob = Sparse(4 << 30)
+    model = add_model(origin, blob)
     address = canonical(proxy, model)
-    wrong: list[str] = []
-
-    def fetch(number: int) -> None:
-        start = number * part
-        with to_cdn(proxy) as connection:
-            response = connection.request("GET", address, [("Range", f"bytes={start}-{start + part - 1}")])
-            count = 0
-            while data := response.read(1 << 20):
-                if data.count(0) != len(data):
-                    wrong.append(f"part {number}: another byte than 0 before {count + len(data)}")
-                count += len(data)
-            if count != part:
-                wrong.append(f"part {number}: expected {part} bytes, got {count}")
-
     for _ in range(2):
         with PeakRss(proxy) as rss:
-            threads = [threading.Thread(target=fetch, args=(number,)) for number in range(16)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        assert not wrong
+            assert fetch_parts(proxy, address, blob, 16) == []
         assert rss.mib < 200
         proxy.wait_for_line(model.recorded, timeout_s=60)
-    assert origin.counters.cdn_bytes_by_digest[model.layer] <= size * 1.01
+    assert origin.counters.cdn_bytes_by_digest[model.layer] <= blob.size * 1.01
 
 
 def test_sixteen_parts(origin: Origin, start_proxy: Callable[..., Proxy], new_client: Callable[..., A2Client]) -> None:
