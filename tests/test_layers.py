@@ -15,7 +15,7 @@ PACKAGE: Final = ADDON / "pullthrough"
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding",
     "L1": "assembly scheduler freshness retention access tunnel metrics",
-    "L2a": "store upstream collapse ca platform control index ingest places threads",
+    "L2a": "store upstream datastream collapse ca platform control index ingest places threads",
     "L2b": "recorder transfer recording fetcher sealer supply",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange",
@@ -39,6 +39,7 @@ SIDEWAYS: Final = {
     "scheduler": {"assembly"},
     "ingest": {"platform"},
     "store": {"index", "ingest", "platform"},
+    "upstream": {"datastream"},
     "fetcher": {"supply"},
     "recording": {"fetcher", "sealer", "supply"},
     "recorder": {"recording", "supply"},

@@ -30,6 +30,7 @@ from pullthrough.errors import (
     UpstreamRefused,
     UpstreamTimeout,
     UpstreamUnreachable,
+    ValidatorChanged,
 )
 from pullthrough.settings import R2_HOST, parse_settings
 from pullthrough.upstream import (
@@ -435,6 +436,7 @@ async def test_offline_and_closed() -> None:
 @on_loop
 async def test_upstream_counts_as_down_until_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any answer of a registry makes it count as up again, even a bad one; silence does not, nor does the CDN."""
+    monkeypatch.setattr(module, "PAUSES_S", ())
     monkeypatch.setattr(module.time, "monotonic", lambda: 1000.0)
     async with world() as at:
         assert at.upstream.down_until == 0
@@ -497,10 +499,24 @@ async def test_a_registry_that_has_the_bytes() -> None:
         assert "user-agent" not in at.registry.seen[1].headers
 
 
+@pytest.mark.parametrize("bad", [CLOSE, reply(500), reply(503, b"busy")], ids=["closed", "500", "503"])
+@on_loop
+async def test_a_registry_that_stumbles(bad: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice is absorbed, for clients do not try a HEAD or a manifest again."""
+    monkeypatch.setattr(module, "PAUSES_S", (0, 0))
+    async with world() as at:
+        at.registry.answers[MANIFEST_TARGET] = [bad, bad, reply(200, BODY)]
+        assert (await at.ask()).body == BODY
+        at.registry.answers[BLOB_TARGET] = [bad, bad, moved(SIGNED)]
+        assert (await at.obtain())[0].url == SIGNED
+        assert len(at.registry.seen) == 6
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 412, 429, 500, 503])
 @on_loop
-async def test_a_registry_that_says_no(status: int) -> None:
+async def test_a_registry_that_says_no(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own status and what the client needs to do better."""
+    monkeypatch.setattr(module, "PAUSES_S", ())
     async with world() as at:
         fields = (("WWW-Authenticate", "Bearer realm=x"), ("Set-Cookie", "a=secret"))
         at.registry.answers[BLOB_TARGET] = [reply(status, b"no", *fields), reply(200, b"")]
@@ -651,11 +667,11 @@ async def test_a_stream_read_to_its_end_gives_its_connection_back() -> None:
             id="encoded",
         ),
         pytest.param(
-            part(4, 8, ("ETag", '"other"')), UnexpectedResponse, 'expected the validator "v", got "other"', id="changed"
+            part(4, 8, ("ETag", '"other"')), ValidatorChanged, 'expected the validator "v", got "other"', id="changed"
         ),
-        pytest.param(part(4, 8), UnexpectedResponse, 'expected the validator "v", got None', id="no validator"),
+        pytest.param(part(4, 8), ValidatorChanged, 'expected the validator "v", got None', id="no validator"),
         pytest.param(
-            reply(200, BLOB, ("ETag", 'W/"v"')), UnexpectedResponse, 'expected the validator "v", got W/"v"', id="weak"
+            reply(200, BLOB, ("ETag", 'W/"v"')), ValidatorChanged, 'expected the validator "v", got W/"v"', id="weak"
         ),
     ],
 )

@@ -10,7 +10,7 @@ from pullthrough.intervals import Intervals
 class Assembly:
     """Which bytes of a blob of `size` bytes are here, which are being fetched, and how far the hash has gone."""
 
-    __slots__ = ("_taken", "hashed", "present", "size")
+    __slots__ = ("_taken", "generation", "hashed", "present", "size")
 
     def __init__(self, size: int, present: Intervals | None = None) -> None:
         if size < 0:
@@ -22,6 +22,15 @@ class Assembly:
         self._taken = self.present.copy()
         self.hashed = 0
         """The length of the prefix that has gone through the hash."""
+        self.generation = 0
+        """How often it was begun again: what was hashed before counts no more."""
+
+    def begin_again(self) -> None:
+        """Forget every byte and every claim: the source serves another version."""
+        self.generation += 1
+        self.present = Intervals()
+        self._taken = Intervals()
+        self.hashed = 0
 
     @property
     def complete(self) -> bool:

@@ -13,6 +13,7 @@
         ├── UpstreamTimeout        no answer in time (504)
         ├── UpstreamRefused        an answer that settles the matter, to be relayed (its own status)
         ├── UnexpectedResponse     an answer that does not fit what was asked; never recorded
+        │   └── ValidatorChanged   the source serves another version than before
         ├── SourceExpired          the blob's address is no longer good; obtain it again
         └── AddressRefused         the address policy forbids the connection
 
@@ -94,9 +95,25 @@ class UpstreamRefused(UpstreamError):
         self.headers = tuple(headers)
         self.body = body
 
+    @property
+    def retry_after_s(self) -> float:
+        """How long upstream wants to be left alone; 0 where it does not say so in seconds (RFC 9110 10.2.3)."""
+        for name, value in self.headers:
+            if name.lower() == "retry-after" and value.isascii() and value.isdecimal() and len(value) < 6:
+                return float(value)
+        return 0.0
+
 
 class UnexpectedResponse(UpstreamError):
     """A response that is not what was asked for: status, Content-Range, validator, encoding or length."""
+
+
+class ValidatorChanged(UnexpectedResponse):
+    """The source serves another version of the blob than it did before: the two are never mixed."""
+
+    def __init__(self, expected: str, validator: str | None) -> None:
+        super().__init__(f"expected the validator {expected}, got {validator}")
+        self.validator = validator
 
 
 class SourceExpired(UpstreamError):

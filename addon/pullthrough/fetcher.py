@@ -11,25 +11,43 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from pullthrough.assembly import Assembly
-from pullthrough.errors import CacheError, StoreError, UnexpectedResponse, UpstreamError
+from pullthrough.datastream import DataStream
+from pullthrough.errors import (
+    CacheError,
+    StoreError,
+    UnexpectedResponse,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamTimeout,
+    ValidatorChanged,
+)
 from pullthrough.scheduler import MIN_SLICE, Slice
 from pullthrough.supply import Supply
-from pullthrough.upstream import DataStream
 
 _log = logging.getLogger(__name__)
 
 GIVE_UP_S: Final = 60.0
 """Without one byte of progress for this long a recording fails; Ollama's own six tries take 63 s."""
 
+SILENT_S: Final = 3.0
+"""A connection that has brought no byte for this long while a reader waits for its slice loses the slice to another
+one: clients of v0.1.23-v0.5.7 wait 5 s. Doubled by each failure in a row, up to eightfold: the line may be slow."""
+
 MAX_UNEXPECTED: Final = 20
 """Wrong answers in a row: a source that lies does not get better by asking."""
 
+MAX_RESTARTS: Final = 3
+"""Changes of version: then the source cannot make up its mind."""
+
 BACKOFF_S: Final = 0.1
-BACKOFF_LIMIT_S: Final = 5.0
+BACKOFF_LIMIT_S: Final = 2.0
+RETRY_AFTER_LIMIT_S: Final = 10.0
+"""Clients wait 30 s for a byte: upstream's wish for peace is granted up to a third of it."""
+
 RATE_WEIGHT: Final = 0.3
 
 
@@ -40,6 +58,23 @@ class Counters:
     upstream_bytes: int = 0
     retries: int = 0
     mismatches: int = 0
+    restarts: int = 0
+
+
+@dataclass(eq=False)
+class _Attempt:
+    """One connection at work on one slice."""
+
+    extent: Slice
+    whole: bool = False
+    heard: float = field(default_factory=time.monotonic)
+    scope: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def stop(self) -> None:
+        """Let it end with TimeoutError."""
+        with contextlib.suppress(RuntimeError):  # it is just ending
+            self.scope.reschedule(asyncio.get_running_loop().time())
 
 
 class Fetcher:
@@ -56,10 +91,12 @@ class Fetcher:
         choose: Callable[[float | None], Slice | None],
         accept: Callable[[int, memoryview], Awaitable[None]],
         finish: Callable[[int, int], Awaitable[None]],
+        begin_again: Callable[[], Awaitable[None]],
         fail: Callable[[CacheError], None],
     ) -> None:
         """`choose` names the next slice for a connection that delivers so many bytes/s; `accept` writes bytes at an
-        offset and adds them to the assembly; `finish` is told the interval that one response has delivered.
+        offset and adds them to the assembly; `finish` is told the interval that one response has delivered;
+        `begin_again` empties the assembly.
         """
         self.fetched = 0
         self._name = name
@@ -70,13 +107,18 @@ class Fetcher:
         self._choose = choose
         self._accept = accept
         self._finish = finish
+        self._begin_again = begin_again
         self._fail = fail
         self._workers: set[asyncio.Task[None]] = set()
+        self._attempts: set[_Attempt] = set()
         self._rate: float | None = None
         self._whole_only = False
         self._failures = 0
+        self._restarts = 0
         self._heard = time.monotonic()
-        self._stopped = False
+        self._quiet_until = 0.0
+        self._held = False
+        """Nothing new is asked for: the recording has ended, or is being begun again."""
 
     @property
     def busy(self) -> bool:
@@ -91,14 +133,21 @@ class Fetcher:
         limit = 1 if self._whole_only else self._connections
         # Those that have just been started have not claimed yet, but each will take this much at least.
         worth = -(-self._assembly.unclaimed // MIN_SLICE)
-        while not self._stopped and len(self._workers) < min(limit, worth) and self._choose(self._rate) is not None:
+        while len(self._workers) < min(limit, worth) and self._wanted():
             task = asyncio.get_running_loop().create_task(self._work(), name=f"fetch {self._name}")
             self._workers.add(task)
             task.add_done_callback(self._workers.discard)
 
+    def rescue(self, position: int) -> None:
+        """A reader waits for the byte at `position`: a silent connection that has it claimed loses it."""
+        silent_s = SILENT_S * 2 ** min(self._failures, 3)
+        for attempt in self._attempts:
+            if attempt.extent.start <= position < attempt.extent.stop and time.monotonic() - attempt.heard >= silent_s:
+                attempt.stop()
+
     async def stop(self) -> None:
         """End all connections; what they have delivered stays."""
-        self._stopped = True
+        self._held = True
         workers = list(self._workers)
         for task in workers:
             task.cancel()
@@ -107,27 +156,36 @@ class Fetcher:
     async def take(self, stream: DataStream) -> None:
         """Take in the first response, whose bytes nobody else has claimed."""
         taken = Slice(stream.start, stream.stop)
-        self._whole_only = stream.whole
         if taken.start < taken.stop:
             self._assembly.claim(taken.start, taken.stop)
         try:
-            await self._receive(stream)
+            await self._attempt(taken, lambda attempt: self._receive(stream, attempt))
         except UpstreamError as error:
             self._note(error)
         finally:
-            self._assembly.release(taken.start, taken.stop)
             self.wake()
+
+    def _wanted(self) -> bool:
+        """Whether a connection should go to work now."""
+        served_whole = self._whole_only and any(attempt.whole for attempt in self._attempts)
+        return not self._held and not served_whole and self._choose(self._rate) is not None
 
     async def _work(self) -> None:
         # On loops that run tasks eagerly `wake` must count this one before it claims.
         await asyncio.sleep(0)
+        tries, failed_at = 0, 0.0
         try:
-            while not self._stopped and self._choose(self._rate) is not None:
+            while self._wanted():
                 try:
+                    await asyncio.sleep(max(0.0, self._quiet_until - time.monotonic()))
                     await self._fetch_one()
+                except ValidatorChanged as error:
+                    await self._change_version(error)
                 except UpstreamError as error:
                     self._note(error)
-                    delay = min(BACKOFF_LIMIT_S, BACKOFF_S * 2 ** min(self._failures, 10))
+                    tries = 1 if self._heard > failed_at else tries + 1
+                    failed_at = time.monotonic()
+                    delay = min(BACKOFF_LIMIT_S, BACKOFF_S * 2 ** min(tries - 1, 10))
                     await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter
         except StoreError as error:
             self._fail(error)
@@ -135,20 +193,44 @@ class Fetcher:
     async def _fetch_one(self) -> None:
         source = await self._supply.source()
         async with self._supply.slot(source):
-            taken = self._choose(self._rate)
-            if taken is None or self._stopped:
+            taken = self._choose(self._rate) if self._wanted() else None
+            if taken is None:
                 return
             self._assembly.claim(taken.start, taken.stop)
-            try:
+
+            async def fetch(attempt: _Attempt) -> None:
                 stream = await self._supply.open(source, taken.start, taken.stop, length=self._assembly.size)
                 with contextlib.closing(stream):
-                    self._whole_only = self._whole_only or stream.whole
-                    await self._receive(stream)
-            finally:
-                self._assembly.release(taken.start, taken.stop)
+                    if stream.whole:
+                        self._whole_only = True
+                        if any(other.whole for other in self._attempts):
+                            return
+                    await self._receive(stream, attempt)
 
-    async def _receive(self, stream: DataStream) -> None:
+            await self._attempt(taken, fetch)
+
+    async def _attempt(self, taken: Slice, work: Callable[[_Attempt], Awaitable[None]]) -> None:
+        """Do `work` for the claimed slice and release it. UpstreamTimeout if another connection is to do it."""
+        generation = self._assembly.generation
+        attempt = _Attempt(taken)
+        self._attempts.add(attempt)
+        try:
+            async with attempt.scope:
+                await work(attempt)
+        except TimeoutError:
+            silent = time.monotonic() - attempt.heard
+            raise UpstreamTimeout(f"no byte for {silent:.1f} s; another connection takes over") from None
+        finally:
+            self._attempts.discard(attempt)
+            if self._assembly.generation == generation:
+                self._assembly.release(taken.start, taken.stop)
+            attempt.over.set()
+
+    async def _receive(self, stream: DataStream, attempt: _Attempt) -> None:
         """Hand on the stream's bytes, but those that are here already (of a response longer than was asked for)."""
+        attempt.whole = stream.whole
+        attempt.extent = Slice(stream.start, stream.stop)
+        self._whole_only = self._whole_only or stream.whole
         offset = stream.start
         began = time.monotonic()
         try:
@@ -159,7 +241,7 @@ class Fetcher:
                 for start, stop in list(self._assembly.present.missing(offset, offset + len(data))):
                     await self._accept(start, view[start - offset : stop - offset])
                 offset += len(data)
-                self._heard = time.monotonic()
+                self._heard = attempt.heard = time.monotonic()
                 self._failures = 0
         finally:
             if offset > stream.start:
@@ -169,11 +251,35 @@ class Fetcher:
             rate = (stream.stop - stream.start) / elapsed
             self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
 
+    async def _change_version(self, error: ValidatorChanged) -> None:
+        """Begin again with the source's new version, once every other connection has let go."""
+        if self._held:
+            return
+        self._restarts += 1
+        self._counters.restarts += 1
+        if self._restarts > MAX_RESTARTS:
+            self._fail(error)
+            return
+        _log.warning("recording %s: %s; beginning again", self._name, error)
+        self._held = True
+        others = list(self._attempts)
+        for attempt in others:
+            attempt.stop()
+        for attempt in others:
+            await attempt.over.wait()
+        await self._begin_again()
+        self._supply.expect(error.validator)
+        self._held = False
+        self.wake()
+
     def _note(self, error: UpstreamError) -> None:
         """Count a failure; give up when nothing speaks for another try."""
         self._failures += 1
         self._counters.retries += 1
-        silent = time.monotonic() - self._heard
+        now = time.monotonic()
+        silent = now - self._heard
+        if isinstance(error, UpstreamRefused):
+            self._quiet_until = max(self._quiet_until, now + min(error.retry_after_s, RETRY_AFTER_LIMIT_S))
         _log.info("recording %s: %s; trying again (%.1f s without a byte)", self._name, error, silent)
         if silent > GIVE_UP_S or (isinstance(error, UnexpectedResponse) and self._failures > MAX_UNEXPECTED):
             self._fail(error)

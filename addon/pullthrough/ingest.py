@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable
@@ -91,8 +92,11 @@ class Ingest:
         return size, present
 
     def begin(self, size: int) -> None:
-        """Start from nothing: a sparse file of `size` bytes."""
+        """Start from nothing: a sparse file of `size` bytes. StoreUnwritable too if there is no room for them."""
         try:
+            room = shutil.disk_usage(self.partial_path.parent).free
+            if room < size:
+                raise StoreUnwritable(f"recording {self.digest}: expected room for {size} bytes, got {room}")
             descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             try:
                 os.ftruncate(descriptor, size)
@@ -104,6 +108,19 @@ class Ingest:
         except OSError as error:
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
         self.file = SharedFile(descriptor, size).acquire()
+
+    def begin_again(self) -> None:
+        """Nothing that was written counts any more."""
+        assert self.file is not None
+        try:
+            with self._journal_lock:
+                if self._journal is not None:
+                    os.close(self._journal)
+                    self._journal = None
+                self._rewrite_journal(self.file.size, Intervals(), durable=True)
+                self._open_journal()
+        except OSError as error:
+            raise StoreUnwritable(f"recording {self.digest}: {error}") from error
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write recorded bytes."""

@@ -5,10 +5,10 @@ Invariant: there is at most one recording per digest, whoever asks. Knows no HTT
 
 import asyncio
 
+from pullthrough.datastream import DataStream, Source
 from pullthrough.digest import Digest
 from pullthrough.recording import Recording, Workroom
 from pullthrough.supply import Obtain, Supply
-from pullthrough.upstream import DataStream, Source
 
 
 class Recorder:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pullthrough.assembly import Assembly
+from pullthrough.datastream import DataStream
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, DigestMismatch, StoreError, UpstreamUnreachable
 from pullthrough.fetcher import Counters, Fetcher
@@ -24,7 +25,7 @@ from pullthrough.settings import Finish
 from pullthrough.store import Store
 from pullthrough.supply import Supply
 from pullthrough.threads import Threads
-from pullthrough.upstream import DataStream, Upstream
+from pullthrough.upstream import Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Cursor:
         self.waiter = asyncio.get_running_loop().create_future()
         # Nobody may be fetching: connections end when all that was wanted has been claimed.
         self._recording.wake()
+        self._recording.rescue(self.position)
         try:
             async with asyncio.timeout(timeout_s):
                 await self.waiter
@@ -153,6 +155,11 @@ class Recording:
         if not self._ended:
             self._fetcher.wake()
 
+    def rescue(self, position: int) -> None:
+        """A reader waits for this byte: whoever should bring it and does not is relieved of it."""
+        if not self._ended:
+            self._fetcher.rescue(position)
+
     # --- life
 
     def start(self, stream: DataStream | None, *, after: "Recording | None") -> None:
@@ -171,7 +178,7 @@ class Recording:
                 self._open(Assembly(*found))
                 return
             stream = stream or await self.supply.open_first(FIRST_SLICE)
-            self.supply.adopt(stream)
+            self.supply.expect(stream.validator)
             await self._room.threads.disk(self._ingest.begin, stream.length)
             self._open(Assembly(stream.length))
             await self._fetcher.take(stream)
@@ -194,6 +201,7 @@ class Recording:
             choose=self._choose,
             accept=self._accept,
             finish=self._sealer.mark,
+            begin_again=self._sealer.begin_again,
             fail=self._fail,
         )
         self._ready.set_result(assembly.size)

@@ -13,6 +13,7 @@ from typing import Final
 from pullthrough import access, capability, chunksums
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.datastream import DataStream, Source
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     CacheError,
@@ -38,7 +39,7 @@ from pullthrough.route import (
 )
 from pullthrough.settings import Settings
 from pullthrough.store import Store
-from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, DataStream, Source, Upstream
+from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Upstream
 
 _TRANSFER_AGENT: Final = "ollama-transfer/"
 _OCTETS: Final = "application/octet-stream"

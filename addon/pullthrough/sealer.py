@@ -50,6 +50,7 @@ class Sealer:
         self._much = asyncio.Event()
         self._unflushed = 0
         self._unhashed = 0
+        self._journal = asyncio.Lock()
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write bytes that have arrived; StoreUnwritable if the disk refuses."""
@@ -78,15 +79,30 @@ class Sealer:
     async def flush(self) -> None:
         """Make what is written durable now."""
         self._much.clear()
-        if self._unflushed:
-            self._unflushed = 0
-            await self._threads.disk(self._ingest.flush, self._assembly.present.copy())
+        async with self._journal:
+            if self._unflushed:
+                self._unflushed = 0
+                await self._threads.disk(self._ingest.flush, self._assembly.present.copy())
+
+    async def begin_again(self) -> None:
+        """Forget every byte, in memory and in the journal."""
+        async with self._journal:
+            await self._threads.disk(self._ingest.begin_again)
+            self._assembly.begin_again()
+        self._grown.set()
 
     async def hash(self) -> str:
         """Hash the prefix as it grows; returns the hexadecimal sha256 when all of it has gone through."""
+        while (actual := await self._hash_generation()) is None:
+            pass
+        return actual
+
+    async def _hash_generation(self) -> str | None:
+        """As `hash`; None if the assembly was begun again meanwhile."""
         assert self._ingest.file is not None
         hasher = hashlib.sha256()
         descriptor, assembly = self._ingest.file.descriptor, self._assembly
+        generation = assembly.generation
 
         def update(start: int, stop: int) -> int:
             offset = start
@@ -99,9 +115,14 @@ class Sealer:
             if assembly.frontier == assembly.hashed:
                 self._grown.clear()
                 await self._grown.wait()
+                if assembly.generation != generation:
+                    return None
                 continue
             stop = min(assembly.frontier, assembly.hashed + HASH_STRETCH)
-            assembly.hashed = await self._threads.hashing(update, assembly.hashed, stop)
+            hashed = await self._threads.hashing(update, assembly.hashed, stop)
+            if assembly.generation != generation:
+                return None
+            assembly.hashed = hashed
             if assembly.hashed < stop:
                 raise StoreError(
                     f"recording {self._ingest.digest}: expected {assembly.size} bytes on disk, got {assembly.hashed}"

@@ -4,10 +4,22 @@ Invariant: sources live in memory only, and are obtained once for all who miss o
 """
 
 import asyncio
+import itertools
+import logging
+import time
 from collections.abc import Awaitable, Callable
+from typing import Final
 
-from pullthrough.errors import SourceExpired, UpstreamUnreachable
-from pullthrough.upstream import DataStream, Source, Upstream
+from pullthrough.datastream import DataStream, Source
+from pullthrough.errors import SourceExpired, UnexpectedResponse, UpstreamError, UpstreamRefused, UpstreamTimeout
+from pullthrough.upstream import Upstream
+
+_log = logging.getLogger(__name__)
+
+FIRST_S: Final = 15.0
+FIRST_TRY_S: Final = 4.0
+MAX_LIES: Final = 4
+"""How often a wrong answer is asked for again: a source that lies does not get better by asking."""
 
 Obtain = Callable[[], Awaitable[Source]]
 
@@ -43,19 +55,31 @@ class Supply:
         finally:
             self._obtaining = None
 
-    def adopt(self, stream: DataStream) -> None:
-        """Hold all later responses against this first one's validator."""
-        self._validator = stream.validator
+    def expect(self, validator: str | None) -> None:
+        """Hold all later responses against this validator."""
+        self._validator = validator
 
     async def open_first(self, size: int) -> DataStream:
         """The first response: at most `size` bytes from the start; it tells the complete length.
 
-        No client has been answered yet, so two tries must do.
+        Clients have not been answered yet, and wait 30 s for that: what fails is tried again for FIRST_S.
         """
-        try:
-            return await self.open(await self.source(), 0, size, length=None)
-        except (SourceExpired, UpstreamUnreachable):
-            return await self.open(await self.source(), 0, size, length=None)
+        deadline = time.monotonic() + FIRST_S
+        for tries in itertools.count():
+            try:
+                async with asyncio.timeout(FIRST_TRY_S):
+                    return await self.open(await self.source(), 0, size, length=None)
+            except TimeoutError:
+                problem: UpstreamError = UpstreamTimeout(f"no answer of the source in {FIRST_TRY_S:.0f} s")
+            except UpstreamError as error:
+                problem = error
+            settled = isinstance(problem, UpstreamRefused) and 400 <= problem.status_hint < 429
+            lies = isinstance(problem, UnexpectedResponse) and tries >= MAX_LIES
+            if settled or lies or time.monotonic() > deadline:
+                raise problem
+            _log.info("first response: %s; trying again", problem)
+            await asyncio.sleep(min(1.0, 0.1 * 2**tries))
+        raise AssertionError
 
     async def open(self, source: Source, start: int, stop: int, *, length: int | None) -> DataStream:
         """A response with `[start, stop)`, or with the whole where the source ignores Range."""

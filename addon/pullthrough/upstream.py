@@ -12,8 +12,8 @@ import socket
 import ssl
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 import aiohttp
@@ -24,15 +24,15 @@ from yarl import URL
 
 from pullthrough.byterange import format_range
 from pullthrough.coding import decode
-from pullthrough.datacheck import Extent, check_data, relayable
+from pullthrough.datacheck import check_data, relayable
+from pullthrough.datastream import FAILURES, DataStream, Source, translate
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
     UnexpectedResponse,
-    UpstreamError,
     UpstreamRefused,
-    UpstreamTimeout,
     UpstreamUnreachable,
+    ValidatorChanged,
 )
 from pullthrough.settings import Settings
 from pullthrough.tunnel import LegPolicy, check_address
@@ -47,9 +47,8 @@ MAX_CONTROL_BODY: Final = 8 << 20
 """A manifest of a tensor model with 1000+ layers takes about 300 KiB."""
 
 READ_BUFFER: Final = 512 << 10
-BATCH: Final = 256 << 10
-BATCH_WAIT_S: Final = 0.01
-"""A slow connection delivers 16 KiB TLS records: waiting this long for more saves most thread switches of a write."""
+PAUSES_S: Final = (0.1, 0.4)
+"""Before the second and the third try of a control-plane request."""
 
 DEADLINE_S: Final = 20.0
 """All work for one control-plane request, retries included: Ollama's probe gives up after 30 s."""
@@ -60,9 +59,6 @@ DENIED: Final = frozenset({401, 403, 404})
 
 MAX_HOPS: Final = 5
 
-# ValueError: addresses and header fields that cannot be sent, as far as the library finds out late.
-_FAILURES: Final = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
-
 
 @dataclass(frozen=True, slots=True)
 class Response:
@@ -71,62 +67,6 @@ class Response:
     status: int
     headers: Mapping[str, str]
     body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the bytes of one blob can be had: a (usually signed, short-lived) address. In memory only."""
-
-    url: str = field(repr=False)
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-    @property
-    def host(self) -> str:
-        return URL(self.url, encoded=True).host or ""
-
-
-class DataStream:
-    """A checked data response: the bytes `[start, stop)` of a blob of `length` bytes, in order."""
-
-    def __init__(self, response: aiohttp.ClientResponse, extent: Extent) -> None:
-        self.start = extent.start
-        self.stop = extent.stop
-        self.length = extent.length
-        self.validator = response.headers.get("ETag")
-        self._response = response
-
-    @property
-    def whole(self) -> bool:
-        """The complete blob in answer to whatever was asked."""
-        return self._response.status == 200
-
-    def close(self) -> None:
-        """A response that was read to its end has given its connection back; any other is closed with it."""
-        self._response.close()
-
-    async def batches(self) -> AsyncIterator[bytes]:
-        """The body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
-        content = self._response.content
-        left = self.stop - self.start
-        try:
-            while left:
-                data = await content.readany()
-                if not data:
-                    raise UpstreamUnreachable(f"expected {left} more bytes, got the end of the response")
-                if len(data) < min(BATCH, left):
-                    await asyncio.sleep(BATCH_WAIT_S)
-                    # A failure while we waited is for the next read: these bytes are here.
-                    with contextlib.suppress(*_FAILURES):
-                        data += content.read_nowait()
-                if len(data) > left:
-                    raise UnexpectedResponse(f"expected {left} more bytes, got {len(data)}")
-                left -= len(data)
-                yield data
-            # The end of the message gives the connection back for the next slice.
-            if await content.readany():
-                raise UnexpectedResponse(f"expected {self.stop - self.start} bytes, got more")
-        except _FAILURES as error:
-            raise _translate(error) from error
 
 
 class Upstream:
@@ -193,19 +133,19 @@ class Upstream:
         usable answer.
         """
         url = self._settings.endpoint(host).origin + target
-        try:
-            async with asyncio.timeout(timeout_s):
-                with contextlib.closing(await self._send(method, url, headers)) as response:
-                    body = b""
-                    while data := await response.content.readany():
-                        body += data
-                        if len(body) > MAX_CONTROL_BODY:
-                            raise UnexpectedResponse(f"expected at most {MAX_CONTROL_BODY} bytes, got more")
-            self._down_until = 0.0
-            body = decode(body, response.headers.get("Content-Encoding", "identity"), limit=MAX_CONTROL_BODY)
-            return Response(response.status, CIMultiDict(response.headers), body)
-        except _FAILURES as error:
-            raise _translate(error) from error
+
+        async def once() -> Response:
+            with contextlib.closing(await self._send(method, url, headers)) as response:
+                body = b""
+                while data := await response.content.readany():
+                    body += data
+                    if len(body) > MAX_CONTROL_BODY:
+                        raise UnexpectedResponse(f"expected at most {MAX_CONTROL_BODY} bytes, got more")
+                return Response(response.status, CIMultiDict(response.headers), body)
+
+        response = await self._patiently(once, timeout_s)
+        coding = response.headers.get("Content-Encoding", "identity")
+        return replace(response, body=decode(response.body, coding, limit=MAX_CONTROL_BODY))
 
     async def obtain(
         self, host: str, repository: str, digest: Digest, headers: Mapping[str, str], *, timeout_s: float
@@ -216,12 +156,7 @@ class Upstream:
         """
         target = f"/v2/{repository}/blobs/{digest}"
         url = self._settings.endpoint(host).origin + target
-        try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._send("GET", url, headers)
-        except _FAILURES as error:
-            raise _translate(error) from error
-        self._down_until = 0.0
+        response = await self._patiently(lambda: self._send("GET", url, headers), timeout_s)
         if response.status == 200:
             with _closing_on_error(response):
                 stream = DataStream(response, check_data(200, response.headers, asked=None, length=None))
@@ -233,6 +168,33 @@ class Upstream:
             if response.status >= 400:
                 raise UpstreamRefused(response.status, relayable(response.headers))
             raise UnexpectedResponse(f"expected 200, a redirect or a refusal, got {response.status}")
+
+    async def _patiently[T: (Response, aiohttp.ClientResponse)](
+        self, once: Callable[[], Awaitable[T]], timeout_s: float
+    ) -> T:
+        """An answer of the registry; connections that fail and 5xx are tried again, as clients do not (HEAD, manifest).
+
+        The limit is for all tries together.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                for pause in PAUSES_S:
+                    try:
+                        response = await once()
+                    except (aiohttp.ClientError, OSError):
+                        pass
+                    else:
+                        if response.status < 500:
+                            break
+                        if isinstance(response, aiohttp.ClientResponse):
+                            response.close()
+                    await asyncio.sleep(pause)
+                else:
+                    response = await once()
+        except FAILURES as error:
+            raise translate(error) from error
+        self._down_until = 0.0
+        return response
 
     @staticmethod
     def source_at(host: str, target: str, location: str) -> Source:
@@ -254,13 +216,13 @@ class Upstream:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
                 response = await self._follow(source.url, headers)
-        except _FAILURES as error:
-            raise _translate(error) from error
+        except FAILURES as error:
+            raise translate(error) from error
         with _closing_on_error(response):
             extent = check_data(response.status, response.headers, asked=(start, stop), length=expected_length)
             stream = DataStream(response, extent)
             if validator is not None and stream.validator != validator:
-                raise UnexpectedResponse(f"expected the validator {validator}, got {stream.validator}")
+                raise ValidatorChanged(validator, stream.validator)
         return stream
 
     async def _follow(self, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
@@ -354,21 +316,6 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     """Scheme, host and port: what an Authorization is for (RFC 6454 section 4)."""
     parsed = URL(url, encoded=True)
     return parsed.scheme, parsed.host, parsed.port
-
-
-def _translate(error: BaseException) -> UpstreamError:
-    """Our error for the client library's; without addresses, which may be signed."""
-    if isinstance(error, TimeoutError):
-        return UpstreamTimeout("no answer in time")
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return UpstreamUnreachable(f"{error.host}: name resolution failed: {error.os_error}")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        reason = getattr(error, "certificate_error", None) or error.os_error
-        return UpstreamUnreachable(f"{error.host}:{error.port}: {reason}")
-    # The library's own messages quote what they are about: an address, or the bytes that are no HTTP.
-    if isinstance(error, ValueError):
-        return UnexpectedResponse(f"expected an address that can be used, got one that cannot ({type(error).__name__})")
-    return UpstreamUnreachable(f"{type(error).__name__}: {(type(error).__doc__ or '').partition('\n')[0]}")
 
 
 def _is_address(host: str) -> bool:

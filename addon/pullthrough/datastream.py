@@ -1,0 +1,95 @@
+"""The body of a checked data response, and what the HTTP client library's failures mean.
+
+Invariant: exactly the bytes that the response's head announced are handed on, or an error is raised; no message quotes
+an address, which may be signed. Knows neither what is asked for nor what becomes of the bytes.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import aiohttp
+from yarl import URL
+
+from pullthrough.datacheck import Extent
+from pullthrough.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+
+BATCH: Final = 256 << 10
+BATCH_WAIT_S: Final = 0.01
+"""A slow connection delivers 16 KiB TLS records: waiting this long for more saves most thread switches of a write."""
+
+# ValueError: addresses and header fields that cannot be sent, as far as the library finds out late.
+FAILURES: Final = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the bytes of one blob can be had: a (usually signed, short-lived) address. In memory only."""
+
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def host(self) -> str:
+        return URL(self.url, encoded=True).host or ""
+
+
+class DataStream:
+    """A checked data response: the bytes `[start, stop)` of a blob of `length` bytes, in order."""
+
+    def __init__(self, response: aiohttp.ClientResponse, extent: Extent) -> None:
+        self.start = extent.start
+        self.stop = extent.stop
+        self.length = extent.length
+        self.validator = response.headers.get("ETag")
+        self._response = response
+
+    @property
+    def whole(self) -> bool:
+        """The complete blob in answer to whatever was asked."""
+        return self._response.status == 200
+
+    def close(self) -> None:
+        """A response that was read to its end has given its connection back; any other is closed with it."""
+        self._response.close()
+
+    async def batches(self) -> AsyncIterator[bytes]:
+        """The body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
+        content = self._response.content
+        left = self.stop - self.start
+        try:
+            while left:
+                data = await content.readany()
+                if not data:
+                    raise UpstreamUnreachable(f"expected {left} more bytes, got the end of the response")
+                if len(data) < min(BATCH, left):
+                    await asyncio.sleep(BATCH_WAIT_S)
+                    # A failure while we waited is for the next read: these bytes are here.
+                    with contextlib.suppress(*FAILURES):
+                        data += content.read_nowait()
+                if len(data) > left:
+                    raise UnexpectedResponse(f"expected {left} more bytes, got {len(data)}")
+                left -= len(data)
+                yield data
+            # The end of the message gives the connection back for the next slice.
+            if await content.readany():
+                raise UnexpectedResponse(f"expected {self.stop - self.start} bytes, got more")
+        except FAILURES as error:
+            raise translate(error) from error
+
+
+def translate(error: BaseException) -> UpstreamError:
+    """Our error for the client library's; without addresses, which may be signed."""
+    if isinstance(error, TimeoutError):
+        return UpstreamTimeout("no answer in time")
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return UpstreamUnreachable(f"{error.host}: name resolution failed: {error.os_error}")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        reason = getattr(error, "certificate_error", None) or error.os_error
+        return UpstreamUnreachable(f"{error.host}:{error.port}: {reason}")
+    # The library's own messages quote what they are about: an address, or the bytes that are no HTTP.
+    if isinstance(error, ValueError):
+        return UnexpectedResponse(f"expected an address that can be used, got one that cannot ({type(error).__name__})")
+    return UpstreamUnreachable(f"{type(error).__name__}: {(type(error).__doc__ or '').partition('\n')[0]}")
