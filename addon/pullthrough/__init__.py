@@ -5,8 +5,10 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L4   addon  gate  streamlayer  cli                       edges: mitmproxy and the terminal live only here
     L3b  registry  manifests  exchange                       request value -> answer: status, headers and what to send
     L3a  reader                                              hands out the bytes of one interval of one blob
-    L2b  recorder  recording  fetcher  supply  sealer        the ones that talk to the CDN and keep what it says
-    L2a  store  index  ingest  upstream  datastream  collapse  ca  threads  places  platform    disk, sockets, tasks, keys
+    L2b  recorder  recording  relay  fetcher  supply
+         sealer                                              the ones that talk to the CDN and keep what it says
+    L2a  store  index  ingest  upstream  datastream  collapse  ca  threads  places
+         platform                                            disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  access  tunnel      state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
          settings

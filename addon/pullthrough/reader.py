@@ -1,14 +1,17 @@
-"""Hand out the bytes of one interval of one blob, whether it is complete or being recorded.
+"""Hand out the bytes of one interval of one blob, whether it is complete, being recorded, or cannot be kept.
 
 Invariant: what is handed out lies in `[position, stop)` of the blob, in order and without gaps; a span names bytes
 that are written and stay readable until `close`. Two mouths use it: the stream layer and the blob server.
-Knows no HTTP and no upstream: when bytes are missing it waits for the recording.
+Knows no HTTP: when bytes are missing it waits for the recording, or passes them through where that cannot be written.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from pullthrough.errors import StoreUnwritable
 from pullthrough.ingest import SharedFile
 from pullthrough.recording import Cursor, Recording
+from pullthrough.relay import Relay
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,13 @@ class FileSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that are in no file."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Pending:
     """Nothing yet: look whether your client is still there, then ask again."""
 
@@ -28,41 +38,79 @@ class Pending:
 class Reader:
     """The interval `[start, stop)` of a blob of `size` bytes. `close` it, whatever happens."""
 
-    def __init__(self, start: int, stop: int, *, file: SharedFile | None = None, recording: Recording | None = None):
-        """Exactly one of `file` (acquired for this reader; a complete blob) and `recording`."""
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        *,
+        file: SharedFile | None = None,
+        recording: Recording | None = None,
+        on_unreadable: Callable[[], None] = lambda: None,
+    ):
+        """Exactly one of `file` (acquired for this reader; a complete blob) and `recording`.
+
+        `on_unreadable` is called when a span of the file could not be read.
+        """
+        self.on_unreadable = on_unreadable
         self.start = start
         self.stop = stop
         self.position = start
         self._file = file
+        self._recording = recording
         self._cursor: Cursor | None = None
+        self._relay: Relay | None = None
         if recording is not None:
-            self._cursor = recording.attach(start, stop)
+            try:
+                self._cursor = recording.attach(start, stop)
+            except StoreUnwritable:
+                self._pass_through()
 
     @property
     def done(self) -> bool:
         return self.position >= self.stop
 
-    async def next(self, limit: int, wait_s: float) -> FileSpan | Pending:
-        """At most `limit` bytes from where the last span ended; Pending when there are none within `wait_s`.
+    async def next(self, limit: int, wait_s: float) -> FileSpan | Memory | Pending:
+        """At most `limit` bytes from where the last ones ended; Pending when there are none within `wait_s`.
 
         UpstreamError or StoreError when the recording has failed for good: what was handed out so far is all
         there is.
         """
         if self._file is not None:
-            span = FileSpan(self._file.descriptor, self.position, min(self.position + limit, self.stop))
-        else:
-            assert self._cursor is not None
-            present = await self._cursor.wait(wait_s)
-            if present <= self.position:
-                return Pending()
-            stop = min(self.position + limit, present, self.stop)
-            span = FileSpan(self._cursor.descriptor, self.position, stop)
-            self._cursor.advance(stop)
-        self.position = span.stop
+            return self._span(self._file.descriptor, min(self.position + limit, self.stop))
+        if self._cursor is not None:
+            try:
+                present = await self._cursor.wait(wait_s)
+            except StoreUnwritable:
+                self._pass_through()
+            else:
+                if present <= self.position:
+                    return Pending()
+                stop = min(self.position + limit, present, self.stop)
+                self._cursor.advance(stop)
+                return self._span(self._cursor.descriptor, stop)
+        assert self._relay is not None
+        data = await self._relay.next(limit, wait_s)
+        self.position += len(data)
+        return Memory(data) if data else Pending()
+
+    def _span(self, descriptor: int, stop: int) -> FileSpan:
+        span = FileSpan(descriptor, self.position, stop)
+        self.position = stop
         return span
+
+    def _pass_through(self) -> None:
+        """The disk is no use: take the rest from upstream. A pull never fails because of our disk."""
+        if self._cursor is not None:
+            self._cursor.close()
+            self._cursor = None
+        assert self._recording is not None
+        self._relay = self._recording.relay(self.position, self.stop)
 
     def close(self) -> None:
         """Let go of the file or the recording. May be called twice."""
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
         if self._file is not None:
             self._file.release()
             self._file = None

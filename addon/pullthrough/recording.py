@@ -16,9 +16,10 @@ from typing import Any, Final
 from pullthrough.assembly import Assembly
 from pullthrough.datastream import DataStream
 from pullthrough.digest import Digest
-from pullthrough.errors import CacheError, DigestMismatch, StoreError, UpstreamUnreachable
+from pullthrough.errors import CacheError, DigestMismatch, StoreError, StoreUnwritable, UpstreamUnreachable
 from pullthrough.fetcher import Counters, Fetcher
 from pullthrough.ingest import SharedFile
+from pullthrough.relay import Relay
 from pullthrough.scheduler import FIRST_SLICE, Demand, Slice, next_slice
 from pullthrough.sealer import Sealer
 from pullthrough.settings import Finish
@@ -32,6 +33,10 @@ _log = logging.getLogger(__name__)
 IDLE_S: Final = 30.0
 """How long a recording without readers stays open: an Ollama client's probe and its parts are separate requests,
 and its retries come after 1, 2, 4, 8 and 16 s (server/download.go)."""
+
+
+UNKEPT_S: Final = 30.0
+"""How long a blob that the disk had no room for is passed through before the disk is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,12 @@ class Recording:
         return await asyncio.shield(self._ready)
 
     def attach(self, start: int, stop: int) -> Cursor:
-        """A cursor for a reader of `[start, stop)`. The recording must be ready; it may have ended meanwhile."""
+        """A cursor for a reader of `[start, stop)`. The recording must be ready; it may have ended meanwhile.
+
+        StoreUnwritable if it cannot be written: then only `relay` has the bytes.
+        """
+        if isinstance(self._error, StoreUnwritable):
+            raise self._error
         cursor = Cursor(self, self._file.acquire(), start, stop)
         if not self._cursors:
             self._fetcher.listen()
@@ -140,6 +150,10 @@ class Recording:
         self._watch_idleness()
         self.wake()
         return cursor
+
+    def relay(self, start: int, stop: int) -> Relay:
+        """The interval from upstream, past the disk."""
+        return Relay(self.supply, self._room.counters, start, stop, self.assembly.size)
 
     def detach(self, cursor: Cursor) -> None:
         self._cursors.discard(cursor)
@@ -152,12 +166,12 @@ class Recording:
 
     def wake(self) -> None:
         """Put free connections to work."""
-        if not self._ended:
+        if not self._ended and self._error is None:
             self._fetcher.wake()
 
     def rescue(self, position: int) -> None:
         """A reader waits for this byte: whoever should bring it and does not is relieved of it."""
-        if not self._ended:
+        if not self._ended and self._error is None:
             self._fetcher.rescue(position)
 
     # --- life
@@ -179,7 +193,11 @@ class Recording:
                 return
             stream = stream or await self.supply.open_first(FIRST_SLICE)
             self.supply.expect(stream.validator)
-            await self._room.threads.disk(self._ingest.begin, stream.length)
+            try:
+                await self._room.threads.disk(self._ingest.begin, stream.length)
+            except StoreUnwritable as error:
+                self._give_up_keeping(stream.length, error)
+                return
             self._open(Assembly(stream.length))
             await self._fetcher.take(stream)
         finally:
@@ -209,6 +227,14 @@ class Recording:
         self._spawn(self._sealer.keep_flushed(), "flush")
         self._watch_idleness()
         self.wake()
+
+    def _give_up_keeping(self, size: int, error: StoreUnwritable) -> None:
+        """Clients are told the size and served past the disk; after UNKEPT_S the disk is tried again."""
+        _log.warning("%s; passing through", error)
+        self._error = error
+        self.assembly = Assembly(size)
+        self._ready.set_result(size)
+        asyncio.get_running_loop().call_later(UNKEPT_S, self._end)
 
     async def _complete(self) -> None:
         actual = await self._sealer.hash()
@@ -310,6 +336,9 @@ class Recording:
                 if not self.assembly.complete:
                     await self._sealer.flush()
             self._file.release()
+        if isinstance(self._error, StoreUnwritable):
+            # What it holds is the room that the next recording may need.
+            await self._room.threads.disk(self._ingest.discard)
         await self._room.threads.disk(self._ingest.close)
 
     async def closed(self) -> None:

@@ -6,6 +6,7 @@ Knows neither mitmproxy nor how bytes are sent.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -40,6 +41,8 @@ from pullthrough.route import (
 from pullthrough.settings import Settings
 from pullthrough.store import Store
 from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Upstream
+
+_log = logging.getLogger(__name__)
 
 _TRANSFER_AGENT: Final = "ollama-transfer/"
 _OCTETS: Final = "application/octet-stream"
@@ -272,12 +275,22 @@ class Registry:
         file = self._store.open_blob(digest)
         if file is not None:
             try:
-                return self._bytes(request, digest, file.size, lambda a, b: Reader(a, b, file=file.acquire()), hit=True)
+                return self._bytes(
+                    request,
+                    digest,
+                    file.size,
+                    lambda a, b: Reader(a, b, file=file.acquire(), on_unreadable=lambda: self._disown(digest)),
+                    hit=True,
+                )
             finally:
                 file.release()
         recording = self._recorder.find(digest) or self._recorder.open(digest, obtain=lambda: self.source(digest))
         size = await recording.ready()
         return self._bytes(request, digest, size, lambda a, b: Reader(a, b, recording=recording), hit=False)
+
+    def _disown(self, digest: Digest) -> None:
+        _log.error("%s: the stored file cannot be read; it will be recorded anew", digest.short)
+        self._store.disown(digest)
 
     def _bytes(
         self, request: Request, digest: Digest, size: int, open_reader: Callable[[int, int], Reader], *, hit: bool

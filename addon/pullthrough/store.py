@@ -127,6 +127,14 @@ class Store:
             blob = self._open[digest] = SharedFile(descriptor, record.size or 0, lambda: self._open.pop(digest))
         return blob.acquire()
 
+    def disown(self, digest: Digest) -> None:
+        """The blob's file cannot be read any more: it is no hit from now on, and recorded anew when asked for."""
+        record = self._blobs.get(digest)
+        if record is not None and record.held:
+            self._put_blob(digest, replace(record, held=False))
+            with contextlib.suppress(OSError):
+                self.blob_path(digest).unlink()
+
     def ingest(self, digest: Digest) -> Ingest:
         """The ingest of `digest`: a new one, or the partial that an earlier recording left."""
         return Ingest(self.folder / "ingest", digest)

@@ -28,7 +28,7 @@ from mitmproxy.proxy.layers.http._hooks import HttpErrorHook, HttpResponseHook
 
 from pullthrough import platform
 from pullthrough.errors import CacheError, SettingsError
-from pullthrough.reader import FileSpan, Reader
+from pullthrough.reader import FileSpan, Memory, Pending, Reader
 
 _log = logging.getLogger(__name__)
 
@@ -192,10 +192,19 @@ class Mouth:
                     _lose(transfer, "client disconnected")
                     return
                 span = await reader.next(PIECE, WAIT_S)
-                if isinstance(span, FileSpan):
-                    transfer.piece = await _read(span)
-                    transfer.sent += span.stop - span.start
-                    return
+                match span:
+                    case FileSpan():
+                        try:
+                            transfer.piece = await _read(span)
+                        except OSError:
+                            reader.on_unreadable()
+                            raise
+                    case Memory():
+                        transfer.piece = span.data
+                    case Pending():
+                        continue
+                transfer.sent += len(transfer.piece)
+                return
         except (CacheError, OSError) as error:
             transfer.problem = str(error)
 

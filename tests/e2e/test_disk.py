@@ -1,0 +1,117 @@
+"""The cache's disk fails: full, gone, read-only, unreadable. A pull never fails because of it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import MB, add_model, unique
+from tests.e2e.test_pull import assert_complete
+from tests.support.a2 import A2Client
+from tests.support.origin import Origin
+from tests.support.proxy import PROGRAM, PeakRss, Proxy
+
+NewClient = Callable[..., A2Client]
+
+
+def small_disk(folder: Path, size: str) -> list[str | Path]:
+    """mitmdump in a mount namespace of its own, where `folder` is a disk of that size. Skips where that is refused."""
+    unshare = ["unshare", "--map-root-user", "--mount"]
+    mount = f"mount -t tmpfs -o size={size} tmpfs '{folder}'"
+    if sys.platform != "linux" or shutil.which("unshare") is None:
+        pytest.skip("needs Linux and unshare")
+    folder.mkdir(parents=True)
+    done = subprocess.run([*unshare, "sh", "-c", mount], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"this system does not let us mount: {done.stderr.strip()}")
+    return [*unshare, "sh", "-c", f'{mount} && exec "$@"', "sh", *PROGRAM]
+
+
+def files_of(proxy: Proxy, folder: str) -> list[str]:
+    """What lies in a folder of the store, as the cache's process sees it."""
+    return sorted(path.name for path in Path(f"/proc/{proxy.pid}/root{proxy.store}/{folder}").iterdir())
+
+
+def test_full_disk(origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path) -> None:
+    """A blob larger than the disk is passed through, in constant memory and without a trace; a smaller one is kept."""
+    store = tmp_path / "small"
+    proxy = start_proxy(program=small_disk(store, "32m"), ollama_cache_dir=store)
+    large, small = add_model(origin, unique(96 * MB)), add_model(origin, unique(8 * MB))
+    with PeakRss(proxy) as rss:
+        client = new_client(proxy, min_part=6 * MB)
+        report = client.pull(large.name)
+    assert_complete(client, large)
+    assert report.retries == report.stalls == 0
+    proxy.wait_for_line("expected room for")
+    assert rss.growth_mib < 100
+    assert files_of(proxy, "ingest") == []
+    assert origin.counters.cdn_bytes_by_digest[large.layer] <= 96 * MB * 1.02
+
+    client = new_client(proxy)
+    client.pull(small.name)
+    assert_complete(client, small)
+    proxy.wait_for_line(small.recorded)
+    assert small.layer.replace(":", "-") in files_of(proxy, "blobs")
+
+
+def test_disk_that_fills_up(
+    origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path
+) -> None:
+    """Two blobs that fit one by one are recorded at once: whoever finds the disk full goes on without it."""
+    store = tmp_path / "small"
+    proxy = start_proxy(program=small_disk(store, "32m"), ollama_cache_dir=store)
+    models = [add_model(origin, unique(24 * MB)) for _ in range(2)]
+    origin.rate_per_connection = MB
+    clients = [new_client(proxy, min_part=2 * MB) for _ in models]
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda client, model: client.pull(model.name), clients, models))
+    for client, model, report in zip(clients, models, reports, strict=True):
+        assert_complete(client, model)
+        assert report.retries == report.stalls == 0
+    proxy.wait_for_line("No space left on device")
+
+
+def test_store_that_vanishes(
+    origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path
+) -> None:
+    """Somebody deletes the store's folders under the running cache: pulls go on."""
+    proxy = start_proxy()
+    first, second = add_model(origin, unique(4 * MB)), add_model(origin, unique(4 * MB))
+    new_client(proxy).pull(first.name)
+    proxy.wait_for_line(first.recorded)
+    for name in ("blobs", "ingest", "quarantine"):
+        shutil.rmtree(proxy.store / name)
+    for model in (first, second):
+        client = new_client(proxy)
+        report = client.pull(model.name)
+        assert_complete(client, model)
+        assert report.retries == report.stalls == 0
+
+
+def test_file_that_cannot_be_read(origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient) -> None:
+    """A stored blob turns out to be unreadable in the middle of a hit: it is recorded anew for the client's retry."""
+    proxy = start_proxy()
+    model = add_model(origin, unique(40 * MB))
+    new_client(proxy).pull(model.name)
+    proxy.wait_for_line(model.recorded)
+    blob = proxy.store / "blobs" / model.layer.replace(":", "-")
+
+    intact = True
+
+    def cut(_count: int) -> None:
+        nonlocal intact
+        if intact:
+            intact = False
+            os.truncate(blob, MB)
+
+    client = new_client(proxy, min_part=20 * MB, max_part=20 * MB, on_progress=cut)
+    client.pull(model.name)
+    assert_complete(client, model)
+    proxy.wait_for_line("it will be recorded anew")
+    proxy.wait_for_line(model.recorded, count=2)
+    new_client(proxy).pull(model.name)
