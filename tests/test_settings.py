@@ -27,6 +27,7 @@ def test_defaults() -> None:
         offline=False,
         finish=Finish.AUTO,
         upstream_connections=16,
+        upstream_rate=None,
         log_level="info",
     )
 
@@ -88,6 +89,8 @@ def test_values() -> None:
         ("upstream_connections", "0"),
         ("upstream_connections", "99"),
         ("upstream_connections", "four"),
+        ("upstream_rate", "fast"),
+        ("upstream_rate", "10"),
         ("log_level", "loud"),
     ],
 )

@@ -18,6 +18,7 @@ from typing import Final, NoReturn
 from mitmproxy import addonmanager, ctx, exceptions, http
 
 from pullthrough import places, platform
+from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
 from pullthrough.errors import CacheError, Misdirected
 from pullthrough.exchange import Answer, Request
@@ -153,6 +154,7 @@ class OllamaCache:
             self._threads,
             connections=settings.upstream_connections,
             finish=settings.finish,
+            budget=Budget(settings.upstream_rate),
         )
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder)

@@ -91,12 +91,13 @@ class Fetcher:
         choose: Callable[[float | None], Slice | None],
         accept: Callable[[int, memoryview], Awaitable[None]],
         finish: Callable[[int, int], Awaitable[None]],
+        spend: Callable[[int], float],
         begin_again: Callable[[], Awaitable[None]],
         fail: Callable[[CacheError], None],
     ) -> None:
         """`choose` names the next slice for a connection that delivers so many bytes/s; `accept` writes bytes at an
-        offset and adds them to the assembly; `finish` is told the interval that one response has delivered;
-        `begin_again` empties the assembly.
+        offset and adds them to the assembly; `finish` is told the interval that one response has delivered; `spend`
+        says how long to wait before reading more after so many bytes; `begin_again` empties the assembly.
         """
         self.fetched = 0
         self._name = name
@@ -107,6 +108,7 @@ class Fetcher:
         self._choose = choose
         self._accept = accept
         self._finish = finish
+        self._spend = spend
         self._begin_again = begin_again
         self._fail = fail
         self._workers: set[asyncio.Task[None]] = set()
@@ -243,6 +245,10 @@ class Fetcher:
                 offset += len(data)
                 self._heard = attempt.heard = time.monotonic()
                 self._failures = 0
+                if pause := self._spend(len(data)):
+                    # Not silent: held back by ourselves.
+                    attempt.heard += pause
+                    await asyncio.sleep(pause)
         finally:
             if offset > stream.start:
                 await self._finish(stream.start, offset)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pullthrough.assembly import Assembly
+from pullthrough.budget import Budget
 from pullthrough.datastream import DataStream
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, DigestMismatch, StoreError, StoreUnwritable, UpstreamUnreachable
@@ -49,6 +50,7 @@ class Workroom:
     connections: int
     """Per recording."""
     finish: Finish
+    budget: Budget
     counters: Counters = field(default_factory=Counters)
 
 
@@ -153,7 +155,7 @@ class Recording:
 
     def relay(self, start: int, stop: int) -> Relay:
         """The interval from upstream, past the disk."""
-        return Relay(self.supply, self._room.counters, start, stop, self.assembly.size)
+        return Relay(self.supply, self._room.counters, self._room.budget, start, stop, self.assembly.size)
 
     def detach(self, cursor: Cursor) -> None:
         self._cursors.discard(cursor)
@@ -215,9 +217,10 @@ class Recording:
             assembly,
             self.supply,
             room.counters,
-            connections=room.connections,
+            connections=room.budget.connections(room.connections),
             choose=self._choose,
             accept=self._accept,
+            spend=self._spend,
             finish=self._sealer.mark,
             begin_again=self._sealer.begin_again,
             fail=self._fail,
@@ -258,7 +261,7 @@ class Recording:
             self.assembly,
             [Demand(cursor.position, cursor.stop, cursor.fed) for cursor in self._cursors],
             rate=rate,
-            connections=self._room.connections,
+            connections=self._room.budget.connections(self._room.connections),
             complete=self._wanted_whole,
             now=time.monotonic(),
         )
@@ -275,6 +278,9 @@ class Recording:
         for cursor in self._cursors:
             if offset <= cursor.position < offset + len(data):
                 cursor.rouse()
+
+    def _spend(self, count: int) -> float:
+        return self._room.budget.spend(count, live=bool(self._cursors), now=time.monotonic())
 
     # --- ending
 

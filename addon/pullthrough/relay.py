@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 
+from pullthrough.budget import Budget
 from pullthrough.errors import UnexpectedResponse, UpstreamError
 from pullthrough.fetcher import BACKOFF_LIMIT_S, BACKOFF_S, GIVE_UP_S, MAX_UNEXPECTED, Counters
 from pullthrough.supply import Supply
@@ -20,9 +21,10 @@ _log = logging.getLogger(__name__)
 class Relay:
     """The interval `[start, stop)` of a blob of `size` bytes. `close` it, whatever happens."""
 
-    def __init__(self, supply: Supply, counters: Counters, start: int, stop: int, size: int) -> None:
+    def __init__(self, supply: Supply, counters: Counters, budget: Budget, start: int, stop: int, size: int) -> None:
         self._supply = supply
         self._counters = counters
+        self._budget = budget
         self._stop = stop
         self._size = size
         self._bytes = self._fetch(start)
@@ -73,6 +75,7 @@ class Relay:
                                 yield piece
                             if position >= self._stop:
                                 return
+                            await asyncio.sleep(self._budget.spend(len(data), live=True, now=time.monotonic()))
             except UpstreamError as error:
                 failures += 1
                 self._counters.retries += 1

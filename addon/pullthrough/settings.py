@@ -73,6 +73,7 @@ class Settings:
     offline: bool
     finish: Finish
     upstream_connections: int
+    upstream_rate: float | None
     log_level: str
 
     @property
@@ -159,6 +160,18 @@ def _parse_duration(text: str) -> float:
     return seconds
 
 
+def _parse_rate(text: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        rate = float(humanfriendly.parse_size(text))
+    except humanfriendly.InvalidSize:
+        raise ValueError("bytes per second such as 500KB, 20MB or 1GiB") from None
+    if rate < 1000:
+        raise ValueError("at least 1000 bytes per second")
+    return rate
+
+
 def _parse_flag(text: str) -> bool:
     match text.strip().lower():
         case "true" | "yes" | "on" | "1":
@@ -233,6 +246,12 @@ OPTIONS: Final = (
         _parse_word(Finish),
     ),
     Option("upstream_connections", "16", "Connections per blob towards its source.", _parse_count(1, 64)),
+    Option(
+        "upstream_rate",
+        "",
+        "The most that comes in from blob sources, all together: bytes per second such as 20MB; empty for no limit.",
+        _parse_rate,
+    ),
     Option("log_level", "info", "How much the cache logs: debug, info, warning or error.", _parse_level),
 )
 

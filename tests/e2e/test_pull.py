@@ -160,3 +160,17 @@ def test_touching_the_script_breaks_nothing(
     client.pull(model.name)
     assert_complete(client, model)
     assert sum("Loading script" in line for line in proxy.output) == 1
+
+
+def test_upstream_rate(origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient) -> None:
+    """What comes in is limited; what is stored is not, and nobody has to try twice."""
+    proxy = start_proxy(ollama_cache_upstream_rate="2MB")
+    model = add_model(origin, 4 * MB)
+    client = new_client(proxy)
+    report = client.pull(model.name)
+    assert_complete(client, model)
+    assert report.retries == report.stalls == 0
+    # The burst is half a megabyte, and a batch may be under way.
+    assert report.transfer_s > (4 - 0.5 - 0.5) / 2
+    proxy.wait_for_line(model.recorded)
+    assert new_client(proxy).pull(model.name).transfer_s < report.transfer_s
