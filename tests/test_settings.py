@@ -26,6 +26,7 @@ def test_defaults() -> None:
         manifest_lifetime_s=300.0,
         offline=False,
         finish=Finish.AUTO,
+        prefetch=True,
         upstream_connections=16,
         upstream_rate=None,
         log_level="info",

@@ -175,7 +175,9 @@ class OllamaCache:
         self._gate.close()
         if self._minting is not None:
             self._minting.cancel()
-        self._registry = None
+        registry, self._registry = self._registry, None
+        if registry is not None:
+            await registry.close()
         if self._recorder is not None:
             await self._recorder.close()
         for transfer in list(self._transfers.values()):

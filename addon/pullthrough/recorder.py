@@ -25,17 +25,23 @@ class Recorder:
         return self._recordings.get(digest)
 
     def open(
-        self, digest: Digest, *, obtain: Obtain, source: Source | None = None, stream: DataStream | None = None
+        self,
+        digest: Digest,
+        *,
+        obtain: Obtain,
+        source: Source | None = None,
+        stream: DataStream | None = None,
+        wanted: bool = False,
     ) -> Recording:
         """The recording of `digest`: the running one, or a new one.
 
         `obtain` gets a source again when the present one has expired; `stream` is a response whose body is the blob
-        from byte 0, and belongs to the recording from here on.
+        from byte 0, and belongs to the recording from here on. `wanted` has a new one completed though nobody reads.
         """
         recording = self._recordings.get(digest)
         if recording is None:
             supply = Supply(self._room.upstream, obtain, source)
-            recording = Recording(self._room, digest, supply, on_end=self._ended)
+            recording = Recording(self._room, digest, supply, on_end=self._ended, wanted=wanted)
             # Registered before it starts: the loop runs new tasks eagerly, and the next caller must find it.
             self._recordings[digest] = recording
             recording.start(stream, after=self._closing.get(digest))

@@ -115,9 +115,17 @@ class Recording:
     _sealer: Sealer
 
     def __init__(
-        self, room: Workroom, digest: Digest, supply: Supply, *, on_end: Callable[["Recording"], None]
+        self,
+        room: Workroom,
+        digest: Digest,
+        supply: Supply,
+        *,
+        on_end: Callable[["Recording"], None],
+        wanted: bool = False,
     ) -> None:
-        """`on_end` is called once, when no reader can be added any more."""
+        """`on_end` is called once, when no reader can be added any more; `wanted` is whole even if nobody reads."""
+        self.over = asyncio.Event()
+        self._wanted = wanted
         self.digest = digest
         self.supply = supply
         self._room = room
@@ -269,7 +277,7 @@ class Recording:
     @property
     def _wanted_whole(self) -> bool:
         """Whether bytes that no reader asks for are fetched too."""
-        if self._cursors or self._room.finish is Finish.ALWAYS:
+        if self._cursors or self._wanted or self._room.finish is Finish.ALWAYS:
             return True
         return self._room.finish is Finish.AUTO and self.assembly.present.size * 2 >= self.assembly.size
 
@@ -321,6 +329,7 @@ class Recording:
         self._ended = True
         if self._idle is not None:
             self._idle.cancel()
+        self.over.set()
         self._on_end(self)
         for cursor in self._cursors:
             cursor.rouse()

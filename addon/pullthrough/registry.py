@@ -26,6 +26,7 @@ from pullthrough.errors import (
 )
 from pullthrough.exchange import Answer, Request, failure
 from pullthrough.manifests import Manifests
+from pullthrough.prefetch import Prefetcher
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.route import (
@@ -58,6 +59,11 @@ class Registry:
         self._recorder = recorder
         self._vouchers = access.Vouchers()
         self._manifests = Manifests(settings, store, upstream)
+        self._prefetcher = Prefetcher(store, recorder, self.source)
+
+    async def close(self) -> None:
+        """Start nothing more."""
+        await self._prefetcher.close()
 
     async def answer(self, request: Request) -> Answer | None:
         """The answer, or None where the request is to be passed through to upstream untouched."""
@@ -96,7 +102,10 @@ class Registry:
             return manifest
         if request.method == "HEAD":
             return await self._head_blob(request, route)
-        return await self._get_blob(request, route)
+        answer = await self._get_blob(request, route)
+        if self._settings.prefetch and not self._settings.offline:
+            self._prefetcher.follow(request.host, route.repository, route.digest)
+        return answer
 
     async def _head_blob(self, request: Request, route: BlobRoute) -> Answer:
         # A push asks the same HEAD and skips the upload when the answer is 200: then only upstream's word counts.

@@ -72,6 +72,7 @@ class Settings:
     manifest_lifetime_s: float
     offline: bool
     finish: Finish
+    prefetch: bool
     upstream_connections: int
     upstream_rate: float | None
     log_level: str
@@ -245,6 +246,7 @@ OPTIONS: Final = (
         "Complete a recording that every client has left: auto (when half is there), always or never.",
         _parse_word(Finish),
     ),
+    Option("prefetch", "true", "Record the layers behind the one that a client pulls.", _parse_flag),
     Option("upstream_connections", "16", "Connections per blob towards its source.", _parse_count(1, 64)),
     Option(
         "upstream_rate",

@@ -237,6 +237,10 @@ class Store:
             self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
             self._by_digest[name.host, name.repository, record.digest] = record
 
+    def manifests_of(self, host: str, repository: str) -> list[ManifestRecord]:
+        """The repository's manifests, without those that are private by now."""
+        return [record for (where, what, _), record in self._by_digest.items() if (where, what) == (host, repository)]
+
     def models(self) -> list[Name]:
         return sorted(self._manifests)
 

@@ -174,3 +174,26 @@ def test_upstream_rate(origin: Origin, start_proxy: Callable[..., Proxy], new_cl
     assert report.transfer_s > (4 - 0.5 - 0.5) / 2
     proxy.wait_for_line(model.recorded)
     assert new_client(proxy).pull(model.name).transfer_s < report.transfer_s
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_layers_behind_are_recorded_ahead(
+    origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, prefetch: bool
+) -> None:
+    """While a client pulls the first layer the next ones come in; a HEAD starts nothing."""
+    proxy = start_proxy(ollama_cache_prefetch=prefetch)
+    model = conftest.add_model(origin, unique(4 * MB), unique(3 * MB), unique(2 * MB))
+    with conftest.to_registry(proxy) as connection:
+        conftest.get(connection, model.manifest_target)
+        connection.request("HEAD", model.blob_target, []).read()
+        assert origin.counters.cdn_requests == 0
+        assert conftest.get(connection, model.blob_target)[0] == 307
+    if prefetch:
+        for layer in (*model.layers[1:], model.config):
+            proxy.wait_for_line(f"recorded {layer[7:19]}")
+    client = new_client(proxy)
+    client.pull(model.name)
+    assert_complete(client, model)
+    proxy.wait_for_line(model.recorded)
+    for layer in model.layers:
+        assert origin.counters.cdn_bytes_by_digest[layer] == origin.blob(layer).size
