@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.support.a2 import A2Client
+from tests.support.http1 import connect
 from tests.support.origin import R2_HOST, Origin, Synthetic
 from tests.support.proxy import PROGRAM, PeakRss, Proxy
 
@@ -229,7 +230,47 @@ def parts(folder: Path, pairs: int) -> Row:
     return row
 
 
-ROWS: Final = {"hit": hit, "eight": eight, "parts": parts}
+def fairness(folder: Path, pairs: int) -> Row:
+    """The longest wait of one client's parts, all at other places, behind a source that is slow in all."""
+    row: Row = {}
+    for positions, rate in ((16, 2 * MB), (64, 8 * MB)):
+        gaps: list[float] = []
+        for number in range(pairs):
+            room = folder / f"{positions}-{number}"
+            with Origin(room / "origin") as origin, Proxy(room / "proxy", origin) as proxy:
+                size = 6 * rate
+                add_model(origin, size)
+                origin.rate_per_connection = rate // 16
+                client = A2Client(
+                    proxy.url, proxy.ca_file, room / "client", parts=positions, min_part=size // positions + 1
+                )
+                gaps.append(client.pull("tiny").max_gap_s)
+            shutil.rmtree(room)
+        row[f"{positions} parts at {rate // MB} MB/s: gap s"] = statistics.median(gaps)
+    return row
+
+
+def lag(folder: Path, pairs: int) -> Row:
+    """How long a small request waits while a blob is recorded and sent as fast as loopback allows."""
+    waits: list[float] = []
+    for number in range(pairs):
+        room = folder / str(number)
+        with Origin(room / "origin") as origin, Proxy(room / "proxy", origin) as proxy:
+            add_model(origin, 512 * MB)
+            with ThreadPoolExecutor(1) as pool, connect(proxy.url, "registry.ollama.ai", 443, proxy.ca_file) as probe:
+                pull = pool.submit(A2Client(proxy.url, proxy.ca_file, room / "client").pull, "tiny")
+                while not pull.done():
+                    began = time.monotonic()
+                    probe.request("GET", "/v2/library/tiny/manifests/latest", []).read()
+                    waits.append(time.monotonic() - began)
+                    time.sleep(0.01)
+                pull.result()
+        shutil.rmtree(room)
+    waits.sort()
+    return {f"{name} ms": 1000 * waits[int(len(waits) * part)] for name, part in (("median", 0.5), ("p99", 0.99))}
+
+
+ROWS: Final = {"hit": hit, "eight": eight, "parts": parts, "fairness": fairness, "lag": lag}
 
 
 def main() -> None:

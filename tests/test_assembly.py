@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from pullthrough import scheduler
 from pullthrough.assembly import Assembly
 from pullthrough.intervals import Intervals
-from pullthrough.scheduler import KIB, MAX_SLICE, MIB, MIN_SLICE, Demand, Slice, next_slice
+from pullthrough.scheduler import KIB, MAX_SLICE, MIB, MIN_SLICE, PROBE_SLICE, Demand, Slice, next_slice
 
 
 @pytest.mark.parametrize(("start", "stop"), [(3, 3), (-1, 2), (5, 17), (4, 2)])
@@ -115,16 +115,16 @@ def test_nobody_asks() -> None:
     """Without readers nothing is fetched, unless the blob is wanted whole."""
     assembly = Assembly(MIB)
     assert ask(assembly) is None
-    assert ask(assembly, complete=True) == Slice(0, 512 * KIB)
+    assert ask(assembly, complete=True) == Slice(0, PROBE_SLICE)
 
 
 def test_lowest_needed_byte_first() -> None:
     """The frontier follows: the reader at the front comes before one further on."""
     assembly = Assembly(64 * MIB)
     front, back = Demand(0, 8 * MIB, fed=100), Demand(32 * MIB, 40 * MIB, fed=100)
-    assert ask(assembly, back, front) == Slice(0, 512 * KIB)
+    assert ask(assembly, back, front) == Slice(0, PROBE_SLICE)
     assembly.claim(0, 8 * MIB)
-    assert ask(assembly, back, front) == Slice(32 * MIB, 32 * MIB + 512 * KIB)
+    assert ask(assembly, back, front) == Slice(32 * MIB, 32 * MIB + PROBE_SLICE)
 
 
 def test_a_starving_reader_comes_first() -> None:
@@ -139,7 +139,7 @@ def test_a_reader_with_bytes_does_not_starve() -> None:
     assembly = Assembly(64 * MIB)
     assembly.add(32 * MIB, 33 * MIB)
     front, slow = Demand(0, 8 * MIB, fed=100), Demand(32 * MIB, 40 * MIB, fed=0)
-    assert ask(assembly, front, slow) == Slice(0, 512 * KIB)
+    assert ask(assembly, front, slow) == Slice(0, PROBE_SLICE)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_the_rest_is_shared() -> None:
 def test_unaligned_start_is_rounded_down_into_the_gap() -> None:
     """A part that starts anywhere leaves no crumbs in front of it, and nothing present is fetched again."""
     assembly = Assembly(16 * MIB)
-    assert ask(assembly, Demand(MIB + 5, 2 * MIB, fed=100)) == Slice(MIB, MIB + 512 * KIB)
+    assert ask(assembly, Demand(MIB + 5, 2 * MIB, fed=100)) == Slice(MIB, MIB + PROBE_SLICE)
     assembly.add(MIB, MIB + 3)
-    assert ask(assembly, Demand(MIB + 5, 2 * MIB, fed=100)) == Slice(MIB + 3, MIB + 512 * KIB)
+    assert ask(assembly, Demand(MIB + 5, 2 * MIB, fed=100)) == Slice(MIB + 3, MIB + PROBE_SLICE)
 
 
 @given(

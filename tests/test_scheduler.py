@@ -3,6 +3,7 @@
 test_assembly.py has the rules for one reader and for a blob that is wanted whole.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from pullthrough.assembly import Assembly
 from pullthrough.scheduler import (
     ALONE_SLICE_S,
-    FIRST_SLICE,
     MAX_SLICE,
     MIB,
     MIN_SLICE,
+    PROBE_SLICE,
     SHARED_SLICE_S,
     STARVING_S,
     Demand,
@@ -96,7 +97,7 @@ def test_a_reader_is_fed_to_its_stop() -> None:
     while (found := ask(assembly, demand)) is not None:
         assembly.claim(found.start, found.stop)
         fetched.append((found.start, found.stop))
-    assert fetched == [(MIB, MIB + FIRST_SLICE), (MIB + FIRST_SLICE, 2 * MIB)]
+    assert fetched == list(itertools.pairwise(range(MIB, 2 * MIB + 1, PROBE_SLICE)))
 
 
 def test_readers_come_before_completion() -> None:
@@ -107,7 +108,7 @@ def test_readers_come_before_completion() -> None:
     assert found is not None
     assert found.start == 32 * MIB
     assembly.add(32 * MIB, 33 * MIB)
-    assert ask(assembly, demand, complete=True) == Slice(0, FIRST_SLICE)
+    assert ask(assembly, demand, complete=True) == Slice(0, PROBE_SLICE)
 
 
 # --- how much
@@ -160,8 +161,8 @@ def test_a_starving_reader_does_not_share() -> None:
 
 def test_without_a_rate() -> None:
     """The first slices of a recording are small enough to learn the rate from."""
-    assert ask(Assembly(PLENTY), Demand(0, PLENTY, FED)) == Slice(0, FIRST_SLICE)
-    assert ask(Assembly(PLENTY), Demand(0, PLENTY, STARVING)) == Slice(0, FIRST_SLICE)
+    assert ask(Assembly(PLENTY), Demand(0, PLENTY, FED)) == Slice(0, PROBE_SLICE)
+    assert ask(Assembly(PLENTY), Demand(0, PLENTY, STARVING)) == Slice(0, PROBE_SLICE)
 
 
 @given(

@@ -21,7 +21,11 @@ MAX_SLICE = 8 * MIB
 to wait for one to end, and a `kill -9` costs one per connection."""
 
 FIRST_SLICE = 512 * KIB
-"""Asked for while no rate has been measured."""
+"""Asked for first of all, while the size is not known either: most blobs of a model are smaller."""
+
+PROBE_SLICE = 128 * KIB
+"""Asked for while no rate has been measured: on a line that turns out slow, all connections are busy with these while
+other readers wait."""
 
 STARVING_S = 1.0
 """Clients give up on a part after 5 s without a byte (v0.1.23-v0.5.7), 30 s (later): a starving reader gets the next
@@ -91,7 +95,7 @@ def next_slice(
 
 def _slice_size(rate: float | None, seconds: float) -> int:
     if rate is None:
-        return FIRST_SLICE
+        return PROBE_SLICE
     return min(MAX_SLICE, max(MIN_SLICE, _floor_power(int(rate * seconds))))
 
 
