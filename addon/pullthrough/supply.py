@@ -73,12 +73,14 @@ class Supply:
                 problem: UpstreamError = UpstreamTimeout(f"no answer of the source in {FIRST_TRY_S:.0f} s")
             except UpstreamError as error:
                 problem = error
+            peace_s = problem.retry_after_s if isinstance(problem, UpstreamRefused) else 0.0
             settled = isinstance(problem, UpstreamRefused) and 400 <= problem.status_hint < 429
             lies = isinstance(problem, UnexpectedResponse) and tries >= MAX_LIES
-            if settled or lies or time.monotonic() > deadline:
+            pause_s = max(peace_s, min(1.0, 0.1 * 2**tries))
+            if settled or lies or time.monotonic() + pause_s > deadline:
                 raise problem
             _log.info("first response: %s; trying again", problem)
-            await asyncio.sleep(min(1.0, 0.1 * 2**tries))
+            await asyncio.sleep(pause_s)
         raise AssertionError
 
     async def open(self, source: Source, start: int, stop: int, *, length: int | None) -> DataStream:
