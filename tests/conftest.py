@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.faults import lines
 from tests.gotchas import GOTCHAS, shown
 
 settings.register_profile("fast", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -31,7 +32,7 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the compatibility matrix as far as it was run, and the table of traps if all of it was."""
+    """Print the matrix and the troubles as far as they were run, and the table of traps if all of it was."""
     reports = [
         report
         for outcome in ("passed", "failed", "error", "skipped")
@@ -39,12 +40,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if isinstance(report, pytest.TestReport)
     ]
     cells: dict[str, dict[str, str]] = {}
+    ratios: dict[str, dict[str, str]] = {}
     outcomes: dict[str, str] = {}
     for report in reports:
         for name, value in report.user_properties:
             if name == "matrix":
                 client, state = value
                 cells.setdefault(client, {})[state] = "ok" if report.passed else report.outcome
+            if name == "fault":
+                trouble, situation, ratio = value
+                ratios.setdefault(trouble, {})[situation] = f"{ratio:.3f}" + ("" if report.passed else " failed")
         name = report.nodeid.removeprefix("tests/").partition("[")[0]
         if outcomes.get(name) != "failed":
             outcomes[name] = report.outcome
@@ -57,6 +62,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for client in sorted(cells):
             row = "".join(f"{cells[client].get(state, '-'):11}" for state in states)
             terminalreporter.write_line(f"{client:{width}}  {row}")
+    if ratios:
+        terminalreporter.section("upstream bytes / blob")
+        for line in lines(ratios):
+            terminalreporter.write_line(line)
     if all(any(test in outcomes for test in gotcha.tests) for gotcha in GOTCHAS if gotcha.tests):
         terminalreporter.section("a cache must")
         for number, must, proof in shown(outcomes):

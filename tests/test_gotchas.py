@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import faults
 from tests.gotchas import GOTCHAS, markdown
 
 TESTS = Path(__file__).parent
+README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_all_of_them() -> None:
@@ -26,4 +28,9 @@ def test_proof_exists(test: str) -> None:
 
 def test_readme_shows_them() -> None:
     """The README's table is this one; `python -m tests.gotchas` prints it."""
-    assert markdown() in (TESTS.parent / "README.md").read_text(encoding="utf-8")
+    assert markdown() in README
+
+
+def test_readme_shows_the_troubles() -> None:
+    """And what each may cost; `python -m tests.faults` prints it."""
+    assert faults.markdown() in README
