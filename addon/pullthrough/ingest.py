@@ -71,14 +71,15 @@ class Ingest:
         ingest = cls(folder, digest)
         size = path.stat().st_size
         os.replace(path, ingest.partial_path)
-        ingest._rewrite_journal(size, Intervals([(0, size)]), durable=True)
+        whole = Intervals([(0, size)])
+        ingest._rewrite_journal(size, whole, whole)
 
     def resume(self) -> tuple[int, Intervals] | None:
         """(size, what is present) of the partial an earlier recording left; None if there is none to be used."""
         found = self._read_journal()
         if found is None:
             return None
-        size, present, durable = found
+        size, present, flushed = found
         try:
             descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR)
         except OSError:
@@ -86,8 +87,12 @@ class Ingest:
         if os.fstat(descriptor).st_size != size:
             os.close(descriptor)
             return None
-        self._rewrite_journal(size, present, durable=durable)
-        self._open_journal()
+        try:
+            self._rewrite_journal(size, present, flushed)
+            self._open_journal()
+        except OSError as error:
+            os.close(descriptor)
+            raise StoreUnwritable(f"recording {self.digest}: {error}") from error
         self.file = SharedFile(descriptor, size).acquire()
         return size, present
 
@@ -97,10 +102,13 @@ class Ingest:
             room = shutil.disk_usage(self.partial_path.parent).free
             if room < size:
                 raise StoreUnwritable(f"recording {self.digest}: expected room for {size} bytes, got {room}")
+            # An old journal never speaks for the new file, in whatever order the two reach the medium.
+            self.journal_path.unlink(missing_ok=True)
+            platform.sync_folder(self.journal_path.parent)
             descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             try:
                 os.ftruncate(descriptor, size)
-                self._rewrite_journal(size, Intervals(), durable=True)
+                self._rewrite_journal(size, Intervals(), Intervals())
                 self._open_journal()
             except BaseException:
                 os.close(descriptor)
@@ -117,7 +125,7 @@ class Ingest:
                 if self._journal is not None:
                     os.close(self._journal)
                     self._journal = None
-                self._rewrite_journal(self.file.size, Intervals(), durable=True)
+                self._rewrite_journal(self.file.size, Intervals(), Intervals())
                 self._open_journal()
         except OSError as error:
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
@@ -180,20 +188,20 @@ class Ingest:
             if self._journal is None:
                 return
             try:
-                os.write(self._journal, b"".join(_line(record) for record in records))
+                lines = b"".join(_line(record) for record in records)
+                while lines:
+                    lines = lines[os.write(self._journal, lines) :]
             except OSError as error:
                 raise StoreUnwritable(f"journal of {self.digest}: {error}") from error
 
     def _open_journal(self) -> None:
         self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY | os.O_APPEND)
 
-    def _rewrite_journal(self, size: int, present: Intervals, *, durable: bool) -> None:
+    def _rewrite_journal(self, size: int, present: Intervals, flushed: Intervals) -> None:
         """A fresh journal in place of the old, whole or not at all."""
         header = {"format": FORMAT, "digest": str(self.digest), "size": size, "boot": platform.boot_id()}
-        if durable:
-            lines = [_line(header), _line({"f": [list(interval) for interval in present]})]
-        else:
-            lines = [_line(header), *(_line({"w": list(interval)}) for interval in present)]
+        lines = [_line(header), _line({"f": [list(interval) for interval in flushed]})]
+        lines += [_line({"w": list(interval)}) for interval in present]
         temporary = self.journal_path.with_name(f".{self.journal_path.name}.{secrets.token_hex(4)}")
         descriptor = platform.open_descriptor(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -203,15 +211,14 @@ class Ingest:
             os.close(descriptor)
         os.replace(temporary, self.journal_path)
 
-    def _read_journal(self) -> tuple[int, Intervals, bool] | None:
-        """(size, present, whether all of it is durable) as far as the journal checks, else None."""
+    def _read_journal(self) -> tuple[int, Intervals, Intervals] | None:
+        """(size, present, what of it is durable) as far as the journal checks, else None."""
         try:
             lines = self.journal_path.read_bytes().split(b"\n")
         except OSError:
             return None
-        records = list(_checked(lines))
         try:
-            header, *rest = records
+            header, *rest = _checked(lines)
             size = int(header["size"])
             if header["format"] != FORMAT or header["digest"] != str(self.digest) or size < 0:
                 return None
@@ -224,7 +231,7 @@ class Ingest:
                 else:
                     start, stop = record["w"]
                     written.add(int(start), int(stop))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
         present = flushed.copy()
         if same_boot:
@@ -232,7 +239,7 @@ class Ingest:
                 present.add(*interval)
         if any(start < 0 or stop > size for start, stop in present):
             return None
-        return size, present, present == flushed
+        return size, present, flushed
 
 
 def _line(record: dict[str, Any]) -> bytes:
