@@ -19,11 +19,12 @@ NewClient = Callable[..., A2Client]
 CONNECTIONS = 16
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("positions", "rate"),
     [
         pytest.param(16, 2 * MB, id="16 at 2 MB/s"),
-        pytest.param(64, 8 * MB, id="64 at 8 MB/s", marks=pytest.mark.long),
+        pytest.param(64, 8 * MB, id="64 at 8 MB/s"),
     ],
 )
 def test_nobody_waits_long(origin: Origin, proxy: Proxy, new_client: NewClient, positions: int, rate: int) -> None:

@@ -180,6 +180,7 @@ def test_ollama(set_scene: SetScene, proxy: Proxy, new_client: NewClient, troubl
         scene.settle()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trouble", TROUBLES, ids=lambda trouble: trouble.name)
 def test_parts_at_the_registry(set_scene: SetScene, proxy: Proxy, tmp_path: Path, trouble: Trouble) -> None:
     """Ollama before the direct URL: each part asks the registry, and waits 5 s for a byte."""
@@ -191,6 +192,7 @@ def test_parts_at_the_registry(set_scene: SetScene, proxy: Proxy, tmp_path: Path
         scene.settle()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("trouble", [BY_NAME[name] for name in REPRESENTATIVE], ids=lambda trouble: trouble.name)
 def test_ramalama(set_scene: SetScene, proxy: Proxy, tmp_path: Path, trouble: Trouble) -> None:
     """A client that others wrote."""
