@@ -113,7 +113,7 @@ def test_uploads_flow_through(origin: Origin, start_proxy: Callable[..., Proxy])
 def test_many_large_ranges_stay_within_memory(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
     """Sixteen ranges of one blob at once, cold and warm: a few pieces each, not their bodies."""
     proxy = start_proxy()
-    blob = unique(256 << 20)
+    blob = unique(128 << 20)
     address = canonical(proxy, add_model(origin, blob))
     for _ in range(2):
         with PeakRss(proxy) as rss:
