@@ -18,7 +18,7 @@ ROWS: Final = {
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads",
     "L2b": "recorder relay transfer recording fetcher sealer supply",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch",
+    "L3b": "registry statuspage manifests exchange prefetch refresh",
     "L4": "addon streamlayer blobserver cli gate",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
@@ -30,7 +30,7 @@ SIDEWAYS: Final = {
     "route": {"digest", "errors"},
     "byterange": {"errors"},
     "capability": {"digest", "errors"},
-    "settings": {"errors"},
+    "settings": {"errors", "records"},
     "records": {"digest", "errors"},
     "datacheck": {"byterange", "errors"},
     "chunksums": {"digest", "errors"},
@@ -45,7 +45,8 @@ SIDEWAYS: Final = {
     "recording": {"fetcher", "relay", "sealer", "supply"},
     "recorder": {"recording", "supply"},
     "manifests": {"exchange"},
-    "registry": {"exchange", "manifests", "prefetch"},
+    "refresh": {"manifests"},
+    "registry": {"exchange", "manifests", "prefetch", "refresh"},
     "gate": {"streamlayer"},
     "addon": {"blobserver", "gate", "streamlayer"},
 }

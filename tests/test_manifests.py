@@ -65,14 +65,19 @@ class FakeUpstream:
     def __init__(self, *answers: Response | CacheError) -> None:
         self.answers = list(answers)
         self.asked: list[tuple[str, str, str, dict[str, str], float]] = []
-        self.down_until = 0.0
+        self.down = 0.0
         self.marked: list[float] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self.head = response(405)
+        self.heads = 0
 
     async def ask(
         self, method: str, host: str, target: str, headers: Mapping[str, str], *, timeout_s: float
     ) -> Response:
+        if method == "HEAD":
+            self.heads += 1
+            return self.head
         self.asked.append((method, host, target, dict(headers), timeout_s))
         await self.gate.wait()
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -80,7 +85,12 @@ class FakeUpstream:
             raise answer
         return answer
 
-    def mark_down(self, seconds: float) -> None:
+    def down_until(self, host: str) -> float:
+        assert host == HOST
+        return self.down
+
+    def mark_down(self, host: str, seconds: float) -> None:
+        assert host == HOST
         self.marked.append(seconds)
 
 
@@ -88,22 +98,32 @@ class FakeStore:
     """A dictionary."""
 
     def __init__(self) -> None:
-        self.manifests: dict[Name, ManifestRecord] = {}
+        self.kept: dict[Name, ManifestRecord] = {}
+
+    def manifests(self) -> dict[Name, ManifestRecord]:
+        return self.kept
 
     def manifest(self, name: Name) -> ManifestRecord | None:
-        return self.manifests.get(name)
+        return self.kept.get(name)
 
     def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
-        for name, record in self.manifests.items():
+        for name, record in self.kept.items():
             if (name.host, name.repository, record.digest) == (host, repository, digest.hex):
                 return record
         return None
 
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
-        self.manifests[name] = record
+        self.kept[name] = record
 
     def deny(self, name: Name, record: ManifestRecord) -> None:
-        self.manifests[name] = replace(record, denied=True)
+        self.kept[name] = replace(record, denied=True)
+
+    def drop_manifest(self, name: Name) -> None:
+        del self.kept[name]
+
+    def touch(self, name: Name, now: float) -> None:
+        if name in self.kept:
+            self.kept[name] = replace(self.kept[name], pulled=now)
 
 
 class World:
@@ -258,7 +278,7 @@ def test_served_unasked(stored_ago: float, down_for: float | None, offline: str,
     """A fresh copy, and a stale one while upstream cannot be asked."""
     world = World(GRANTED, stored_ago=stored_ago, offline=offline)
     if down_for is not None:
-        world.upstream.down_until = UPTIME + down_for
+        world.upstream.down = UPTIME + down_for
     answer = world.ask()
     assert (answer.status, answer.body, answer.cache) == (200, OLD, cache)
     assert world.upstream.asked == []
@@ -275,7 +295,7 @@ def test_served_unasked(stored_ago: float, down_for: float | None, offline: str,
 def test_revalidated(stored_ago: float, down_for: float | None) -> None:
     """A stale copy waits three seconds for upstream, and gives way to what it says."""
     world = World(GRANTED, stored_ago=stored_ago)
-    world.upstream.down_until = 0.0 if down_for is None else UPTIME + down_for
+    world.upstream.down = 0.0 if down_for is None else UPTIME + down_for
     assert world.ask() == expected(NEW, Outcome.STALE, True, False, 200)
     assert world.stored == (NEW, NOW)
     assert [asked[4] for asked in world.upstream.asked] == [REVALIDATE_TIMEOUT_S]
@@ -356,7 +376,7 @@ def test_the_oldest_version_is_remembered(
     """What was granted to a version is granted to newer ones, as long as the bytes are the same."""
     world = World(response(200, body, Content_Type=TYPE), stored_ago=LIFETIME, oldest=oldest)
     assert world.ask(user_agent=agent).body == body
-    assert world.store.manifests[NAME].oldest == granted
+    assert world.store.kept[NAME].oldest == granted
 
 
 # --- asked for by digest
@@ -395,7 +415,7 @@ def test_other_bytes_than_the_digest_says() -> None:
     assert isinstance(answer.body, bytes)
     got = hashlib.sha256(NEW).hexdigest()
     assert f"@{route.reference}: expected a manifest with this digest, got sha256:{got}" in answer.body.decode()
-    assert world.store.manifests == {}
+    assert world.store.kept == {}
 
 
 # --- credentials
@@ -500,14 +520,14 @@ def test_a_manifest_that_is_refused_to_all_becomes_private(status: int) -> None:
     assert world.ask().status == status
     assert world.ask().status == 504
     assert world.ask().body == OLD
-    assert world.store.manifests[NAME].denied is False
+    assert world.store.kept[NAME].denied is False
 
 
 def test_a_withdrawn_manifest_is_not_private() -> None:
     """404 may be a mistake of the registry's: the copy is served on."""
     world = World(response(404), stored_ago=LIFETIME)
     assert world.ask().body == OLD
-    assert world.store.manifests[NAME].denied is False
+    assert world.store.kept[NAME].denied is False
 
 
 def test_a_page_that_is_no_manifest_does_not_replace_one() -> None:
@@ -515,3 +535,93 @@ def test_a_page_that_is_no_manifest_does_not_replace_one() -> None:
     world = World(response(200, PORTAL), stored_ago=LIFETIME)
     assert world.ask().body == OLD
     assert world.stored == (OLD, NOW - LIFETIME)
+
+
+# --- revalidation by digest
+
+
+def confirming(body: bytes, field: str = "ollama-content-digest", prefix: str = "") -> Response:
+    return Response(200, CIMultiDict({field: prefix + hashlib.sha256(body).hexdigest()}), b"")
+
+
+@pytest.mark.parametrize(
+    "head", [confirming(OLD), confirming(OLD, "Docker-Content-Digest", "sha256:")], ids=["ollama", "oci"]
+)
+def test_the_same_digest_needs_no_body(head: Response) -> None:
+    """HEAD says that nothing has changed: fresh again, with the type that is stored."""
+    world = World(GRANTED, stored_ago=LIFETIME)
+    world.upstream.head = head
+    assert world.ask() == expected(OLD, Outcome.STALE, True, False, 200)
+    assert (world.upstream.heads, world.upstream.asked, world.stored) == (1, [], (OLD, NOW))
+    assert world.ask() == expected(OLD, Outcome.HIT)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [confirming(NEW), response(200), response(404), response(405), response(503)],
+    ids=["another digest", "no digest", "404", "405", "503"],
+)
+def test_any_other_head_takes_a_get(head: Response, caplog: pytest.LogCaptureFixture) -> None:
+    """Only a digest that is told and the same is believed; a moved tag is logged with both."""
+    world = World(GRANTED, stored_ago=LIFETIME)
+    world.upstream.head = head
+    with caplog.at_level("INFO"):
+        assert world.ask() == expected(NEW, Outcome.STALE, True, False, 200)
+    old, new = (hashlib.sha256(body).hexdigest() for body in (OLD, NEW))
+    assert f"{NAME} moved: sha256:{old} -> sha256:{new}" in caplog.messages
+
+
+def test_a_gated_client_asks_in_full() -> None:
+    """Whether HEAD is gated by version too is not known: only a GET tells."""
+    world = World(response(412), stored_ago=0, oldest=(0, 10, 0))
+    world.upstream.head = confirming(OLD)
+    assert world.ask(user_agent="ollama/0.9.9").status == 412
+    assert world.upstream.heads == 0
+
+
+# --- policy
+
+
+def test_a_withdrawn_manifest_is_dropped_where_that_is_wanted() -> None:
+    """The 404 is passed on, and nothing is left to serve."""
+    world = World(response(404, b"gone"), stored_ago=LIFETIME, withdrawn="drop")
+    answer = world.ask()
+    assert (answer.status, answer.body) == (404, b"gone")
+    assert world.stored is None
+
+
+def test_lifetimes_by_pattern() -> None:
+    """The first pattern that matches the name counts, in any of its spellings."""
+    for pattern in ("tiny*", "library/tiny:latest", f"{HOST}/library/*"):
+        world = World(GRANTED, stored_ago=LIFETIME + 10, manifest_lifetime=f"1s,{pattern}=1h,*=0")
+        assert world.ask() == expected(OLD, Outcome.HIT)
+    world = World(GRANTED, stored_ago=2, manifest_lifetime="1h,other*=1d,*:latest=1s")
+    assert world.ask().body == NEW
+
+
+def test_a_copy_that_turns_private_is_not_served_stale() -> None:
+    """Denied to everybody, and upstream fails for the owner: nobody gets the copy."""
+    world = World(response(401), response(503, b"busy"), stored_ago=LIFETIME)
+    answer = world.ask(authorization="Bearer t")
+    assert (answer.status, answer.body) == (503, b"busy")
+
+
+def test_pulls_are_noted() -> None:
+    """GET is a pull, HEAD and refusals are not."""
+    world = World(GRANTED)
+    world.ask("HEAD")
+    assert world.store.kept[NAME].pulled == 0
+    world.ask()
+    assert world.store.kept[NAME].pulled == NOW
+    world.ask(route=by_digest(NEW))
+    assert world.store.kept[NAME].pulled == NOW
+
+
+def test_the_newest_client_speaks_for_the_cache() -> None:
+    """What the background asks with: the newest Ollama seen, in this run or in an earlier one."""
+    world = World(GRANTED, stored_ago=0, oldest=(0, 5, 7))
+    assert world.manifests.newest_agent == "ollama/0.5.7"
+    for agent in ("ollama/0.10.1 (amd64 linux) Go/go1.26", "curl/8", "ollama/0.9.0", "ollama/0.0.0", ""):
+        world.ask(user_agent=agent)
+    assert world.manifests.newest_agent == "ollama/0.10.1 (amd64 linux) Go/go1.26"
+    assert World(GRANTED).manifests.newest_agent == ""

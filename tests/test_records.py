@@ -142,3 +142,24 @@ def test_names_have_an_order() -> None:
 def test_nothing_is_known_at_first() -> None:
     """A digest that was merely heard of is neither here nor public, and its size is not 0 but unknown."""
     assert BlobRecord() == BlobRecord(size=None, held=False, public=False, mtime_ns=0, inode=0, recorded=0.0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("llama3.2:1b", True),
+        ("llama3*", True),
+        ("library/llama3.2:*", True),
+        ("registry.ollama.ai/library/*", True),
+        ("*", True),
+        ("llama3.2", False),
+        ("LLAMA3*", False),
+        ("3.2*", False),
+        ("hf.co/*", False),
+    ],
+)
+def test_patterns(pattern: str, expected: bool) -> None:
+    """A pattern means a name as a user types it, with its namespace, or in full; all of it, and case counts."""
+    assert Name("registry.ollama.ai", "library/llama3.2", "1b").matches(pattern) is expected
+    assert Name("hf.co", "me/m", "Q4").matches("hf.co/*")
+    assert Name("hf.co", "me/m", "Q4").matches("me/m:Q?")

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from pullthrough.errors import SettingsError
-from pullthrough.settings import OPTIONS, R2_HOST, Endpoint, Finish, Settings, Tunnel, parse_settings
+from pullthrough.settings import (
+    OPTIONS,
+    R2_HOST,
+    Endpoint,
+    Finish,
+    Lifetimes,
+    Settings,
+    Tunnel,
+    Withdrawn,
+    parse_settings,
+)
 
 
 def parse(**texts: str) -> Settings:
@@ -23,7 +33,10 @@ def test_defaults() -> None:
         upstream={},
         clients=("private", "local"),
         tunnel=Tunnel.ANY,
-        manifest_lifetime_s=300.0,
+        manifest_lifetime=Lifetimes(300.0),
+        refresh=None,
+        withdrawn=Withdrawn.SERVE,
+        pins=(),
         offline=False,
         finish=Finish.AUTO,
         prefetch=True,
@@ -46,7 +59,10 @@ def test_values() -> None:
         upstream="registry.ollama.ai=https://mirror.lan:8443,hub.example=http://[::1]:5000/",
         clients="10.1.0.0/16,any",
         tunnel="none",
-        manifest_lifetime="1h",
+        manifest_lifetime="1h, llama3*=2d,hf.co/*=0",
+        refresh="6h",
+        withdrawn="DROP",
+        pins="gemma*, hf.co/me/*",
         offline="yes",
         finish="never",
         upstream_connections="4",
@@ -59,7 +75,10 @@ def test_values() -> None:
     assert settings.endpoint("other.example").origin == "https://other.example:443"
     assert settings.clients == (ipaddress.ip_network("10.1.0.0/16"), "any")
     assert settings.tunnel is Tunnel.NONE
-    assert settings.manifest_lifetime_s == 3600
+    assert settings.manifest_lifetime == Lifetimes(3600, (("llama3*", 2 * 86400.0), ("hf.co/*", 0.0)))
+    assert settings.refresh == 6 * 3600
+    assert settings.withdrawn is Withdrawn.DROP
+    assert settings.pins == ("gemma*", "hf.co/me/*")
     assert settings.offline is True
     assert settings.finish is Finish.NEVER
     assert settings.upstream_connections == 4
@@ -85,6 +104,12 @@ def test_values() -> None:
         ("tunnel", "some"),
         ("manifest_lifetime", "soon"),
         ("manifest_lifetime", "-5m"),
+        ("manifest_lifetime", "5m,llama3"),
+        ("manifest_lifetime", "5m,=1h"),
+        ("manifest_lifetime", "llama3=1h"),
+        ("refresh", "5s"),
+        ("refresh", "sometimes"),
+        ("withdrawn", "keep"),
         ("offline", "perhaps"),
         ("finish", "later"),
         ("upstream_connections", "0"),

@@ -19,7 +19,7 @@ from pullthrough.digest import Digest
 from pullthrough.errors import StoreError
 from pullthrough.intervals import Intervals
 from pullthrough.records import ManifestRecord, Name
-from pullthrough.store import Store
+from pullthrough.store import TOLD_S, Store
 
 NAME = Name("registry.ollama.ai", "library/tiny", "latest")
 
@@ -97,6 +97,49 @@ def test_a_denied_manifest_is_known_no_more(tmp_path: Path) -> None:
         store = Store.open(tmp_path / "store")
     store.put_manifest(NAME, denied)
     assert store.is_member(NAME.host, NAME.repository, digest_of(b"mine"))
+    store.close()
+
+
+def test_a_dropped_manifest_is_forgotten(tmp_path: Path) -> None:
+    """With what only it lists; the bytes of another tag's same manifest stay."""
+    store = Store.open(tmp_path / "store")
+    twin, other = (Name(NAME.host, NAME.repository, reference) for reference in ("twin", "other"))
+    store.put_manifest(NAME, manifest(b"a"))
+    store.put_manifest(twin, manifest(b"a"))
+    store.put_manifest(other, manifest(b"b"))
+    store.drop_manifest(NAME)
+    store.drop_manifest(other)
+    for _ in range(2):
+        assert list(store.manifests()) == [twin]
+        assert store.manifest(twin) == manifest(b"a")
+        assert store.is_member(NAME.host, NAME.repository, digest_of(b"a"))
+        assert not store.is_member(NAME.host, NAME.repository, digest_of(b"b"))
+        assert store.manifest_by_digest(NAME.host, NAME.repository, Digest(manifest(b"b").digest)) is None
+        store.close()
+        store = Store.open(tmp_path / "store")
+    store.close()
+
+
+def test_pulls_are_remembered(tmp_path: Path) -> None:
+    """The time of the last pull is there after a restart; also after a crash, if it is older than ten minutes."""
+    store = Store.open(tmp_path / "store")
+    store.put_manifest(NAME, manifest(b"a"))
+    index = store._index
+    writes: list[str] = []
+    put = index._put
+    index._put = lambda key, value: (writes.append(key), put(key, value))[1]  # type: ignore[method-assign]
+    for now in (1000.0, 1001.0, 1000.0 + TOLD_S - 1):
+        store.touch(NAME, now)
+    assert writes == []
+    store.touch(NAME, 1000.0 + TOLD_S)
+    assert len(writes) == 2
+    store.touch(NAME, 9000.0)
+    store.touch(Name(NAME.host, NAME.repository, "unknown"), 9000.0)
+    store.close()
+    store = Store.open(tmp_path / "store")
+    stored = store.manifest(NAME)
+    assert stored is not None
+    assert stored.pulled == 9000.0
     store.close()
 
 

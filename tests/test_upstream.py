@@ -439,22 +439,22 @@ async def test_upstream_counts_as_down_until_it_answers(monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "PAUSES_S", ())
     monkeypatch.setattr(module.time, "monotonic", lambda: 1000.0)
     async with world() as at:
-        assert at.upstream.down_until == 0
+        assert at.upstream.down_until(HOST) == 0
         for status in (200, 404, 500):
             at.registry.answers[MANIFEST_TARGET] = [reply(status), CLOSE]
-            at.upstream.mark_down(30)
-            assert at.upstream.down_until == 1030
+            at.upstream.mark_down(HOST, 30)
+            assert at.upstream.down_until(HOST) == 1030
             await at.ask()
-            assert at.upstream.down_until == 0
-        at.upstream.mark_down(30)
+            assert at.upstream.down_until(HOST) == 0
+        at.upstream.mark_down(HOST, 30)
         with refused(UpstreamUnreachable):
             await at.ask()
         at.cdn.answers[DATA_TARGET] = part(4, 8)
         assert await read(await at.open()) == b"4567"
-        assert at.upstream.down_until == 1030
+        assert at.upstream.down_until(HOST) == 1030
         at.registry.answers[BLOB_TARGET] = moved(SIGNED)
         await at.obtain()
-        assert at.upstream.down_until == 0
+        assert at.upstream.down_until(HOST) == 0
 
 
 # --- the source of a blob

@@ -158,6 +158,7 @@ class OllamaCache:
         )
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder)
+        self._registry.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._forbid_reload()
         self._gate.open(settings)
@@ -165,7 +166,7 @@ class OllamaCache:
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s",
             settings.dir,
             len(self._store.blobs()),
-            len(self._store.models()),
+            len(self._store.manifests()),
             self._authority.certificate_file,
             self._authority.fingerprint,
         )

@@ -36,17 +36,19 @@ class Request:
         return self.headers.get("authorization")
 
     @property
+    def agent(self) -> str:
+        """User-Agent, "" where there is none."""
+        return self.headers.get("user-agent", "")
+
+    @property
     def version(self) -> Version | None:
-        """The Ollama that asks, None for other clients and for 0.0.0, which is a build from source."""
-        match = _OLLAMA.match(self.headers.get("user-agent", ""))
-        version = tuple(int(number) for number in match.groups()) if match else (0, 0, 0)
-        return version if any(version) else None
+        """The Ollama that asks; None as `version_of` says."""
+        return version_of(self.agent)
 
     @property
     def forwarded(self) -> dict[str, str]:
         """What upstream may know of the client: its version (some models are gated by it)."""
-        agent = self.headers.get("user-agent")
-        return {"User-Agent": agent} if agent else {}
+        return {"User-Agent": self.agent} if self.agent else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,13 @@ class Answer:
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes | Reader = b""
     length: int = 0
+
+
+def version_of(agent: str) -> Version | None:
+    """The Ollama of a User-Agent, None for other clients and for 0.0.0, which is a build from source."""
+    match = _OLLAMA.match(agent)
+    version = tuple(int(number) for number in match.groups()) if match else (0, 0, 0)
+    return version if any(version) else None
 
 
 def failure(error: CacheError, digest: Digest | None = None) -> Answer:

@@ -1,4 +1,4 @@
-"""What to do for a manifest request: serve the stored copy, or ask upstream first.
+"""What to do for a manifest request: before upstream is asked, and after it was heard.
 
 Invariant: a decision depends on the arguments alone; all times are Unix seconds and `now` is a parameter.
 Knows no bytes, hosts or credentials. (RFC 9111 section 4 has the terms.)
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from pullthrough.records import Version
+from pullthrough.settings import Withdrawn
 
 REVALIDATE_TIMEOUT_S = 3.0
 """How long a client waits for upstream while a stored copy could be served."""
@@ -24,9 +25,45 @@ class Freshness(Enum):
     SERVE_STALE = auto()
     """The stored copy is stale, and upstream is known to be unreachable."""
     REVALIDATE = auto()
-    """Ask upstream, within REVALIDATE_TIMEOUT_S; the stored copy is served if it fails to answer."""
+    """Ask upstream whether the stored copy is still the one; it is served if upstream fails to answer in time."""
     FETCH = auto()
-    """Nothing is stored: only upstream can answer."""
+    """Only upstream's whole answer will do: nothing is stored, or this caller may not be granted what is."""
+
+
+class Heard(Enum):
+    """What upstream said to one manifest request."""
+
+    NOTHING = auto()
+    """No answer: unreachable, too late, or not HTTP."""
+    MANIFEST = auto()
+    """200 with a manifest: the stored one again, or another."""
+    SOMETHING = auto()
+    """200 with something else: a captive portal."""
+    GONE = auto()
+    """404."""
+    DENIED = auto()
+    """401 or 403."""
+    FAILING = auto()
+    """429 or 5xx."""
+    REFUSED = auto()
+    """Any other status: 412 for a client that is too old, 400."""
+
+
+class Verdict(Enum):
+    """What the client gets, and what becomes of the stored copy."""
+
+    ADOPT = auto()
+    """Upstream's manifest, which is the stored one from now on."""
+    SERVE_STALE = auto()
+    """The stored copy, as it is."""
+    RELAY = auto()
+    """Upstream's answer; the stored copy stays as it is."""
+    RELAY_AND_DENY = auto()
+    """Upstream's answer; the stored copy is private from now on."""
+    RELAY_AND_DROP = auto()
+    """Upstream's answer; the stored copy is forgotten."""
+    FAIL = auto()
+    """An error: nothing is stored and nothing was heard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +83,7 @@ def decide(
     offline: bool,
     version: Version | None = None,
 ) -> Freshness:
-    """The decision table; `down_until` is when upstream may be asked again (0 when it is not known to be down).
+    """What to do before upstream is asked; `down_until` is when it may be asked again (0 when it is not down).
 
     `version` is the caller's, None where it tells none. The registry refuses some models to old versions (412,
     ollama#12826): one that is older than any it was granted to is not served unasked.
@@ -59,4 +96,23 @@ def decide(
         return Freshness.SERVE
     if offline or now < down_until:
         return Freshness.SERVE_STALE
-    return Freshness.REVALIDATE
+    return Freshness.FETCH if gated else Freshness.REVALIDATE
+
+
+def conclude(heard: Heard, *, stored: bool, withdrawn: Withdrawn) -> Verdict:
+    """What follows from upstream's answer to an anonymous request; `stored` is whether there is a copy to fall back on.
+
+    A refusal of this one caller (412) changes nothing for others; a refusal of everybody does.
+    """
+    match heard:
+        case Heard.MANIFEST:
+            return Verdict.ADOPT
+        case Heard.DENIED if stored:
+            return Verdict.RELAY_AND_DENY
+        case Heard.GONE if stored and withdrawn is Withdrawn.DROP:
+            return Verdict.RELAY_AND_DROP
+        case Heard.NOTHING | Heard.SOMETHING | Heard.GONE | Heard.FAILING if stored:
+            return Verdict.SERVE_STALE
+        case Heard.NOTHING:
+            return Verdict.FAIL
+    return Verdict.RELAY

@@ -119,7 +119,13 @@ class Index:
             sizes = {Digest.parse(text): size for text, size in fact["sizes"].items()}
             oldest = tuple(fact["oldest"]) if fact["oldest"] is not None else None
             contents.manifests[name] = ManifestRecord(
-                bodies[fact["body"]], fact["content_type"], fact["confirmed"], sizes, oldest, fact["denied"]
+                bodies[fact["body"]],
+                fact["content_type"],
+                fact["confirmed"],
+                sizes,
+                oldest,
+                fact["denied"],
+                fact["pulled"],
             )
         return contents
 
@@ -133,10 +139,17 @@ class Index:
             "confirmed": record.confirmed,
             "oldest": record.oldest,
             "denied": record.denied,
+            "pulled": record.pulled,
             "sizes": {str(digest): size for digest, size in record.sizes.items()},
         }
         self._put(f"body {record.digest}", record.body)
         self._put(f"manifest {name.host} {name.repository} {name.reference}", json.dumps(fact))
+
+    def delete_manifest(self, name: Name, body: str | None) -> None:
+        """`body` is the digest of the bytes, None where another manifest has the same."""
+        self._write_later(self.cache.delete, f"manifest {name.host} {name.repository} {name.reference}")
+        if body is not None:
+            self._write_later(self.cache.delete, f"body {body}")
 
     def put_pair(self, host: str, repository: str, digest: Digest) -> None:
         self._put(f"pair {host} {repository} {digest}", "")

@@ -8,8 +8,10 @@ import asyncio
 import json
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
+
+from multidict import CIMultiDict
 
 from pullthrough import freshness
 from pullthrough.cachestatus import CacheStatus, Outcome
@@ -17,18 +19,30 @@ from pullthrough.collapse import Collapser
 from pullthrough.datacheck import relayable
 from pullthrough.digest import Digest
 from pullthrough.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout
-from pullthrough.exchange import Answer, Request
-from pullthrough.freshness import Freshness
-from pullthrough.records import ManifestRecord, Name, Version
+from pullthrough.exchange import Answer, Request, version_of
+from pullthrough.freshness import Freshness, Heard, Verdict
+from pullthrough.records import ManifestRecord, Name
 from pullthrough.route import ManifestRoute
 from pullthrough.settings import Settings
 from pullthrough.store import Store
-from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Response, Upstream
+from pullthrough.upstream import DEADLINE_S, REDIRECTS, Response, Upstream
 
 _log = logging.getLogger(__name__)
 
 ACCEPT: Final = "application/vnd.docker.distribution.manifest.v2+json"
 """Always sent: without it the registry has answered 400 (ollama#769), and its answer varies on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What upstream said to one request for a manifest."""
+
+    heard: Heard
+    response: Response
+    record: ManifestRecord | None = None
+    """Of Heard.MANIFEST."""
+    cause: UpstreamError | None = None
+    """Of Heard.NOTHING."""
 
 
 class Manifests:
@@ -38,104 +52,192 @@ class Manifests:
         self._settings = settings
         self._store = store
         self._upstream = upstream
-        self._fetches: Collapser[tuple[Name, str], Response] = Collapser()
+        self._fetches: Collapser[tuple[Name, str], Reply] = Collapser()
+        self._newest = ""
+
+    @property
+    def newest_agent(self) -> str:
+        """The User-Agent of the newest Ollama that has asked: what the cache asks with by itself."""
+        known = (record.oldest for record in self._store.manifests().values())
+        version = max((item for item in known if item is not None), default=None)
+        stored = f"ollama/{'.'.join(map(str, version))}" if version else ""
+        return max(self._newest, stored, key=lambda agent: version_of(agent) or ())
 
     def stored(self, request: Request, repository: str, digest: Digest) -> Answer | None:
         """The stored manifest with these bytes, None if there is none: what a digest names does not change."""
         record = self._store.manifest_by_digest(request.host, repository, digest)
-        return _manifest_answer(request, record, CacheStatus(Outcome.HIT)) if record else None
+        if record is None:
+            return None
+        for name, other in self._store.manifests().items():
+            if (name.host, name.repository, other.digest) == (request.host, repository, record.digest):
+                self._store.touch(name, time.time())
+        return _manifest_answer(request, record, CacheStatus(Outcome.HIT))
 
     async def answer(self, request: Request, route: ManifestRoute) -> Answer:
         """As the policy above says; `route.reference` may be a tag or a digest."""
         if route.digest is not None and (answer := self.stored(request, route.repository, route.digest)):
             return answer
+        self._newest = max(self._newest, request.agent, key=lambda agent: version_of(agent) or ())
         name = Name(request.host, route.repository, route.reference)
-        record = self._store.manifest(name)
-        if record is not None and record.denied:
-            record = None
-        verdict = freshness.decide(
+        answer = await self._answer(request, name)
+        if answer.status == 200 and request.method == "GET":
+            self._store.touch(name, time.time())
+        return answer
+
+    async def _answer(self, request: Request, name: Name) -> Answer:
+        now = time.time()
+        record = self._public(name)
+        plan = freshness.decide(
             freshness.Stored(record.confirmed, record.oldest) if record else None,
-            now=time.time(),
-            lifetime_s=self._settings.manifest_lifetime_s,
+            now=now,
+            lifetime_s=self._settings.manifest_lifetime.of(name),
             # The decision compares Unix seconds; upstream's clock is monotonic.
-            down_until=time.time() + self._upstream.down_until - time.monotonic(),
+            down_until=now + self._upstream.down_until(name.host) - time.monotonic(),
             offline=self._settings.offline,
             version=request.version,
         )
-        match verdict, record:
+        match plan, record:
             case (Freshness.SERVE, ManifestRecord()):
                 return _manifest_answer(request, record, CacheStatus(Outcome.HIT))
             case (Freshness.SERVE_STALE, ManifestRecord()):
                 return _manifest_answer(request, record, CacheStatus(Outcome.HIT, detail="stale"))
-        timeout_s = freshness.REVALIDATE_TIMEOUT_S if record else DEADLINE_S
         outcome = Outcome.STALE if record else Outcome.MISS
         try:
             async with asyncio.timeout(DEADLINE_S):
-                response, collapsed = await self._fetch_manifest(request, name, route.digest, timeout_s)
-        except (UpstreamError, TimeoutError) as error:
-            cause = error if isinstance(error, UpstreamError) else UpstreamTimeout("no answer in time")
-            if record is None:
-                return _unavailable(name, cause)
-            self._upstream.mark_down(freshness.DOWN_S)
-            _log.warning("%s: upstream failed (%s); serving the stored manifest", name, cause)
-            return _manifest_answer(request, record, CacheStatus(Outcome.STALE, detail="upstream-failed"))
-        cache = CacheStatus(outcome, forward_status=response.status, collapsed=collapsed)
-        if response.status == 200:
-            stored = self._store.manifest(name)
-            if stored is not None and stored.body == response.body:
-                return _manifest_answer(request, stored, CacheStatus(outcome, True, collapsed, 200))
-        portal = response.status == 200 and ManifestRecord.parse(response.body, "", now=0) is None
-        if record is not None and (portal or response.status in (404, 429) or response.status >= 500):
-            what = "with something else" if portal else str(response.status)
-            _log.warning("%s: upstream answered %s; serving the stored manifest", name, what)
-            return _manifest_answer(
-                request, record, CacheStatus(outcome, forward_status=response.status, detail="stale")
-            )
-        return _relay(request, response, cache)
+                reply, collapsed, adopted = await self._fetch(
+                    request, name, record if plan is Freshness.REVALIDATE else None, has_copy=record is not None
+                )
+        except TimeoutError:
+            reply, collapsed, adopted = _nothing(UpstreamTimeout("no answer in time")), False, False
+        # It may have become private meanwhile.
+        record = self._public(name)
+        status = reply.response.status or None
+        cache = CacheStatus(outcome, forward_status=status, collapsed=collapsed)
+        match freshness.conclude(reply.heard, stored=record is not None, withdrawn=self._settings.withdrawn):
+            case Verdict.ADOPT if adopted and reply.record is not None:
+                return _manifest_answer(request, reply.record, replace(cache, stored=True))
+            case Verdict.SERVE_STALE if record is not None:
+                if reply.cause is not None:
+                    self._upstream.mark_down(name.host, freshness.DOWN_S)
+                _log.warning("%s: %s; serving the stored manifest", name, _told(reply))
+                detail = "upstream-failed" if reply.heard is Heard.NOTHING else "stale"
+                return _manifest_answer(request, record, replace(cache, detail=detail))
+            case Verdict.FAIL:
+                assert reply.cause is not None
+                return _unavailable(name, reply.cause)
+        return _relay(request, reply.response, cache)
 
-    async def _fetch_manifest(
-        self, request: Request, name: Name, digest: Digest | None, timeout_s: float
-    ) -> tuple[Response, bool]:
-        """(upstream's answer, collapsed); stored if an anonymous request got it.
+    def _public(self, name: Name) -> ManifestRecord | None:
+        record = self._store.manifest(name)
+        return None if record is None or record.denied else record
+
+    async def _fetch(
+        self, request: Request, name: Name, confirm: ManifestRecord | None, *, has_copy: bool
+    ) -> tuple[Reply, bool, bool]:
+        """(upstream's reply, collapsed, whether an anonymous request got it and it was adopted).
 
         Authorization does not make a model private (client2 sends it always), so the anonymous try comes first;
         only what it was denied is asked for in the caller's name, and never stored.
         """
-        agent = request.headers.get("user-agent", "")
-        response, collapsed = await self._fetches.join(
-            (name, agent), lambda: self._fetch_public_manifest(request, name, digest, timeout_s)
-        )
-        if response.status in DENIED and request.authorization is not None:
-            headers = {**request.forwarded, "Accept": ACCEPT, "Authorization": request.authorization}
-            target = f"/v2/{name.repository}/manifests/{name.reference}"
-            return await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s), False
-        return response, collapsed
+        timeout_s = freshness.REVALIDATE_TIMEOUT_S if has_copy else DEADLINE_S
 
-    async def _fetch_public_manifest(
-        self, request: Request, name: Name, digest: Digest | None, timeout_s: float
-    ) -> Response:
+        async def work() -> Reply:
+            reply = await self.hear(name, request.agent, confirm=confirm, timeout_s=timeout_s)
+            self.settle(name, reply, request.agent)
+            return reply
+
+        reply, collapsed = await self._fetches.join((name, request.agent), work)
+        if reply.heard in (Heard.DENIED, Heard.GONE) and request.authorization is not None:
+            reply = await self.hear(name, request.agent, authorization=request.authorization, timeout_s=timeout_s)
+            return reply, False, False
+        return reply, collapsed, True
+
+    async def hear(
+        self,
+        name: Name,
+        agent: str,
+        *,
+        confirm: ManifestRecord | None = None,
+        authorization: str | None = None,
+        timeout_s: float,
+    ) -> Reply:
+        """Ask upstream, and change nothing. HEAD may `confirm` a record by its digest; else it takes a GET."""
         target = f"/v2/{name.repository}/manifests/{name.reference}"
-        headers = {**request.forwarded, "Accept": ACCEPT}
-        response = await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s)
-        if response.status == 200:
-            content_type = response.headers.get("Content-Type", ACCEPT)
-            record = ManifestRecord.parse(response.body, content_type, now=time.time())
-            if record is None:
-                _log.warning("%s: upstream's answer is no manifest; relayed, not stored", name)
-            elif digest is not None and record.digest != digest.hex:
-                raise UnexpectedResponse(f"{name}: expected a manifest with this digest, got sha256:{record.digest}")
-            else:
-                self._store.put_manifest(name, replace(record, oldest=self._oldest(name, record, request.version)))
-        elif response.status in (401, 403) and (stored := self._store.manifest(name)) and not stored.denied:
-            _log.warning("%s: upstream answered %d: private from now on", name, response.status)
-            self._store.deny(name, stored)
-        return response
+        headers = {"Accept": ACCEPT}
+        if agent:
+            headers["User-Agent"] = agent
+        if authorization is not None:
+            headers["Authorization"] = authorization
+        try:
+            async with asyncio.timeout(timeout_s):
+                if confirm is not None:
+                    head = await self._upstream.ask("HEAD", name.host, target, headers, timeout_s=timeout_s)
+                    if head.status == 200 and _digest(head) == confirm.digest:
+                        response = Response(200, CIMultiDict({"Content-Type": confirm.content_type}), confirm.body)
+                        return Reply(Heard.MANIFEST, response, replace(confirm, confirmed=time.time()))
+                return _classify(name, await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s))
+        except UpstreamError as error:
+            return _nothing(error)
+        except TimeoutError:
+            return _nothing(UpstreamTimeout("no answer in time"))
 
-    def _oldest(self, name: Name, record: ManifestRecord, version: Version | None) -> Version | None:
-        """The oldest version that has been granted these bytes, with the one that has them now."""
+    def settle(self, name: Name, reply: Reply, agent: str) -> None:
+        """Let the store follow what upstream said to an anonymous request by this User-Agent."""
         stored = self._store.manifest(name)
-        known = [stored.oldest] if stored is not None and stored.body == record.body else []
-        return min((item for item in [*known, version] if item is not None), default=None)
+        known = stored is not None and not stored.denied
+        verdict = freshness.conclude(reply.heard, stored=known, withdrawn=self._settings.withdrawn)
+        if verdict is Verdict.ADOPT and reply.record is not None:
+            version, pulled = version_of(agent), 0.0
+            if stored is not None:
+                pulled = stored.pulled
+                if stored.body == reply.record.body:
+                    # What was granted to a version is granted to newer ones, as long as the bytes are the same.
+                    version = min((item for item in (stored.oldest, version) if item is not None), default=None)
+                elif known:
+                    _log.info("%s moved: sha256:%s -> sha256:%s", name, stored.digest, reply.record.digest)
+            self._store.put_manifest(name, replace(reply.record, oldest=version, pulled=pulled))
+        elif stored is not None and verdict is Verdict.RELAY_AND_DENY:
+            _log.warning("%s: upstream answered %d: private from now on", name, reply.response.status)
+            self._store.deny(name, stored)
+        elif stored is not None and verdict is Verdict.RELAY_AND_DROP:
+            _log.warning("%s: withdrawn upstream (404): dropped", name)
+            self._store.drop_manifest(name)
+
+
+def _classify(name: Name, response: Response) -> Reply:
+    match response.status:
+        case 200:
+            record = ManifestRecord.parse(response.body, response.headers.get("Content-Type", ACCEPT), now=time.time())
+            if record is None:
+                _log.warning("%s: upstream's answer is no manifest; not stored", name)
+                return Reply(Heard.SOMETHING, response)
+            if ":" in name.reference and f"sha256:{record.digest}" != name.reference:
+                raise UnexpectedResponse(f"{name}: expected a manifest with this digest, got sha256:{record.digest}")
+            return Reply(Heard.MANIFEST, response, record)
+        case 404:
+            return Reply(Heard.GONE, response)
+        case 401 | 403:
+            return Reply(Heard.DENIED, response)
+        case status if status == 429 or status >= 500:
+            return Reply(Heard.FAILING, response)
+    return Reply(Heard.REFUSED, response)
+
+
+def _nothing(cause: UpstreamError) -> Reply:
+    return Reply(Heard.NOTHING, Response(0, CIMultiDict(), b""), cause=cause)
+
+
+def _told(reply: Reply) -> str:
+    if reply.cause is not None:
+        return f"upstream failed ({reply.cause})"
+    what = "with something else" if reply.heard is Heard.SOMETHING else str(reply.response.status)
+    return f"upstream answered {what}"
+
+
+def _digest(response: Response) -> str:
+    """The manifest's digest, bare hexadecimal, as Ollama's registry (seen 2026-09) or any OCI registry tells it."""
+    told = response.headers.get("ollama-content-digest") or response.headers.get("Docker-Content-Digest", "")
+    return told.removeprefix("sha256:").lower()
 
 
 def _manifest_answer(request: Request, record: ManifestRecord, cache: CacheStatus) -> Answer:

@@ -5,6 +5,7 @@ Knows neither how they are stored nor what follows from them.
 
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from hashlib import sha256
 from typing import Self
 
@@ -43,6 +44,12 @@ class Name:
         separator = "@" if ":" in self.reference else ":"
         return f"{self.host}/{self.repository}{separator}{self.reference}"
 
+    def matches(self, pattern: str) -> bool:
+        """Whether a shell pattern names it: in full, without the host, or as users type it (`llama3.2:*`)."""
+        full = str(self)
+        forms = (full, full.removeprefix(f"{self.host}/"), full.removeprefix(f"{self.host}/library/"))
+        return any(fnmatchcase(form, pattern) for form in forms)
+
 
 @dataclass(frozen=True, slots=True)
 class ManifestRecord:
@@ -57,6 +64,8 @@ class ManifestRecord:
     """The oldest client version that upstream has granted these bytes to; None if nobody has told one."""
     denied: bool = False
     """Upstream refuses it to an anonymous request by now: it is nobody's until upstream grants it again."""
+    pulled: float = 0.0
+    """When a client last asked for it, Unix seconds."""
 
     @classmethod
     def parse(cls, body: bytes, content_type: str, *, now: float) -> Self | None:

@@ -25,10 +25,12 @@ from pullthrough.errors import (
     UpstreamUnreachable,
 )
 from pullthrough.exchange import Answer, Request, failure
+from pullthrough.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.manifests import Manifests
 from pullthrough.prefetch import Prefetcher
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
+from pullthrough.refresh import Refresher
 from pullthrough.route import (
     BlobRoute,
     CanonicalRoute,
@@ -60,9 +62,15 @@ class Registry:
         self._vouchers = access.Vouchers()
         self._manifests = Manifests(settings, store, upstream)
         self._prefetcher = Prefetcher(store, recorder, self.source)
+        self._refresher = Refresher(settings, store, upstream, recorder, self._manifests, self.public_source)
+
+    def open(self) -> None:
+        """Begin what is done by itself."""
+        self._refresher.open()
 
     async def close(self) -> None:
         """Start nothing more."""
+        await self._refresher.close()
         await self._prefetcher.close()
 
     async def answer(self, request: Request) -> Answer | None:
@@ -114,11 +122,15 @@ class Registry:
         size = self._size(route.digest) if known else None
         if size is not None and not (pushes and not self._settings.offline):
             return _head(route.digest, size, CacheStatus(Outcome.HIT))
+        if size is not None and self._upstream.down_until(request.host) > time.monotonic():
+            return _head(route.digest, size, CacheStatus(Outcome.HIT, detail="upstream-down"))
         try:
-            size = await self._ask_size(request, route)
-        except (UpstreamUnreachable, UpstreamTimeout):
+            async with asyncio.timeout(DEADLINE_S if size is None else REVALIDATE_TIMEOUT_S):
+                size = await self._ask_size(request, route)
+        except (UpstreamUnreachable, UpstreamTimeout, TimeoutError):
             if size is None:
                 raise
+            self._upstream.mark_down(request.host, DOWN_S)
             return _head(route.digest, size, CacheStatus(Outcome.HIT, detail="upstream-failed"))
         return _head(route.digest, size, CacheStatus(Outcome.REQUEST if pushes else Outcome.MISS, forward_status=200))
 
@@ -192,14 +204,18 @@ class Registry:
         problem: UpstreamError = UpstreamUnreachable(f"no repository is known that holds {digest.short} in public")
         for host, repository in self._store.repositories(digest):
             try:
-                source, stream = await self._upstream.obtain(host, repository, digest, {}, timeout_s=DEADLINE_S)
+                return await self.public_source(host, repository, digest)
             except UpstreamError as error:
                 problem = error
-                continue
-            if stream is not None:
-                stream.close()
-            return source
         raise problem
+
+    async def public_source(self, host: str, repository: str, digest: Digest) -> Source:
+        """A source from this repository, as everybody gets it. UpstreamError if it gives none."""
+        source, stream = await self._upstream.obtain(host, repository, digest, {}, timeout_s=DEADLINE_S)
+        if stream is not None:
+            stream.close()
+        self._store.confirm_public(host, repository, digest, None)
+        return source
 
     def _is_known(self, request: Request, route: BlobRoute | ChunksumsRoute) -> bool:
         record = self._store.blob(route.digest)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import humanfriendly
 
 from pullthrough.errors import SettingsError
+from pullthrough.records import Name
 
 PREFIX: Final = "ollama_cache_"
 ENVIRONMENT_PREFIX: Final = "OLLAMA_CACHE_"
@@ -31,6 +32,13 @@ class Tunnel(StrEnum):
 
     ANY = "any"
     NONE = "none"
+
+
+class Withdrawn(StrEnum):
+    """What becomes of a stored manifest that upstream has no more (404)."""
+
+    SERVE = "serve"
+    DROP = "drop"
 
 
 class Finish(StrEnum):
@@ -57,6 +65,18 @@ class Endpoint:
         return f"{self.scheme}://{host}:{self.port}"
 
 
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """How long manifests are served unasked, in seconds."""
+
+    default_s: float
+    rules: tuple[tuple[str, float], ...] = ()
+    """(pattern, seconds); the first that matches counts."""
+
+    def of(self, name: Name) -> float:
+        return next((seconds for pattern, seconds in self.rules if name.matches(pattern)), self.default_s)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The effective options."""
@@ -69,7 +89,11 @@ class Settings:
     clients: tuple[Network | str, ...]
     """Networks, and the words `private`, `local`, `any`."""
     tunnel: Tunnel
-    manifest_lifetime_s: float
+    manifest_lifetime: Lifetimes
+    refresh: float | None
+    """Seconds between two looks at a tag."""
+    withdrawn: Withdrawn
+    pins: tuple[str, ...]
     offline: bool
     finish: Finish
     prefetch: bool
@@ -161,6 +185,30 @@ def _parse_duration(text: str) -> float:
     return seconds
 
 
+def _parse_lifetimes(text: str) -> Lifetimes:
+    default, *rest = (part.strip() for part in text.split(","))
+    rules = []
+    for part in rest:
+        pattern, equals, duration = part.rpartition("=")
+        if not equals or not pattern.strip():
+            raise ValueError("a duration, then pattern=duration for some models, separated by commas")
+        rules.append((pattern.strip(), _parse_duration(duration)))
+    return Lifetimes(_parse_duration(default), tuple(rules))
+
+
+def _parse_refresh(text: str) -> float | None:
+    if text.strip().lower() == "off":
+        return None
+    seconds = _parse_duration(text)
+    if seconds < 10:
+        raise ValueError("off, or a duration of at least 10 seconds")
+    return seconds
+
+
+def _parse_patterns(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+
 def _parse_rate(text: str) -> float | None:
     if not text.strip():
         return None
@@ -238,7 +286,32 @@ OPTIONS: Final = (
         _parse_clients,
     ),
     Option("tunnel", Tunnel.ANY, "CONNECT to other public hosts: any or none.", _parse_word(Tunnel)),
-    Option("manifest_lifetime", "5m", "How long a stored manifest is served unasked.", _parse_duration),
+    Option(
+        "manifest_lifetime",
+        "5m",
+        "How long a stored manifest is served unasked: a duration, then pattern=duration for some models, "
+        "as in 5m,llama3*=1d.",
+        _parse_lifetimes,
+    ),
+    Option(
+        "refresh",
+        "off",
+        "How often tags pulled in the last 30 days are looked at in the background, such as 6h; what has changed is "
+        "recorded before the tag moves.",
+        _parse_refresh,
+    ),
+    Option(
+        "withdrawn",
+        Withdrawn.SERVE,
+        "A stored model that the registry has no more (404): serve it on, or drop it.",
+        _parse_word(Withdrawn),
+    ),
+    Option(
+        "pins",
+        "",
+        "Patterns of models that are refreshed however long ago they were pulled, separated by commas.",
+        _parse_patterns,
+    ),
     Option("offline", "false", "Never contact a registry: serve what is recorded.", _parse_flag),
     Option(
         "finish",
@@ -278,7 +351,6 @@ def parse_settings(texts: Mapping[str, str], *, dir: Path, certs: Path) -> Setti
             values[option.name] = option.parse(text)
         except ValueError as error:
             raise SettingsError(f"option {PREFIX}{option.name}: expected {error}, got {text!r}") from error
-    values["manifest_lifetime_s"] = values.pop("manifest_lifetime")
     settings = Settings(**values)  # type: ignore[arg-type]  # the table above is the typing
     _check_together(settings)
     return settings

@@ -18,8 +18,10 @@ import json
 import os
 import secrets
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO, Final
 
 from pullthrough import platform
@@ -31,6 +33,9 @@ from pullthrough.records import BlobRecord, ManifestRecord, Name
 
 FORMAT: Final = 1
 MARKER: Final = "ollama-cache.json"
+TOLD_S: Final = 600.0
+"""How far the index may lag behind with the time of a manifest's last pull."""
+
 _FOLDERS: Final = ("index", "blobs", "ingest", "quarantine")
 
 
@@ -54,6 +59,8 @@ class Store:
         for name, record in self._manifests.items():
             self._list(name, record)
         self._open: dict[Digest, SharedFile] = {}
+        self._untold: dict[Name, float] = {}
+        """Since when the index lacks the time of a manifest's last pull."""
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
@@ -87,6 +94,8 @@ class Store:
 
     def close(self) -> None:
         """Write out what is pending and give the folder free."""
+        for name in self._untold:
+            self._index.put_manifest(name, self._manifests[name])
         self._index.close()
         self._lock.close()
 
@@ -214,21 +223,43 @@ class Store:
 
         The bytes stay, for those whom upstream grants them.
         """
-        self._listed.pop((name.host, name.repository), None)
-        self._by_digest.pop((name.host, name.repository, record.digest), None)
         self.put_manifest(name, replace(record, denied=True))
-        for other, stored in self._manifests.items():
-            if (other.host, other.repository) == (name.host, name.repository):
-                self._list(other, stored)
+        self._unlist(name, record)
         for digest in record.sizes:
             pair = (name.host, name.repository, digest)
             if pair in self._pairs:
                 self._pairs.remove(pair)
                 self._index.delete_pair(*pair)
 
+    def drop_manifest(self, name: Name) -> None:
+        """Forget the manifest; its blobs stay, and so do those that other manifests list."""
+        record = self._manifests.pop(name)
+        self._untold.pop(name, None)
+        shared = any(other.digest == record.digest for other in self._manifests.values())
+        self._index.delete_manifest(name, None if shared else record.digest)
+        self._unlist(name, record)
+
+    def _unlist(self, name: Name, record: ManifestRecord) -> None:
+        self._listed.pop((name.host, name.repository), None)
+        self._by_digest.pop((name.host, name.repository, record.digest), None)
+        for other, stored in self._manifests.items():
+            if (other.host, other.repository) == (name.host, name.repository):
+                self._list(other, stored)
+
+    def touch(self, name: Name, now: float) -> None:
+        """A client has pulled the manifest `now`; on disk only every TOLD_S seconds, and at the end."""
+        record = self._manifests.get(name)
+        if record is None:
+            return
+        self._manifests[name] = record = replace(record, pulled=now)
+        if now - self._untold.setdefault(name, now) >= TOLD_S:
+            del self._untold[name]
+            self._index.put_manifest(name, record)
+
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest that an anonymous request got."""
         self._manifests[name] = record
+        self._untold.pop(name, None)
         self._list(name, record)
         self._index.put_manifest(name, record)
 
@@ -241,8 +272,9 @@ class Store:
         """The repository's manifests, without those that are private by now."""
         return [record for (where, what, _), record in self._by_digest.items() if (where, what) == (host, repository)]
 
-    def models(self) -> list[Name]:
-        return sorted(self._manifests)
+    def manifests(self) -> Mapping[Name, ManifestRecord]:
+        """All stored manifests, those that are private by now too."""
+        return MappingProxyType(self._manifests)
 
     def blobs(self) -> dict[Digest, BlobRecord]:
         """All held blobs."""

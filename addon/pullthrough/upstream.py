@@ -86,7 +86,7 @@ class Upstream:
         self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
         self._session: aiohttp.ClientSession | None = None
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
-        self._down_until = 0.0
+        self._down_until: dict[str, float] = {}
 
     async def open(self) -> None:
         connector = aiohttp.TCPConnector(
@@ -108,15 +108,14 @@ class Upstream:
             await self._session.close()
             self._session = None
 
-    # --- whether upstream answers at all
+    # --- whether a registry answers at all
 
-    @property
-    def down_until(self) -> float:
-        """Until when (monotonic seconds) upstream counts as down; 0 when it does not."""
-        return self._down_until
+    def down_until(self, host: str) -> float:
+        """Until when (monotonic seconds) the registry counts as down; 0 when it does not."""
+        return self._down_until.get(host, 0.0)
 
-    def mark_down(self, seconds: float) -> None:
-        self._down_until = time.monotonic() + seconds
+    def mark_down(self, host: str, seconds: float) -> None:
+        self._down_until[host] = time.monotonic() + seconds
 
     def slot(self, source: Source) -> asyncio.Semaphore:
         """One of the places that all recordings share towards the source's host; first come, first served."""
@@ -143,7 +142,7 @@ class Upstream:
                         raise UnexpectedResponse(f"expected at most {MAX_CONTROL_BODY} bytes, got more")
                 return Response(response.status, CIMultiDict(response.headers), body)
 
-        response = await self._patiently(once, timeout_s)
+        response = await self._patiently(host, once, timeout_s)
         coding = response.headers.get("Content-Encoding", "identity")
         return replace(response, body=decode(response.body, coding, limit=MAX_CONTROL_BODY))
 
@@ -156,7 +155,7 @@ class Upstream:
         """
         target = f"/v2/{repository}/blobs/{digest}"
         url = self._settings.endpoint(host).origin + target
-        response = await self._patiently(lambda: self._send("GET", url, headers), timeout_s)
+        response = await self._patiently(host, lambda: self._send("GET", url, headers), timeout_s)
         if response.status == 200:
             with _closing_on_error(response):
                 stream = DataStream(response, check_data(200, response.headers, asked=None, length=None))
@@ -170,7 +169,7 @@ class Upstream:
             raise UnexpectedResponse(f"expected 200, a redirect or a refusal, got {response.status}")
 
     async def _patiently[T: (Response, aiohttp.ClientResponse)](
-        self, once: Callable[[], Awaitable[T]], timeout_s: float
+        self, host: str, once: Callable[[], Awaitable[T]], timeout_s: float
     ) -> T:
         """An answer of the registry; connections that fail and 5xx are tried again, as clients do not (HEAD, manifest).
 
@@ -193,7 +192,7 @@ class Upstream:
                     response = await once()
         except FAILURES as error:
             raise translate(error) from error
-        self._down_until = 0.0
+        self._down_until.pop(host, None)
         return response
 
     @staticmethod

@@ -1,0 +1,118 @@
+"""Look at stored tags in the background, and record what has changed before the tag moves.
+
+Invariant: a tag is adopted only once every blob of its new manifest is here, so who pulls it meanwhile gets the old
+model whole and from the LAN. Only public models that are here whole, or pinned, are looked at; one at a time.
+Knows no client: one that asks after the tag's lifetime is answered by upstream's word at once, as ever.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Final
+
+from pullthrough.datastream import Source
+from pullthrough.digest import Digest
+from pullthrough.errors import CacheError
+from pullthrough.freshness import DOWN_S, Heard
+from pullthrough.manifests import Manifests
+from pullthrough.recorder import Recorder
+from pullthrough.records import ManifestRecord, Name
+from pullthrough.settings import Settings
+from pullthrough.store import Store
+from pullthrough.upstream import DEADLINE_S, Upstream
+
+_log = logging.getLogger(__name__)
+
+IN_USE_S: Final = 30 * 86400.0
+"""A model that nobody has pulled for so long is left as it is, unless it is pinned."""
+
+LOOKS_PER_INTERVAL: Final = 20
+"""How often in one interval it is seen who is due: a tag is at most this fraction of it late."""
+
+
+class Refresher:
+    """The stored tags of all registries."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        upstream: Upstream,
+        recorder: Recorder,
+        manifests: Manifests,
+        source: Callable[[str, str, Digest], Awaitable[Source]],
+    ) -> None:
+        """`source` obtains a blob's public source from (host, repository)."""
+        self._settings = settings
+        self._store = store
+        self._upstream = upstream
+        self._recorder = recorder
+        self._manifests = manifests
+        self._source = source
+        self._tried: dict[Name, float] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        """Begin, if the settings say so."""
+        if self._settings.refresh is not None and not self._settings.offline:
+            self._task = asyncio.get_running_loop().create_task(self._run(self._settings.refresh), name="refresh")
+
+    async def close(self) -> None:
+        """Look at nothing any more; what is being recorded is the recorder's."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
+
+    async def _run(self, interval_s: float) -> None:
+        while True:
+            for name in list(self._due(interval_s, time.time())):
+                self._tried[name] = time.time()
+                try:
+                    await self.refresh(name)
+                except CacheError as error:
+                    _log.warning("refresh of %s: %s", name, error)
+            await asyncio.sleep(interval_s / LOOKS_PER_INTERVAL)
+
+    def _due(self, interval_s: float, now: float) -> Iterator[Name]:
+        for name, record in self._store.manifests().items():
+            pinned = any(name.matches(pattern) for pattern in self._settings.pins)
+            wanted = pinned or (now - record.pulled < IN_USE_S and self._is_whole(record))
+            looked = max(record.confirmed, self._tried.get(name, 0.0))
+            if ":" not in name.reference and wanted and not record.denied and now - looked >= interval_s:
+                yield name
+
+    def _is_whole(self, record: ManifestRecord) -> bool:
+        return all(self._store.held(digest) is not None for digest in record.sizes)
+
+    async def refresh(self, name: Name) -> None:
+        """Look at one tag, and let it move once all that is new is here."""
+        stored = self._store.manifest(name)
+        if stored is None or self._upstream.down_until(name.host) > time.monotonic():
+            return
+        agent = self._manifests.newest_agent
+        reply = await self._manifests.hear(name, agent, confirm=stored, timeout_s=DEADLINE_S)
+        if reply.heard is Heard.NOTHING:
+            self._upstream.mark_down(name.host, DOWN_S)
+            _log.info("refresh of %s: %s", name, reply.cause)
+            return
+        if reply.record is not None and reply.record.body != stored.body:
+            _log.info("refresh of %s: it has moved; recording what is new", name)
+            for digest in reply.record.sizes:
+                if not await self._record(name, digest):
+                    _log.warning("refresh of %s: not all of it could be recorded; the tag stays as it is", name)
+                    return
+        self._manifests.settle(name, reply, agent)
+
+    async def _record(self, name: Name, digest: Digest) -> bool:
+        """Whether the blob is here and public in the end."""
+        known = self._store.blob(digest)
+        if self._store.held(digest) is None:
+            obtain = partial(self._source, name.host, name.repository, digest)
+            recording = self._recorder.find(digest) or self._recorder.open(digest, obtain=obtain, wanted=True)
+            await recording.over.wait()
+        elif known is None or not known.public:
+            await self._source(name.host, name.repository, digest)
+        return self._store.held(digest) is not None
