@@ -38,6 +38,8 @@ def test_defaults() -> None:
         withdrawn=Withdrawn.SERVE,
         pins=(),
         offline=False,
+        max_size=None,
+        min_free=5 << 30,
         finish=Finish.AUTO,
         prefetch=True,
         upstream_connections=16,
@@ -63,6 +65,8 @@ def test_values() -> None:
         refresh="6h",
         withdrawn="DROP",
         pins="gemma*, hf.co/me/*",
+        max_size="200GB",
+        min_free="0",
         offline="yes",
         finish="never",
         upstream_connections="4",
@@ -78,6 +82,7 @@ def test_values() -> None:
     assert settings.manifest_lifetime == Lifetimes(3600, (("llama3*", 2 * 86400.0), ("hf.co/*", 0.0)))
     assert settings.refresh == 6 * 3600
     assert settings.withdrawn is Withdrawn.DROP
+    assert (settings.max_size, settings.min_free) == (200 * 10**9, 0)
     assert settings.pins == ("gemma*", "hf.co/me/*")
     assert settings.offline is True
     assert settings.finish is Finish.NEVER
@@ -107,6 +112,8 @@ def test_values() -> None:
         ("manifest_lifetime", "5m,llama3"),
         ("manifest_lifetime", "5m,=1h"),
         ("manifest_lifetime", "llama3=1h"),
+        ("max_size", "much"),
+        ("min_free", "-1"),
         ("refresh", "5s"),
         ("refresh", "sometimes"),
         ("withdrawn", "keep"),

@@ -23,6 +23,7 @@ from pullthrough.ca import Authority, Leaf, is_due
 from pullthrough.errors import CacheError, Misdirected
 from pullthrough.exchange import Answer, Request
 from pullthrough.gate import Gate, normal, refuse
+from pullthrough.keeper import Keeper
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.recording import Workroom
@@ -148,8 +149,16 @@ class OllamaCache:
         settings = self._settings
         await self._upstream.open()
         self._threads = Threads()
+        keeper = Keeper(
+            self._store,
+            self._threads,
+            max_size=settings.max_size,
+            min_free=settings.min_free,
+            pins=settings.pins,
+        )
         room = Workroom(
             self._store,
+            keeper,
             self._upstream,
             self._threads,
             connections=settings.upstream_connections,

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable
@@ -97,11 +96,8 @@ class Ingest:
         return size, present
 
     def begin(self, size: int) -> None:
-        """Start from nothing: a sparse file of `size` bytes. StoreUnwritable too if there is no room for them."""
+        """Start from nothing: a sparse file of `size` bytes."""
         try:
-            room = shutil.disk_usage(self.partial_path.parent).free
-            if room < size:
-                raise StoreUnwritable(f"recording {self.digest}: expected room for {size} bytes, got {room}")
             # An old journal never speaks for the new file, in whatever order the two reach the medium.
             self.journal_path.unlink(missing_ok=True)
             platform.sync_folder(self.journal_path.parent)

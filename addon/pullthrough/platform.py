@@ -153,3 +153,9 @@ def local_networks() -> tuple[Network, ...]:
                 if mask.version == address.version and gapless and prefix >= (8 if address.version == 4 else 32):
                     networks.append(ipaddress.ip_network(f"{address}/{prefix}", strict=False))
     return tuple(networks)
+
+
+def allocated(status: os.stat_result) -> int:
+    """The bytes that a file takes of the disk: less than its size where it has holes."""
+    # Windows does not tell; 512 is POSIX's unit there, whatever the file system's own is.
+    return status.st_blocks * 512 if sys.platform != "win32" else status.st_size

@@ -20,6 +20,7 @@ from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, DigestMismatch, StoreError, StoreUnwritable, UpstreamUnreachable
 from pullthrough.fetcher import Counters, Fetcher
 from pullthrough.ingest import SharedFile
+from pullthrough.keeper import Keeper
 from pullthrough.relay import Relay
 from pullthrough.scheduler import FIRST_SLICE, Demand, Slice, next_slice
 from pullthrough.sealer import Sealer
@@ -45,6 +46,7 @@ class Workroom:
     """What all recordings of a daemon share."""
 
     store: Store
+    keeper: Keeper
     upstream: Upstream
     threads: Threads
     connections: int
@@ -199,20 +201,28 @@ class Recording:
                 await after.closed()
             found = await self._room.threads.disk(self._ingest.resume)
             if found is not None:
-                self._open(Assembly(*found))
+                if await self._has_room(found[0]):
+                    self._open(Assembly(*found))
                 return
             stream = stream or await self.supply.open_first(FIRST_SLICE)
             self.supply.expect(stream.validator)
-            try:
-                await self._room.threads.disk(self._ingest.begin, stream.length)
-            except StoreUnwritable as error:
-                self._give_up_keeping(stream.length, error)
-                return
-            self._open(Assembly(stream.length))
-            await self._fetcher.take(stream)
+            if await self._has_room(stream.length, self._ingest.begin):
+                self._open(Assembly(stream.length))
+                await self._fetcher.take(stream)
         finally:
             if stream is not None:
                 stream.close()
+
+    async def _has_room(self, size: int, begin: Callable[[int], None] | None = None) -> bool:
+        """Make room for the blob and `begin` it; where that cannot be, clients are served past the disk."""
+        try:
+            await self._room.keeper.reserve(self.digest, size)
+            if begin is not None:
+                await self._room.threads.disk(begin, size)
+        except StoreUnwritable as error:
+            self._give_up_keeping(size, error)
+            return False
+        return True
 
     def _open(self, assembly: Assembly) -> None:
         assert self._ingest.file is not None
@@ -355,6 +365,7 @@ class Recording:
             # What it holds is the room that the next recording may need.
             await self._room.threads.disk(self._ingest.discard)
         await self._room.threads.disk(self._ingest.close)
+        self._room.keeper.release(self.digest)
 
     async def closed(self) -> None:
         """Wait until an ended recording has let go of its files."""

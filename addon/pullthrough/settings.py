@@ -95,6 +95,10 @@ class Settings:
     withdrawn: Withdrawn
     pins: tuple[str, ...]
     offline: bool
+    max_size: int | None
+    """Bytes."""
+    min_free: int
+    """Bytes."""
     finish: Finish
     prefetch: bool
     upstream_connections: int
@@ -221,6 +225,18 @@ def _parse_rate(text: str) -> float | None:
     return rate
 
 
+def _parse_size(text: str) -> int | None:
+    if not text.strip():
+        return None
+    try:
+        size = int(humanfriendly.parse_size(text))
+    except humanfriendly.InvalidSize:
+        raise ValueError("a size such as 500MB, 200GiB or 2TB") from None
+    if size < 0:
+        raise ValueError("a size of 0 or more")
+    return size
+
+
 def _parse_flag(text: str) -> bool:
     match text.strip().lower():
         case "true" | "yes" | "on" | "1":
@@ -309,10 +325,18 @@ OPTIONS: Final = (
     Option(
         "pins",
         "",
-        "Patterns of models that are refreshed however long ago they were pulled, separated by commas.",
+        "Patterns of models that are never evicted, and refreshed however long ago they were pulled, "
+        "separated by commas.",
         _parse_patterns,
     ),
     Option("offline", "false", "Never contact a registry: serve what is recorded.", _parse_flag),
+    Option(
+        "max_size",
+        "",
+        "The most that the store may hold, such as 200GB: models not pulled for longest go first; empty for no limit.",
+        _parse_size,
+    ),
+    Option("min_free", "5GiB", "How much of the disk is left free, whatever max_size says.", _parse_size),
     Option(
         "finish",
         Finish.AUTO,

@@ -18,7 +18,7 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -52,6 +52,8 @@ class Store:
         self._index = index
         contents = index.load()
         self._blobs = contents.blobs
+        self.held_bytes = sum(record.size or 0 for record in self._blobs.values() if record.held)
+        """What all held blobs take together."""
         self._manifests = contents.manifests
         self._pairs = contents.pairs
         self._listed: dict[tuple[str, str], set[Digest]] = {}
@@ -144,6 +146,25 @@ class Store:
             with contextlib.suppress(OSError):
                 self.blob_path(digest).unlink()
 
+    def evict(self, digests: Sequence[Digest]) -> list[Path]:
+        """Their blobs are no hits from now on; the files that are returned are the caller's to remove."""
+        for digest in digests:
+            self._put_blob(digest, replace(self._blobs[digest], held=False))
+        return [self.blob_path(digest) for digest in digests]
+
+    def is_open(self, digest: Digest) -> bool:
+        """Whether somebody reads the blob."""
+        return digest in self._open
+
+    def partials(self) -> dict[Digest, tuple[int, float]]:
+        """What recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
+        found = {}
+        for path in (self.folder / "ingest").glob("*.partial"):
+            with contextlib.suppress(InvalidRequest, FileNotFoundError):
+                status = path.stat()
+                found[Digest.parse(path.stem)] = (platform.allocated(status), status.st_mtime)
+        return found
+
     def ingest(self, digest: Digest) -> Ingest:
         """The ingest of `digest`: a new one, or the partial that an earlier recording left."""
         return Ingest(self.folder / "ingest", digest)
@@ -184,6 +205,8 @@ class Store:
         return path
 
     def _put_blob(self, digest: Digest, record: BlobRecord) -> None:
+        known = self._blobs.get(digest, BlobRecord())
+        self.held_bytes += (record.size or 0) * record.held - (known.size or 0) * known.held
         self._blobs[digest] = record
         self._index.put_blob(digest, record)
 

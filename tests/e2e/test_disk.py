@@ -1,5 +1,6 @@
 """The cache's disk fails: full, gone, read-only, unreadable. A pull never fails because of it."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -62,7 +63,28 @@ def test_full_disk(origin: Origin, start_proxy: Callable[..., Proxy], new_client
 def test_disk_that_fills_up(
     origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path
 ) -> None:
-    """Two blobs that fit one by one are recorded at once: whoever finds the disk full goes on without it."""
+    """Somebody else takes the room while a blob is recorded: who pulls it goes on without the disk."""
+    store = tmp_path / "small"
+    proxy = start_proxy(program=small_disk(store, "32m"), ollama_cache_dir=store)
+    model = add_model(origin, unique(24 * MB))
+    origin.rate_per_connection = MB
+    client = new_client(proxy, min_part=2 * MB)
+    with ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(client.pull, model.name)
+        origin.counters.wait_for(lambda counters: counters.cdn_bytes > 6 * MB)
+        with Path(f"/proc/{proxy.pid}/root{store}/other").open("wb") as other, contextlib.suppress(OSError):
+            while True:
+                other.write(bytes(MB))
+        report = pulling.result()
+    assert_complete(client, model)
+    assert report.retries == report.stalls == 0
+    proxy.wait_for_line("No space left on device")
+
+
+def test_what_is_being_recorded_counts(
+    origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path
+) -> None:
+    """Two blobs that fit one by one come at once: the one that comes second is passed through from the start."""
     store = tmp_path / "small"
     proxy = start_proxy(program=small_disk(store, "32m"), ollama_cache_dir=store)
     models = [add_model(origin, unique(24 * MB)) for _ in range(2)]
@@ -73,7 +95,7 @@ def test_disk_that_fills_up(
     for client, model, report in zip(clients, models, reports, strict=True):
         assert_complete(client, model)
         assert report.retries == report.stalls == 0
-    proxy.wait_for_line("No space left on device")
+    proxy.wait_for_line("expected room for")
 
 
 def test_store_that_vanishes(
