@@ -21,7 +21,7 @@ from pullthrough.errors import CacheError, DigestMismatch, StoreError, StoreUnwr
 from pullthrough.fetcher import Counters, Fetcher
 from pullthrough.ingest import SharedFile
 from pullthrough.keeper import Keeper
-from pullthrough.relay import Relay
+from pullthrough.relay import Relay, Relays
 from pullthrough.scheduler import FIRST_SLICE, Demand, Slice, next_slice
 from pullthrough.sealer import Sealer
 from pullthrough.settings import Finish
@@ -138,6 +138,7 @@ class Recording:
         self._tasks: set[asyncio.Task[None]] = set()
         self._started = time.monotonic()
         self._error: CacheError | None = None
+        self._relays: Relays | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._ended = False
         self._closing: asyncio.Task[None] | None = None
@@ -165,7 +166,9 @@ class Recording:
 
     def relay(self, start: int, stop: int) -> Relay:
         """The interval from upstream, past the disk."""
-        return Relay(self.supply, self._room.counters, self._room.budget, start, stop, self.assembly.size)
+        if self._relays is None:
+            self._relays = Relays(self.supply, self._room.counters, self._room.budget, self.assembly.size)
+        return Relay(self._relays, start, stop)
 
     def detach(self, cursor: Cursor) -> None:
         self._cursors.discard(cursor)

@@ -49,7 +49,7 @@ def test_full_disk(origin: Origin, start_proxy: Callable[..., Proxy], new_client
     assert_complete(client, large)
     assert report.retries == report.stalls == 0
     proxy.wait_for_line("expected room for")
-    assert rss.growth_mib < 100
+    assert rss.growth_mib < 64 + 100  # the window, and what streaming takes
     assert files_of(proxy, "ingest") == []
     assert origin.counters.cdn_bytes_by_digest[large.layer] <= 96 * MB * 1.02
 
@@ -58,6 +58,24 @@ def test_full_disk(origin: Origin, start_proxy: Callable[..., Proxy], new_client
     assert_complete(client, small)
     proxy.wait_for_line(small.recorded)
     assert small.layer.replace(":", "-") in files_of(proxy, "blobs")
+
+
+def test_four_clients_past_the_disk(
+    origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path
+) -> None:
+    """Clients at about the same place share what passes through."""
+    store = tmp_path / "small"
+    proxy = start_proxy(program=small_disk(store, "16m"), ollama_cache_dir=store)
+    model = add_model(origin, unique(32 * MB))
+    origin.rate_per_connection = 2 * MB
+    clients = [new_client(proxy, min_part=8 * MB) for _ in range(4)]
+    with PeakRss(proxy) as rss, ThreadPoolExecutor(4) as pool:
+        reports = list(pool.map(lambda client: client.pull(model.name), clients))
+    for client, report in zip(clients, reports, strict=True):
+        assert_complete(client, model)
+        assert report.retries == report.stalls == 0
+    assert rss.growth_mib < 64 + 100  # the window, and what streaming takes
+    assert origin.counters.cdn_bytes_by_digest[model.layer] <= 32 * MB * 2
 
 
 def test_disk_that_fills_up(
