@@ -40,7 +40,12 @@ REPRESENTATIVE: Final = (
 )
 BY_NAME: Final = {trouble.name: trouble for trouble in TROUBLES}
 ROWS: Final = [
-    pytest.param(trouble, situation, id=f"{trouble.name}, {situation}")
+    pytest.param(
+        trouble,
+        situation,
+        id=f"{trouble.name}, {situation}",
+        marks=[pytest.mark.long] if situation == "half" else [],
+    )
     for trouble in TROUBLES
     for situation in SITUATIONS
     if trouble.comes_again or situation != "half"
