@@ -15,7 +15,7 @@ PACKAGE: Final = ADDON / "pullthrough"
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget",
-    "L2a": "store upstream datastream collapse ca platform control index ingest places threads",
+    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag",
     "L2b": "recorder relay transfer recording fetcher sealer supply keeper",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh",

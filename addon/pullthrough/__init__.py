@@ -8,7 +8,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L2b  recorder  recording  relay  fetcher  supply
          sealer  keeper                                      the ones that talk to the CDN and keep what it says
     L2a  store  index  ingest  upstream  datastream  collapse  ca  threads  places
-         platform                                            disk, sockets, tasks, keys
+         looplag  platform                                   disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget                                      state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding

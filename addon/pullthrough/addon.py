@@ -24,6 +24,7 @@ from pullthrough.errors import CacheError, Misdirected
 from pullthrough.exchange import Answer, Request
 from pullthrough.gate import Gate, normal, refuse
 from pullthrough.keeper import Keeper
+from pullthrough.looplag import LoopLag
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.recording import Workroom
@@ -72,6 +73,7 @@ class OllamaCache:
         self._threads: Threads | None = None
         self._recorder: Recorder | None = None
         self._registry: Registry | None = None
+        self._lag = LoopLag()
         self._minting: asyncio.Task[None] | None = None
         self._transfers: Transfers = {}
         self._gate = Gate(self._transfers)
@@ -169,6 +171,7 @@ class OllamaCache:
         self._registry = Registry(settings, self._store, self._upstream, self._recorder)
         self._registry.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
+        self._lag.open()
         self._forbid_reload()
         self._gate.open(settings)
         _log.info(
@@ -183,6 +186,8 @@ class OllamaCache:
     async def done(self) -> None:
         """Let go of everything; recordings keep what they have."""
         self._gate.close()
+        self._lag.close()
+        _log.info("event loop lag: %s", self._lag)
         if self._minting is not None:
             self._minting.cancel()
         registry, self._registry = self._registry, None

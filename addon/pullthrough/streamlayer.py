@@ -13,6 +13,7 @@ import asyncio
 import inspect
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -34,6 +35,9 @@ _log = logging.getLogger(__name__)
 
 PIECE: Final = 512 << 10
 """Bytes per hook. Larger pieces cost less CPU per byte and make everybody else on the loop wait longer."""
+
+PIECES_PER_PASS: Final = 3
+"""Encrypting a piece takes 2 ms and more: so many are made before everybody else on the loop is looked after."""
 
 WAIT_S: Final = 1.0
 """How long to wait for missing bytes before looking whether the client is still there."""
@@ -162,12 +166,49 @@ class mitmclient(Protocol):  # only a shape
     state: ConnectionState
 
 
+class Turns:
+    """Lets so many go on in each pass of the event loop, the others in the next ones, first come, first served."""
+
+    def __init__(self, per_pass: int) -> None:
+        self._per_pass = per_pass
+        self._left = per_pass
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._renewing = False
+
+    async def take(self) -> None:
+        """Return when it is the caller's turn."""
+        if self._left <= 0 or self._waiting:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            await turn
+        else:
+            self._left -= 1
+            self._renew_soon()
+
+    def _renew_soon(self) -> None:
+        if not self._renewing:
+            self._renewing = True
+            asyncio.get_running_loop().call_soon(self._renew)
+
+    def _renew(self) -> None:
+        self._renewing = False
+        self._left = self._per_pass
+        while self._waiting and self._left:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                self._left -= 1
+        if self._left < self._per_pass:
+            self._renew_soon()
+
+
 class Mouth:
     """Answers `PieceHook`: backpressure from the client, bytes from the reader."""
 
     def __init__(self, find_handler: Callable[[str], Handler | None]) -> None:
         """`find_handler` looks a live client connection up by its id."""
         self._find_handler = find_handler
+        self._turns = Turns(PIECES_PER_PASS)
 
     async def fill(self, transfer: Transfer) -> None:
         """Set `transfer.piece`, or `problem`, or neither at the end of the body."""
@@ -182,6 +223,7 @@ class Mouth:
         except TimeoutError:
             _lose(transfer, f"client took no byte for {CLIENT_STALL_S:.0f} s")
             return
+        await self._turns.take()
         reader = transfer.reader
         try:
             while not reader.done:

@@ -1,0 +1,53 @@
+"""How late the event loop is: everything else waits at least as long.
+
+Invariant: looking costs one short timer, whatever runs. Knows nothing of what makes it late.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from typing import Final
+
+_log = logging.getLogger(__name__)
+
+INTERVAL_S: Final = 0.05
+SAMPLES: Final = 12_000
+"""Ten minutes."""
+
+ALARM_S: Final = 1.0
+"""Clients of v0.1.23-v0.5.7 give a part up after 5 s without a byte; long before that an operator should know."""
+
+
+class LoopLag:
+    """Samples of the last ten minutes, in seconds."""
+
+    def __init__(self) -> None:
+        self._samples: deque[float] = deque(maxlen=SAMPLES)
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._watch(), name="loop lag")
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    def quantile(self, part: float) -> float:
+        """The lag that this part of the samples does not exceed; 0 where there are none."""
+        ordered = sorted(self._samples)
+        return ordered[min(len(ordered) - 1, int(len(ordered) * part))] if ordered else 0.0
+
+    def __str__(self) -> str:
+        median, late, worst = (1000 * self.quantile(part) for part in (0.5, 0.99, 1.0))
+        return f"median {median:.1f} ms, p99 {late:.1f} ms, worst {worst:.1f} ms"
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + INTERVAL_S
+            await asyncio.sleep(INTERVAL_S)
+            lag = max(0.0, loop.time() - due)
+            self._samples.append(lag)
+            if lag > ALARM_S:
+                _log.warning("the event loop was held up for %.1f s", lag)
