@@ -98,6 +98,11 @@ CLIENTS: Final[tuple[Client, ...]] = (
 )
 
 
+def knows_tokens(client: Client) -> bool:
+    """Whether it answers a challenge: Ollama since 0.1.2. client2 asks for small blobs without any credential."""
+    return isinstance(client, Emulated) and client.kind in (A1Client, A2Client)
+
+
 def holds(folder: Path, data: bytes) -> bool:
     """Some file below the folder is these bytes."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size == len(data))
@@ -154,3 +159,22 @@ def test_skopeo(origin: Origin, proxy: Proxy, tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=foreign.PATIENCE_S)
     assert process.returncode == 0, output
     assert output.encode() == model.manifest
+
+
+@pytest.mark.parametrize(
+    "client", [client for client in CLIENTS if knows_tokens(client)], ids=lambda client: client.name
+)
+def test_private(origin: Origin, proxy: Proxy, tmp_path: Path, client: Client) -> None:
+    """A private model: recorded once, served again to who may have it, and to nobody while upstream cannot be asked."""
+    data = gguf(unique(SIZE - 24).read(0, SIZE - 24))
+    model = add_model(origin, data, private=True)
+    for folder in (tmp_path / "cold", tmp_path / "warm"):
+        client.pull(proxy, model, folder)
+        assert holds(folder, data)
+        proxy.wait_for_line(model.recorded)
+    assert origin.counters.cdn_bytes_by_digest[model.layer] == SIZE
+    origin.stop()
+    with pytest.raises(Exception, match=r"\d{3}|unauthorized|offline|denied") as refused:
+        client.pull(proxy, model, tmp_path / "offline")
+    assert not isinstance(refused.value, AssertionError)
+    assert not holds(tmp_path / "offline", data)
