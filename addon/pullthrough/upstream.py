@@ -192,7 +192,7 @@ class Upstream:
                 else:
                     response = await once()
         except FAILURES as error:
-            raise translate(error) from error
+            raise translate(error) from None
         self._down_until = 0.0
         return response
 
@@ -217,7 +217,7 @@ class Upstream:
             async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
                 response = await self._follow(source.url, headers)
         except FAILURES as error:
-            raise translate(error) from error
+            raise translate(error) from None
         with _closing_on_error(response):
             extent = check_data(response.status, response.headers, asked=(start, stop), length=expected_length)
             stream = DataStream(response, extent)
