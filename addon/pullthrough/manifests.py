@@ -23,7 +23,7 @@ from pullthrough.records import ManifestRecord, Name, Version
 from pullthrough.route import ManifestRoute
 from pullthrough.settings import Settings
 from pullthrough.store import Store
-from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Response, Upstream
+from pullthrough.upstream import DEADLINE_S, DENIED, PRIVATE, REDIRECTS, Response, Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -50,9 +50,7 @@ class Manifests:
         if route.digest is not None and (answer := self.stored(request, route.repository, route.digest)):
             return answer
         name = Name(request.host, route.repository, route.reference)
-        record = self._store.manifest(name)
-        if record is not None and record.denied:
-            record = None
+        record = self._public(name)
         verdict = freshness.decide(
             freshness.Stored(record.confirmed, record.oldest) if record else None,
             now=time.time(),
@@ -74,16 +72,17 @@ class Manifests:
                 response, collapsed = await self._fetch_manifest(request, name, route.digest, timeout_s)
         except (UpstreamError, TimeoutError) as error:
             cause = error if isinstance(error, UpstreamError) else UpstreamTimeout("no answer in time")
+            # The anonymous request may have been refused before the one with credentials failed.
+            record = self._public(name)
             if record is None:
                 return _unavailable(name, cause)
             self._upstream.mark_down(freshness.DOWN_S)
             _log.warning("%s: upstream failed (%s); serving the stored manifest", name, cause)
             return _manifest_answer(request, record, CacheStatus(Outcome.STALE, detail="upstream-failed"))
         cache = CacheStatus(outcome, forward_status=response.status, collapsed=collapsed)
-        if response.status == 200:
-            stored = self._store.manifest(name)
-            if stored is not None and stored.body == response.body:
-                return _manifest_answer(request, stored, CacheStatus(outcome, True, collapsed, 200))
+        record = self._public(name)
+        if response.status == 200 and record is not None and record.body == response.body:
+            return _manifest_answer(request, record, CacheStatus(outcome, True, collapsed, 200))
         portal = response.status == 200 and ManifestRecord.parse(response.body, "", now=0) is None
         if record is not None and (portal or response.status in (404, 429) or response.status >= 500):
             what = "with something else" if portal else str(response.status)
@@ -108,7 +107,11 @@ class Manifests:
         if response.status in DENIED and request.authorization is not None:
             headers = {**request.forwarded, "Accept": ACCEPT, "Authorization": request.authorization}
             target = f"/v2/{name.repository}/manifests/{name.reference}"
-            return await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s), False
+            granted = await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s)
+            if granted.status == 200:
+                # A 404 to everybody else was no withdrawal.
+                self._deny(name)
+            return granted, False
         return response, collapsed
 
     async def _fetch_public_manifest(
@@ -126,10 +129,18 @@ class Manifests:
                 raise UnexpectedResponse(f"{name}: expected a manifest with this digest, got sha256:{record.digest}")
             else:
                 self._store.put_manifest(name, replace(record, oldest=self._oldest(name, record, request.version)))
-        elif response.status in (401, 403) and (stored := self._store.manifest(name)) and not stored.denied:
-            _log.warning("%s: upstream answered %d: private from now on", name, response.status)
-            self._store.deny(name, stored)
+        elif response.status in PRIVATE:
+            self._deny(name)
         return response
+
+    def _public(self, name: Name) -> ManifestRecord | None:
+        """The stored manifest, unless upstream has refused it to an anonymous request."""
+        record = self._store.manifest(name)
+        return None if record is None or record.denied else record
+
+    def _deny(self, name: Name) -> None:
+        if self._store.deny(name.host, name.repository):
+            _log.warning("%s: refused to an anonymous request; its repository is private from now on", name)
 
     def _oldest(self, name: Name, record: ManifestRecord, version: Version | None) -> Version | None:
         """The oldest version that has been granted these bytes, with the one that has them now."""

@@ -41,7 +41,7 @@ from pullthrough.route import (
 )
 from pullthrough.settings import Settings
 from pullthrough.store import Store
-from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Upstream
+from pullthrough.upstream import DEADLINE_S, DENIED, PRIVATE, REDIRECTS, Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -129,13 +129,14 @@ class Registry:
             headers = request.forwarded | ({"Authorization": authorization} if authorization else {})
             response = await self._upstream.ask("HEAD", request.host, target, headers, timeout_s=DEADLINE_S)
             if response.status == 200 and (length := response.headers.get("Content-Length", "")).isdecimal():
-                self._confirm(request.host, route, authorization, int(length))
+                self._confirm(request.host, route, authorization)
                 return int(length)
             if response.status == 200 or response.status in REDIRECTS:
                 # Registries that redirect HEAD too, or do not tell the size: the source itself tells.
                 return await self._open(request, route)
             if response.status not in DENIED:
                 break
+            self._refuse(request.host, route, authorization, response.status)
         raise UpstreamRefused(response.status, [])
 
     async def _get_blob(self, request: Request, route: BlobRoute) -> Answer:
@@ -180,9 +181,10 @@ class Registry:
             except UpstreamRefused as error:
                 if error.status_hint not in DENIED:
                     raise
+                self._refuse(request.host, route, authorization, error.status_hint)
                 refusal = error
                 continue
-            self._confirm(request.host, route, authorization, None)
+            self._confirm(request.host, route, authorization)
             return granted
         assert refusal is not None
         raise refusal
@@ -191,11 +193,14 @@ class Registry:
         """A source for a public blob, from any repository that has it. UpstreamError if none gives one."""
         problem: UpstreamError = UpstreamUnreachable(f"no repository is known that holds {digest.short} in public")
         for host, repository in self._store.repositories(digest):
+            route = BlobRoute(repository, digest)
             try:
                 source, stream = await self._upstream.obtain(host, repository, digest, {}, timeout_s=DEADLINE_S)
             except UpstreamError as error:
+                self._refuse(host, route, None, error.status_hint)
                 problem = error
                 continue
+            self._confirm(host, route, None)
             if stream is not None:
                 stream.close()
             return source
@@ -216,15 +221,24 @@ class Registry:
         )
         return access.decide(evidence) is access.Decision.GRANT
 
-    def _confirm(
-        self, host: str, route: BlobRoute | ChunksumsRoute, authorization: str | None, size: int | None
-    ) -> None:
-        """Upstream has granted the pair to the holder of `authorization`."""
-        self._vouchers.add(
-            access.credential_key(authorization), host, route.repository, route.digest, now=time.monotonic()
-        )
+    def _confirm(self, host: str, route: BlobRoute | ChunksumsRoute, authorization: str | None) -> None:
+        """Upstream has granted the blob's bytes to the holder of `authorization`; without one, to everybody."""
         if authorization is None:
-            self._store.confirm_public(host, route.repository, route.digest, size)
+            self._store.confirm_public(host, route.repository, route.digest)
+            return
+        key = access.credential_key(authorization)
+        self._vouchers.add(key, host, route.repository, route.digest, now=time.monotonic())
+        # It was asked for because the anonymous request was refused, with whatever status.
+        self._deny(host, route.repository)
+
+    def _refuse(self, host: str, route: BlobRoute | ChunksumsRoute, authorization: str | None, status: int) -> None:
+        """Upstream has refused the blob to the holder of `authorization`."""
+        if authorization is None and status in PRIVATE:
+            self._deny(host, route.repository)
+
+    def _deny(self, host: str, repository: str) -> None:
+        if self._store.deny(host, repository):
+            _log.warning("%s/%s: refused to an anonymous request; private from now on", host, repository)
 
     def _size(self, digest: Digest) -> int | None:
         record = self._store.blob(digest)
@@ -266,11 +280,12 @@ class Registry:
             headers = request.forwarded | ({"Authorization": authorization} if authorization else {})
             response = await self._upstream.ask("GET", request.host, target, headers, timeout_s=DEADLINE_S)
             if response.status == 200 and (location := response.headers.get("Content-Location")):
-                self._confirm(request.host, route, authorization, None)
+                self._confirm(request.host, route, authorization)
                 await self._record(route.digest, self._upstream.source_at(request.host, target, location))
                 return response.body, CacheStatus(Outcome.REQUEST, forward_status=200)
             if response.status not in DENIED:
                 break
+            self._refuse(request.host, route, authorization, response.status)
         if response.status == 200:
             raise UnexpectedResponse("expected a Content-Location with the chunk sums, got none")
         raise UpstreamRefused(response.status, [])

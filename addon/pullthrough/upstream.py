@@ -57,6 +57,9 @@ REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 DENIED: Final = frozenset({401, 403, 404})
 """What a registry answers to somebody who may not know, or may not be told."""
 
+PRIVATE: Final = frozenset({401, 403})
+"""Those of them that cannot mean that there is nothing."""
+
 MAX_HOPS: Final = 5
 
 
