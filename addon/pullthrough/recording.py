@@ -146,6 +146,12 @@ class Recording:
         """The blob's size, once the first response or an earlier partial has told it. Raises what it failed of."""
         return await asyncio.shield(self._ready)
 
+    @property
+    def size(self) -> int | None:
+        """The blob's size, None while nothing has told it."""
+        told = self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
+        return self._ready.result() if told else None
+
     def attach(self, start: int, stop: int) -> Cursor:
         """A cursor for a reader of `[start, stop)`. The recording must be ready; it may have ended meanwhile.
 

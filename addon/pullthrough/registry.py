@@ -129,7 +129,7 @@ class Registry:
             headers = request.forwarded | ({"Authorization": authorization} if authorization else {})
             response = await self._upstream.ask("HEAD", request.host, target, headers, timeout_s=DEADLINE_S)
             if response.status == 200 and (length := response.headers.get("Content-Length", "")).isdecimal():
-                self._confirm(request.host, route, authorization)
+                # That a blob exists is no grant of its bytes: only a GET confirms the pair.
                 return int(length)
             if response.status == 200 or response.status in REDIRECTS:
                 # Registries that redirect HEAD too, or do not tell the size: the source itself tells.
@@ -242,7 +242,10 @@ class Registry:
 
     def _size(self, digest: Digest) -> int | None:
         record = self._store.blob(digest)
-        return record.size if record is not None else None
+        if record is not None and record.size is not None:
+            return record.size
+        recording = self._recorder.find(digest)
+        return recording.size if recording is not None else None
 
     def _redirect(self, request: Request, digest: Digest, size: int, cache: CacheStatus) -> Answer:
         """The 307 that every client generation accepts: to another host name, which looks like the registry's own."""
