@@ -298,6 +298,9 @@ class Registry:
     async def _canonical(self, request: Request, route: CanonicalRoute) -> Answer | None:
         digest = route.digest
         if capability.verify(route.query, digest, secret=self._store.secret, now=time.time()) is None:
+            if capability.is_claimed(route.query):
+                # The blob host would refuse it as well, with a text, and would have been shown it.
+                return Answer(403, CacheStatus(Outcome.BYPASS))
             return None
         file = self._store.open_blob(digest)
         if file is not None:
