@@ -58,7 +58,7 @@ def test_version_gate(oldest: Version | None, version: Version | None, expected:
         (Heard.MANIFEST, Verdict.ADOPT, Verdict.ADOPT, Verdict.ADOPT),
         (Heard.SOMETHING, Verdict.RELAY, Verdict.SERVE_STALE, Verdict.SERVE_STALE),
         (Heard.GONE, Verdict.RELAY, Verdict.SERVE_STALE, Verdict.RELAY_AND_DROP),
-        (Heard.DENIED, Verdict.RELAY, Verdict.RELAY_AND_DENY, Verdict.RELAY_AND_DENY),
+        (Heard.DENIED, Verdict.RELAY_AND_DENY, Verdict.RELAY_AND_DENY, Verdict.RELAY_AND_DENY),
         (Heard.FAILING, Verdict.RELAY, Verdict.SERVE_STALE, Verdict.SERVE_STALE),
         (Heard.REFUSED, Verdict.RELAY, Verdict.RELAY, Verdict.RELAY),
     ],

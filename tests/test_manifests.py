@@ -115,15 +115,20 @@ class FakeStore:
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         self.kept[name] = record
 
-    def deny(self, name: Name, record: ManifestRecord) -> None:
-        self.kept[name] = replace(record, denied=True)
-
     def drop_manifest(self, name: Name) -> None:
         del self.kept[name]
 
     def touch(self, name: Name, now: float) -> None:
         if name in self.kept:
             self.kept[name] = replace(self.kept[name], pulled=now)
+
+    def deny(self, host: str, repository: str) -> bool:
+        changed = False
+        for name, record in self.kept.items():
+            if (name.host, name.repository) == (host, repository) and not record.denied:
+                self.kept[name] = replace(record, denied=True)
+                changed = True
+        return changed
 
 
 class World:
@@ -521,6 +526,25 @@ def test_a_manifest_that_is_refused_to_all_becomes_private(status: int) -> None:
     assert world.ask().status == 504
     assert world.ask().body == OLD
     assert world.store.kept[NAME].denied is False
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("then", [response(404), response(429), response(500), UpstreamUnreachable("x")], ids=repr)
+def test_credentials_are_no_way_to_a_copy_that_has_just_become_private(
+    status: int, then: Response | CacheError
+) -> None:
+    """Refused to everybody, and upstream does not grant it to this caller either: no stale copy for him."""
+    world = World(response(status), then, stored_ago=LIFETIME)
+    answer = world.ask(authorization="Bearer wrong")
+    assert answer.status == (then.status if isinstance(then, Response) else 504)
+    assert answer.body != OLD
+
+
+def test_a_model_that_is_hidden_and_not_withdrawn_is_private() -> None:
+    """404 to everybody and 200 to its owner: it is there, and not for everybody."""
+    world = World(response(404), GRANTED, UpstreamUnreachable("x"), stored_ago=LIFETIME)
+    assert world.ask(authorization="Bearer t").body == NEW
+    assert world.ask().status == 504
 
 
 def test_a_withdrawn_manifest_is_not_private() -> None:

@@ -60,7 +60,7 @@ def test_reopened_store_is_complete(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "store")
     digest = record(store, b"blob")
     store.put_manifest(NAME, manifest(b"blob", b"other"))
-    store.confirm_public("hub", "x/y", digest_of(b"third"), 5)
+    store.confirm_public("hub", "x/y", digest_of(b"third"))
     secret = store.secret
     store.close()
 
@@ -71,32 +71,42 @@ def test_reopened_store_is_complete(tmp_path: Path) -> None:
     assert store.is_member("hub", "x/y", digest_of(b"third"))
     third = store.blob(digest_of(b"third"))
     assert third is not None
-    assert (third.size, third.public, third.held) == (5, True, False)
+    assert (third.size, third.public, third.held) == (None, True, False)
     assert store.secret == secret
     store.close()
 
 
-def test_a_denied_manifest_is_known_no_more(tmp_path: Path) -> None:
-    """Nor are its blobs, but for those that another manifest of the repository lists; also after a restart."""
+def test_nothing_is_known_of_a_denied_repository(tmp_path: Path) -> None:
+    """Neither its manifests, whatever they were asked for by, nor their blobs; also after a restart."""
     store = Store.open(tmp_path / "store")
-    other = Name(NAME.host, NAME.repository, "other")
-    denied, kept = manifest(b"shared", b"mine"), manifest(b"shared")
-    store.put_manifest(NAME, denied)
-    store.put_manifest(other, kept)
-    store.confirm_public(NAME.host, NAME.repository, digest_of(b"mine"), 4)
-    store.deny(NAME, denied)
+    here = (NAME.host, NAME.repository)
+    names = [NAME, Name(*here, "other"), Name(*here, f"sha256:{manifest(b'mine').digest}")]
+    records = [manifest(b"mine"), manifest(b"more"), manifest(b"mine")]
+    store.put_manifest(NAME, earlier := manifest(b"moved away"))
+    for name, stored in zip(names, records, strict=True):
+        store.put_manifest(name, stored)
+    for blob in (b"mine", b"shared", b"unlisted"):
+        store.confirm_public(*here, digest_of(blob))
+    store.confirm_public(NAME.host, "library/elsewhere", digest_of(b"shared"))
+    assert store.deny(*here)
     for _ in range(2):
-        assert not store.is_member(NAME.host, NAME.repository, digest_of(b"mine"))
-        assert store.is_member(NAME.host, NAME.repository, digest_of(b"shared"))
-        assert store.manifest_by_digest(NAME.host, NAME.repository, Digest(denied.digest)) is None
-        assert store.manifest_by_digest(NAME.host, NAME.repository, Digest(kept.digest)) == kept
-        stored = store.manifest(NAME)
-        assert stored is not None
-        assert stored.denied
+        gone = (b"mine", b"more", b"moved away", b"unlisted")
+        assert not any(store.is_member(*here, digest_of(blob)) for blob in gone)
+        assert not any(store.manifest_by_digest(*here, Digest(record.digest)) for record in (*records, earlier))
+        assert store.manifests_of(*here) == []
+        assert all(store.manifest(name).denied for name in names)  # type: ignore[union-attr]
+        assert [store.blob(digest_of(blob)).public for blob in (b"mine", b"unlisted", b"shared")] == [  # type: ignore[union-attr]
+            False,
+            False,
+            True,
+        ]
+        assert store.is_member(NAME.host, "library/elsewhere", digest_of(b"shared"))
+        assert not store.deny(*here)
         store.close()
         store = Store.open(tmp_path / "store")
-    store.put_manifest(NAME, denied)
-    assert store.is_member(NAME.host, NAME.repository, digest_of(b"mine"))
+    store.put_manifest(NAME, records[0])
+    assert store.is_member(*here, digest_of(b"mine"))
+    assert not store.is_member(*here, digest_of(b"more"))
     store.close()
 
 
@@ -148,7 +158,7 @@ def test_private_stays_private(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "store")
     digest = record(store, b"blob")
     assert not store.held(digest).public  # type: ignore[union-attr]
-    store.confirm_public("hub", "x/y", digest, 4)
+    store.confirm_public("hub", "x/y", digest)
     assert store.held(digest).public  # type: ignore[union-attr]
     store.close()
 

@@ -38,7 +38,7 @@ class Evidence:
     public: bool
     """An anonymous request for the digest succeeded upstream."""
     listed: bool
-    """A stored manifest of that repository lists it, or upstream answered that repository's anonymous request."""
+    """A stored manifest of that repository lists it, or upstream granted it to an anonymous request there."""
     vouched: bool
     """Upstream answered this caller's credentials for this pair lately."""
 

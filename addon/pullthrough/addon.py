@@ -27,13 +27,13 @@ from pullthrough.keeper import Keeper
 from pullthrough.looplag import LoopLag
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
-from pullthrough.recording import Workroom
 from pullthrough.registry import Registry
 from pullthrough.settings import ENVIRONMENT_PREFIX, OPTIONS, PREFIX, Settings, parse_settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Mouth, Transfer, Transfers, check_internals
 from pullthrough.threads import Threads
 from pullthrough.upstream import Upstream
+from pullthrough.workroom import Workroom
 
 _log = logging.getLogger(__name__)
 

@@ -35,6 +35,11 @@ class Capability:
         return hmac.new(secret, message, hashlib.sha256).hexdigest()
 
 
+def is_claimed(query: str) -> bool:
+    """Whether `query` has the form of a capability, whoever signed it for whatever and until whenever."""
+    return _QUERY.fullmatch(query) is not None
+
+
 def verify(query: str, digest: Digest, *, secret: bytes, now: float) -> Capability | None:
     """The capability that `query` carries for `digest`; None if it is foreign, altered, for another blob or expired."""
     match = _QUERY.fullmatch(query)

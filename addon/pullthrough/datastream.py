@@ -77,7 +77,7 @@ class DataStream:
             if await content.readany():
                 raise UnexpectedResponse(f"expected {self.stop - self.start} bytes, got more")
         except FAILURES as error:
-            raise translate(error) from error
+            raise translate(error) from None
 
 
 def translate(error: BaseException) -> UpstreamError:

@@ -59,7 +59,7 @@ class Verdict(Enum):
     RELAY = auto()
     """Upstream's answer; the stored copy stays as it is."""
     RELAY_AND_DENY = auto()
-    """Upstream's answer; the stored copy is private from now on."""
+    """Upstream's answer; whatever is stored of the repository is private from now on."""
     RELAY_AND_DROP = auto()
     """Upstream's answer; the stored copy is forgotten."""
     FAIL = auto()
@@ -107,7 +107,7 @@ def conclude(heard: Heard, *, stored: bool, withdrawn: Withdrawn) -> Verdict:
     match heard:
         case Heard.MANIFEST:
             return Verdict.ADOPT
-        case Heard.DENIED if stored:
+        case Heard.DENIED:
             return Verdict.RELAY_AND_DENY
         case Heard.GONE if stored and withdrawn is Withdrawn.DROP:
             return Verdict.RELAY_AND_DROP

@@ -128,8 +128,13 @@ class Manifests:
         return _relay(request, reply.response, cache)
 
     def _public(self, name: Name) -> ManifestRecord | None:
+        """The stored manifest, unless upstream has refused it to an anonymous request."""
         record = self._store.manifest(name)
         return None if record is None or record.denied else record
+
+    def _deny(self, name: Name) -> None:
+        if self._store.deny(name.host, name.repository):
+            _log.warning("%s: refused to an anonymous request; its repository is private from now on", name)
 
     async def _fetch(
         self, request: Request, name: Name, confirm: ManifestRecord | None, *, has_copy: bool
@@ -149,6 +154,9 @@ class Manifests:
         reply, collapsed = await self._fetches.join((name, request.agent), work)
         if reply.heard in (Heard.DENIED, Heard.GONE) and request.authorization is not None:
             reply = await self.hear(name, request.agent, authorization=request.authorization, timeout_s=timeout_s)
+            if reply.response.status == 200:
+                # A 404 to everybody else was no withdrawal.
+                self._deny(name)
             return reply, False, False
         return reply, collapsed, True
 
@@ -196,9 +204,8 @@ class Manifests:
                 elif known:
                     _log.info("%s moved: sha256:%s -> sha256:%s", name, stored.digest, reply.record.digest)
             self._store.put_manifest(name, replace(reply.record, oldest=version, pulled=pulled))
-        elif stored is not None and verdict is Verdict.RELAY_AND_DENY:
-            _log.warning("%s: upstream answered %d: private from now on", name, reply.response.status)
-            self._store.deny(name, stored)
+        elif verdict is Verdict.RELAY_AND_DENY:
+            self._deny(name)
         elif stored is not None and verdict is Verdict.RELAY_AND_DROP:
             _log.warning("%s: withdrawn upstream (404): dropped", name)
             self._store.drop_manifest(name)

@@ -7,8 +7,9 @@ import asyncio
 
 from pullthrough.datastream import DataStream, Source
 from pullthrough.digest import Digest
-from pullthrough.recording import Recording, Workroom
+from pullthrough.recording import Recording
 from pullthrough.supply import Obtain, Supply
+from pullthrough.workroom import Workroom
 
 
 class Recorder:

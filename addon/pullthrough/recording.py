@@ -10,25 +10,20 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pullthrough.assembly import Assembly
-from pullthrough.budget import Budget
 from pullthrough.datastream import DataStream
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, DigestMismatch, StoreError, StoreUnwritable, UpstreamUnreachable
-from pullthrough.fetcher import Counters, Fetcher
+from pullthrough.fetcher import Fetcher
 from pullthrough.ingest import SharedFile
-from pullthrough.keeper import Keeper
 from pullthrough.relay import Relay, Relays
 from pullthrough.scheduler import FIRST_SLICE, Demand, Slice, next_slice
 from pullthrough.sealer import Sealer
 from pullthrough.settings import Finish
-from pullthrough.store import Store
 from pullthrough.supply import Supply
-from pullthrough.threads import Threads
-from pullthrough.upstream import Upstream
+from pullthrough.workroom import Workroom
 
 _log = logging.getLogger(__name__)
 
@@ -39,21 +34,6 @@ and its retries come after 1, 2, 4, 8 and 16 s (server/download.go)."""
 
 UNKEPT_S: Final = 30.0
 """How long a blob that the disk had no room for is passed through before the disk is tried again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Workroom:
-    """What all recordings of a daemon share."""
-
-    store: Store
-    keeper: Keeper
-    upstream: Upstream
-    threads: Threads
-    connections: int
-    """Per recording."""
-    finish: Finish
-    budget: Budget
-    counters: Counters = field(default_factory=Counters)
 
 
 class Cursor:
@@ -148,6 +128,12 @@ class Recording:
     async def ready(self) -> int:
         """The blob's size, once the first response or an earlier partial has told it. Raises what it failed of."""
         return await asyncio.shield(self._ready)
+
+    @property
+    def size(self) -> int | None:
+        """The blob's size, None while nothing has told it."""
+        told = self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
+        return self._ready.result() if told else None
 
     def attach(self, start: int, stop: int) -> Cursor:
         """A cursor for a reader of `[start, stop)`. The recording must be ready; it may have ended meanwhile.

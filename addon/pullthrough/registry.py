@@ -14,6 +14,7 @@ from typing import Final
 from pullthrough import access, capability, chunksums
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.datacheck import relayable
 from pullthrough.datastream import DataStream, Source
 from pullthrough.digest import Digest
 from pullthrough.errors import (
@@ -43,7 +44,7 @@ from pullthrough.route import (
 )
 from pullthrough.settings import Settings
 from pullthrough.store import Store
-from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Upstream
+from pullthrough.upstream import DEADLINE_S, DENIED, PRIVATE, REDIRECTS, Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -141,14 +142,15 @@ class Registry:
             headers = request.forwarded | ({"Authorization": authorization} if authorization else {})
             response = await self._upstream.ask("HEAD", request.host, target, headers, timeout_s=DEADLINE_S)
             if response.status == 200 and (length := response.headers.get("Content-Length", "")).isdecimal():
-                self._confirm(request.host, route, authorization, int(length))
+                # That a blob exists is no grant of its bytes: only a GET confirms the pair.
                 return int(length)
             if response.status == 200 or response.status in REDIRECTS:
                 # Registries that redirect HEAD too, or do not tell the size: the source itself tells.
                 return await self._open(request, route)
             if response.status not in DENIED:
                 break
-        raise UpstreamRefused(response.status, [])
+            self._refuse(request.host, route, authorization, response.status)
+        raise UpstreamRefused(response.status, relayable(response.headers))
 
     async def _get_blob(self, request: Request, route: BlobRoute) -> Answer:
         if (size := await self._known_size(request, route)) is not None:
@@ -192,9 +194,10 @@ class Registry:
             except UpstreamRefused as error:
                 if error.status_hint not in DENIED:
                     raise
+                self._refuse(request.host, route, authorization, error.status_hint)
                 refusal = error
                 continue
-            self._confirm(request.host, route, authorization, None)
+            self._confirm(request.host, route, authorization)
             return granted
         assert refusal is not None
         raise refusal
@@ -211,10 +214,15 @@ class Registry:
 
     async def public_source(self, host: str, repository: str, digest: Digest) -> Source:
         """A source from this repository, as everybody gets it. UpstreamError if it gives none."""
-        source, stream = await self._upstream.obtain(host, repository, digest, {}, timeout_s=DEADLINE_S)
+        route = BlobRoute(repository, digest)
+        try:
+            source, stream = await self._upstream.obtain(host, repository, digest, {}, timeout_s=DEADLINE_S)
+        except UpstreamRefused as error:
+            self._refuse(host, route, None, error.status_hint)
+            raise
         if stream is not None:
             stream.close()
-        self._store.confirm_public(host, repository, digest, None)
+        self._confirm(host, route, None)
         return source
 
     def _is_known(self, request: Request, route: BlobRoute | ChunksumsRoute) -> bool:
@@ -232,19 +240,31 @@ class Registry:
         )
         return access.decide(evidence) is access.Decision.GRANT
 
-    def _confirm(
-        self, host: str, route: BlobRoute | ChunksumsRoute, authorization: str | None, size: int | None
-    ) -> None:
-        """Upstream has granted the pair to the holder of `authorization`."""
-        self._vouchers.add(
-            access.credential_key(authorization), host, route.repository, route.digest, now=time.monotonic()
-        )
+    def _confirm(self, host: str, route: BlobRoute | ChunksumsRoute, authorization: str | None) -> None:
+        """Upstream has granted the blob's bytes to the holder of `authorization`; without one, to everybody."""
         if authorization is None:
-            self._store.confirm_public(host, route.repository, route.digest, size)
+            self._store.confirm_public(host, route.repository, route.digest)
+            return
+        key = access.credential_key(authorization)
+        self._vouchers.add(key, host, route.repository, route.digest, now=time.monotonic())
+        # It was asked for because the anonymous request was refused, with whatever status.
+        self._deny(host, route.repository)
+
+    def _refuse(self, host: str, route: BlobRoute | ChunksumsRoute, authorization: str | None, status: int) -> None:
+        """Upstream has refused the blob to the holder of `authorization`."""
+        if authorization is None and status in PRIVATE:
+            self._deny(host, route.repository)
+
+    def _deny(self, host: str, repository: str) -> None:
+        if self._store.deny(host, repository):
+            _log.warning("%s/%s: refused to an anonymous request; private from now on", host, repository)
 
     def _size(self, digest: Digest) -> int | None:
         record = self._store.blob(digest)
-        return record.size if record is not None else None
+        if record is not None and record.size is not None:
+            return record.size
+        recording = self._recorder.find(digest)
+        return recording.size if recording is not None else None
 
     def _redirect(self, request: Request, digest: Digest, size: int, cache: CacheStatus) -> Answer:
         """The 307 that every client generation accepts: to another host name, which looks like the registry's own."""
@@ -282,20 +302,24 @@ class Registry:
             headers = request.forwarded | ({"Authorization": authorization} if authorization else {})
             response = await self._upstream.ask("GET", request.host, target, headers, timeout_s=DEADLINE_S)
             if response.status == 200 and (location := response.headers.get("Content-Location")):
-                self._confirm(request.host, route, authorization, None)
+                self._confirm(request.host, route, authorization)
                 await self._record(route.digest, self._upstream.source_at(request.host, target, location))
                 return response.body, CacheStatus(Outcome.REQUEST, forward_status=200)
             if response.status not in DENIED:
                 break
+            self._refuse(request.host, route, authorization, response.status)
         if response.status == 200:
             raise UnexpectedResponse("expected a Content-Location with the chunk sums, got none")
-        raise UpstreamRefused(response.status, [])
+        raise UpstreamRefused(response.status, relayable(response.headers))
 
     # --- blobs, at their canonical address
 
     async def _canonical(self, request: Request, route: CanonicalRoute) -> Answer | None:
         digest = route.digest
         if capability.verify(route.query, digest, secret=self._store.secret, now=time.time()) is None:
+            if capability.is_claimed(route.query):
+                # The blob host would refuse it as well, with a text, and would have been shown it.
+                return Answer(403, CacheStatus(Outcome.BYPASS))
             return None
         file = self._store.open_blob(digest)
         if file is not None:

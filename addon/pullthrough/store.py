@@ -222,15 +222,43 @@ class Store:
         listed = [pair for pair, digests in self._listed.items() if digest in digests]
         return list(dict.fromkeys(confirmed + listed))
 
-    def confirm_public(self, host: str, repository: str, digest: Digest, size: int | None) -> None:
-        """Upstream answered an anonymous request for this pair; `size` where it told it."""
+    def confirm_public(self, host: str, repository: str, digest: Digest) -> None:
+        """Upstream granted the blob of this repository to an anonymous request."""
         known = self._blobs.get(digest, BlobRecord())
-        record = replace(known, public=True, size=size if known.size is None else known.size)
-        if record != known:
-            self._put_blob(digest, record)
-        if not self.is_member(host, repository, digest):
+        if not known.public:
+            self._put_blob(digest, replace(known, public=True))
+        if (host, repository, digest) not in self._pairs:
             self._pairs.add((host, repository, digest))
             self._index.put_pair(host, repository, digest)
+
+    def deny(self, host: str, repository: str) -> bool:
+        """Upstream refuses an anonymous request in this repository: nothing of it is known any more.
+
+        All of it, because a repository is what access is granted to (`scope="repository:<name>:pull"`, OCI
+        distribution-spec). A blob stays public while another repository is confirmed to have it. The bytes stay, for
+        those whom upstream grants them. Returns whether anything was known.
+        """
+        where = (host, repository)
+        pairs = {pair for pair in self._pairs if pair[:2] == where}
+        names = [
+            name
+            for name, record in self._manifests.items()
+            if (name.host, name.repository) == where and not record.denied
+        ]
+        self._listed.pop(where, None)
+        self._by_digest = {key: record for key, record in self._by_digest.items() if key[:2] != where}
+        digests = {digest for _, _, digest in pairs}
+        for name in names:
+            record = self._manifests[name]
+            digests.update(record.sizes)
+            self.put_manifest(name, replace(record, denied=True))
+        self._pairs -= pairs
+        for pair in pairs:
+            self._index.delete_pair(*pair)
+        for digest in digests - {digest for _, _, digest in self._pairs}:
+            if (known := self._blobs.get(digest)) is not None and known.public:
+                self._put_blob(digest, replace(known, public=False))
+        return bool(pairs or names)
 
     # --- manifests
 
@@ -241,28 +269,12 @@ class Store:
         """The manifest of the repository whose bytes have this digest, whatever it was asked for by."""
         return self._by_digest.get((host, repository, digest.hex))
 
-    def deny(self, name: Name, record: ManifestRecord) -> None:
-        """Upstream refuses this manifest to an anonymous request: neither it nor its blobs are known any more.
-
-        The bytes stay, for those whom upstream grants them.
-        """
-        self.put_manifest(name, replace(record, denied=True))
-        self._unlist(name, record)
-        for digest in record.sizes:
-            pair = (name.host, name.repository, digest)
-            if pair in self._pairs:
-                self._pairs.remove(pair)
-                self._index.delete_pair(*pair)
-
     def drop_manifest(self, name: Name) -> None:
         """Forget the manifest; its blobs stay, and so do those that other manifests list."""
         record = self._manifests.pop(name)
         self._untold.pop(name, None)
         shared = any(other.digest == record.digest for other in self._manifests.values())
         self._index.delete_manifest(name, None if shared else record.digest)
-        self._unlist(name, record)
-
-    def _unlist(self, name: Name, record: ManifestRecord) -> None:
         self._listed.pop((name.host, name.repository), None)
         self._by_digest.pop((name.host, name.repository, record.digest), None)
         for other, stored in self._manifests.items():

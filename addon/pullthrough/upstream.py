@@ -57,6 +57,9 @@ REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 DENIED: Final = frozenset({401, 403, 404})
 """What a registry answers to somebody who may not know, or may not be told."""
 
+PRIVATE: Final = frozenset({401, 403})
+"""Those of them that cannot mean that there is nothing."""
+
 MAX_HOPS: Final = 5
 
 
@@ -191,7 +194,7 @@ class Upstream:
                 else:
                     response = await once()
         except FAILURES as error:
-            raise translate(error) from error
+            raise translate(error) from None
         self._down_until.pop(host, None)
         return response
 
@@ -216,7 +219,7 @@ class Upstream:
             async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
                 response = await self._follow(source.url, headers)
         except FAILURES as error:
-            raise translate(error) from error
+            raise translate(error) from None
         with _closing_on_error(response):
             extent = check_data(response.status, response.headers, asked=(start, stop), length=expected_length)
             stream = DataStream(response, extent)

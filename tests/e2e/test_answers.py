@@ -104,7 +104,10 @@ def test_blob_redirect_keeps_the_scheme_and_the_hosts(origin: Origin, proxy: Pro
 
 
 def test_without_a_capability_nothing_is_served_or_recorded(origin: Origin, proxy: Proxy) -> None:
-    """A request to the blob host that we did not send there goes to that very URL, and leaves no trace."""
+    """A request to the blob host that we did not send there goes to that very URL, and leaves no trace.
+
+    A capability that is none is refused here: it is nothing to show to the blob host.
+    """
     model = add_model(origin, unique(10).read(0, 10))
     address = canonical(proxy, model)
     proxy.wait_for_line(model.recorded)
@@ -115,11 +118,12 @@ def test_without_a_capability_nothing_is_served_or_recorded(origin: Origin, prox
     origin.reset_counters()
     with to_cdn(proxy) as connection:
         assert get(connection, path)[0] == 403
-        assert get(connection, f"{path}?{forged}")[0] == 403
+        status, headers, body = get(connection, f"{path}?{forged}")
+        assert (status, headers["content-length"], body) == (403, "0", b"")
         assert get(connection, presigned)[2] == theirs
         assert get(connection, presigned)[2] == theirs
     hexadecimals = (model.layer[7:], other[7:])
-    assert sum(any(name in request.path for name in hexadecimals) for request in origin.counters.requests) == 4
+    assert sum(any(name in request.path for name in hexadecimals) for request in origin.counters.requests) == 3
     assert not list(proxy.store.glob(f"*/{other.replace(':', '-')}*"))
 
 
@@ -215,49 +219,6 @@ def test_a_corrupted_byte_never_becomes_a_hit(origin: Origin, proxy: Proxy) -> N
     with to_cdn(proxy) as connection:
         assert get(connection, canonical(proxy, model))[2] == blob.read(0, 3 * MB)
     proxy.wait_for_line(model.recorded)
-
-
-def test_private_model(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
-    """A private blob is there for the credential that upstream accepts, and for nobody by its digest."""
-    proxy = start_proxy()
-    model = add_model(origin, b"secret weights", repository="me/private", private=True)
-    secret, target = model.layer, model.blob_target
-    right = {"Authorization": "Bearer good-token"}
-    with to_registry(proxy) as connection:
-        status, headers, body = get(connection, target)
-        assert (status, body) == (401, b"")
-        assert headers["www-authenticate"].startswith("Bearer realm=")
-        assert get(connection, model.manifest_target)[0] == 401
-        assert get(connection, model.manifest_target, **right)[0] == 200
-        status, headers, _ = get(connection, target, **right)
-        assert status == 307
-    with to_cdn(proxy) as connection:
-        assert get(connection, headers["location"].removeprefix(f"https://{R2_HOST}"))[2] == b"secret weights"
-    proxy.wait_for_line(model.recorded)
-    with to_registry(proxy) as connection:
-        assert get(connection, target)[0] == 401
-        assert get(connection, target, Authorization="Bearer wrong")[0] == 401
-        assert get(connection, model.manifest_target)[0] == 401
-        assert get(connection, f"/v2/library/other/blobs/{secret}")[0] in (401, 404)
-        assert get(connection, target, **right)[0] == 307
-    stored = b"".join(path.read_bytes() for path in proxy.store.rglob("*") if path.is_file())
-    assert b"good-token" not in stored
-    assert "good-token" not in proxy.dump()
-
-
-def test_signed_addresses_stay_secret(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
-    """Neither upstream's signature nor our capability is logged or stored."""
-    proxy = start_proxy()
-    model = add_model(origin, unique(10).read(0, 10))
-    address = canonical(proxy, model)
-    with to_cdn(proxy) as connection:
-        get(connection, address)
-    proxy.wait_for_line(model.recorded)
-    text = proxy.dump()
-    stored = b"".join(path.read_bytes() for path in proxy.store.rglob("*") if path.is_file())
-    assert address.partition("access=")[2] not in text
-    assert "X-Amz-Signature" not in text
-    assert b"X-Amz-Signature" not in stored
 
 
 def test_missing_manifest_while_upstream_is_down(origin: Origin, proxy: Proxy) -> None:
