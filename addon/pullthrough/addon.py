@@ -261,7 +261,7 @@ class OllamaCache:
         headers = [*answer.headers, ("Cache-Status", str(answer.cache))]
         flow.response = _response(answer.status, headers, body, answer.length)
         if isinstance(answer.body, Reader):
-            self._transfers[flow.id] = Transfer(flow, answer.body)
+            self._transfers[flow.id] = Transfer(flow, answer.body, held=answer.held)
         else:
             _log.info(
                 "%s %s %s -> %d %s",

@@ -18,6 +18,7 @@ from pullthrough.records import Version
 
 _log = logging.getLogger(__name__)
 
+_TRANSFER_AGENT: Final = "ollama-transfer/"
 _OLLAMA: Final = re.compile(r"ollama/(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
 
@@ -30,10 +31,17 @@ class Request:
     host: str
     target: str
     headers: Mapping[str, str]
+    redirectable: bool = True
+    """Whether a request to the blob host would come here too."""
 
     @property
     def authorization(self) -> str | None:
         return self.headers.get("authorization")
+
+    @property
+    def is_transfer(self) -> bool:
+        """Whether x/transfer asks, which pulls and pushes models of tensors (v0.14.0 to today)."""
+        return self.headers.get("user-agent", "").startswith(_TRANSFER_AGENT)
 
     @property
     def version(self) -> Version | None:
@@ -58,6 +66,8 @@ class Answer:
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes | Reader = b""
     length: int = 0
+    held: bool = False
+    """Whether the head waits until the reader can give all bytes at once."""
 
 
 def failure(error: CacheError, digest: Digest | None = None) -> Answer:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
 from pullthrough import access, capability, chunksums
@@ -37,6 +38,7 @@ from pullthrough.route import (
     Route,
     canonical_path,
     parse_canonical_target,
+    parse_granted_target,
     parse_registry_target,
 )
 from pullthrough.settings import Settings
@@ -45,7 +47,6 @@ from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Upstream
 
 _log = logging.getLogger(__name__)
 
-_TRANSFER_AGENT: Final = "ollama-transfer/"
 _OCTETS: Final = "application/octet-stream"
 
 
@@ -72,7 +73,7 @@ class Registry:
         if request.host == self._settings.blob_host:
             route: Route | CanonicalRoute | None = parse_canonical_target(request.target)
         elif request.host in self._settings.registries:
-            route = parse_registry_target(request.target)
+            route = parse_registry_target(request.target) or parse_granted_target(request.target)
         else:
             route = None
         match route:
@@ -80,8 +81,10 @@ class Registry:
                 return None
             case ManifestRoute():
                 return await self._manifests.answer(request, route)
+        # x/transfer waits for a head as long as it takes, and gives up after six errors within a second.
+        patience_s = None if request.is_transfer and request.method == "GET" else DEADLINE_S
         try:
-            async with asyncio.timeout(DEADLINE_S):
+            async with asyncio.timeout(patience_s):
                 match route:
                     case CanonicalRoute():
                         return await self._canonical(request, route)
@@ -109,7 +112,7 @@ class Registry:
 
     async def _head_blob(self, request: Request, route: BlobRoute) -> Answer:
         # A push asks the same HEAD and skips the upload when the answer is 200: then only upstream's word counts.
-        pushes = request.authorization is not None or request.headers.get("user-agent", "").startswith(_TRANSFER_AGENT)
+        pushes = request.authorization is not None or request.is_transfer
         known = self._is_known(request, route)
         size = self._size(route.digest) if known else None
         if size is not None and not (pushes and not self._settings.offline):
@@ -142,9 +145,17 @@ class Registry:
         if (size := await self._known_size(request, route)) is not None:
             held = self._store.held(route.digest) is not None
             cache = CacheStatus(Outcome.HIT) if held else CacheStatus(Outcome.PARTIAL, collapsed=True)
-            return self._redirect(request, route.digest, size, cache)
-        size = await self._open(request, route)
-        return self._redirect(request, route.digest, size, CacheStatus(Outcome.MISS, stored=True))
+        else:
+            size = await self._open(request, route)
+            cache = CacheStatus(Outcome.MISS, stored=True)
+        location = ("Location", self._blob_url(request, route, size))
+        if request.redirectable:
+            # What every client generation accepts: to another host name, which looks like the registry's own.
+            return Answer(307, cache, (location,))
+        # The next best (README, "Clients that ignore HTTPS_PROXY"): A2 needs a Location beside the 200, and asks
+        # there for the parts without its token.
+        answer = await self._read(request, route.digest)
+        return replace(answer, headers=(*answer.headers, location))
 
     async def _known_size(self, request: Request, route: BlobRoute | ChunksumsRoute) -> int | None:
         """The size of a blob that this caller may have and that is here, or is being recorded; else None."""
@@ -230,15 +241,16 @@ class Registry:
         record = self._store.blob(digest)
         return record.size if record is not None else None
 
-    def _redirect(self, request: Request, digest: Digest, size: int, cache: CacheStatus) -> Answer:
-        """The 307 that every client generation accepts: to another host name, which looks like the registry's own."""
-        return Answer(307, cache, (("Location", self._canonical_url(request, digest, size)),))
+    def _blob_url(self, request: Request, route: BlobRoute | ChunksumsRoute, size: int) -> str:
+        """An address of the bytes that leads here, with a capability: the canonical one where that does.
 
-    def _canonical_url(self, request: Request, digest: Digest, size: int) -> str:
-        """The canonical address with a capability; in the request's scheme, which decides the client's proxy."""
-        granted = capability.Capability(digest, size, int(time.time()) + capability.LIFETIME_S)
-        query = granted.to_query(self._store.secret)
-        return f"{request.scheme}://{self._settings.blob_host}{canonical_path(digest)}?{query}"
+        In the request's scheme, which decides the client's proxy.
+        """
+        granted = capability.Capability(route.digest, size, int(time.time()) + capability.LIFETIME_S)
+        place = f"{request.host}/v2/{route.repository}/blobs/{route.digest}"
+        if request.redirectable:
+            place = f"{self._settings.blob_host}{canonical_path(route.digest)}"
+        return f"{request.scheme}://{place}?{granted.to_query(self._store.secret)}"
 
     # --- chunk sums
 
@@ -255,7 +267,7 @@ class Registry:
             if not size:
                 raise
             body, cache = chunksums.whole(route.digest, size), CacheStatus(Outcome.HIT, detail="upstream-failed")
-        location = self._canonical_url(request, route.digest, size)
+        location = self._blob_url(request, route, size)
         headers = (("Content-Type", "text/plain; charset=utf-8"), ("Content-Location", location))
         return Answer(200, cache, headers, body, len(body))
 
@@ -275,12 +287,15 @@ class Registry:
             raise UnexpectedResponse("expected a Content-Location with the chunk sums, got none")
         raise UpstreamRefused(response.status, [])
 
-    # --- blobs, at their canonical address
+    # --- the bytes of blobs
 
     async def _canonical(self, request: Request, route: CanonicalRoute) -> Answer | None:
-        digest = route.digest
-        if capability.verify(route.query, digest, secret=self._store.secret, now=time.time()) is None:
+        if capability.verify(route.query, route.digest, secret=self._store.secret, now=time.time()) is None:
             return None
+        return await self._read(request, route.digest)
+
+    async def _read(self, request: Request, digest: Digest) -> Answer:
+        """The bytes that are asked for; whether this caller may have them was decided before."""
         file = self._store.open_blob(digest)
         if file is not None:
             try:
@@ -321,7 +336,9 @@ class Registry:
                 headers.append(("Content-Range", selected.content_range))
         headers.append(("Content-Type", _OCTETS))
         body = open_reader(start, stop) if request.method == "GET" and start < stop else b""
-        return Answer(status, cache, tuple(headers), body, stop - start)
+        # x/transfer compares a blob's speed with the median of the last ones, counted from the head: a blob that comes
+        # as fast as the line would be too slow after a few hits (x/transfer/download.go, v0.14.0 to today).
+        return Answer(status, cache, tuple(headers), body, stop - start, held=request.is_transfer and not hit)
 
 
 def _credentials(request: Request) -> Iterator[str | None]:

@@ -51,7 +51,7 @@ class ChunksumsRoute:
 
 @dataclass(frozen=True, slots=True)
 class CanonicalRoute:
-    """The blob host's own address of a blob, with whatever query stands behind it."""
+    """An address of a blob's bytes, with whatever query stands behind it."""
 
     digest: Digest
     query: str
@@ -63,7 +63,8 @@ Route = ManifestRoute | BlobRoute | ChunksumsRoute
 def parse_registry_target(target: str) -> Route | None:
     """The route of an origin-form target on a registry host.
 
-    A target with a query is never ours: what the query asks for is the registry's to know.
+    A target with a query is none of these: what the query asks for is the registry's to know, unless it is a
+    capability (`parse_granted_target`).
     """
     if match := _BLOB.fullmatch(target):
         return BlobRoute(match[1], _parse_digest(match[2]))
@@ -80,6 +81,13 @@ def parse_canonical_target(target: str) -> CanonicalRoute | None:
     path, _, query = target.partition("?")
     match = _CANONICAL.fullmatch(path)
     return CanonicalRoute(Digest(match[2]), query) if match else None
+
+
+def parse_granted_target(target: str) -> CanonicalRoute | None:
+    """The route of an origin-form target on a registry host that may carry a capability: a blob with a query."""
+    path, _, query = target.partition("?")
+    match = _BLOB.fullmatch(path)
+    return CanonicalRoute(_parse_digest(match[2]), query) if match and query else None
 
 
 def canonical_path(digest: Digest) -> str:
