@@ -91,7 +91,12 @@ class Gate:
         """Intercept our hosts with our own HTTP layer; pass every other tunnel through unread."""
         context = nextlayer.context
         if isinstance(context.layers[-1], TransparentProxy | ReverseProxy):
-            nextlayer.layer = self._captured(context, nextlayer.data_client())
+            try:
+                nextlayer.layer = self._captured(context, nextlayer.data_client())
+            except Exception:
+                # mitmproxy's own choice would be to decrypt.
+                _log.exception("capture policy failed; refused")
+                nextlayer.layer = _Closing(context)
             return
         in_tunnel = any(isinstance(item, HttpStream) for item in context.layers)
         if in_tunnel and not (context.server.address and self._intercepts(*context.server.address[:2])):
