@@ -45,3 +45,21 @@ def test_a_blob_request_has_a_deadline(tmp_path: Path, monkeypatch: pytest.Monke
         return
     assert answer is not None
     assert (answer.status, answer.body, answer.length) == (504, b"", 0)
+
+
+def test_a_transfer_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x/transfer waits for a head as long as it takes, and six errors within a second end its pull."""
+    monkeypatch.setattr(registry, "DEADLINE_S", 0.02)
+    store = Store.open(tmp_path / "store")
+    request = Request("GET", "https", HOST, f"/v2/library/x/blobs/{DIGEST}", {"user-agent": "ollama-transfer/1.0"})
+
+    async def ask() -> None:
+        settings = parse_settings({}, dir=tmp_path, certs=tmp_path)
+        core = Registry(settings, store, cast(Upstream, HangingUpstream()), cast(Recorder, None))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(core.answer(request), 0.2)
+
+    try:
+        asyncio.run(ask())
+    finally:
+        store.close()

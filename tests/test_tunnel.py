@@ -2,8 +2,8 @@
 
 import pytest
 
-from pullthrough.errors import AddressRefused
-from pullthrough.tunnel import LegPolicy, check_address
+from pullthrough.errors import AddressRefused, LoopDetected
+from pullthrough.tunnel import LegPolicy, check_address, check_elsewhere
 
 POLICY = LegPolicy(frozenset({("registry.ollama.ai", 443), ("localhost", 8443)}), tunnels=True)
 
@@ -67,6 +67,14 @@ def test_one_bad_address_refuses_the_name() -> None:
         POLICY.pin(["1.1.1.1", "10.0.0.1"])
     with pytest.raises(AddressRefused, match="got none"):
         POLICY.pin([])
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", "::1", "10.0.0.2", "::ffff:10.0.0.2"])
+def test_a_name_that_leads_back(address: str) -> None:
+    """A registry whose name leads to this machine is named together with the mend."""
+    check_elsewhere("registry.example", ["10.0.0.3", "1.1.1.1"], own={"10.0.0.2"})
+    with pytest.raises(LoopDetected, match="on another machine, got our own"):
+        check_elsewhere("registry.example", ["1.1.1.1", address], own={"10.0.0.2"})
 
 
 def test_ports() -> None:

@@ -24,6 +24,7 @@ from pullthrough.datacheck import Extent
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
+    LoopDetected,
     SourceExpired,
     UnexpectedResponse,
     UpstreamError,
@@ -205,14 +206,19 @@ class World:
 
 @asynccontextmanager
 async def open_client(
-    *, verify: bool = False, trusted_ca: str | None = None, own: Collection[str] = (), **options: str
+    *,
+    verify: bool = False,
+    trusted_ca: str | None = None,
+    own: Collection[str] = (),
+    own_ports: Collection[int] = (),
+    **options: str,
 ) -> AsyncIterator[Upstream]:
     """Our client. To load certifi's roots takes longer than most tests here, and only those that `verify` need any."""
     settings = parse_settings(options, dir=Path("/d"), certs=Path("/c"))
     with pytest.MonkeyPatch.context() as patch:
         if not verify:
             patch.setattr(ssl, "create_default_context", lambda cafile: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        client = Upstream(settings, trusted_ca=trusted_ca, own_addresses=lambda: own)
+        client = Upstream(settings, trusted_ca=trusted_ca, own_addresses=lambda: own, own_ports=lambda: own_ports)
     await client.open()
     try:
         yield client
@@ -996,6 +1002,15 @@ async def test_a_configured_name_may_lead_anywhere(resolve: Resolve) -> None:
                 with refused(AddressRefused, "expected a public address, got 127.0.0.1"):
                     await client.open_range(Source(url), 4, 8, expected_length=16, validator=None)
         assert neighbour.connections == 0
+
+
+@on_loop
+async def test_a_registry_that_is_ourselves(resolve: Resolve) -> None:
+    """A hosts entry that belongs on clients only: an error that says so, instead of a loop."""
+    resolve("1.2.3.4")
+    async with open_client(own={"1.2.3.4"}, own_ports={443}) as client:
+        with refused(LoopDetected, "expected registry.ollama.ai on another machine, got our own 1.2.3.4"):
+            await client.ask("GET", "registry.ollama.ai", "/v2/", {}, timeout_s=20)
 
 
 @on_loop

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from mitmproxy import addonmanager, ctx, exceptions, http
+from mitmproxy.proxy.mode_specs import ReverseMode
 
 from pullthrough import places, platform
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
 from pullthrough.errors import CacheError, Misdirected
 from pullthrough.exchange import Answer, Request
-from pullthrough.gate import Gate, normal, refuse
+from pullthrough.gate import Gate, normal, own_ports, refuse
 from pullthrough.keeper import Keeper
 from pullthrough.looplag import LoopLag
+from pullthrough.modes import check_modes
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
@@ -55,6 +57,8 @@ MITMPROXY_OPTIONS: Final = {
     "stream_large_bodies": None,
     "body_size_limit": None,
     "upstream_cert": False,
+    # In reverse mode too, Host is what the client said: it must agree with SNI.
+    "keep_host_header": True,
 }
 
 
@@ -108,8 +112,7 @@ class OllamaCache:
         texts = {option.name: getattr(ctx.options, f"{PREFIX}{option.name}") for option in OPTIONS}
         texts |= {name.removeprefix(PREFIX): "" for name in ctx.options.deferred if name.startswith(PREFIX)}
         settings = parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
-        if ctx.options.mode != ["regular"] and not all(spec.startswith("regular@") for spec in ctx.options.mode):
-            raise CacheError(f"option mode: expected regular, got {', '.join(ctx.options.mode)}")
+        check_modes(ctx.options.mode, settings.intercepted)
         logging.getLogger("pullthrough").setLevel(settings.log_level.upper())
         # One line per connect and disconnect of every client drowns what the cache has to say.
         quiet = logging.DEBUG if settings.log_level == "debug" else logging.WARNING
@@ -121,6 +124,7 @@ class OllamaCache:
                 settings,
                 trusted_ca=ctx.options.ssl_verify_upstream_trusted_ca,
                 own_addresses=platform.own_addresses,
+                own_ports=own_ports,
             )
         except OSError as error:
             raise CacheError(
@@ -276,7 +280,7 @@ class OllamaCache:
         headers = [*answer.headers, ("Cache-Status", str(answer.cache))]
         flow.response = _response(answer.status, headers, body, answer.length)
         if isinstance(answer.body, Reader):
-            self._transfers[flow.id] = Transfer(flow, answer.body)
+            self._transfers[flow.id] = Transfer(flow, answer.body, held=answer.held)
         else:
             _log.info(
                 "%s %s %s -> %d %s",
@@ -336,7 +340,18 @@ def _has_body(request: http.Request) -> bool:
 
 def _request(flow: http.HTTPFlow) -> Request:
     headers = {name.lower(): value for name, value in flow.request.headers.items()}
-    return Request(flow.request.method, flow.request.scheme, normal(flow.request.host), flow.request.path, headers)
+    host = normal(flow.request.host)
+    # In reverse mode a client reaches us by a hosts entry, which the blob host need not have.
+    reverse = isinstance(flow.client_conn.proxy_mode, ReverseMode)
+    return Request(
+        flow.request.method,
+        flow.request.scheme,
+        host,
+        flow.request.path,
+        headers,
+        blobs=f"{flow.request.scheme}://{host}" if reverse else None,
+        inline=reverse,
+    )
 
 
 def _response(status: int, headers: list[tuple[str, str]], body: bytes, length: int) -> http.Response:

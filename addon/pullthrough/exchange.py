@@ -18,6 +18,7 @@ from pullthrough.records import Version
 
 _log = logging.getLogger(__name__)
 
+_TRANSFER_AGENT: Final = "ollama-transfer/"
 _OLLAMA: Final = re.compile(r"ollama/(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
 
@@ -30,6 +31,10 @@ class Request:
     host: str
     target: str
     headers: Mapping[str, str]
+    blobs: str | None = None
+    """The origin under which this client finds canonical addresses; "" for the one it asks, None for the blob host."""
+    inline: bool = False
+    """The registry's own address of a blob is to give the bytes, as no redirect would lead to another host name."""
 
     @property
     def authorization(self) -> str | None:
@@ -39,6 +44,11 @@ class Request:
     def agent(self) -> str:
         """User-Agent, "" where there is none."""
         return self.headers.get("user-agent", "")
+
+    @property
+    def is_transfer(self) -> bool:
+        """Whether x/transfer asks, which pulls and pushes models of tensors (v0.14.0 to today)."""
+        return self.agent.startswith(_TRANSFER_AGENT)
 
     @property
     def version(self) -> Version | None:
@@ -60,6 +70,8 @@ class Answer:
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes | Reader = b""
     length: int = 0
+    held: bool = False
+    """Whether the head waits until the reader can give all bytes at once."""
 
 
 def version_of(agent: str) -> Version | None:

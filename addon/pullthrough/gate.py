@@ -1,7 +1,9 @@
 """Policy hooks: who may connect, what is intercepted, and where connections may lead.
 
 Invariant: what is not intercepted is never decrypted; every leg that mitmproxy opens is judged here, whatever
-request led to it, and pinned to the address that was judged; an exception refuses. Knows no request's content.
+request led to it, and pinned to the address that was judged; an exception refuses. Of a client that does not know of
+us (transparent and reverse mode) the name decides what is intercepted; the address it dialled never leads a leg of an
+intercepted host. Knows no request's content.
 """
 
 import asyncio
@@ -9,16 +11,19 @@ import logging
 import socket
 
 from mitmproxy import connection, ctx, http, tls
-from mitmproxy.proxy import layer, server_hooks
-from mitmproxy.proxy.layers import TCPLayer
-from mitmproxy.proxy.layers.http import HttpStream
+from mitmproxy.proxy import commands, events, layer, server_hooks
+from mitmproxy.proxy.context import Context
+from mitmproxy.proxy.layers import ClientTLSLayer, ServerTLSLayer, TCPLayer
+from mitmproxy.proxy.layers.http import HTTPMode, HttpStream
+from mitmproxy.proxy.layers.modes import ReverseProxy, TransparentProxy
 
 from pullthrough import platform
 from pullthrough.access import ClientPolicy
 from pullthrough.errors import AddressRefused, Misdirected
+from pullthrough.opening import read_opening
 from pullthrough.settings import Settings, Tunnel
-from pullthrough.streamlayer import Transfers, replace_http_layer
-from pullthrough.tunnel import LegPolicy
+from pullthrough.streamlayer import CachingLayer, Transfers, replace_http_layer
+from pullthrough.tunnel import LegPolicy, check_elsewhere
 from pullthrough.upstream import exempt_hosts
 
 _log = logging.getLogger(__name__)
@@ -53,6 +58,8 @@ class Gate:
         """Misdirected unless CONNECT authority, SNI and Host of one of our flows are one name."""
         host = normal(flow.request.host)
         names = {"Host": flow.request.pretty_host}
+        if flow.request.authority:
+            names["the request target"] = flow.request.authority.rpartition("@")[2].partition(":")[0]
         if flow.client_conn.tls_established and flow.client_conn.sni is not None:
             names["SNI"] = flow.client_conn.sni
         for kind, name in names.items():
@@ -83,6 +90,14 @@ class Gate:
     def next_layer(self, nextlayer: layer.NextLayer) -> None:
         """Intercept our hosts with our own HTTP layer; pass every other tunnel through unread."""
         context = nextlayer.context
+        if isinstance(context.layers[-1], TransparentProxy | ReverseProxy):
+            try:
+                nextlayer.layer = self._captured(context, nextlayer.data_client())
+            except Exception:
+                # mitmproxy's own choice would be to decrypt.
+                _log.exception("capture policy failed; refused")
+                nextlayer.layer = _Closing(context)
+            return
         in_tunnel = any(isinstance(item, HttpStream) for item in context.layers)
         if in_tunnel and not (context.server.address and self._intercepts(*context.server.address[:2])):
             nextlayer.layer = TCPLayer(context, ignore=True)
@@ -91,18 +106,53 @@ class Gate:
         if nextlayer.layer is not None:
             nextlayer.layer = replace_http_layer(nextlayer.layer, self._transfers)
 
+    def _captured(self, context: Context, data: bytes) -> layer.Layer | None:
+        """The layer for a connection whose client takes us for the server; None while `data` does not say for which.
+
+        One of our names makes it as if the client had asked a proxy for that name. Another one is passed on unread to
+        where the client dialled; in reverse mode that was us, so it ends.
+        """
+        assert context.server.address
+        reverse = isinstance(context.layers[-1], ReverseProxy)
+        if context.client.transport_protocol != "tcp":
+            return _Closing(context)
+        opening = read_opening(data)
+        if opening is None:
+            return None
+        target, dialled = context.server.address[:2]
+        port = 443 if opening.encrypted else 80
+        name = opening.name or (target if reverse else "")
+        if self.is_ours(name) and (reverse or dialled == port):
+            context.server.address = (normal(name), port)
+            if not opening.encrypted:
+                return CachingLayer(context, HTTPMode.transparent, self._transfers)
+            top = ServerTLSLayer(context)
+            top.child_layer = ClientTLSLayer(context)
+            return top
+        if reverse:
+            peer = context.client.peername[0]
+            _log.warning("refused client %s: expected one of %s, got %r", peer, ", ".join(self._intercepted), name)
+            return _Closing(context)
+        return TCPLayer(context, ignore=True)
+
     async def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
         """Judge every leg, whatever request led to it, and pin the address that was judged."""
         try:
             assert data.server.address
             host, port = data.server.address[:2]
-            if self._legs.is_exempt(host, port):
+            exempt = self._legs.is_exempt(host, port)
+            if exempt and not (self.is_ours(host) and port in own_ports()):
                 return
-            # By now a tunnel's port has been checked; what is left are plain requests in absolute form.
-            self._legs.check_port(port, encrypted=port == 443)
+            if not exempt:
+                # A CONNECT's port has been checked before; a plain request's, and that of a connection which was
+                # redirected to us, has not.
+                self._legs.check_port(port, encrypted=port == 443)
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            address = self._legs.pin([str(item[4][0]) for item in found], own=platform.own_addresses())
-            data.server.address = (address, port)
+            addresses = [str(item[4][0]) for item in found]
+            if exempt:
+                check_elsewhere(host, addresses, own=platform.own_addresses())
+            else:
+                data.server.address = (self._legs.pin(addresses, own=platform.own_addresses()), port)
         except (AddressRefused, OSError) as error:
             data.server.error = str(error)
             _log.warning("refused connection to %s: %s", data.server.address and data.server.address[0], error)
@@ -120,6 +170,19 @@ class Gate:
 
     def _intercepts(self, host: str, port: int) -> bool:
         return port == 443 and self.is_ours(host)
+
+
+class _Closing(layer.Layer):
+    """Ends the connection."""
+
+    def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
+        if isinstance(event, events.Start):
+            yield commands.CloseConnection(self.context.client)
+
+
+def own_ports() -> frozenset[int]:
+    """The ports that mitmproxy listens on."""
+    return frozenset(address[1] for address in ctx.master.addons.get("proxyserver").listen_addrs())
 
 
 def normal(host: str) -> str:

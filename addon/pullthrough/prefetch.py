@@ -1,8 +1,8 @@
 """Record the layers that a client will ask for next: an Ollama pulls the layers of a manifest one after another.
 
 Invariant: only public manifests are followed, one blob at a time per manifest, and never a model of tensors, whose
-blobs do not come here (x/transfer ignores HTTPS_PROXY). What fails is left to the client's own request.
-Knows no answers.
+blobs either pass by (x/transfer ignores HTTPS_PROXY) or are asked for many at a time. What fails is left to the
+client's own request. Knows no answers.
 """
 
 import asyncio

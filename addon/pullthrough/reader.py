@@ -93,6 +93,26 @@ class Reader:
         self.position += len(data)
         return Memory(data) if data else Pending()
 
+    async def whole(self, wait_s: float) -> bool:
+        """Whether all bytes are here, or as good as: what the disk cannot keep never is, and is passed through.
+
+        Waits up to `wait_s` for more of them. Raises what `next` raises.
+        """
+        if self._cursor is None:
+            return True
+        try:
+            present = min(await self._cursor.wait(wait_s), self.stop)
+        except StoreUnwritable:
+            self._pass_through()
+            return True
+        if present > self._cursor.position:
+            self._cursor.advance(present)
+        if present < self.stop:
+            return False
+        # From the beginning again: a recording may have been begun again behind the cursor.
+        self._cursor.advance(self.position)
+        return self._cursor.present >= self.stop
+
     def _span(self, descriptor: int, stop: int) -> FileSpan:
         span = FileSpan(descriptor, self.position, stop)
         self.position = stop

@@ -51,13 +51,17 @@ class Cursor:
     def descriptor(self) -> int:
         return self._file.descriptor
 
+    @property
+    def present(self) -> int:
+        """How far bytes are present from `position`."""
+        return self._recording.assembly.present.stop_at(self.position)
+
     async def wait(self, timeout_s: float) -> int:
         """How far bytes are present from `position`; `position` itself if none came within `timeout_s`.
 
         Raises what the recording failed of, once no byte is left to hand out.
         """
-        present = self._recording.assembly.present.stop_at(self.position)
-        if present > self.position or self.position >= self.stop:
+        if (present := self.present) > self.position or self.position >= self.stop:
             return present
         self._recording.check()
         self.waiter = asyncio.get_running_loop().create_future()
@@ -71,7 +75,7 @@ class Cursor:
             pass
         finally:
             self.waiter = None
-        return self._recording.assembly.present.stop_at(self.position)
+        return self.present
 
     def advance(self, position: int) -> None:
         """The bytes up to `position` have been handed out."""

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
 from pullthrough import access, capability, chunksums
@@ -48,7 +49,6 @@ from pullthrough.upstream import DEADLINE_S, DENIED, PRIVATE, REDIRECTS, Upstrea
 
 _log = logging.getLogger(__name__)
 
-_TRANSFER_AGENT: Final = "ollama-transfer/"
 _OCTETS: Final = "application/octet-stream"
 
 
@@ -76,21 +76,21 @@ class Registry:
 
     async def answer(self, request: Request) -> Answer | None:
         """The answer, or None where the request is to be passed through to upstream untouched."""
-        if request.method not in ("GET", "HEAD"):
+        if request.method not in ("GET", "HEAD") or request.host not in self._settings.intercepted:
             return None
-        if request.host == self._settings.blob_host:
-            route: Route | CanonicalRoute | None = parse_canonical_target(request.target)
-        elif request.host in self._settings.registries:
+        # Clients that reach the cache by a registry's name alone ask for canonical addresses under it too.
+        route: Route | CanonicalRoute | None = parse_canonical_target(request.target)
+        if route is None and request.host in self._settings.registries:
             route = parse_registry_target(request.target)
-        else:
-            route = None
         match route:
             case None:
                 return None
             case ManifestRoute():
                 return await self._manifests.answer(request, route)
+        # x/transfer waits for a head as long as it takes, and gives up after six errors within a second.
+        patience_s = None if request.is_transfer and request.method == "GET" else DEADLINE_S
         try:
-            async with asyncio.timeout(DEADLINE_S):
+            async with asyncio.timeout(patience_s):
                 match route:
                     case CanonicalRoute():
                         return await self._canonical(request, route)
@@ -118,7 +118,7 @@ class Registry:
 
     async def _head_blob(self, request: Request, route: BlobRoute) -> Answer:
         # A push asks the same HEAD and skips the upload when the answer is 200: then only upstream's word counts.
-        pushes = request.authorization is not None or request.headers.get("user-agent", "").startswith(_TRANSFER_AGENT)
+        pushes = request.authorization is not None or request.is_transfer
         known = self._is_known(request, route)
         size = self._size(route.digest) if known else None
         if size is not None and not (pushes and not self._settings.offline):
@@ -156,9 +156,17 @@ class Registry:
         if (size := await self._known_size(request, route)) is not None:
             held = self._store.held(route.digest) is not None
             cache = CacheStatus(Outcome.HIT) if held else CacheStatus(Outcome.PARTIAL, collapsed=True)
-            return self._redirect(request, route.digest, size, cache)
-        size = await self._open(request, route)
-        return self._redirect(request, route.digest, size, CacheStatus(Outcome.MISS, stored=True))
+        else:
+            size = await self._open(request, route)
+            cache = CacheStatus(Outcome.MISS, stored=True)
+        location = ("Location", self._canonical_url(request, route.digest, size))
+        if not request.inline:
+            # What every client generation accepts: to another host name, which looks like the registry's own.
+            return Answer(307, cache, (location,))
+        # The next best: Ollama since v0.3.10 takes the bytes if a Location says where to ask for the parts, which it
+        # does without its token.
+        answer = await self._read(request, route.digest)
+        return replace(answer, headers=(*answer.headers, location))
 
     async def _known_size(self, request: Request, route: BlobRoute | ChunksumsRoute) -> int | None:
         """The size of a blob that this caller may have and that is here, or is being recorded; else None."""
@@ -266,15 +274,11 @@ class Registry:
         recording = self._recorder.find(digest)
         return recording.size if recording is not None else None
 
-    def _redirect(self, request: Request, digest: Digest, size: int, cache: CacheStatus) -> Answer:
-        """The 307 that every client generation accepts: to another host name, which looks like the registry's own."""
-        return Answer(307, cache, (("Location", self._canonical_url(request, digest, size)),))
-
     def _canonical_url(self, request: Request, digest: Digest, size: int) -> str:
         """The canonical address with a capability; in the request's scheme, which decides the client's proxy."""
         granted = capability.Capability(digest, size, int(time.time()) + capability.LIFETIME_S)
-        query = granted.to_query(self._store.secret)
-        return f"{request.scheme}://{self._settings.blob_host}{canonical_path(digest)}?{query}"
+        origin = f"{request.scheme}://{self._settings.blob_host}" if request.blobs is None else request.blobs
+        return f"{origin}{canonical_path(digest)}?{granted.to_query(self._store.secret)}"
 
     # --- chunk sums
 
@@ -312,15 +316,18 @@ class Registry:
             raise UnexpectedResponse("expected a Content-Location with the chunk sums, got none")
         raise UpstreamRefused(response.status, relayable(response.headers))
 
-    # --- blobs, at their canonical address
+    # --- the bytes of blobs
 
     async def _canonical(self, request: Request, route: CanonicalRoute) -> Answer | None:
-        digest = route.digest
-        if capability.verify(route.query, digest, secret=self._store.secret, now=time.time()) is None:
+        if capability.verify(route.query, route.digest, secret=self._store.secret, now=time.time()) is None:
             if capability.is_claimed(route.query):
                 # The blob host would refuse it as well, with a text, and would have been shown it.
                 return Answer(403, CacheStatus(Outcome.BYPASS))
             return None
+        return await self._read(request, route.digest)
+
+    async def _read(self, request: Request, digest: Digest) -> Answer:
+        """The bytes that are asked for; whether this caller may have them was decided before."""
         file = self._store.open_blob(digest)
         if file is not None:
             try:
@@ -361,7 +368,9 @@ class Registry:
                 headers.append(("Content-Range", selected.content_range))
         headers.append(("Content-Type", _OCTETS))
         body = open_reader(start, stop) if request.method == "GET" and start < stop else b""
-        return Answer(status, cache, tuple(headers), body, stop - start)
+        # x/transfer compares a blob's speed with the median of the last ones, counted from the head: a blob that comes
+        # as fast as the line would be too slow after a few hits (x/transfer/download.go, v0.14.0 to today).
+        return Answer(status, cache, tuple(headers), body, stop - start, held=request.is_transfer and not hit)
 
 
 def _credentials(request: Request) -> Iterator[str | None]:

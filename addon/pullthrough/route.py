@@ -51,7 +51,7 @@ class ChunksumsRoute:
 
 @dataclass(frozen=True, slots=True)
 class CanonicalRoute:
-    """The blob host's own address of a blob, with whatever query stands behind it."""
+    """An address of a blob's bytes, with whatever query stands behind it."""
 
     digest: Digest
     query: str

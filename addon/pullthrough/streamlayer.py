@@ -4,7 +4,8 @@ mitmproxy sends a response that an addon made from memory in one piece. Here a s
 blocking hook per piece instead: the hook (answered by `Mouth`) waits until the client has taken what was written,
 takes the next piece from the reader and returns it. Memory stays at a few pieces per client.
 
-Invariant: a body is either sent whole, or the connection is closed with FIN short of its Content-Length, which lets
+Invariant: a body is either sent whole, or the connection is closed with FIN short of its Content-Length (a held one:
+before its head), which lets
 Ollama keep what it has (server/download.go: an unexpected EOF keeps progress, a reset does not). Leans on mitmproxy
 internals that `check_internals` looks at. Knows no registry and no store.
 """
@@ -52,6 +53,8 @@ class Transfer:
 
     flow: http.HTTPFlow
     reader: Reader
+    held: bool = False
+    """The head goes out only when all bytes are there."""
     piece: bytes | bytearray | None = None
     """The next bytes to send; None when there are none: see `problem`."""
     problem: str = ""
@@ -93,8 +96,13 @@ class CachingStream(HttpStream):
     def _send_transfer(self, transfer: Transfer) -> layer.CommandGenerator[None]:
         assert self.flow.response
         client = self.context.client
-        yield SendHttp(ResponseHeaders(self.stream_id, self.flow.response, False), client)
-        while True:
+        if transfer.held:
+            yield PieceHook(transfer)
+            if (yield from self.check_killed(True)):
+                return
+        if not transfer.problem:
+            yield SendHttp(ResponseHeaders(self.stream_id, self.flow.response, False), client)
+        while not transfer.problem:
             yield PieceHook(transfer)
             # The client may have gone while the hook waited; mitmproxy queues that, or loses it when the
             # connection's task was cancelled by a failed write: the hook has then seen the connection missing.
@@ -211,7 +219,7 @@ class Mouth:
         self._turns = Turns(PIECES_PER_PASS)
 
     async def fill(self, transfer: Transfer) -> None:
-        """Set `transfer.piece`, or `problem`, or neither at the end of the body."""
+        """Set `transfer.piece`, or `problem`, or neither at the end of the body, or when a held one need not wait."""
         transfer.piece = None
         handler = self._find_handler(transfer.flow.client_conn.id)
         if handler is None:
@@ -233,6 +241,11 @@ class Mouth:
                 ):
                     _lose(transfer, "client disconnected")
                     return
+                if transfer.held:
+                    if await reader.whole(WAIT_S):
+                        transfer.held = False
+                        return
+                    continue
                 span = await reader.next(PIECE, WAIT_S)
                 match span:
                     case FileSpan():

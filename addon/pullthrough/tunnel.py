@@ -5,10 +5,10 @@ into the network it stands in. Pure: names are resolved and our own addresses fo
 """
 
 import ipaddress
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from pullthrough.errors import AddressRefused
+from pullthrough.errors import AddressRefused, LoopDetected
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -41,6 +41,17 @@ def check_address(text: str, *, own: Collection[str] = ()) -> None:
         raise AddressRefused(f"expected a public address, got {text}")
     if text in own or str(address) in own:
         raise AddressRefused(f"expected an address of another machine, got our own {text}")
+
+
+def check_elsewhere(name: str, addresses: Iterable[str], *, own: Collection[str]) -> None:
+    """LoopDetected if a registry's name leads to this machine: a hosts entry that belongs on clients only."""
+    for text in addresses:
+        address = unwrap(ipaddress.ip_address(text.partition("%")[0]))
+        if address.is_loopback or text in own or str(address) in own:
+            raise LoopDetected(
+                f"expected {name} on another machine, got our own {text}: "
+                "the cache's machine must resolve it as the Internet does"
+            )
 
 
 @dataclass(frozen=True, slots=True)

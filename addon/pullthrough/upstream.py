@@ -35,7 +35,7 @@ from pullthrough.errors import (
     ValidatorChanged,
 )
 from pullthrough.settings import Settings
-from pullthrough.tunnel import LegPolicy, check_address
+from pullthrough.tunnel import LegPolicy, check_address, check_elsewhere
 
 CONNECT_TIMEOUT_S: Final = 10.0
 STALL_TIMEOUT_S: Final = 10.0
@@ -81,11 +81,13 @@ class Upstream:
         *,
         trusted_ca: str | None = None,
         own_addresses: Callable[[], Collection[str]] = frozenset,
+        own_ports: Callable[[], Collection[int]] = frozenset,
     ) -> None:
-        """`trusted_ca` is a PEM file that replaces certifi's; `own_addresses` are those of this machine."""
+        """`trusted_ca` is a PEM file that replaces certifi's; the addresses are this machine's, the ports ours."""
         self._settings = settings
         self._policy = LegPolicy(exempt_hosts(settings), tunnels=True)
         self._own = own_addresses
+        self._own_ports = own_ports
         self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
         self._session: aiohttp.ClientSession | None = None
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
@@ -95,7 +97,7 @@ class Upstream:
         connector = aiohttp.TCPConnector(
             ssl=self._context,
             limit=0,
-            resolver=_CheckedResolver(self._policy, self._own),
+            resolver=_CheckedResolver(self._policy, self._settings.intercepted, self._own, self._own_ports),
             keepalive_timeout=30,
         )
         self._session = aiohttp.ClientSession(
@@ -272,17 +274,28 @@ class Upstream:
 class _CheckedResolver(AbstractResolver):
     """Resolves names, and refuses those that lead to addresses we never connect to."""
 
-    def __init__(self, policy: LegPolicy, own: Callable[[], Collection[str]]) -> None:
+    def __init__(
+        self,
+        policy: LegPolicy,
+        intercepted: Collection[str],
+        own: Callable[[], Collection[str]],
+        own_ports: Callable[[], Collection[int]],
+    ) -> None:
         self._policy = policy
+        self._intercepted = intercepted
         self._own = own
+        self._own_ports = own_ports
         self._resolver = aiohttp.ThreadedResolver()
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         results = await self._resolver.resolve(host, port, family)
+        addresses = [result["host"] for result in results]
         if not self._policy.is_exempt(host, port):
-            self._policy.pin([result["host"] for result in results], own=self._own())
+            self._policy.pin(addresses, own=self._own())
+        elif host in self._intercepted and port in self._own_ports():
+            check_elsewhere(host, addresses, own=self._own())
         return results
 
     async def close(self) -> None:

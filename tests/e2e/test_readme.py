@@ -14,6 +14,7 @@ from tests.e2e.conftest import add_model, unique
 from tests.e2e.test_matrix import CLIENTS, STATES
 from tests.support.origin import Origin
 from tests.support.proxy import Proxy, environment
+from tests.support.world import REDIRECT
 
 ROOT: Final = Path(__file__).parents[2]
 README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +49,14 @@ def test_every_command_is_run() -> None:
     for line in commands():
         program = line.split()[0]
         assert program == "curl" or (ROOT / program).is_file()
+
+
+def test_redirecting_rules() -> None:
+    """What makes a gateway of the cache's machine is what makes one of it in the tests."""
+    blocks = re.findall(r"^(?:    .*\n)+", README, re.MULTILINE)
+    assert {re.sub("^    ", "", block, flags=re.MULTILINE) for block in blocks} >= {
+        rules.lstrip() for rules in REDIRECT.values()
+    }
 
 
 def test_option_table() -> None:

@@ -31,7 +31,7 @@ def refused(
         ({"ollama_cache_manifest_lifetime": "soon"}, "ollama_cache_manifest_lifetime: expected a duration"),
         ({"ollama_cache_clients": "10.0.0.1/8"}, "ollama_cache_clients: expected CIDR networks"),
         ({"ssl_verify_upstream_trusted_ca": "/nonexistent.pem"}, "ssl_verify_upstream_trusted_ca: expected a PEM file"),
-        ({"mode": "socks5"}, "option mode: expected regular, got socks5"),
+        ({"mode": "socks5"}, "option mode: expected regular, transparent or reverse:https://HOST"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -61,6 +61,7 @@ _SEND_BUFFER: Final = 256 * 1024
 """SO_SNDBUF: without it the kernel grows the buffer to megabytes, and bytes nobody reads count as written."""
 _CREDIT_S: Final = 0.05
 """How much lateness of a wake-up a token bucket makes up for; more would be a burst."""
+_ANY_PORT: Final = ("127.0.0.1", 0)
 _WAIT_S: Final = 20.0
 
 
@@ -705,7 +706,10 @@ class Origin:
     far as the client lets us" mean what they say.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, *, registry: tuple[str, int] = _ANY_PORT, cdn: tuple[str, int] = _ANY_PORT
+    ) -> None:
+        """The files of its CA go to `directory`; `registry` and `cdn` are where it listens."""
         self.counters = Counters()
         self.faults: list[Fault] = []
         self.rate_per_connection: int | None = None
@@ -744,7 +748,7 @@ class Origin:
         self._threads: list[threading.Thread] = []
         self._connections: set[_Connection] = set()
         # A bound socket that never listens keeps each port ours while the servers are stopped.
-        self._reserved: dict[Listener, socket.socket] = {"registry": _bind(0), "cdn": _bind(0)}
+        self._reserved: dict[Listener, socket.socket] = {"registry": _bind(registry), "cdn": _bind(cdn)}
         self.registry_port = int(self._reserved["registry"].getsockname()[1])
         self.cdn_port = int(self._reserved["cdn"].getsockname()[1])
 
@@ -765,7 +769,7 @@ class Origin:
         """Listen, on the same ports as ever."""
         self._stopping = Gate()
         for listener, reserved in self._reserved.items():
-            sock = _bind(int(reserved.getsockname()[1]))
+            sock = _bind(reserved.getsockname())
             sock.listen(256)
             self._listening.append(sock)
             self._spawn(self._accept, sock, listener, self._stopping)
@@ -1278,11 +1282,11 @@ class Origin:
         return length
 
 
-def _bind(port: int) -> socket.socket:
+def _bind(address: tuple[str, int]) -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    sock.bind(("127.0.0.1", port))
+    sock.bind(address)
     return sock
 
 
