@@ -13,13 +13,14 @@ PACKAGE: Final = ADDON / "pullthrough"
 
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
-    "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding",
+    "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
+    " conditional requestlog",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads",
     "L2b": "recorder relay transfer recording fetcher sealer supply",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch",
-    "L4": "addon streamlayer blobserver cli gate",
+    "L4": "addon streamlayer blobserver cli gate sender",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -47,6 +48,7 @@ SIDEWAYS: Final = {
     "manifests": {"exchange"},
     "registry": {"exchange", "manifests", "prefetch"},
     "gate": {"streamlayer"},
+    "blobserver": {"sender"},
     "addon": {"blobserver", "gate", "streamlayer"},
 }
 

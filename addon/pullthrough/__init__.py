@@ -2,7 +2,7 @@
 
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
-    L4   addon  gate  streamlayer  cli                       edges: mitmproxy and the terminal live only here
+    L4   addon  gate  streamlayer  blobserver  sender  cli   edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  exchange  prefetch             request value -> answer: status, headers and what to send
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  relay  fetcher  supply
@@ -11,5 +11,5 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          platform                                            disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  access  tunnel  budget      state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
-         settings
+         conditional  requestlog  settings
 """

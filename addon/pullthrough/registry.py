@@ -14,6 +14,7 @@ from typing import Final
 from pullthrough import access, capability, chunksums
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.conditional import Precondition, evaluate
 from pullthrough.datastream import DataStream, Source
 from pullthrough.digest import Digest
 from pullthrough.errors import (
@@ -307,6 +308,11 @@ class Registry:
         entity_tag = f'"{digest}"'
         cache = CacheStatus(Outcome.HIT) if hit else CacheStatus(Outcome.PARTIAL, stored=True, collapsed=True)
         headers: list[tuple[str, str]] = [("Accept-Ranges", "bytes"), ("ETag", entity_tag)]
+        match evaluate(request.headers.get("if-match"), request.headers.get("if-none-match"), entity_tag):
+            case Precondition.FAILED:
+                return Answer(412, cache, tuple(headers))
+            case Precondition.NOT_MODIFIED:
+                return Answer(304, cache, tuple(headers), length=size)
         selected = None
         if request.method == "GET" and if_range_matches(request.headers.get("if-range"), entity_tag):
             selected = parse_range(request.headers.get("range"), size)
