@@ -27,6 +27,7 @@ from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.recording import Workroom
 from pullthrough.registry import Registry
+from pullthrough.requestlog import log_answer, log_transfer
 from pullthrough.settings import ENVIRONMENT_PREFIX, OPTIONS, PREFIX, Settings, parse_settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Mouth, Transfer, Transfers, check_internals
@@ -263,13 +264,8 @@ class OllamaCache:
         if isinstance(answer.body, Reader):
             self._transfers[flow.id] = Transfer(flow, answer.body)
         else:
-            _log.info(
-                "%s %s %s -> %d %s",
-                flow.client_conn.peername[0],
-                flow.request.method,
-                flow.request.path.partition("?")[0],
-                answer.status,
-                answer.cache,
+            log_answer(
+                flow.client_conn.peername[0], flow.request.method, flow.request.path, answer.status, str(answer.cache)
             )
 
     def _finish(self, flow: http.HTTPFlow) -> None:
@@ -278,16 +274,15 @@ class OllamaCache:
             return
         transfer.close()
         assert flow.response
-        _log.info(
-            "%s %s %s -> %d, %d bytes in %.2f s%s; %s",
+        log_transfer(
             flow.client_conn.peername[0],
             flow.request.method,
-            flow.request.path.partition("?")[0],
+            flow.request.path,
             flow.response.status_code,
-            transfer.sent,
-            time.monotonic() - transfer.began,
-            f", short: {flow.error.msg}" if flow.error else "",
             flow.response.headers.get("Cache-Status", ""),
+            sent=transfer.sent,
+            seconds=time.monotonic() - transfer.began,
+            problem=flow.error.msg if flow.error else "",
         )
 
     def _may_answer(self, flow: http.HTTPFlow) -> bool:
