@@ -18,6 +18,7 @@ from typing import Final, NoReturn
 from mitmproxy import addonmanager, ctx, exceptions, http
 
 from pullthrough import places, platform
+from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
 from pullthrough.errors import CacheError, Misdirected
@@ -72,6 +73,7 @@ class OllamaCache:
         self._threads: Threads | None = None
         self._recorder: Recorder | None = None
         self._registry: Registry | None = None
+        self._blob_server: BlobServer | None = None
         self._minting: asyncio.Task[None] | None = None
         self._transfers: Transfers = {}
         self._gate = Gate(self._transfers)
@@ -126,6 +128,7 @@ class OllamaCache:
             ) from error
         self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
         self._store = Store.open(settings.dir)
+        self._blob_server = BlobServer(settings)
         self._settings = settings
         self._mint()
 
@@ -145,7 +148,7 @@ class OllamaCache:
 
     async def running(self) -> None:
         """Open what needs the event loop; from here on clients are served."""
-        assert self._settings and self._store and self._authority and self._upstream
+        assert self._settings and self._store and self._authority and self._upstream and self._blob_server
         settings = self._settings
         await self._upstream.open()
         self._threads = Threads()
@@ -162,13 +165,15 @@ class OllamaCache:
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._forbid_reload()
         self._gate.open(settings)
+        await self._blob_server.open(self._registry, self._gate.admits)
         _log.info(
-            "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s",
+            "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
             len(self._store.blobs()),
             len(self._store.models()),
             self._authority.certificate_file,
             self._authority.fingerprint,
+            self._blob_server,
         )
 
     async def done(self) -> None:
@@ -176,6 +181,8 @@ class OllamaCache:
         self._gate.close()
         if self._minting is not None:
             self._minting.cancel()
+        if self._blob_server is not None:
+            await self._blob_server.close()
         registry, self._registry = self._registry, None
         if registry is not None:
             await registry.close()

@@ -30,6 +30,10 @@ class Request:
     host: str
     target: str
     headers: Mapping[str, str]
+    blobs: str | None = None
+    """The origin under which this client finds canonical addresses; "" for the one it asks, None for the blob host."""
+    inline: bool = False
+    """The registry's own address of a blob is to give the bytes, as no redirect would lead to another host name."""
 
     @property
     def authorization(self) -> str | None:

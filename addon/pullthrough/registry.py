@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final
 
 from pullthrough import access, capability, chunksums
@@ -143,9 +144,12 @@ class Registry:
         if (size := await self._known_size(request, route)) is not None:
             held = self._store.held(route.digest) is not None
             cache = CacheStatus(Outcome.HIT) if held else CacheStatus(Outcome.PARTIAL, collapsed=True)
-            return self._redirect(request, route.digest, size, cache)
-        size = await self._open(request, route)
-        return self._redirect(request, route.digest, size, CacheStatus(Outcome.MISS, stored=True))
+        else:
+            size = await self._open(request, route)
+            cache = CacheStatus(Outcome.MISS, stored=True)
+        if request.inline:
+            return await self._inline(request, route.digest, size)
+        return self._redirect(request, route.digest, size, cache)
 
     async def _known_size(self, request: Request, route: BlobRoute | ChunksumsRoute) -> int | None:
         """The size of a blob that this caller may have and that is here, or is being recorded; else None."""
@@ -235,11 +239,21 @@ class Registry:
         """The 307 that every client generation accepts: to another host name, which looks like the registry's own."""
         return Answer(307, cache, (("Location", self._canonical_url(request, digest, size)),))
 
+    async def _inline(self, request: Request, digest: Digest, size: int) -> Answer:
+        """The bytes at once. Ollama since v0.3.10 takes them if a Location says where to ask for the parts."""
+        answer = await self._serve(request, digest)
+        if answer.status != 200:
+            return answer
+        return replace(answer, headers=(*answer.headers, ("Location", self._canonical_target(digest, size))))
+
     def _canonical_url(self, request: Request, digest: Digest, size: int) -> str:
         """The canonical address with a capability; in the request's scheme, which decides the client's proxy."""
+        origin = f"{request.scheme}://{self._settings.blob_host}" if request.blobs is None else request.blobs
+        return origin + self._canonical_target(digest, size)
+
+    def _canonical_target(self, digest: Digest, size: int) -> str:
         granted = capability.Capability(digest, size, int(time.time()) + capability.LIFETIME_S)
-        query = granted.to_query(self._store.secret)
-        return f"{request.scheme}://{self._settings.blob_host}{canonical_path(digest)}?{query}"
+        return f"{canonical_path(digest)}?{granted.to_query(self._store.secret)}"
 
     # --- chunk sums
 
@@ -282,6 +296,10 @@ class Registry:
         digest = route.digest
         if capability.verify(route.query, digest, secret=self._store.secret, now=time.time()) is None:
             return None
+        return await self._serve(request, digest)
+
+    async def _serve(self, request: Request, digest: Digest) -> Answer:
+        """The bytes, to one who may have them."""
         file = self._store.open_blob(digest)
         if file is not None:
             try:

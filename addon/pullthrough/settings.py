@@ -69,6 +69,10 @@ class Settings:
     clients: tuple[Network | str, ...]
     """Networks, and the words `private`, `local`, `any`."""
     tunnel: Tunnel
+    listen: tuple[tuple[str, int], ...]
+    """(host, port) of the blob server; host "" for all addresses of this machine."""
+    front: Mapping[int, str]
+    """The registry that a port of the blob server speaks for."""
     manifest_lifetime_s: float
     offline: bool
     finish: Finish
@@ -81,6 +85,12 @@ class Settings:
     def intercepted(self) -> tuple[str, ...]:
         """The host names that the CA must permit, in a stable order."""
         return (*self.registries, self.blob_host)
+
+    @property
+    def doors(self) -> tuple[tuple[str, int], ...]:
+        """Where the blob server listens: at `listen`, and on the ports of `front` at the same hosts."""
+        hosts = dict.fromkeys(host for host, _ in self.listen)
+        return tuple(dict.fromkeys([*self.listen, *((host, port) for port in self.front for host in hosts)]))
 
     def endpoint(self, host: str) -> Endpoint:
         """Where `host` is reached: as `upstream` says, else by HTTPS under its own name."""
@@ -95,6 +105,8 @@ class Option:
     default: str
     help: str
     parse: Callable[[str], object]
+    may_be_empty: bool = False
+    """An empty text is a value of its own and does not stand for the default."""
 
 
 def _parse_host(text: str) -> str:
@@ -149,6 +161,30 @@ def _parse_clients(text: str) -> tuple[Network | str, ...]:
         except ValueError as error:
             raise ValueError(f"CIDR networks or the words private, local, any ({error})") from error
     return tuple(result)
+
+
+def _parse_listen(text: str) -> tuple[tuple[str, int], ...]:
+    if text.strip().lower() in ("", "off"):
+        return ()
+    result = []
+    for part in (piece.strip() for piece in text.split(",")):
+        split = urlsplit(f"//{part}")
+        # `port` raises ValueError beyond 65535.
+        if not (split.hostname or part.startswith(":")) or split.netloc != part or "@" in part or not split.port:
+            raise ValueError("off or [host]:port[,[host]:port], with an IPv6 address in brackets")
+        host = split.hostname or ""
+        result.append((host if not host or _is_address(host) else _parse_host(host), split.port))
+    return tuple(dict.fromkeys(result))
+
+
+def _parse_front(text: str) -> Mapping[int, str]:
+    result: dict[int, str] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        port, equals, host = part.partition("=")
+        if not equals or not port.isdecimal() or not 0 < int(port) < 65536 or int(port) in result:
+            raise ValueError("port=registry[,port=registry]")
+        result[int(port)] = _parse_host(host)
+    return MappingProxyType(result)
 
 
 def _parse_duration(text: str) -> float:
@@ -238,6 +274,21 @@ OPTIONS: Final = (
         _parse_clients,
     ),
     Option("tunnel", Tunnel.ANY, "CONNECT to other public hosts: any or none.", _parse_word(Tunnel)),
+    Option(
+        "listen",
+        ":9200",
+        "Where models are served without a proxy, by plain HTTP: host:port[,host:port], no host for all addresses; "
+        "off for nowhere.",
+        _parse_listen,
+        may_be_empty=True,
+    ),
+    Option(
+        "front",
+        "9200=registry.ollama.ai",
+        "Which registry a port speaks for: port=registry[,port=registry]; each of these ports is listened on too.",
+        _parse_front,
+        may_be_empty=True,
+    ),
     Option("manifest_lifetime", "5m", "How long a stored manifest is served unasked.", _parse_duration),
     Option("offline", "false", "Never contact a registry: serve what is recorded.", _parse_flag),
     Option(
@@ -271,7 +322,9 @@ def parse_settings(texts: Mapping[str, str], *, dir: Path, certs: Path) -> Setti
         )
     values: dict[str, object] = {"dir": dir, "certs": certs}
     for option in OPTIONS:
-        text = texts.get(option.name) or option.default
+        text = texts.get(option.name, option.default)
+        if not text and not option.may_be_empty:
+            text = option.default
         if not text and option.name in values:
             continue
         try:
@@ -296,6 +349,11 @@ def _check_together(settings: Settings) -> None:
             raise SettingsError(
                 f"option {PREFIX}blob_host: expected no subdomain of a registry, got {settings.blob_host!r}"
             )
+    if settings.listen and (strangers := sorted(set(settings.front.values()) - set(settings.registries))):
+        raise SettingsError(
+            f"option {PREFIX}front: expected only registries of {PREFIX}registries "
+            f"({', '.join(settings.registries)}), got {strangers[0]!r}"
+        )
     if strangers := sorted(set(settings.upstream) - set(settings.intercepted)):
         raise SettingsError(
             f"option {PREFIX}upstream: expected only {', '.join(settings.intercepted)}, got {strangers[0]!r}"
