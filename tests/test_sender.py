@@ -62,7 +62,8 @@ async def serving(make: Callable[[], Any], length: int = SIZE) -> AsyncIterator[
         response = web.StreamResponse()
         response.content_length = length
         await response.prepare(request)
-        sending = await send(request, response, cast(Reader, make()))
+        sending = Sending()
+        await send(request, response, cast(Reader, make()), sending)
         if sending.problem:
             response.force_close()
         await outcomes.put(sending)
@@ -150,7 +151,7 @@ def test_without_sendfile(monkeypatch: pytest.MonkeyPatch, file: SharedFile, lac
     async def test() -> None:
         async with serving(lambda: Reader(0, SIZE, file=file.acquire())) as (port, outcomes):
             assert await fetch(port) == DATA
-            assert await outcomes.get() == Sending(sent=SIZE)
+            assert await outcomes.get() == Sending(sent=SIZE, problem="")
 
     run(test)
 

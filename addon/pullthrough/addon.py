@@ -38,6 +38,7 @@ from pullthrough.upstream import Upstream
 _log = logging.getLogger(__name__)
 
 REMINT_S: Final = 3600.0
+DESCRIPTORS: Final = 65_536
 
 MITMPROXY_OPTIONS: Final = {
     # A hit must not dial upstream first (mitmproxy#4775).
@@ -128,6 +129,7 @@ class OllamaCache:
             ) from error
         self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
         self._store = Store.open(settings.dir)
+        platform.allow_descriptors(DESCRIPTORS)
         self._blob_server = BlobServer(settings)
         self._settings = settings
         self._mint()

@@ -116,10 +116,10 @@ class BlobServer:
                 await response.write(answer.body)
             log_answer(*line)
             return response
-        sending = Sending(problem="cut off")
+        sending = Sending()
         try:
             await response.prepare(request)
-            sending = await send(request, response, answer.body)
+            await send(request, response, answer.body, sending)
         finally:
             answer.body.close()
             seconds = time.monotonic() - began
@@ -162,7 +162,7 @@ class Door(web.Server):
     """aiohttp's server, which says no before a stranger's first byte."""
 
     def __init__(self, handler: Callable[..., Any], admits: Callable[[str], bool], **options: Any) -> None:
-        super().__init__(handler, **options)
+        super().__init__(handler, logger=Brief(_log), **options)
         self._admits = admits
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
@@ -172,6 +172,13 @@ class Door(web.Server):
         peer = transport.get_extra_info("peername")
         if peer is None or not self._admits(peer[0]):
             transport.close()
+
+
+class Brief(logging.LoggerAdapter[logging.Logger]):
+    """What aiohttp says of requests that are no HTTP, without the traceback: it quotes the request line."""
+
+    def log(self, level: int, msg: object, *args: object, **_: Any) -> None:
+        self.logger.log(min(level, logging.WARNING), msg, *args)
 
 
 def blob_origin(address: str, port: int) -> str:

@@ -24,18 +24,20 @@ SPAN: Final = 1 << 20
 
 @dataclass
 class Sending:
-    """How a body fared."""
+    """How a body fares; as it stands, should the sending be cancelled."""
 
     sent: int = 0
-    problem: str = ""
+    problem: str = "cut off"
     """Why it ended before its time; "" when it did not."""
     stalled: bool = False
     """The client takes nothing: there is no use in saying goodbye."""
 
 
-async def send(request: web.BaseRequest, response: web.StreamResponse, reader: Reader) -> Sending:
-    """Send all that `reader` has behind the head of `response`, which has been sent ("prepared")."""
-    sending = Sending()
+async def send(request: web.BaseRequest, response: web.StreamResponse, reader: Reader, sending: Sending) -> None:
+    """Send all that `reader` has behind the head of `response`, which has been sent ("prepared").
+
+    No error of the client, the network or the reader is raised: `sending` tells.
+    """
     try:
         while not reader.done:
             if request.transport is None or request.transport.is_closing():
@@ -45,13 +47,13 @@ async def send(request: web.BaseRequest, response: web.StreamResponse, reader: R
                 continue
             async with asyncio.timeout(CLIENT_STALL_S):
                 sending.sent += await _send_piece(request, response, reader, piece)
+        sending.problem = ""
     except ConnectionError:
         sending.problem = "client disconnected"
     except TimeoutError:
         sending.problem, sending.stalled = f"client took no byte for {CLIENT_STALL_S:.0f} s", True
     except (CacheError, OSError) as error:
         sending.problem = str(error)
-    return sending
 
 
 async def _send_piece(

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import pytest
 
+from pullthrough import platform
 from pullthrough.byterange import ByteRange, Unsatisfiable, parse_range
 from tests.e2e.conftest import MB, Model, add_model, get, to_cdn, unique
 from tests.e2e.test_start import refused
@@ -83,6 +84,7 @@ CLIENTS: Final[dict[str, tuple[Callable[..., PullClient], dict[str, Any]]]] = {
     "x/transfer current": (TransferClient, {"version": "current"}),
 }
 ONLY_BY_NAME: Final = {"A2 0.3.9"}
+QUICK: Final = {"A1 0.3.0", "A2 0.3.9", "A2 current", "client2 chunksums", "x/transfer current"}
 
 
 def pull(proxy: Proxy, client: str, model: Model, folder: Path, host: str) -> PullClient:
@@ -96,7 +98,9 @@ def pull(proxy: Proxy, client: str, model: Model, folder: Path, host: str) -> Pu
 
 
 @pytest.mark.parametrize("host", [NAME, ADDRESS], ids=["by name", "by address"])
-@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize(
+    "client", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.long]) for name in CLIENTS]
+)
 def test_every_client(origin: Origin, proxy: Proxy, tmp_path: Path, client: str, host: str) -> None:
     """Cold, warm and with the registry gone; each byte comes from upstream once."""
     if host == ADDRESS and client in ONLY_BY_NAME:
@@ -187,6 +191,19 @@ def test_nothing_else_is_served_or_forwarded(
         assert error["code"] == "UNSUPPORTED"
         assert response.header("allow") == ("GET, HEAD" if expected == 405 else None)
     assert not origin.counters.requests
+
+
+def test_what_is_no_http_is_one_line(origin: Origin, proxy: Proxy) -> None:
+    """A malformed request is 400, and neither a traceback nor what it asked for gets into the log."""
+    for request in (
+        b"GET /data?access=secret HTTP/9.9\r\n\r\n",
+        b"GET /\xff?access=secret HTTP/1.1\r\nHost: x\r\n\r\n",
+    ):
+        with socket.create_connection((ADDRESS, proxy.front_port), timeout=20) as sock:
+            sock.sendall(request)
+            assert sock.recv(100).startswith(b"HTTP/1.0 400 ")
+    proxy.wait_for_line("Error handling request from 127.0.0.1", count=2)
+    assert not any("secret" in line or "Traceback" in line for line in proxy.output)
 
 
 def test_capabilities(origin: Origin, proxy: Proxy) -> None:
@@ -357,21 +374,28 @@ def holds(proxy: Proxy, ending: str) -> bool:
     return False
 
 
+@pytest.mark.long
 def test_many_idle_connections(origin: Origin, proxy: Proxy) -> None:
-    """Three hundred connections that ask for nothing are in nobody's way."""
+    """Three thousand connections that ask for nothing are in nobody's way, and cost about 10 KiB each."""
+    count = 3000
+    platform.allow_descriptors(2 * count)
     model = add_model(origin, data := unique(1000).read(0, 1000))
-    idle = [socket.create_connection((ADDRESS, proxy.front_port)) for _ in range(300)]
-    try:
+    before = proxy.rss_mib()
+    with contextlib.ExitStack() as stack:
+        try:
+            for _ in range(count):
+                stack.enter_context(socket.create_connection((ADDRESS, proxy.front_port)))
+        except OSError as error:
+            pytest.skip(f"this process may not open {count} files: {error}")
         with to_front(proxy) as connection:
             assert get(connection, model.blob_target)[::2] == (200, data)
-    finally:
-        for sock in idle:
-            sock.close()
+            assert proxy.rss_mib() - before < 100
 
 
 # --- life
 
 
+@pytest.mark.long
 def test_it_ends_soon_and_frees_the_port(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
     """A body under way and an idle connection hold up the end for two seconds at most, and end with FIN."""
     proxy = start_proxy(front=True)
@@ -392,6 +416,7 @@ def test_it_ends_soon_and_frees_the_port(origin: Origin, start_proxy: Callable[.
         assert get(connection, model.manifest_target)[0] == 200
 
 
+@pytest.mark.long
 def test_strangers_are_refused(start_proxy: Callable[..., Proxy]) -> None:
     """`clients` counts on this port too: the connection is closed before anything is answered."""
     proxy = start_proxy(front=True, ollama_cache_clients="192.0.2.0/24")
@@ -414,6 +439,7 @@ def test_a_port_in_use_stops_the_start(tmp_path: Path) -> None:
     assert f"option ollama_cache_listen: expected a free address of this machine, got {taken}: Address alr" in line
 
 
+@pytest.mark.long
 def test_an_address_of_another_machine_stops_the_start(tmp_path: Path) -> None:
     """An address that this machine has not."""
     line = refused(tmp_path, ollama_cache_listen=f"192.0.2.1:{free_port()}", ollama_cache_front="")
