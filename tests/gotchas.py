@@ -90,7 +90,8 @@ GOTCHAS: Final = (
     ),
     Gotcha(
         "not be called slow by x/transfer after fast hits",
-        why="x/transfer ignores HTTPS_PROXY: its blobs do not pass through the cache (next but one row).",
+        ("e2e/test_front.py::test_a_slow_tensor_after_fast_ones",),
+        why="Without a proxy; through HTTPS_PROXY its blobs do not come (next but one row).",
     ),
     Gotcha(
         "not push back with 5xx and Retry-After",
@@ -99,7 +100,7 @@ GOTCHAS: Final = (
     ),
     Gotcha(
         "know that x/transfer (tensor models) ignores HTTPS_PROXY",
-        ("e2e/test_clients.py::test_tensor_models_pass_by",),
+        ("e2e/test_clients.py::test_tensor_models_pass_by", "e2e/test_front.py::test_every_client"),
     ),
     Gotcha(
         "not invent HEAD hits: a push asks the same HEAD and skips the upload",

@@ -18,6 +18,9 @@ from pullthrough.records import Version
 
 _log = logging.getLogger(__name__)
 
+TRANSFER_AGENT: Final = "ollama-transfer/"
+"""How the User-Agent of x/transfer begins (v0.14.0 and later), which pulls and pushes models of tensors."""
+
 _OLLAMA: Final = re.compile(r"ollama/(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
 

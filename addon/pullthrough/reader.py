@@ -67,6 +67,7 @@ class Reader:
         self._file = file
         self._recording = recording
         self._cursor: Cursor | None = None
+        self._scout: Cursor | None = None
         self._relay: Relay | None = None
         if recording is not None:
             try:
@@ -102,6 +103,21 @@ class Reader:
         self.position += len(data)
         return Memory(data) if data else Pending()
 
+    async def gather(self, wait_s: float) -> bool:
+        """Whether all that is left is present, after waiting up to `wait_s` for more of it; hands out nothing.
+
+        Also true of bytes that are passed through, which nothing can gather. Raises as `next`.
+        """
+        if self._cursor is None or self._recording is None:
+            return True
+        try:
+            self._scout = self._scout or self._recording.attach(self.position, self.stop)
+            self._scout.advance(min(await self._scout.wait(wait_s), self.stop))
+        except StoreUnwritable:
+            self._pass_through()
+            return True
+        return self._scout.position >= self.stop
+
     def _span(self, descriptor: int, stop: int) -> FileSpan:
         span = FileSpan(descriptor, self.position, stop)
         self.position = stop
@@ -109,9 +125,7 @@ class Reader:
 
     def _pass_through(self) -> None:
         """The disk is no use: take the rest from upstream. A pull never fails because of our disk."""
-        if self._cursor is not None:
-            self._cursor.close()
-            self._cursor = None
+        self._close_cursors()
         assert self._recording is not None
         self._relay = self._recording.relay(self.position, self.stop)
 
@@ -123,9 +137,13 @@ class Reader:
         if self._file is not None:
             self._file.release()
             self._file = None
-        if self._cursor is not None:
-            self._cursor.close()
-            self._cursor = None
+        self._close_cursors()
+
+    def _close_cursors(self) -> None:
+        for cursor in (self._cursor, self._scout):
+            if cursor is not None:
+                cursor.close()
+        self._cursor = self._scout = None
 
 
 async def read_span(span: FileSpan) -> bytes | bytearray:

@@ -26,7 +26,7 @@ from pullthrough.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from pullthrough.exchange import Answer, Request, failure
+from pullthrough.exchange import TRANSFER_AGENT, Answer, Request, failure
 from pullthrough.manifests import Manifests
 from pullthrough.prefetch import Prefetcher
 from pullthrough.reader import Reader
@@ -47,7 +47,6 @@ from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Upstream
 
 _log = logging.getLogger(__name__)
 
-_TRANSFER_AGENT: Final = "ollama-transfer/"
 _OCTETS: Final = "application/octet-stream"
 
 
@@ -111,7 +110,7 @@ class Registry:
 
     async def _head_blob(self, request: Request, route: BlobRoute) -> Answer:
         # A push asks the same HEAD and skips the upload when the answer is 200: then only upstream's word counts.
-        pushes = request.authorization is not None or request.headers.get("user-agent", "").startswith(_TRANSFER_AGENT)
+        pushes = request.authorization is not None or request.headers.get("user-agent", "").startswith(TRANSFER_AGENT)
         known = self._is_known(request, route)
         size = self._size(route.digest) if known else None
         if size is not None and not (pushes and not self._settings.offline):
