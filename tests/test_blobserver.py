@@ -71,6 +71,11 @@ def test_listens_at_every_door() -> None:
                     assert ":" in str(entry[0]), "expected only a machine without IPv6 to refuse"
     with server(listen="off") as made:
         assert str(made) == "off"
+    with (
+        pytest.raises(SettingsError, match=r"got \[2001:db8::1\]:9200: "),
+        server(listen="[2001:db8::1]:9200", front=""),
+    ):
+        pass
 
 
 def test_all_addresses() -> None:

@@ -59,12 +59,12 @@ class BlobServer:
                 self._sockets += _listen(host, port)
         except OSError as error:
             self._release()
-            where = f"{host or '*'}:{port}"
+            where = _authority(host, port)
             raise SettingsError(
                 f"option {PREFIX}listen: expected a free address of this machine, got {where}: {error.strerror}"
             ) from error
         self._names = [
-            f"{host or '*'}:{port}" + (f" ({settings.front[port]})" if port in settings.front else "")
+            _authority(host, port) + (f" ({settings.front[port]})" if port in settings.front else "")
             for host, port in settings.doors
         ]
 
@@ -225,6 +225,10 @@ def is_name(authority: str) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host or '*'}:{port}"
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:

@@ -120,7 +120,8 @@ class Proxy:
         """Where the registry is spoken for without a proxy, kept by later starts; 0 for nowhere."""
         if front:
             self.front_port = free_port()
-            self.options["ollama_cache_listen"] = f"localhost:{self.front_port}"
+            hosts = ("127.0.0.1", "[::1]") if _has_ipv6() else ("127.0.0.1",)
+            self.options["ollama_cache_listen"] = ",".join(f"{host}:{self.front_port}" for host in hosts)
             self.options["ollama_cache_front"] = f"{self.front_port}=registry.ollama.ai"
         self.options |= options
         self.output: list[str] = []
@@ -336,6 +337,15 @@ class PeakRss:
         # The process may be restarted or killed while it is watched.
         with contextlib.suppress(OSError, LookupError):
             self.mib = max(self.mib, self._proxy.rss_mib())
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 def _status_mib(pid: int, field: str) -> float:
