@@ -33,12 +33,12 @@ GOTCHAS: Final = (
     ),
     Gotcha(
         "redirect to another host name, not only another port",
-        ("test_settings.py::test_bad_values_are_named", MATRIX),
+        ("test_options.py::test_bad_values_are_named", MATRIX),
     ),
     Gotcha("use the one answer that every generation accepts, whatever asks", (MATRIX,)),
     Gotcha(
         "redirect to no subdomain of the registry, which would be sent the token",
-        ("test_settings.py::test_bad_values_are_named", "e2e/test_clients.py::test_a_token_stays_with_the_registry"),
+        ("test_options.py::test_bad_values_are_named", "e2e/test_clients.py::test_a_token_stays_with_the_registry"),
     ),
     Gotcha(
         "answer HEAD of a blob itself: 200, the true length, no body, no redirect",
@@ -91,7 +91,7 @@ GOTCHAS: Final = (
     ),
     Gotcha(
         "not be called slow by x/transfer after fast hits",
-        (HELD, "e2e/test_modes.py::test_slow_line"),
+        (HELD, "e2e/test_modes.py::test_slow_line", "e2e/test_front.py::test_a_slow_tensor_after_fast_ones"),
     ),
     Gotcha(
         "not push back with 5xx and Retry-After",
@@ -104,6 +104,7 @@ GOTCHAS: Final = (
             "e2e/test_clients.py::test_tensor_models_pass_by",
             "e2e/test_modes.py::test_gateway",
             "e2e/test_modes.py::test_hosts_entry",
+            "e2e/test_front.py::test_every_client",
         ),
     ),
     Gotcha(

@@ -13,13 +13,14 @@ PACKAGE: Final = ADDON / "pullthrough"
 
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
-    "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding",
+    "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
+    " conditional requestlog options",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag",
     "L2b": "recorder relay transfer recording fetcher sealer supply keeper workroom",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh",
-    "L4": "addon streamlayer blobserver cli gate modes opening",
+    "L4": "addon streamlayer blobserver cli gate modes opening sender",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -30,7 +31,8 @@ SIDEWAYS: Final = {
     "route": {"digest", "errors"},
     "byterange": {"errors"},
     "capability": {"digest", "errors"},
-    "settings": {"errors", "records"},
+    "settings": {"records"},
+    "options": {"errors", "settings"},
     "records": {"digest", "errors"},
     "datacheck": {"byterange", "errors"},
     "chunksums": {"digest", "errors"},
@@ -49,6 +51,7 @@ SIDEWAYS: Final = {
     "refresh": {"manifests"},
     "registry": {"exchange", "manifests", "prefetch", "refresh"},
     "gate": {"opening", "streamlayer"},
+    "blobserver": {"sender"},
     "addon": {"blobserver", "gate", "modes", "streamlayer"},
 }
 

@@ -25,9 +25,9 @@ from pullthrough.errors import (
 from pullthrough.exchange import Answer, Request
 from pullthrough.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.manifests import ACCEPT, Manifests
+from pullthrough.options import parse_settings
 from pullthrough.records import ManifestRecord, Name, Version
 from pullthrough.route import ManifestRoute
-from pullthrough.settings import parse_settings
 from pullthrough.store import Store
 from pullthrough.upstream import DEADLINE_S, Response, Upstream
 

@@ -447,3 +447,20 @@ def test_a_bad_entry_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     set_entries(monkeypatch, Entry("10.1.2", "x"), good[0], Entry("10.1.2.3", "0.0.0.0"), LINK, good[1])
     expected = (ipaddress.ip_network("192.0.2.0/24"), ipaddress.ip_network("fd00::/64"))
     assert platform.local_networks() == expected
+
+
+def test_more_descriptors_are_allowed() -> None:
+    """The soft limit goes up to what is wanted or to the hard one, and never down."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        platform.allow_descriptors(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
+        platform.allow_descriptors(200)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
+        if hard != resource.RLIM_INFINITY:
+            platform.allow_descriptors(hard + 1)
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

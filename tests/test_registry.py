@@ -8,9 +8,9 @@ import pytest
 
 from pullthrough import registry
 from pullthrough.exchange import Request
+from pullthrough.options import parse_settings
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
-from pullthrough.settings import parse_settings
 from pullthrough.store import Store
 from pullthrough.upstream import Upstream
 

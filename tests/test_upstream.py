@@ -33,7 +33,8 @@ from pullthrough.errors import (
     UpstreamUnreachable,
     ValidatorChanged,
 )
-from pullthrough.settings import R2_HOST, parse_settings
+from pullthrough.options import parse_settings
+from pullthrough.settings import R2_HOST
 from pullthrough.upstream import (
     CONNECTIONS_PER_HOST,
     MAX_CONTROL_BODY,

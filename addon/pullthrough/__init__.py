@@ -2,7 +2,8 @@
 
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
-    L4   addon  gate  streamlayer  modes  opening  cli       edges: mitmproxy and the terminal live only here
+    L4   addon  gate  streamlayer  modes  opening
+         blobserver  sender  cli                             edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  exchange  prefetch  refresh    request value -> answer: status, headers and what to send
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  relay  fetcher  supply
@@ -12,5 +13,5 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget                                      state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
-         settings
+         conditional  requestlog  settings  options
 """

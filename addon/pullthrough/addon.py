@@ -19,6 +19,7 @@ from mitmproxy import addonmanager, ctx, exceptions, http
 from mitmproxy.proxy.mode_specs import ReverseMode
 
 from pullthrough import places, platform
+from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
 from pullthrough.errors import CacheError, Misdirected
@@ -27,10 +28,12 @@ from pullthrough.gate import Gate, normal, own_ports, refuse
 from pullthrough.keeper import Keeper
 from pullthrough.looplag import LoopLag
 from pullthrough.modes import check_modes
+from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
-from pullthrough.settings import ENVIRONMENT_PREFIX, OPTIONS, PREFIX, Settings, parse_settings
+from pullthrough.requestlog import log_answer, log_transfer
+from pullthrough.settings import PREFIX, Settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Mouth, Transfer, Transfers, check_internals
 from pullthrough.threads import Threads
@@ -40,6 +43,7 @@ from pullthrough.workroom import Workroom
 _log = logging.getLogger(__name__)
 
 REMINT_S: Final = 3600.0
+DESCRIPTORS: Final = 65_536
 
 MITMPROXY_OPTIONS: Final = {
     # A hit must not dial upstream first (mitmproxy#4775).
@@ -78,6 +82,7 @@ class OllamaCache:
         self._recorder: Recorder | None = None
         self._registry: Registry | None = None
         self._lag = LoopLag()
+        self._blob_server: BlobServer | None = None
         self._minting: asyncio.Task[None] | None = None
         self._transfers: Transfers = {}
         self._gate = Gate(self._transfers)
@@ -132,6 +137,8 @@ class OllamaCache:
             ) from error
         self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
         self._store = Store.open(settings.dir)
+        platform.allow_descriptors(DESCRIPTORS)
+        self._blob_server = BlobServer(settings)
         self._settings = settings
         self._mint()
 
@@ -151,7 +158,7 @@ class OllamaCache:
 
     async def running(self) -> None:
         """Open what needs the event loop; from here on clients are served."""
-        assert self._settings and self._store and self._authority and self._upstream
+        assert self._settings and self._store and self._authority and self._upstream and self._blob_server
         settings = self._settings
         await self._upstream.open()
         self._threads = Threads()
@@ -178,13 +185,15 @@ class OllamaCache:
         self._lag.open()
         self._forbid_reload()
         self._gate.open(settings)
+        await self._blob_server.open(self._registry, self._gate.admits)
         _log.info(
-            "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s",
+            "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
             len(self._store.blobs()),
             len(self._store.manifests()),
             self._authority.certificate_file,
             self._authority.fingerprint,
+            self._blob_server,
         )
 
     async def done(self) -> None:
@@ -194,6 +203,8 @@ class OllamaCache:
         _log.info("event loop lag: %s", self._lag)
         if self._minting is not None:
             self._minting.cancel()
+        if self._blob_server is not None:
+            await self._blob_server.close()
         registry, self._registry = self._registry, None
         if registry is not None:
             await registry.close()
@@ -282,13 +293,8 @@ class OllamaCache:
         if isinstance(answer.body, Reader):
             self._transfers[flow.id] = Transfer(flow, answer.body, held=answer.held)
         else:
-            _log.info(
-                "%s %s %s -> %d %s",
-                flow.client_conn.peername[0],
-                flow.request.method,
-                flow.request.path.partition("?")[0],
-                answer.status,
-                answer.cache,
+            log_answer(
+                flow.client_conn.peername[0], flow.request.method, flow.request.path, answer.status, str(answer.cache)
             )
 
     def _finish(self, flow: http.HTTPFlow) -> None:
@@ -297,16 +303,15 @@ class OllamaCache:
             return
         transfer.close()
         assert flow.response
-        _log.info(
-            "%s %s %s -> %d, %d bytes in %.2f s%s; %s",
+        log_transfer(
             flow.client_conn.peername[0],
             flow.request.method,
-            flow.request.path.partition("?")[0],
+            flow.request.path,
             flow.response.status_code,
-            transfer.sent,
-            time.monotonic() - transfer.began,
-            f", short: {flow.error.msg}" if flow.error else "",
             flow.response.headers.get("Cache-Status", ""),
+            sent=transfer.sent,
+            seconds=time.monotonic() - transfer.began,
+            problem=flow.error.msg if flow.error else "",
         )
 
     def _may_answer(self, flow: http.HTTPFlow) -> bool:

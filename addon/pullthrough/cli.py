@@ -18,7 +18,7 @@ import pullthrough
 from pullthrough import places
 from pullthrough.ca import Authority
 from pullthrough.errors import CacheError
-from pullthrough.settings import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
+from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
 
 app = typer.Typer(
     help="A pull-through cache for the Ollama registry.",

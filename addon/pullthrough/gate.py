@@ -66,15 +66,20 @@ class Gate:
             if normal(name) != host:
                 raise Misdirected(f"expected {kind} {host}, got {name!r}")
 
-    def client_connected(self, client: connection.Client) -> None:
+    def admits(self, peer: str) -> bool:
+        """Whether a client at the address `peer` is served; who is not is named in the log."""
         try:
-            admitted = self._clients is not None and self._clients.admits(client.peername[0])
+            admitted = self._clients is not None and self._clients.admits(peer)
         except Exception:
             _log.exception("client policy failed; refused")
             admitted = False
         if not admitted:
+            _log.warning("refused client %s: not in ollama_cache_clients", peer)
+        return admitted
+
+    def client_connected(self, client: connection.Client) -> None:
+        if not self.admits(client.peername[0]):
             client.error = "not admitted"
-            _log.warning("refused client %s: not in ollama_cache_clients", client.peername[0])
 
     def http_connect(self, flow: http.HTTPFlow) -> None:
         try:

@@ -116,6 +116,24 @@ def lock_exclusively(file: BinaryIO) -> bool:
     return True
 
 
+def allow_descriptors(wanted: int) -> None:
+    """Raise the limit on open files towards `wanted`, as far as this process may; each client costs one.
+
+    Many systems give 1024 to a process that does not ask. Windows has no such limit.
+    """
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= allowed:
+        return
+    # macOS names no hard limit and still has one.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
 def boot_id() -> str:
     """What changes with every boot of the machine; "" where nothing of the kind can be had.
 

@@ -5,13 +5,22 @@ that are written and stay readable until `close`. Two mouths use it: the stream 
 Knows no HTTP: when bytes are missing it waits for the recording, or passes them through where that cannot be written.
 """
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
+from pullthrough import platform
 from pullthrough.errors import StoreUnwritable
 from pullthrough.ingest import SharedFile
 from pullthrough.recording import Cursor, Recording
 from pullthrough.relay import Relay
+
+WAIT_S: Final = 1.0
+"""How long a mouth waits for missing bytes before it looks whether its client is still there."""
+
+CLIENT_STALL_S: Final = 600.0
+"""A client that takes no byte for this long is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,3 +146,18 @@ class Reader:
         if self._cursor is not None:
             self._cursor.close()
             self._cursor = None
+
+
+async def read_span(span: FileSpan) -> bytes | bytearray:
+    """The span's bytes, all of them: from the page cache at once, else through a thread. OSError if it cannot."""
+    size = span.stop - span.start
+    data = platform.read_cached(span.descriptor, span.start, size)
+    if data is not None and len(data) == size:
+        return data
+    result = bytearray(data or b"")
+    while len(result) < size:
+        more = await asyncio.to_thread(platform.read_at, span.descriptor, span.start + len(result), size - len(result))
+        if not more:
+            raise OSError(f"expected {size} bytes at {span.start}, got {len(result)}: the file is shorter")
+        result += more
+    return result

@@ -15,6 +15,7 @@ from typing import Final
 from pullthrough import access, capability, chunksums
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.conditional import Precondition, evaluate
 from pullthrough.datacheck import relayable
 from pullthrough.datastream import DataStream, Source
 from pullthrough.digest import Digest
@@ -159,14 +160,13 @@ class Registry:
         else:
             size = await self._open(request, route)
             cache = CacheStatus(Outcome.MISS, stored=True)
-        location = ("Location", self._canonical_url(request, route.digest, size))
         if not request.inline:
             # What every client generation accepts: to another host name, which looks like the registry's own.
-            return Answer(307, cache, (location,))
+            return Answer(307, cache, (("Location", self._canonical_url(request, route.digest, size)),))
         # The next best: Ollama since v0.3.10 takes the bytes if a Location says where to ask for the parts, which it
         # does without its token.
         answer = await self._read(request, route.digest)
-        return replace(answer, headers=(*answer.headers, location))
+        return replace(answer, headers=(*answer.headers, ("Location", self._canonical_target(route.digest, size))))
 
     async def _known_size(self, request: Request, route: BlobRoute | ChunksumsRoute) -> int | None:
         """The size of a blob that this caller may have and that is here, or is being recorded; else None."""
@@ -276,9 +276,12 @@ class Registry:
 
     def _canonical_url(self, request: Request, digest: Digest, size: int) -> str:
         """The canonical address with a capability; in the request's scheme, which decides the client's proxy."""
-        granted = capability.Capability(digest, size, int(time.time()) + capability.LIFETIME_S)
         origin = f"{request.scheme}://{self._settings.blob_host}" if request.blobs is None else request.blobs
-        return f"{origin}{canonical_path(digest)}?{granted.to_query(self._store.secret)}"
+        return origin + self._canonical_target(digest, size)
+
+    def _canonical_target(self, digest: Digest, size: int) -> str:
+        granted = capability.Capability(digest, size, int(time.time()) + capability.LIFETIME_S)
+        return f"{canonical_path(digest)}?{granted.to_query(self._store.secret)}"
 
     # --- chunk sums
 
@@ -354,6 +357,11 @@ class Registry:
         entity_tag = f'"{digest}"'
         cache = CacheStatus(Outcome.HIT) if hit else CacheStatus(Outcome.PARTIAL, stored=True, collapsed=True)
         headers: list[tuple[str, str]] = [("Accept-Ranges", "bytes"), ("ETag", entity_tag)]
+        match evaluate(request.headers.get("if-match"), request.headers.get("if-none-match"), entity_tag):
+            case Precondition.FAILED:
+                return Answer(412, cache, tuple(headers))
+            case Precondition.NOT_MODIFIED:
+                return Answer(304, cache, tuple(headers), length=size)
         selected = None
         if request.method == "GET" and if_range_matches(request.headers.get("if-range"), entity_tag):
             selected = parse_range(request.headers.get("range"), size)

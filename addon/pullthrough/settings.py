@@ -1,25 +1,18 @@
-"""Every option: its name, default, meaning and grammar, and the frozen value the other modules get.
+"""The effective options, as values that the other modules get.
 
-Invariant: a `Settings` exists only if every option was understood; a bad value raises SettingsError that names the
-option, what was expected and what was got. Knows neither where option texts come from nor the machine's folders.
+Knows neither their texts (`options` does) nor the machine's folders.
 """
 
 import ipaddress
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
-from urllib.parse import urlsplit
 
-import humanfriendly
-
-from pullthrough.errors import SettingsError
 from pullthrough.records import Name
 
 PREFIX: Final = "ollama_cache_"
-ENVIRONMENT_PREFIX: Final = "OLLAMA_CACHE_"
 
 R2_HOST: Final = "dd20bb891979d25aebc8bec07b2b3bbc.r2.cloudflarestorage.com"
 """The object-store account that registry.ollama.ai has redirected blobs to since 2023-11."""
@@ -89,6 +82,10 @@ class Settings:
     clients: tuple[Network | str, ...]
     """Networks, and the words `private`, `local`, `any`."""
     tunnel: Tunnel
+    listen: tuple[tuple[str, int], ...]
+    """(host, port) of the blob server; host "" for all addresses of this machine."""
+    front: Mapping[int, str]
+    """The registry that a port of the blob server speaks for."""
     manifest_lifetime: Lifetimes
     refresh: float | None
     """Seconds between two looks at a tag."""
@@ -110,289 +107,12 @@ class Settings:
         """The host names that the CA must permit, in a stable order."""
         return (*self.registries, self.blob_host)
 
+    @property
+    def doors(self) -> tuple[tuple[str, int], ...]:
+        """Where the blob server listens: at `listen`, and on the ports of `front` at the same hosts."""
+        hosts = dict.fromkeys(host for host, _ in self.listen)
+        return tuple(dict.fromkeys([*self.listen, *((host, port) for port in self.front for host in hosts)]))
+
     def endpoint(self, host: str) -> Endpoint:
         """Where `host` is reached: as `upstream` says, else by HTTPS under its own name."""
         return self.upstream.get(host) or Endpoint("https", host, 443)
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One row of the option table; `default` is the text a user would type, "" where it depends on the machine."""
-
-    name: str
-    default: str
-    help: str
-    parse: Callable[[str], object]
-
-
-def _parse_host(text: str) -> str:
-    host = text.strip().lower().rstrip(".")
-    labels = host.split(".")
-    if len(host) > 253 or not all(
-        label and len(label) <= 63 and label.replace("-", "").replace("_", "").isalnum() and label.isascii()
-        for label in labels
-    ):
-        raise ValueError("a host name")
-    if _is_address(host):
-        raise ValueError("a host name, not an address (the CA signs names only)")
-    return host
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _parse_hosts(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_parse_host(part) for part in text.split(",")))
-
-
-def _parse_upstream(text: str) -> Mapping[str, Endpoint]:
-    result: dict[str, Endpoint] = {}
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        name, equals, url = part.partition("=")
-        if not equals:
-            raise ValueError("host=url[,host=url]")
-        split = urlsplit(url)
-        if split.scheme not in ("http", "https") or not split.hostname or split.path not in ("", "/"):
-            raise ValueError("host=url where url is http(s)://name[:port] without a path")
-        if split.query or split.fragment or split.username is not None:
-            raise ValueError("host=url where url has no query, fragment or user")
-        port = split.port or (443 if split.scheme == "https" else 80)
-        result[_parse_host(name)] = Endpoint(split.scheme, split.hostname, port)
-    return MappingProxyType(result)
-
-
-def _parse_clients(text: str) -> tuple[Network | str, ...]:
-    result: list[Network | str] = []
-    for part in (piece.strip() for piece in text.split(",")):
-        if part in ("private", "local", "any"):
-            result.append(part)
-            continue
-        try:
-            result.append(ipaddress.ip_network(part))
-        except ValueError as error:
-            raise ValueError(f"CIDR networks or the words private, local, any ({error})") from error
-    return tuple(result)
-
-
-def _parse_duration(text: str) -> float:
-    try:
-        seconds = float(humanfriendly.parse_timespan(text))
-    except humanfriendly.InvalidTimespan:
-        raise ValueError("a duration such as 300, 90s, 5m, 12h or 10d") from None
-    if not 0 <= seconds <= 10 * 365 * 86400:
-        raise ValueError("a duration between 0 and ten years")
-    return seconds
-
-
-def _parse_lifetimes(text: str) -> Lifetimes:
-    default, *rest = (part.strip() for part in text.split(","))
-    rules = []
-    for part in rest:
-        pattern, equals, duration = part.rpartition("=")
-        if not equals or not pattern.strip():
-            raise ValueError("a duration, then pattern=duration for some models, separated by commas")
-        rules.append((pattern.strip(), _parse_duration(duration)))
-    return Lifetimes(_parse_duration(default), tuple(rules))
-
-
-def _parse_refresh(text: str) -> float | None:
-    if text.strip().lower() == "off":
-        return None
-    seconds = _parse_duration(text)
-    if seconds < 10:
-        raise ValueError("off, or a duration of at least 10 seconds")
-    return seconds
-
-
-def _parse_patterns(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, (part.strip() for part in text.split(","))))
-
-
-def _parse_rate(text: str) -> float | None:
-    if not text.strip():
-        return None
-    try:
-        rate = float(humanfriendly.parse_size(text))
-    except humanfriendly.InvalidSize:
-        raise ValueError("bytes per second such as 500KB, 20MB or 1GiB") from None
-    if rate < 1000:
-        raise ValueError("at least 1000 bytes per second")
-    return rate
-
-
-def _parse_size(text: str) -> int | None:
-    if not text.strip():
-        return None
-    try:
-        size = int(humanfriendly.parse_size(text))
-    except humanfriendly.InvalidSize:
-        raise ValueError("a size such as 500MB, 200GiB or 2TB") from None
-    if size < 0:
-        raise ValueError("a size of 0 or more")
-    return size
-
-
-def _parse_flag(text: str) -> bool:
-    match text.strip().lower():
-        case "true" | "yes" | "on" | "1":
-            return True
-        case "false" | "no" | "off" | "0":
-            return False
-    raise ValueError("true or false")
-
-
-def _parse_count(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.strip().isdecimal() or not low <= int(text) <= high:
-            raise ValueError(f"a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _parse_word[T: StrEnum](words: type[T]) -> Callable[[str], T]:
-    def parse(text: str) -> T:
-        try:
-            return words(text.strip().lower())
-        except ValueError:
-            raise ValueError(" or ".join(words)) from None
-
-    return parse
-
-
-def _parse_folder(text: str) -> Path:
-    if not text.strip() or "\0" in text:
-        raise ValueError("a folder")
-    return Path(text).expanduser()
-
-
-def _parse_level(text: str) -> str:
-    level = text.strip().lower()
-    if level not in ("debug", "info", "warning", "error"):
-        raise ValueError("debug, info, warning or error")
-    return level
-
-
-OPTIONS: Final = (
-    Option("dir", "", "The store: a folder of its own for the recorded models.", _parse_folder),
-    Option("certs", "", "The folder of the certificate authority that clients trust.", _parse_folder),
-    Option(
-        "registries",
-        "registry.ollama.ai",
-        "Registries to cache, separated by commas; all other hosts are tunnelled unread.",
-        _parse_hosts,
-    ),
-    Option("blob_host", R2_HOST, "The host that the registry redirects blob downloads to.", _parse_host),
-    Option(
-        "upstream",
-        "",
-        "Where a registry or the blob host is really reached: host=url[,host=url].",
-        _parse_upstream,
-    ),
-    Option(
-        "clients",
-        "private,local",
-        "Who may use the cache: networks (CIDR), and the words private (private ranges and loopback), "
-        "local (networks this machine is on) and any.",
-        _parse_clients,
-    ),
-    Option("tunnel", Tunnel.ANY, "CONNECT to other public hosts: any or none.", _parse_word(Tunnel)),
-    Option(
-        "manifest_lifetime",
-        "5m",
-        "How long a stored manifest is served unasked: a duration, then pattern=duration for some models, "
-        "as in 5m,llama3*=1d.",
-        _parse_lifetimes,
-    ),
-    Option(
-        "refresh",
-        "off",
-        "How often tags pulled in the last 30 days are looked at in the background, such as 6h; what has changed is "
-        "recorded before the tag moves.",
-        _parse_refresh,
-    ),
-    Option(
-        "withdrawn",
-        Withdrawn.SERVE,
-        "A stored model that the registry has no more (404): serve it on, or drop it.",
-        _parse_word(Withdrawn),
-    ),
-    Option(
-        "pins",
-        "",
-        "Patterns of models that are never evicted, and refreshed however long ago they were pulled, "
-        "separated by commas.",
-        _parse_patterns,
-    ),
-    Option("offline", "false", "Never contact a registry: serve what is recorded.", _parse_flag),
-    Option(
-        "max_size",
-        "",
-        "The most that the store may hold, such as 200GB: models not pulled for longest go first; empty for no limit.",
-        _parse_size,
-    ),
-    Option("min_free", "5GiB", "How much of the disk is left free, whatever max_size says.", _parse_size),
-    Option(
-        "finish",
-        Finish.AUTO,
-        "Complete a recording that every client has left: auto (when half is there), always or never.",
-        _parse_word(Finish),
-    ),
-    Option("prefetch", "true", "Record the layers behind the one that a client pulls.", _parse_flag),
-    Option("upstream_connections", "16", "Connections per blob towards its source.", _parse_count(1, 64)),
-    Option(
-        "upstream_rate",
-        "",
-        "The most that comes in from blob sources, all together: bytes per second such as 20MB; empty for no limit.",
-        _parse_rate,
-    ),
-    Option("log_level", "info", "How much the cache logs: debug, info, warning or error.", _parse_level),
-)
-
-
-def parse_settings(texts: Mapping[str, str], *, dir: Path, certs: Path) -> Settings:  # noqa: A002 -- as the option
-    """Settings of the option texts by bare name; absent or empty ones take their default.
-
-    `dir` and `certs` are the defaults of the two options that depend on the machine.
-    SettingsError for an unknown name or a value that does not parse.
-    """
-    known = {option.name for option in OPTIONS}
-    if unknown := sorted(set(texts) - known):
-        raise SettingsError(
-            f"unknown option {PREFIX}{unknown[0]}: expected one of {', '.join(sorted(known))} after {PREFIX!r}"
-        )
-    values: dict[str, object] = {"dir": dir, "certs": certs}
-    for option in OPTIONS:
-        text = texts.get(option.name) or option.default
-        if not text and option.name in values:
-            continue
-        try:
-            values[option.name] = option.parse(text)
-        except ValueError as error:
-            raise SettingsError(f"option {PREFIX}{option.name}: expected {error}, got {text!r}") from error
-    settings = Settings(**values)  # type: ignore[arg-type]  # the table above is the typing
-    _check_together(settings)
-    return settings
-
-
-def _check_together(settings: Settings) -> None:
-    if settings.blob_host in settings.registries:
-        raise SettingsError(
-            f"option {PREFIX}blob_host: expected a host other than the registries "
-            f"(clients demand another host name behind the redirect), got {settings.blob_host!r}"
-        )
-    for host in settings.registries:
-        if settings.blob_host.endswith(f".{host}"):
-            # Go forwards Authorization to subdomains of the first host (net/http, shouldCopyHeaderOnRedirect).
-            raise SettingsError(
-                f"option {PREFIX}blob_host: expected no subdomain of a registry, got {settings.blob_host!r}"
-            )
-    if strangers := sorted(set(settings.upstream) - set(settings.intercepted)):
-        raise SettingsError(
-            f"option {PREFIX}upstream: expected only {', '.join(settings.intercepted)}, got {strangers[0]!r}"
-        )

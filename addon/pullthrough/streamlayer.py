@@ -28,9 +28,8 @@ from mitmproxy.proxy.layers.http import DropStream, HttpLayer, HTTPMode, HttpStr
 from mitmproxy.proxy.layers.http._events import ErrorCode, ResponseData, ResponseHeaders, ResponseProtocolError
 from mitmproxy.proxy.layers.http._hooks import HttpErrorHook, HttpResponseHook
 
-from pullthrough import platform
 from pullthrough.errors import CacheError, SettingsError
-from pullthrough.reader import FileSpan, Memory, Pending, Reader
+from pullthrough.reader import CLIENT_STALL_S, WAIT_S, FileSpan, Memory, Pending, Reader, read_span
 
 _log = logging.getLogger(__name__)
 
@@ -39,12 +38,6 @@ PIECE: Final = 512 << 10
 
 PIECES_PER_PASS: Final = 3
 """Encrypting a piece takes 2 ms and more: so many are made before everybody else on the loop is looked after."""
-
-WAIT_S: Final = 1.0
-"""How long to wait for missing bytes before looking whether the client is still there."""
-
-CLIENT_STALL_S: Final = 600.0
-"""A client that takes no byte for this long is dropped; mitmproxy's own `tcp_timeout` does not run during a hook."""
 
 
 @dataclass
@@ -226,6 +219,7 @@ class Mouth:
             _lose(transfer, "client disconnected")
             return
         try:
+            # mitmproxy's own `tcp_timeout` does not run during a hook.
             async with asyncio.timeout(CLIENT_STALL_S):
                 await handler.drain_writers()
         except TimeoutError:
@@ -250,7 +244,7 @@ class Mouth:
                 match span:
                     case FileSpan():
                         try:
-                            transfer.piece = await _read(span)
+                            transfer.piece = await read_span(span)
                         except OSError:
                             reader.on_unreadable()
                             raise
@@ -267,21 +261,6 @@ class Mouth:
 def _lose(transfer: Transfer, why: str) -> None:
     transfer.problem = why
     transfer.client_lost = True
-
-
-async def _read(span: FileSpan) -> bytes | bytearray:
-    """The span's bytes, all of them: from the page cache at once, else through a thread."""
-    size = span.stop - span.start
-    data = platform.read_cached(span.descriptor, span.start, size)
-    if data is not None and len(data) == size:
-        return data
-    result = bytearray(data or b"")
-    while len(result) < size:
-        more = await asyncio.to_thread(platform.read_at, span.descriptor, span.start + len(result), size - len(result))
-        if not more:
-            raise OSError(f"expected {size} bytes at {span.start}, got {len(result)}: the file is shorter")
-        result += more
-    return result
 
 
 def check_internals() -> None:

@@ -210,7 +210,7 @@ def hosts_entry(world: World) -> None:
             assert get(connection, secret.blob_target)[0] == 401
             status, headers, body = get(connection, model.blob_target, Range="bytes=5-7")
             assert (status, body) == (206, origin.blob(model.layer).read(5, 8))
-            assert headers["location"].startswith(f"https://{REGISTRY_HOST}/ollama/docker/")
+            assert headers["location"].startswith("/ollama/docker/")
             assert get(connection, model.blob_target, Host=R2_HOST)[0] == 421
         with closing(dial(CACHE)) as sock, pytest.raises((ssl.SSLEOFError, ConnectionError)):
             handshake(sock, "other.example")

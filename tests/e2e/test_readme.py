@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from pullthrough.settings import OPTIONS
+from pullthrough.options import OPTIONS
 from tests.e2e.conftest import add_model, unique
 from tests.e2e.test_matrix import CLIENTS, STATES
 from tests.support.origin import Origin
@@ -38,7 +38,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Origin, 
     """The cache as the README starts it, but for folders, port and upstream."""
     folder = tmp_path_factory.mktemp("readme")
     program = [ROOT / word if "/" in word else word for word in shlex.split(command("scripts/run"))]
-    with Origin(folder / "origin") as origin, Proxy(folder, origin, program=program) as proxy:
+    with Origin(folder / "origin") as origin, Proxy(folder, origin, program=program, front=True) as proxy:
         yield origin, proxy
 
 
@@ -94,6 +94,7 @@ def test_ready_lines(running: tuple[Origin, Proxy]) -> None:
     _, proxy = running
     for line in re.findall(r"^    (.*(?:proxy listening|ollama-cache ready).*)$", README, re.MULTILINE):
         pattern = re.escape(line).replace("…", ".*").replace(re.escape("*:8080"), r"\S+:\d+").replace("AB:CD:", "")
+        pattern = pattern.replace(re.escape("*:9200"), r"\S+:\d+")
         assert any(re.search(pattern, said) for said in proxy.output), line
 
 

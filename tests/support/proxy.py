@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -47,10 +48,13 @@ def arguments(options: Mapping[str, object], *, port: int = 0, program: Sequence
 
 
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment without anything that configures a proxy, a CA or the product."""
+    """The environment without anything that configures a proxy, a CA or the product.
+
+    But for its port without a proxy, which is off: tests run at the same time.
+    """
     home.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not _DROPPED.fullmatch(name)}
-    return {**kept, "HOME": str(home), "PYTHONUNBUFFERED": "1", **(extra or {})}
+    return {**kept, "HOME": str(home), "PYTHONUNBUFFERED": "1", "OLLAMA_CACHE_LISTEN": "off", **(extra or {})}
 
 
 def run_until_exit(
@@ -78,6 +82,14 @@ def run_until_exit(
     return done.returncode, done.stdout.decode("utf-8", "replace")
 
 
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
 class Proxy:
     """mitmdump with the addon. Store, certificates and home lie in `directory` and survive restarts.
 
@@ -92,9 +104,10 @@ class Proxy:
         *,
         env: Mapping[str, str] | None = None,
         program: Sequence[str | Path] = PROGRAM,
+        front: bool = False,
         **options: object,
     ) -> None:
-        """`program` is what takes mitmdump's arguments, with whatever starts it."""
+        """`program` is what takes mitmdump's arguments, with whatever starts it. With `front`, `front_port` is open."""
         self.directory = directory
         self.options: dict[str, object] = {
             "ollama_cache_dir": directory / "store",
@@ -105,6 +118,13 @@ class Proxy:
         if origin is not None:
             self.options["ollama_cache_upstream"] = origin.upstream_option
             self.options["ssl_verify_upstream_trusted_ca"] = origin.ca_file
+        self.front_port = 0
+        """Where the registry is spoken for without a proxy, kept by later starts; 0 for nowhere."""
+        if front:
+            self.front_port = free_port()
+            hosts = ("127.0.0.1", "[::1]") if _has_ipv6() else ("127.0.0.1",)
+            self.options["ollama_cache_listen"] = ",".join(f"{host}:{self.front_port}" for host in hosts)
+            self.options["ollama_cache_front"] = f"{self.front_port}=registry.ollama.ai"
         self.options |= options
         self.output: list[str] = []
         """Lines of stdout and stderr, over all starts."""
@@ -319,6 +339,15 @@ class PeakRss:
         # The process may be restarted or killed while it is watched.
         with contextlib.suppress(OSError, LookupError):
             self.mib = max(self.mib, self._proxy.rss_mib())
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
 
 
 def _status_mib(pid: int, field: str) -> float:

@@ -1,4 +1,4 @@
-"""settings: every option's grammar, and errors that say expected and got."""
+"""options: every option's grammar, and errors that say expected and got."""
 
 import ipaddress
 from pathlib import Path
@@ -6,17 +6,8 @@ from pathlib import Path
 import pytest
 
 from pullthrough.errors import SettingsError
-from pullthrough.settings import (
-    OPTIONS,
-    R2_HOST,
-    Endpoint,
-    Finish,
-    Lifetimes,
-    Settings,
-    Tunnel,
-    Withdrawn,
-    parse_settings,
-)
+from pullthrough.options import OPTIONS, parse_settings
+from pullthrough.settings import R2_HOST, Endpoint, Finish, Lifetimes, Settings, Tunnel, Withdrawn
 
 
 def parse(**texts: str) -> Settings:
@@ -33,6 +24,8 @@ def test_defaults() -> None:
         upstream={},
         clients=("private", "local"),
         tunnel=Tunnel.ANY,
+        listen=(("", 9200),),
+        front={9200: "registry.ollama.ai"},
         manifest_lifetime=Lifetimes(300.0),
         refresh=None,
         withdrawn=Withdrawn.SERVE,
@@ -107,6 +100,19 @@ def test_values() -> None:
         ("clients", "everybody"),
         ("clients", "10.0.0.1/8"),
         ("tunnel", "some"),
+        ("listen", "9200"),
+        ("listen", "cache.lan"),
+        ("listen", ":0"),
+        ("listen", ":99999"),
+        ("listen", "::1:9200"),
+        ("listen", ":9200,"),
+        ("listen", "http://cache:9200"),
+        ("listen", ":9200/path"),
+        ("front", "registry.ollama.ai"),
+        ("front", "0=registry.ollama.ai"),
+        ("front", "9200=registry.ollama.ai,9200=registry.ollama.ai"),
+        ("front", "9200=10.0.0.1"),
+        ("front", "9200=stranger.example"),
         ("manifest_lifetime", "soon"),
         ("manifest_lifetime", "-5m"),
         ("manifest_lifetime", "5m,llama3"),
@@ -131,6 +137,21 @@ def test_bad_values_are_named(name: str, text: str) -> None:
     """The option, what was expected and what was got are in the message."""
     with pytest.raises(SettingsError, match=rf"ollama_cache_{name}: expected .*got "):
         parse(**{name: text})
+
+
+def test_where_it_listens() -> None:
+    """Hosts and ports, and each port of `front` at the same hosts; off and empty are one."""
+    settings = parse(
+        listen="cache.lan:9200, [::1]:9300,127.0.0.1:9200",
+        front="9201=hub.example",
+        registries="registry.ollama.ai,hub.example",
+    )
+    assert settings.listen == (("cache.lan", 9200), ("::1", 9300), ("127.0.0.1", 9200))
+    assert settings.front == {9201: "hub.example"}
+    assert settings.doors == (*settings.listen, ("cache.lan", 9201), ("::1", 9201), ("127.0.0.1", 9201))
+    assert parse(listen=":9200", front="").doors == (("", 9200),)
+    for nowhere in ("", "off", "OFF"):
+        assert parse(listen=nowhere, registries="hub.example").doors == ()
 
 
 def test_unknown_options_are_named() -> None:

@@ -1,0 +1,256 @@
+"""The blob server: models by plain HTTP for those who ask this machine itself, and not through the proxy.
+
+A port that `front` names speaks for a registry (manifests, blobs, chunk sums), and every port has the blobs at their
+canonical address. Ollama wants another host name behind a blob's redirect (server/download.go, v0.3.1 and later): who
+asked by name is sent to this server's address, and who asked by address gets the bytes at once.
+
+Invariant: nothing is forwarded, and only what an anonymous caller may have is given: Authorization is dropped before
+a request is looked at. An address that is handed out is made from the connection's own local address, never from
+what the client says. Knows sockets and HTTP, and nothing of how a request is answered.
+"""
+
+import asyncio
+import errno
+import ipaddress
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from pullthrough.cachestatus import CACHE_NAME, CacheStatus, Outcome
+from pullthrough.errors import CacheError, SettingsError
+from pullthrough.exchange import Answer, Request, failure
+from pullthrough.reader import WAIT_S, Reader
+from pullthrough.registry import Registry
+from pullthrough.requestlog import log_answer, log_transfer
+from pullthrough.route import parse_canonical_target
+from pullthrough.sender import Sending, send
+from pullthrough.settings import PREFIX, Endpoint, Settings
+
+_log = logging.getLogger(__name__)
+
+BACKLOG: Final = 1024
+IDLE_S: Final = 120.0
+"""How long a connection may wait for a request: longer than Go keeps its end idle (net/http, 90 s)."""
+SHUTDOWN_S: Final = 0.5
+"""How long bodies may go on when the cache ends; aiohttp waits twice that."""
+
+_NO_SUCH_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+_SECRETS: Final = frozenset({"authorization", "cookie", "proxy-authorization"})
+
+
+class BlobServer:
+    """Listens from its making; answers between `open` and `close`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """SettingsError where the settings' addresses cannot be listened on."""
+        self._front = settings.front
+        self._blob_host = settings.blob_host
+        self._registry: Registry | None = None
+        self._runner: web.ServerRunner | None = None
+        self._sockets: list[socket.socket] = []
+        try:
+            for host, port in settings.doors:
+                self._sockets += _listen(host, port)
+        except OSError as error:
+            self._release()
+            where = _authority(host, port)
+            raise SettingsError(
+                f"option {PREFIX}listen: expected a free address of this machine, got {where}: {error.strerror}"
+            ) from error
+        self._names = [
+            _authority(host, port) + (f" ({settings.front[port]})" if port in settings.front else "")
+            for host, port in settings.doors
+        ]
+
+    def __str__(self) -> str:
+        """For people: where it listens, and for whom it speaks."""
+        return ", ".join(self._names) or "off"
+
+    async def open(self, registry: Registry, admits: Callable[[str], bool]) -> None:
+        """Serve from now on those whose address `admits`."""
+        self._registry = registry
+        door = Door(self._handle, admits, access_log=None, keepalive_timeout=IDLE_S)
+        self._runner = web.ServerRunner(door, shutdown_timeout=SHUTDOWN_S)
+        await self._runner.setup()
+        for sock in self._sockets:
+            await web.SockSite(self._runner, sock, backlog=BACKLOG).start()
+
+    async def close(self) -> None:
+        """Free the ports and end what runs. May be called twice, and without `open`."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+        self._release()
+
+    def _release(self) -> None:
+        while self._sockets:
+            self._sockets.pop().close()
+
+    # --- requests
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        began = time.monotonic()
+        try:
+            answer = await self._answer(request)
+            if answer.held and isinstance(answer.body, Reader):
+                answer = await _gathered(request, answer, answer.body)
+        except Exception:
+            _log.exception("answering %s failed", request.raw_path.partition("?")[0])
+            answer = Answer(502, CacheStatus(Outcome.MISS))
+        response = web.StreamResponse(status=answer.status)
+        for name, value in answer.headers:
+            # No credentials are taken here; a challenge would make Ollama send a token in clear text.
+            if name.lower() != "www-authenticate":
+                response.headers.add(name, value)
+        response.headers["Cache-Status"] = str(answer.cache)
+        response.headers["Server"] = CACHE_NAME
+        response.content_length = answer.length
+        line = (request.remote or "", request.method, request.raw_path, answer.status, str(answer.cache))
+        if not isinstance(answer.body, Reader):
+            await response.prepare(request)
+            if answer.body and request.method != "HEAD":
+                await response.write(answer.body)
+            log_answer(*line)
+            return response
+        sending = Sending()
+        try:
+            await response.prepare(request)
+            await send(request, response, answer.body, sending)
+        finally:
+            answer.body.close()
+            seconds = time.monotonic() - began
+            log_transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)
+        if sending.problem:
+            response.force_close()
+        if sending.stalled and request.transport is not None:
+            request.transport.abort()
+        return response
+
+    async def _answer(self, request: web.BaseRequest) -> Answer:
+        if request.method not in ("GET", "HEAD"):
+            return _refusal(405, "this cache is read-only; push to the registry itself", ("Allow", "GET, HEAD"))
+        assert self._registry is not None and request.transport is not None
+        address, port = request.transport.get_extra_info("sockname")[:2]
+        canonical = parse_canonical_target(request.raw_path) is not None
+        host = self._blob_host if canonical else self._front.get(port, "")
+        headers = {name.lower(): ", ".join(request.headers.getall(name)) for name in request.headers}
+        asked = {name: value for name, value in headers.items() if name not in _SECRETS}
+        origin = blob_origin(address, port)
+        answer = await self._registry.answer(
+            Request(
+                request.method,
+                "http",
+                host,
+                request.raw_path,
+                asked,
+                blobs=origin,
+                inline="range" in asked or not origin or not is_name(asked.get("host", "")),
+            )
+        )
+        if answer is not None:
+            return answer
+        if canonical:
+            return Answer(403, CacheStatus(Outcome.BYPASS))
+        return _refusal(404, f"nothing is served at this address but the models of {host or 'a named registry'}")
+
+
+class Door(web.Server):
+    """aiohttp's server, which says no before a stranger's first byte."""
+
+    def __init__(self, handler: Callable[..., Any], admits: Callable[[str], bool], **options: Any) -> None:
+        super().__init__(handler, logger=Brief(_log), **options)
+        self._admits = admits
+
+    def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        # So that a writer is drained when nothing is left: sendfile goes past the transport's buffer.
+        transport.set_write_buffer_limits(0)
+        peer = transport.get_extra_info("peername")
+        if peer is None or not self._admits(peer[0]):
+            transport.close()
+
+
+class Brief(logging.LoggerAdapter[logging.Logger]):
+    """What aiohttp says of requests that are no HTTP, without the traceback: it quotes the request line."""
+
+    def log(self, level: int, msg: object, *args: object, **_: Any) -> None:
+        self.logger.log(min(level, logging.WARNING), msg, *args)
+
+
+async def _gathered(request: web.BaseRequest, answer: Answer, reader: Reader) -> Answer:
+    """The answer, once all of its bytes are here or the client has gone."""
+    try:
+        while not await reader.whole(WAIT_S):
+            if request.transport is None or request.transport.is_closing():
+                break
+    except CacheError as error:
+        reader.close()
+        return failure(error)
+    except BaseException:
+        reader.close()
+        raise
+    return answer
+
+
+def blob_origin(address: str, port: int) -> str:
+    """The origin under which a client finds this server by its `address`, the local end of a connection of theirs.
+
+    "" for an address that means something on one link only, of which a client would need its own name.
+    """
+    if ipaddress.ip_address(address).is_link_local and ":" in address:
+        return ""
+    return Endpoint("http", address, port).origin
+
+
+def is_name(authority: str) -> bool:
+    """Whether a Host field names the server, and does not merely give its address."""
+    try:
+        host = urlsplit(f"//{authority}").hostname
+    except ValueError:
+        return False
+    if not host:
+        return False
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return False
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host or '*'}:{port}"
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets for each address of `host`; for "", of each family that this machine has."""
+    sockets: list[socket.socket] = []
+    problem: OSError | None = None
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
+            try:
+                sockets.append(socket.create_server(address, family=family, backlog=BACKLOG))
+            except OSError as error:
+                if error.errno not in _NO_SUCH_FAMILY:
+                    raise
+                problem = error
+        if not sockets and problem is not None:
+            raise problem
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _refusal(status: int, message: str, *headers: tuple[str, str]) -> Answer:
+    """In the registry's own shape (OCI distribution-spec, "Error codes")."""
+    body = json.dumps({"errors": [{"code": "UNSUPPORTED", "message": message}]}).encode()
+    fields = (("Content-Type", "application/json"), *headers)
+    return Answer(status, CacheStatus(Outcome.BYPASS), fields, body, len(body))

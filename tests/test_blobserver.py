@@ -1,0 +1,135 @@
+"""blobserver: names and addresses, and where it listens; how it answers is in e2e/test_front."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from pullthrough.blobserver import BlobServer, Door, blob_origin, is_name
+from pullthrough.errors import SettingsError
+from pullthrough.options import parse_settings
+from tests.support.proxy import free_port
+
+
+@pytest.mark.parametrize(
+    ("authority", "expected"),
+    [
+        ("cache", True),
+        ("cache.lan:9200", True),
+        ("localhost:9200", True),
+        ("10.0.0.1", False),
+        ("10.0.0.1:9200", False),
+        ("[::1]:9200", False),
+        ("[fe80::1%25eth0]:9200", False),
+        ("", False),
+        (":9200", False),
+        ("[bad", False),
+    ],
+)
+def test_is_name(authority: str, expected: bool) -> None:
+    """Host fields that are names, and those that are addresses, nothing or nonsense."""
+    assert is_name(authority) is expected
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("10.0.0.1", "http://10.0.0.1:9200"),
+        ("2001:db8::1", "http://[2001:db8::1]:9200"),
+        ("169.254.1.1", "http://169.254.1.1:9200"),
+        ("fe80::1%eth0", ""),
+        ("fe80::1", ""),
+    ],
+)
+def test_blob_origin(address: str, expected: str) -> None:
+    """A local address becomes an origin, unless a client would have to know its own link's name."""
+    assert blob_origin(address, 9200) == expected
+
+
+@contextmanager
+def server(**texts: str) -> Iterator[BlobServer]:
+    made = BlobServer(parse_settings(texts, dir=Path("/d"), certs=Path("/c")))
+    yield made
+    asyncio.run(made.close())
+
+
+def test_listens_at_every_door() -> None:
+    """Each port of `front` too, and on every family that `localhost` has here; nowhere when switched off."""
+    ports = free_port(), free_port()
+    with server(listen=f"localhost:{ports[0]}", front=f"{ports[1]}=registry.ollama.ai") as made:
+        assert str(made) == f"localhost:{ports[0]}, localhost:{ports[1]} (registry.ollama.ai)"
+        for port in ports:
+            for entry in {entry[4][:2] for entry in socket.getaddrinfo("localhost", port, type=socket.SOCK_STREAM)}:
+                try:
+                    socket.create_connection(entry, timeout=5).close()
+                except OSError:
+                    assert ":" in str(entry[0]), "expected only a machine without IPv6 to refuse"
+    with server(listen="off") as made:
+        assert str(made) == "off"
+    with (
+        pytest.raises(SettingsError, match=r"got \[2001:db8::1\]:9200: "),
+        server(listen="[2001:db8::1]:9200", front=""),
+    ):
+        pass
+
+
+def test_all_addresses() -> None:
+    """No host stands for both families."""
+    port = free_port()
+    with server(listen=f":{port}", front="") as made:
+        assert str(made) == f"*:{port}"
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        try:
+            socket.create_connection(("::1", port), timeout=5).close()
+        except OSError as error:
+            pytest.skip(f"no IPv6 on this machine: {error}")
+
+
+def test_a_port_in_use_frees_the_others() -> None:
+    """The error names the address, and what was opened before is closed again."""
+    first = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        message = f"expected a free address of this machine, got {taken}: Address"
+        with pytest.raises(SettingsError, match=message), server(listen=f"127.0.0.1:{first},{taken}", front=""):
+            pass
+    socket.create_server(("127.0.0.1", first)).close()
+
+
+def test_strangers_get_nothing() -> None:
+    """A connection of one who is not admitted ends before its request is looked at."""
+    asked = []
+
+    async def handle(_: web.BaseRequest) -> web.StreamResponse:
+        asked.append(1)
+        return web.Response()
+
+    async def ask(peer: str) -> bytes:
+        runner = web.ServerRunner(Door(handle, lambda address: address == peer))
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            reader, writer = await asyncio.open_connection(*runner.addresses[0])
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                return await asyncio.wait_for(reader.read(), 20)
+            return b""
+        finally:
+            writer.close()
+            await runner.cleanup()
+
+    assert asyncio.run(ask("192.0.2.1")) == b""
+    assert asked == []
+    assert asyncio.run(ask("127.0.0.1")).startswith(b"HTTP/1.1 200")
+
+
+def test_an_unknown_host() -> None:
+    """A name that does not resolve."""
+    message = r"got absent\.invalid:9200: "
+    with pytest.raises(SettingsError, match=message), server(listen="absent.invalid:9200", front=""):
+        pass
