@@ -78,6 +78,19 @@ class Ingest:
         os.replace(path, ingest.partial_path)
         ingest.close()
 
+    @staticmethod
+    def sweep(folder: Path, *, oldest: float) -> None:
+        """Remove what no recording goes on with: halves, temporaries, and what was last written before `oldest`."""
+        for path in list(folder.glob(".sha256-*")):
+            path.unlink()
+        for name in {path.stem for path in folder.glob("sha256-*")}:
+            pair = [folder / f"{name}.journal", folder / f"{name}.partial"]
+            # An adopted blob keeps the time of its recording: its journal tells when it became a partial.
+            times = [path.stat().st_mtime for path in pair if path.exists()]
+            if len(times) < len(pair) or max(times) < oldest:
+                for path in pair:
+                    path.unlink(missing_ok=True)
+
     def resume(self) -> tuple[int, Intervals] | None:
         """(size, what is present) of the partial an earlier recording left; None if there is none to be used."""
         found = self._read_journal()
