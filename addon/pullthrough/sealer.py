@@ -48,7 +48,8 @@ class Sealer:
         self._assembly = assembly
         self._grown = asyncio.Event()
         self._much = asyncio.Event()
-        self._unflushed = 0
+        # What an earlier daemon has written may not be durable yet.
+        self._unflushed = assembly.present.size
         self._unhashed = 0
         self._journal = asyncio.Lock()
 
