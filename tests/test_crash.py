@@ -57,7 +57,7 @@ class Inline:
     async def disk(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return work(*arguments, **options)
 
-    hashing = disk
+    hashing = rehashing = disk
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
