@@ -164,3 +164,35 @@ def test_readers_keep_the_descriptor(tmp_path: Path) -> None:
     shared.release()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(shared.descriptor)
+
+
+def test_a_journal_that_cannot_be_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beginning again fails by its name, and flushing after it is no other error."""
+
+    def refuse(descriptor: int, offset: int, data: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    ingest = begin(tmp_path)
+    monkeypatch.setattr(platform, "write_at", refuse)
+    with pytest.raises(StoreUnwritable, match="No space left"):
+        ingest.begin_again()
+    ingest.flush(Intervals())
+    ingest.close()
+
+
+def test_a_torn_record_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that the disk took in part costs nothing that is journalled after it."""
+    write_at = platform.write_at
+
+    def tear(descriptor: int, offset: int, data: bytes | memoryview) -> None:
+        write_at(descriptor, offset, data[:9])
+        raise OSError(28, "No space left on device")
+
+    ingest = begin(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "write_at", tear)
+        with pytest.raises(StoreUnwritable, match="No space left"):
+            ingest.mark([(0, 4)])
+    ingest.mark([(4, 8)])
+    ingest.close()
+    assert reopen(tmp_path) == [(4, 8)]

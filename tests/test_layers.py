@@ -41,6 +41,7 @@ SIDEWAYS: Final = {
     "scheduler": {"assembly"},
     "ingest": {"platform"},
     "store": {"index", "ingest", "platform"},
+    "threads": {"platform"},
     "upstream": {"datastream"},
     "fetcher": {"supply"},
     "relay": {"fetcher", "supply"},

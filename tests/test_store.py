@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pullthrough.digest import Digest
 from pullthrough.errors import StoreError
 from pullthrough.intervals import Intervals
 from pullthrough.records import ManifestRecord, Name
-from pullthrough.store import TOLD_S, Store
+from pullthrough.store import KEPT_S, TOLD_S, Store
 
 NAME = Name("registry.ollama.ai", "library/tiny", "latest")
 
@@ -214,6 +215,39 @@ def test_quarantine_keeps_the_evidence(tmp_path: Path) -> None:
     assert path.parent.name == "quarantine"
     assert store.ingest(digest).resume() is None
     store.close()
+
+
+def test_sweep(tmp_path: Path) -> None:
+    """What no recording goes on with is gone after a start: halves, temporaries, and what is older than two weeks."""
+    store = Store.open(tmp_path / "store")
+    for data in (b"young", b"old", b"adopted", b"no journal", b"no partial"):
+        ingest = store.ingest(digest_of(data))
+        ingest.begin(len(data))
+        ingest.close()
+    ingest = store.ingest(digest_of(b"wrong"))
+    ingest.begin(5)
+    evidence = [store.quarantine(ingest)]
+    ingest.close()
+    ingest.begin(5)
+    evidence.append(store.quarantine(ingest))
+    ingest.close()
+    store.close()
+    folder = tmp_path / "store" / "ingest"
+
+    def path_of(data: bytes, suffix: str) -> Path:
+        return folder / f"{digest_of(data).file_name}.{suffix}"
+
+    path_of(b"no journal", "journal").unlink()
+    path_of(b"no partial", "partial").unlink()
+    (folder / f".{path_of(b'young', 'journal').name}.0badcafe").write_bytes(b"cut")
+    (folder / "README").write_text("not ours")
+    then = time.time() - KEPT_S - 60
+    for path in (path_of(b"old", "journal"), path_of(b"old", "partial"), path_of(b"adopted", "partial"), evidence[0]):
+        os.utime(path, (then, then))
+    Store.open(tmp_path / "store").close()
+    kept = {path_of(data, suffix) for data in (b"young", b"adopted") for suffix in ("journal", "partial")}
+    assert set(folder.iterdir()) == kept | {folder / "README"}
+    assert [path.exists() for path in evidence] == [False, True]
 
 
 def _second_daemon(folder: Path, queue: Any) -> None:

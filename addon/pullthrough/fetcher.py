@@ -25,6 +25,7 @@ from pullthrough.errors import (
     UpstreamTimeout,
     ValidatorChanged,
 )
+from pullthrough.intervals import Intervals
 from pullthrough.scheduler import MIN_SLICE, Slice
 from pullthrough.supply import Supply
 
@@ -119,6 +120,7 @@ class Fetcher:
         self._restarts = 0
         self._heard = time.monotonic()
         self._quiet_until = 0.0
+        self._landing = Intervals()
         self._held = False
         """Nothing new is asked for: the recording has ended, or is being begun again."""
 
@@ -240,8 +242,14 @@ class Fetcher:
                 self._counters.upstream_bytes += len(data)
                 self.fetched += len(data)
                 view = memoryview(data)
-                for start, stop in list(self._assembly.present.missing(offset, offset + len(data))):
-                    await self._accept(start, view[start - offset : stop - offset])
+                position = offset
+                while (gap := self._free_to_write(position, offset + len(data))) is not None:
+                    start, position = gap
+                    self._landing.add(start, position)
+                    try:
+                        await self._accept(start, view[start - offset : position - offset])
+                    finally:
+                        self._landing.remove(start, position)
                 offset += len(data)
                 self._heard = attempt.heard = time.monotonic()
                 self._failures = 0
@@ -256,6 +264,14 @@ class Fetcher:
         if elapsed > 0 and stream.stop - stream.start >= MIN_SLICE:
             rate = (stream.stop - stream.start) / elapsed
             self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
+
+    def _free_to_write(self, start: int, stop: int) -> tuple[int, int] | None:
+        """The first part of the interval that is neither present nor just being written: no byte is written twice.
+
+        A response that is longer than was asked for may overlap with others, and may differ from them.
+        """
+        missing = self._assembly.present.missing(start, stop)
+        return next((free for gap in missing for free in self._landing.missing(*gap)), None)
 
     async def _change_version(self, error: ValidatorChanged) -> None:
         """Begin again with the source's new version, once every other connection has let go."""

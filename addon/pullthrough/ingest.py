@@ -62,6 +62,7 @@ class Ingest:
         self.journal_path = folder / f"{digest.file_name}.journal"
         self.file: SharedFile | None = None
         self._journal: int | None = None
+        self._journal_size = 0
         self._journal_lock = threading.Lock()
 
     @classmethod
@@ -69,9 +70,25 @@ class Ingest:
         """Make the file at `path` the partial of `digest` with every byte present, to be hashed again."""
         ingest = cls(folder, digest)
         size = path.stat().st_size
-        os.replace(path, ingest.partial_path)
         whole = Intervals([(0, size)])
+        # The journal comes first: without it the bytes are worth nothing. Left beside an older partial it speaks to
+        # nobody: the next start adopts again before anybody resumes.
         ingest._rewrite_journal(size, whole, whole)
+        os.replace(path, ingest.partial_path)
+        ingest.close()
+
+    @staticmethod
+    def sweep(folder: Path, *, oldest: float) -> None:
+        """Remove what no recording goes on with: halves, temporaries, and what was last written before `oldest`."""
+        for path in list(folder.glob(".sha256-*")):
+            path.unlink()
+        for name in {path.stem for path in folder.glob("sha256-*")}:
+            pair = [folder / f"{name}.journal", folder / f"{name}.partial"]
+            # An adopted blob keeps the time of its recording: its journal tells when it became a partial.
+            times = [path.stat().st_mtime for path in pair if path.exists()]
+            if len(times) < len(pair) or max(times) < oldest:
+                for path in pair:
+                    path.unlink(missing_ok=True)
 
     def resume(self) -> tuple[int, Intervals] | None:
         """(size, what is present) of the partial an earlier recording left; None if there is none to be used."""
@@ -88,7 +105,6 @@ class Ingest:
             return None
         try:
             self._rewrite_journal(size, present, flushed)
-            self._open_journal()
         except OSError as error:
             os.close(descriptor)
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
@@ -98,14 +114,12 @@ class Ingest:
     def begin(self, size: int) -> None:
         """Start from nothing: a sparse file of `size` bytes."""
         try:
-            # An old journal never speaks for the new file, in whatever order the two reach the medium.
-            self.journal_path.unlink(missing_ok=True)
-            platform.sync_folder(self.journal_path.parent)
-            descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR | os.O_CREAT)
             try:
-                os.ftruncate(descriptor, size)
+                # An old journal is gone for good before what it speaks of changes.
                 self._rewrite_journal(size, Intervals(), Intervals())
-                self._open_journal()
+                os.ftruncate(descriptor, 0)
+                os.ftruncate(descriptor, size)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -118,11 +132,7 @@ class Ingest:
         assert self.file is not None
         try:
             with self._journal_lock:
-                if self._journal is not None:
-                    os.close(self._journal)
-                    self._journal = None
                 self._rewrite_journal(self.file.size, Intervals(), Intervals())
-                self._open_journal()
         except OSError as error:
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
 
@@ -142,9 +152,9 @@ class Ingest:
         """Make everything written so far durable, then journal that `present` (a copy) is."""
         self.sync()
         self._append([{"f": [list(interval) for interval in present]}])
-        assert self._journal is not None
         try:
-            platform.sync_data(self._journal)
+            if self._journal is not None:
+                platform.sync_data(self._journal)
         except OSError as error:
             raise StoreUnwritable(f"flushing {self.digest}: {error}") from error
 
@@ -159,9 +169,7 @@ class Ingest:
     def close(self) -> None:
         """Let go of the files; readers that share the descriptor keep it."""
         with self._journal_lock:
-            if self._journal is not None:
-                os.close(self._journal)
-                self._journal = None
+            self._close_journal()
         if self.file is not None:
             self.file.release()
             self.file = None
@@ -183,18 +191,21 @@ class Ingest:
         with self._journal_lock:
             if self._journal is None:
                 return
+            lines = b"".join(_line(record) for record in records)
             try:
-                lines = b"".join(_line(record) for record in records)
-                while lines:
-                    lines = lines[os.write(self._journal, lines) :]
+                platform.write_at(self._journal, self._journal_size, lines)
             except OSError as error:
                 raise StoreUnwritable(f"journal of {self.digest}: {error}") from error
+            self._journal_size += len(lines)
 
-    def _open_journal(self) -> None:
-        self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY | os.O_APPEND)
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            os.close(self._journal)
+            self._journal = None
 
     def _rewrite_journal(self, size: int, present: Intervals, flushed: Intervals) -> None:
-        """A fresh journal in place of the old, whole or not at all."""
+        """A fresh journal in place of the old, whole or not at all: durable when this returns, and open for more."""
+        self._close_journal()
         header = {"format": FORMAT, "digest": str(self.digest), "size": size, "boot": platform.boot_id()}
         lines = [_line(header), _line({"f": [list(interval) for interval in flushed]})]
         lines += [_line({"w": list(interval)}) for interval in present]
@@ -206,6 +217,9 @@ class Ingest:
         finally:
             os.close(descriptor)
         os.replace(temporary, self.journal_path)
+        platform.sync_folder(self.journal_path.parent)
+        self._journal_size = sum(map(len, lines))
+        self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY)
 
     def _read_journal(self) -> tuple[int, Intervals, Intervals] | None:
         """(size, present, what of it is durable) as far as the journal checks, else None."""

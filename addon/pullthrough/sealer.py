@@ -1,7 +1,7 @@
 """Hash what has been assembled, keep the journal, and publish the blob once it is whole and right.
 
 Invariant: the hash goes over the file as it is on disk, in order, once; nothing is published before its digest was
-compared. Knows no connection and no reader.
+compared. What an earlier daemon has written is hashed again behind everything else. Knows no connection and no reader.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from pullthrough import platform
 from pullthrough.assembly import Assembly
 from pullthrough.errors import DigestMismatch, StoreError
 from pullthrough.ingest import Ingest
+from pullthrough.intervals import Intervals
 from pullthrough.store import Store
 from pullthrough.threads import Threads
 
@@ -25,6 +26,8 @@ HASH_PIECE: Final = 4 << 20
 # What one visit to the thread may hash: each visit waits for the event loop twice, and on a busy machine that costs
 # more than the hashing itself.
 HASH_STRETCH: Final = 64 << 20
+# A visit at low priority may take ten times as long, and the daemon's end waits for it.
+REHASH_STRETCH: Final = 16 << 20
 FLUSH_S: Final = 2.0
 FLUSH_BYTES: Final = 256 << 20
 
@@ -46,9 +49,12 @@ class Sealer:
         self._threads = threads
         self._ingest = ingest
         self._assembly = assembly
+        self._found = assembly.present.copy()
+        """What an earlier daemon has written."""
         self._grown = asyncio.Event()
         self._much = asyncio.Event()
-        self._unflushed = 0
+        # What an earlier daemon has written may not be durable yet.
+        self._unflushed = assembly.present.size
         self._unhashed = 0
         self._journal = asyncio.Lock()
 
@@ -89,6 +95,7 @@ class Sealer:
         async with self._journal:
             await self._threads.disk(self._ingest.begin_again)
             self._assembly.begin_again()
+            self._found = Intervals()
         self._grown.set()
 
     async def hash(self) -> str:
@@ -118,8 +125,12 @@ class Sealer:
                 if assembly.generation != generation:
                     return None
                 continue
-            stop = min(assembly.frontier, assembly.hashed + HASH_STRETCH)
-            hashed = await self._threads.hashing(update, assembly.hashed, stop)
+            if (found := self._found.stop_at(assembly.hashed)) > assembly.hashed:
+                stop = min(found, assembly.hashed + REHASH_STRETCH)
+                hashed = await self._threads.rehashing(update, assembly.hashed, stop)
+            else:
+                stop = min(assembly.frontier, assembly.hashed + HASH_STRETCH)
+                hashed = await self._threads.hashing(update, assembly.hashed, stop)
             if assembly.generation != generation:
                 return None
             assembly.hashed = hashed

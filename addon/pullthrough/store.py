@@ -5,8 +5,8 @@
     <dir>/secret              signs capabilities (0600)
     <dir>/index/              diskcache: what is known of blobs and manifests
     <dir>/blobs/sha256-<hex>  verified blobs, complete, never changed
-    <dir>/ingest/             recordings in progress: <name>.partial and <name>.journal
-    <dir>/quarantine/         bytes that did not hash to their name
+    <dir>/ingest/             recordings in progress: <name>.partial and <name>.journal, swept after two weeks
+    <dir>/quarantine/         bytes that did not hash to their name, swept after two weeks
 
 Invariant: a file under `blobs/` was hashed in full before it was moved there (ingest → verify → publish), and it is
 a hit only while its size, time and inode are those of that moment. Blob files lie beside diskcache's own folder
@@ -18,6 +18,7 @@ import json
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,9 @@ FORMAT: Final = 1
 MARKER: Final = "ollama-cache.json"
 TOLD_S: Final = 600.0
 """How far the index may lag behind with the time of a manifest's last pull."""
+
+KEPT_S: Final = 14 * 24 * 3600.0
+"""How long a partial and a quarantined file stay; Ollama's own client prunes partials after an hour (v0.21.0)."""
 
 _FOLDERS: Final = ("index", "blobs", "ingest", "quarantine")
 
@@ -77,12 +81,20 @@ class Store:
                 index = Index(folder / "index")
                 undo.callback(index.close)
                 store = cls(folder, lock, index, _load_secret(folder))
+                store._sweep(oldest=time.time() - KEPT_S)
                 store._adopt_orphans()
             except OSError as error:
                 reason = error.strerror or error
                 raise StoreError(f"store {folder}: expected a writable folder, got {reason}") from error
             undo.pop_all()
         return store
+
+    def _sweep(self, *, oldest: float) -> None:
+        """Remove partials that nobody has come back for, and evidence that nobody has looked at."""
+        Ingest.sweep(self.folder / "ingest", oldest=oldest)
+        for path in list((self.folder / "quarantine").glob("sha256-*")):
+            if path.stat().st_mtime < oldest:
+                path.unlink()
 
     def _adopt_orphans(self) -> None:
         """Blob files that the index does not know become complete partials: hashed again before they are hits."""

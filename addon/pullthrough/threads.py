@@ -9,13 +9,18 @@ import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from pullthrough import platform
+
 
 class Threads:
-    """Two pools: writes must not queue behind hashing."""
+    """Three pools: writes must not queue behind hashing, nor what has just come behind what has long been there."""
 
     def __init__(self) -> None:
         self._disk = ThreadPoolExecutor(4, thread_name_prefix="ollama-cache-disk")
         self._hashing = ThreadPoolExecutor(2, thread_name_prefix="ollama-cache-hash")
+        self._rehashing = ThreadPoolExecutor(
+            1, thread_name_prefix="ollama-cache-rehash", initializer=platform.lower_priority
+        )
 
     async def disk[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what may wait for the disk."""
@@ -25,10 +30,15 @@ class Threads:
         """Run what burns CPU outside the interpreter lock."""
         return await _run(self._hashing, lambda: work(*args, **kwargs))
 
+    async def rehashing[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same, for what nobody waits for: one at a time, behind everything else."""
+        return await _run(self._rehashing, lambda: work(*args, **kwargs))
+
     def close(self) -> None:
         """End the pools once what runs in them has ended."""
         self._disk.shutdown(wait=True)
         self._hashing.shutdown(wait=True)
+        self._rehashing.shutdown(wait=True)
 
 
 async def _run[T](pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
