@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import security
 from tests.faults import lines
 from tests.gotchas import GOTCHAS, shown
 
@@ -32,7 +33,7 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the matrix and the troubles as far as they were run, and the table of traps if all of it was."""
+    """Print the matrix, the troubles and who gets what as far as they were run, the traps if all of them were."""
     reports = [
         report
         for outcome in ("passed", "failed", "error", "skipped")
@@ -42,6 +43,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     cells: dict[str, dict[str, str]] = {}
     ratios: dict[str, dict[str, str]] = {}
     outcomes: dict[str, str] = {}
+    answered: dict[security.Cell, int] = {}
     for report in reports:
         for name, value in report.user_properties:
             if name == "matrix":
@@ -50,6 +52,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if name == "fault":
                 trouble, situation, ratio = value
                 ratios.setdefault(trouble, {})[situation] = f"{ratio:.3f}" + ("" if report.passed else " failed")
+            if name == "security":
+                answered.update((security.Cell(*cell), status) for cell, status in value)
         name = report.nodeid.removeprefix("tests/").partition("[")[0]
         if outcomes.get(name) != "failed":
             outcomes[name] = report.outcome
@@ -65,6 +69,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if ratios:
         terminalreporter.section("upstream bytes / blob")
         for line in lines(ratios):
+            terminalreporter.write_line(line)
+    if answered:
+        terminalreporter.section(f"who gets what: {', '.join(security.CALLERS)}")
+        for line in security.lines(answered):
             terminalreporter.write_line(line)
     if all(any(test in outcomes for test in gotcha.tests) for gotcha in GOTCHAS if gotcha.tests):
         terminalreporter.section("a cache must")

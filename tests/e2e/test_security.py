@@ -1,0 +1,245 @@
+"""Every cell of tests/security.py, and that no secret is left behind.
+
+`scripts/test tests/e2e/test_security.py` runs it alone; what has become of the cells is printed after the run.
+"""
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from typing import Final
+
+import pytest
+
+from pullthrough.capability import Capability
+from pullthrough.digest import Digest
+from pullthrough.route import canonical_path
+from tests.e2e.conftest import MODEL, Model, add_model, get, to_cdn, to_registry, unique
+from tests.security import CALLERS, CAPABLE, INCAPABLE, MODELS, REQUESTS, Cell, gives, table
+from tests.support.http1 import Connection
+from tests.support.origin import GOOD_TOKEN, R2_HOST, Origin
+from tests.support.proxy import Proxy
+
+EXPIRING: Final = "expiring-token"
+TOKENS: Final = {"anonymous": None, "right": GOOD_TOKEN, "wrong": "wrong-token", "expired": EXPIRING}
+EXPECTED: Final = table()
+ASKED_HERE: Final = tuple(request for request in REQUESTS if request not in CAPABLE)
+
+_numbers = itertools.count(1)
+Note = Callable[[str, object], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of a kind, and a stranger's public repository whose manifest lists its layer."""
+
+    kind: str
+    model: Model
+    layer: bytes
+    stranger: str
+
+    @property
+    def manifest_digest(self) -> str:
+        return "sha256:" + hashlib.sha256(self.model.manifest).hexdigest()
+
+
+class Caller:
+    """Asks through the cache, and says what was wrong with the answer."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._secret = (proxy.store / "secret").read_bytes()
+        self._connections: dict[Callable[[Proxy], Connection], Connection] = {}
+
+    def __enter__(self) -> "Caller":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in self._connections.values():
+            connection.close()
+
+    def _to(self, connect: Callable[[Proxy], Connection]) -> Connection:
+        connection = self._connections.get(connect)
+        if connection is None or not connection.is_reusable:
+            if connection is not None:
+                connection.close()
+            connection = self._connections[connect] = connect(self._proxy)
+        return connection
+
+    def capability(self, digest: str, *, lifetime_s: int = 3600) -> str:
+        """A canonical address with a capability of the store."""
+        granted = Capability(Digest.parse(digest), 10, int(time.time()) + lifetime_s)
+        return granted.to_query(self._secret)
+
+    def ask(self, subject: Subject, request: str, caller: str) -> tuple[int, str]:
+        """(status, what was wrong: "" where the answer is right for its status)."""
+        model, manifest = subject.model, subject.manifest_digest
+        path = canonical_path(Digest.parse(model.layer))
+        here, there = f"/v2/{model.repository}", f"/v2/{subject.stranger}"
+        method, where, target, expected = {
+            "GET manifest": ("GET", to_registry, f"{here}/manifests/latest", model.manifest),
+            "HEAD manifest": ("HEAD", to_registry, f"{here}/manifests/latest", b""),
+            "GET manifest by digest": ("GET", to_registry, f"{here}/manifests/{manifest}", model.manifest),
+            "GET manifest as a blob": ("GET", to_registry, f"{here}/blobs/{manifest}", model.manifest),
+            "HEAD blob": ("HEAD", to_registry, f"{here}/blobs/{model.layer}", b""),
+            "HEAD blob as a push": ("HEAD", to_registry, f"{here}/blobs/{model.layer}", b""),
+            "GET blob": ("GET", to_registry, f"{here}/blobs/{model.layer}", subject.layer),
+            "GET chunksums": ("GET", to_registry, f"{here}/chunksums/{model.layer}", subject.layer),
+            "GET blob of a stranger who lists it": ("GET", to_registry, f"{there}/blobs/{model.layer}", subject.layer),
+            "canonical, valid capability": (
+                "GET",
+                to_cdn,
+                f"{path}?{self.capability(model.layer)}",
+                subject.layer,
+            ),
+            "canonical, another blob's capability": ("GET", to_cdn, f"{path}?{self.capability(manifest)}", b""),
+            "canonical, expired capability": (
+                "GET",
+                to_cdn,
+                f"{path}?{self.capability(model.layer, lifetime_s=-1)}",
+                b"",
+            ),
+            "canonical, no capability": ("GET", to_cdn, path, b""),
+        }[request]
+        fields = {"Authorization": f"Bearer {token}"} if (token := TOKENS[caller]) else {}
+        if request.endswith("as a push"):
+            fields["User-Agent"] = "ollama-transfer/1.0"
+        response = self._to(where).request(method, target, fields)
+        body = response.read()
+        address = response.header("Location") or response.header("Content-Location")
+        if not gives(response.status):
+            leaks = address is not None or subject.layer in body or model.manifest in body
+            is_text = body and "manifest" not in request.partition(" as ")[0] and "no capability" not in request
+            return response.status, "leaks" if leaks else "text where bytes are expected" if is_text else ""
+        if address is not None:
+            body = get(self._to(to_cdn), address.removeprefix(f"https://{R2_HOST}"))[2]
+        return response.status, "" if body == expected else f"other bytes: {body[:80]!r}"
+
+
+def publish(origin: Origin, kind: str) -> Subject:
+    """Put a model of a kind on the origin; `turned` is public yet."""
+    number = next(_numbers)
+    layer = b"weights " + unique(2000).read(0, 2000)
+    stranger = f"stranger/s{number}"
+    if kind == "unknown":
+        digests = ["sha256:" + hashlib.sha256(part + layer).hexdigest() for part in (b"", b"config", b"manifest")]
+        manifest = json.dumps({"layers": [{"digest": digests[0], "size": len(layer)}]}).encode()
+        return Subject(kind, Model(f"absent/m{number}", (digests[0],), digests[1], manifest), layer, stranger)
+    model = add_model(origin, layer, repository=f"owner/m{number}", private=kind in ("private", "shared"))
+    subject = Subject(kind, model, layer, stranger)
+    origin.put_manifest(model.repository, subject.manifest_digest, model.manifest)
+    origin.add_member(model.repository, origin.add_blob(model.manifest))
+    origin.put_manifest(stranger, "latest", model.manifest)
+    if kind == "shared":
+        origin.add_member(stranger, *model.blobs)
+    return subject
+
+
+def turn(origin: Origin, proxy: Proxy, subject: Subject) -> None:
+    """Make its repository private, and let the cache learn of it by a request for something else."""
+    if subject.kind == "turned":
+        origin.set_private(subject.model.repository, private=True)
+        with to_registry(proxy) as connection:
+            assert get(connection, f"/v2/{subject.model.repository}/manifests/other")[0] == 401
+
+
+def pull(origin: Origin, proxy: Proxy, subject: Subject) -> None:
+    """Let all have it whom the registry gives it to, by every request; the expiring credential is good here."""
+    with Caller(proxy) as caller:
+        for who in ("anonymous", "right", "expired"):
+            for request in ASKED_HERE:
+                assert caller.ask(subject, request, who)[1] == ""
+            get(caller._to(to_registry), f"/v2/{subject.stranger}/manifests/latest")
+            if who == "anonymous":
+                turn(origin, proxy, subject)
+    proxy.wait_for_line(subject.model.recorded)
+
+
+def prepare(origin: Origin, proxy: Proxy) -> list[Subject]:
+    """One model of each kind that can be pulled, pulled; the credential has expired by now."""
+    origin.accepted.add(EXPIRING)
+    subjects = [publish(origin, kind) for kind in MODELS if kind != "unknown"]
+    for subject in subjects:
+        pull(origin, proxy, subject)
+    origin.accepted.discard(EXPIRING)
+    return subjects
+
+
+def walk(proxy: Proxy, cells: Sequence[tuple[Subject, Cell]], note: Note, *, threads: int = 3) -> None:
+    """Ask every cell, of its subject, and compare."""
+    problems: list[str] = []
+    answered: list[tuple[tuple[object, ...], int]] = []
+
+    def ask(own: Sequence[tuple[Subject, Cell]]) -> None:
+        with Caller(proxy) as caller:
+            for subject, cell in own:
+                status, problem = caller.ask(subject, cell.request, cell.caller)
+                answered.append((astuple(cell), status))
+                if status != EXPECTED[cell] or problem:
+                    problems.append(f"{cell}: expected {EXPECTED[cell]}, got {status} {problem}")
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(ask, [cells[number::threads] for number in range(threads)]))
+    note("security", answered)
+    assert problems == []
+    assert answered
+
+
+def cells(
+    subjects: Iterable[Subject], state: str, line: str, requests: Iterable[str] = REQUESTS
+) -> list[tuple[Subject, Cell]]:
+    """All cells of a state and a line, on these subjects."""
+    return [
+        (subject, Cell(subject.kind, request, state, line, caller))
+        for subject in subjects
+        for request in requests
+        for caller in CALLERS
+    ]
+
+
+def test_cold(origin: Origin, proxy: Proxy, record_property: Note) -> None:
+    """Nothing is here, each cell has a model of its own: what upstream grants."""
+    own = [
+        (publish(origin, kind), Cell(kind, request, "cold", "online", caller))
+        for kind in MODELS
+        for request in ASKED_HERE
+        for caller in CALLERS
+    ]
+    for subject, _ in own:
+        origin.set_private(subject.model.repository, private=subject.kind not in ("public", "unknown"))
+    walk(proxy, own, record_property)
+
+
+@pytest.mark.long
+def test_cold_and_offline(origin: Origin, proxy: Proxy, record_property: Note) -> None:
+    """Nothing is here and nobody can be asked."""
+    subjects = [publish(origin, kind) for kind in MODELS]
+    origin.stop()
+    walk(proxy, cells(subjects, "cold", "offline", ASKED_HERE), record_property, threads=32)
+
+
+def test_recent(origin: Origin, proxy: Proxy, record_property: Note) -> None:
+    """All who may have it have pulled it within the minute; one credential has expired since."""
+    walk(proxy, cells(prepare(origin, proxy), "recent", "online"), record_property)
+
+
+@pytest.mark.long
+def test_recent_and_offline(origin: Origin, proxy: Proxy, record_property: Note) -> None:
+    """The same, and the registry goes away: its yes counts for the rest of the minute."""
+    subjects = prepare(origin, proxy)
+    origin.stop()
+    walk(proxy, cells(subjects, "recent", "offline"), record_property, threads=32)
+
+
+@pytest.mark.long
+def test_held(origin: Origin, proxy: Proxy, record_property: Note) -> None:
+    """They pulled it before the cache was restarted: what was learnt about credentials is gone."""
+    subjects = prepare(origin, proxy)
+    origin.stop()
+    proxy.restart()
+    walk(proxy, cells(subjects, "held", "offline"), record_property, threads=32)
+    origin.start()
+    walk(proxy, cells(subjects, "held", "online"), record_property)
