@@ -108,7 +108,7 @@ GOTCHAS: Final = (
     Gotcha(
         "give private layers to nobody who merely knows the digest",
         (
-            "e2e/test_answers.py::test_private_model",
+            "e2e/test_security.py::test_recent",
             "e2e/test_answers.py::test_without_a_capability_nothing_is_served_or_recorded",
             "test_access.py::test_decision_table",
         ),

@@ -90,7 +90,8 @@ def test_nothing_is_known_of_a_denied_repository(tmp_path: Path) -> None:
     store.confirm_public(NAME.host, "library/elsewhere", digest_of(b"shared"))
     assert store.deny(*here)
     for _ in range(2):
-        assert not any(store.is_member(*here, digest_of(blob)) for blob in (b"mine", b"more", b"moved away", b"unlisted"))
+        gone = (b"mine", b"more", b"moved away", b"unlisted")
+        assert not any(store.is_member(*here, digest_of(blob)) for blob in gone)
         assert not any(store.manifest_by_digest(*here, Digest(record.digest)) for record in (*records, earlier))
         assert store.manifests_of(*here) == []
         assert all(store.manifest(name).denied for name in names)  # type: ignore[union-attr]

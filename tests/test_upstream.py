@@ -235,7 +235,11 @@ def refused(kind: type[UpstreamError], message: str | None = None) -> Iterator[N
     with pytest.raises(UpstreamError, match=message) as caught:
         yield
     assert type(caught.value) is kind
-    assert not re.search(r"\?|X-Amz|c0ffee|Bearer|secret", str(caught.value))
+    error: BaseException | None = caught.value
+    while error is not None:
+        # All that a traceback would show.
+        assert not re.search(r"\?|X-Amz|c0ffee|Bearer|secret", str(error))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 async def read(stream: DataStream) -> bytes:

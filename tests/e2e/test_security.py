@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from typing import Final
 
@@ -17,13 +18,17 @@ import pytest
 from pullthrough.capability import Capability
 from pullthrough.digest import Digest
 from pullthrough.route import canonical_path
-from tests.e2e.conftest import MODEL, Model, add_model, get, to_cdn, to_registry, unique
-from tests.security import CALLERS, CAPABLE, INCAPABLE, MODELS, REQUESTS, Cell, gives, table
+from tests.e2e.conftest import MB, Model, add_model, get, to_cdn, to_registry, unique
+from tests.security import CALLERS, CAPABLE, MODELS, REQUESTS, Cell, gives, table
+from tests.support.a2 import A2Client
+from tests.support.goclient import PullError
 from tests.support.http1 import Connection
-from tests.support.origin import GOOD_TOKEN, R2_HOST, Origin
+from tests.support.origin import GOOD_TOKEN, R2_HOST, Fault, Mode, Origin
 from tests.support.proxy import Proxy
 
 EXPIRING: Final = "expiring-token"
+MISLED: Final = "5ec2e75ec2e75ec2e75ec2e7"
+"""In a query that nobody may remember."""
 TOKENS: Final = {"anonymous": None, "right": GOOD_TOKEN, "wrong": "wrong-token", "expired": EXPIRING}
 EXPECTED: Final = table()
 ASKED_HERE: Final = tuple(request for request in REQUESTS if request not in CAPABLE)
@@ -53,6 +58,8 @@ class Caller:
         self._proxy = proxy
         self._secret = (proxy.store / "secret").read_bytes()
         self._connections: dict[Callable[[Proxy], Connection], Connection] = {}
+        self.given: list[str] = []
+        """The addresses that it was given."""
 
     def __enter__(self) -> "Caller":
         return self
@@ -72,7 +79,8 @@ class Caller:
     def capability(self, digest: str, *, lifetime_s: int = 3600) -> str:
         """A canonical address with a capability of the store."""
         granted = Capability(Digest.parse(digest), 10, int(time.time()) + lifetime_s)
-        return granted.to_query(self._secret)
+        self.given.append(granted.to_query(self._secret))
+        return self.given[-1]
 
     def ask(self, subject: Subject, request: str, caller: str) -> tuple[int, str]:
         """(status, what was wrong: "" where the answer is right for its status)."""
@@ -115,6 +123,7 @@ class Caller:
             is_text = body and "manifest" not in request.partition(" as ")[0] and "no capability" not in request
             return response.status, "leaks" if leaks else "text where bytes are expected" if is_text else ""
         if address is not None:
+            self.given.append(address)
             body = get(self._to(to_cdn), address.removeprefix(f"https://{R2_HOST}"))[2]
         return response.status, "" if body == expected else f"other bytes: {body[:80]!r}"
 
@@ -243,3 +252,69 @@ def test_held(origin: Origin, proxy: Proxy, record_property: Note) -> None:
     walk(proxy, cells(subjects, "held", "offline"), record_property, threads=32)
     origin.start()
     walk(proxy, cells(subjects, "held", "online"), record_property)
+
+
+FAULTS: Final = (
+    Fault(Mode.REDIRECT, headers={"Location": f"http://[?X-Amz-Signature={MISLED}"}),
+    Fault(Mode.STATUS, where="registry", status=500, times=4),
+    Fault(Mode.DROP, where="registry", times=4),
+    Fault(Mode.RESET, after=1000, times=2),
+    Fault(Mode.CONTENT_RANGE, times=2),
+    Fault(Mode.DIRECT),
+)
+SLOW_FAULTS: Final = (
+    Fault(Mode.STATUS, status=403),
+    Fault(Mode.REDIRECT, headers={"Location": f"https://10.0.0.1/?X-Amz-Signature={MISLED}"}),
+    Fault(Mode.STATUS, status=302, times=None, headers={"Location": f"/?X-Amz-Signature={MISLED}"}),
+)
+
+
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.long)], ids=["quick", "slow"])
+def test_no_secret_is_left(
+    origin: Origin, start_proxy: Callable[..., Proxy], new_client: Callable[..., A2Client], quick: bool
+) -> None:
+    """Credentials, upstream's signatures and our capabilities are in no file of the cache's and in no line it says."""
+    proxy = start_proxy(ollama_cache_log_level="debug", termlog_verbosity="debug")
+    origin.accepted.add(EXPIRING)
+    given: list[str] = []
+    with Caller(proxy) as caller:
+        for subject in [publish(origin, kind) for kind in ("public", "private")]:
+            for who, request in itertools.product(CALLERS, ASKED_HERE):
+                caller.ask(subject, request, who)
+        given += caller.given
+    for fault in FAULTS if quick else SLOW_FAULTS:
+        model = add_model(origin, unique(MB), private=True)
+        origin.faults.append(fault)
+        with suppress(PullError):
+            new_client(proxy).pull(model.name)
+        origin.faults.clear()
+    model = add_model(origin, unique(8 * MB), repository="owner/pushed", private=True)
+    with to_registry(proxy) as connection:
+        own = {"Authorization": f"Bearer {GOOD_TOKEN}"}
+        address = get(connection, model.blob_target, **own)[1]["location"]
+        get(connection, f"/token?service=x&scope=repository:owner/pushed:pull&signature={MISLED}", **own)
+        pushed = [*own.items(), ("Content-Length", "4")]
+        for method, target in (("POST", f"uploads/?mount={MISLED}"), ("PATCH", f"uploads/1?X-Amz-Signature={MISLED}")):
+            connection.request(method, f"/v2/owner/pushed/blobs/{target}", pushed, body=b"push").read()
+    with to_cdn(proxy) as connection:
+        response = connection.request("GET", address.removeprefix(f"https://{R2_HOST}"), [])
+        response.read(1000)
+        given.append(address)
+        connection.reset()
+    proxy.wait_for_line("short: ")
+
+    capabilities = {address.partition("access=")[2] for address in given}
+    assert len(capabilities) > 10
+    assert len(origin.signatures) > 10
+    secrets = {*capabilities, *origin.signatures, MISLED, GOOD_TOKEN, EXPIRING, str(TOKENS["wrong"]), "X-Amz-"}
+    secrets |= {(proxy.store / "secret").read_bytes().hex()}
+
+    def found() -> list[tuple[object, str]]:
+        files = {path: path.read_bytes() for path in proxy.directory.rglob("*") if path.is_file()}
+        assert {"cache.db", "cache.db-wal", "secret"} & {path.name for path in files}
+        places = {**files, "output": "\n".join(proxy.output).encode()}
+        return [(place, secret) for place, data in places.items() for secret in secrets if secret.encode() in data]
+
+    assert found() == []
+    proxy.stop()
+    assert found() == []

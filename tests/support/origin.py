@@ -935,6 +935,12 @@ class Origin:
             f"&X-Amz-Expires=86400&X-Amz-SignedHeaders=host&X-Amz-Signature={signature}"
         )
 
+    @property
+    def signatures(self) -> list[str]:
+        """All that were given out."""
+        with self._lock:
+            return list(self._signatures)
+
     # --- steering
 
     def gate(self, path_substring: str, *, method: str = "") -> Gate:
