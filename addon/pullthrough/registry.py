@@ -14,6 +14,7 @@ from typing import Final
 from pullthrough import access, capability, chunksums
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.datacheck import relayable
 from pullthrough.datastream import DataStream, Source
 from pullthrough.digest import Digest
 from pullthrough.errors import (
@@ -137,7 +138,7 @@ class Registry:
             if response.status not in DENIED:
                 break
             self._refuse(request.host, route, authorization, response.status)
-        raise UpstreamRefused(response.status, [])
+        raise UpstreamRefused(response.status, relayable(response.headers))
 
     async def _get_blob(self, request: Request, route: BlobRoute) -> Answer:
         if (size := await self._known_size(request, route)) is not None:
@@ -291,7 +292,7 @@ class Registry:
             self._refuse(request.host, route, authorization, response.status)
         if response.status == 200:
             raise UnexpectedResponse("expected a Content-Location with the chunk sums, got none")
-        raise UpstreamRefused(response.status, [])
+        raise UpstreamRefused(response.status, relayable(response.headers))
 
     # --- blobs, at their canonical address
 
