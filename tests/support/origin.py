@@ -668,6 +668,8 @@ class _Response:
     chunked: bool = False
     digest: str = ""
     """Set when the body is a blob: its bytes are counted and rate-limited."""
+    early: bool = False
+    """Sent before the body of the request has been read."""
 
 
 @dataclass(slots=True)
@@ -720,6 +722,8 @@ class Origin:
         """What /token grants."""
         self.accepted = {GOOD_TOKEN}
         """The tokens that private repositories are open to."""
+        self.redirects_uploads = False
+        """Whether a client that offers to (X-Redirect-Uploads) sends its bytes to the CDN."""
 
         self._lock = threading.Lock()
         self._blobs: dict[str, Source] = {}
@@ -794,6 +798,7 @@ class Origin:
         self.gzip_manifests = self.redirects_head = False
         self.chunk_size = 8 * _MIB
         self.accepted = {GOOD_TOKEN}
+        self.redirects_uploads = False
         if not self.is_running:
             self.start()
         self.reset_counters()
@@ -1014,9 +1019,11 @@ class Origin:
             response = self._cdn(connection, request)
         else:
             response = self._registry(connection, request)
+        stays = response.early and self._transmit(connection, request, response)
         for _piece in connection.read_body():
             pass
-        return self._transmit(connection, request, response) and request.headers.get("connection", "") != "close"
+        stays = stays or self._transmit(connection, request, response)
+        return stays and request.headers.get("connection", "") != "close"
 
     def _registry(self, connection: _Connection, request: Request) -> _Response:
         if request.path == "/token":
@@ -1112,18 +1119,27 @@ class Origin:
         return response
 
     def _upload(self, connection: _Connection, request: Request, name: str, session: str) -> _Response:
+        location = f"https://{REGISTRY_HOST}/v2/{name}/blobs/uploads/{session or secrets.token_hex(16)}"
+        headers = [("Location", location), ("Docker-Upload-Location", location), ("Content-Length", "0")]
+        offered = request.headers.get("x-redirect-uploads", "") if self.redirects_uploads else ""
+        asked = parse_qs(request.query).get("digest", [f"sha256:{'0' * 64}"])[0]
+        if request.method == "PATCH" and offered == "1":
+            headers[0] = ("Location", self.signed_url(asked, "PUT"))
+            return _Response(307, headers, early=True)
+        self._take_in(connection, request)
+        if request.method == "POST" and offered == "2":
+            headers.append(("X-Direct-Upload-URL", self.signed_url(asked, "PUT")))
+            headers.append(("X-Signed-Header-X-Amz-Checksum-Sha256", asked))
+        return _Response(201 if request.method == "PUT" else 202, headers)
+
+    def _take_in(self, connection: _Connection, request: Request) -> None:
+        """Read and count the body of an upload."""
         digest, size = hashlib.sha256(), 0
         for piece in connection.read_body():
             digest.update(piece)
             size += len(piece)
             self.counters._received(len(piece))
         self.counters._uploaded(Upload(request, size, digest.hexdigest()))
-        location = f"https://{REGISTRY_HOST}/v2/{name}/blobs/uploads/{session or secrets.token_hex(16)}"
-        status = 201 if request.method == "PUT" else 202
-        return _Response(
-            status,
-            [("Location", location), ("Docker-Upload-Location", location), ("Content-Length", "0")],
-        )
 
     def _cdn(self, connection: _Connection, request: Request) -> _Response:
         match = _CDN_PATH.fullmatch(request.path)
@@ -1138,6 +1154,9 @@ class Origin:
             return _xml(403, "SignatureDoesNotMatch", "The request signature we calculated does not match.")
         if expired:
             return _xml(403, "AccessDenied", "Request has expired")
+        if request.method == "PUT":
+            self._take_in(connection, request)
+            return _Response(200, [("ETag", '"0"'), ("Content-Length", "0")])
         if digest not in self._blobs:
             return _xml(404, "NoSuchKey", "The specified key does not exist.")
         return self._content(connection, request, digest)
