@@ -1,11 +1,12 @@
 """The table of traps: each has a test that exists or a reason, and the README shows the same."""
 
 import ast
+from itertools import product, starmap
 from pathlib import Path
 
 import pytest
 
-from tests import faults
+from tests import faults, security
 from tests.gotchas import GOTCHAS, markdown
 
 TESTS = Path(__file__).parent
@@ -34,3 +35,16 @@ def test_readme_shows_them() -> None:
 def test_readme_shows_the_troubles() -> None:
     """And what each may cost; `python -m tests.faults` prints it."""
     assert faults.markdown() in README
+
+
+def test_readme_shows_who_gets_what() -> None:
+    """And what tests/security.py promises; `python -m tests.security` prints it."""
+    assert security.markdown() in README
+
+
+def test_every_request_has_its_row() -> None:
+    """Each model that can be here in each state, each request and caller; what is nowhere is only asked for cold."""
+    kinds = product(security.MODELS, security.REQUESTS, security.STATES, security.LINES, security.CALLERS)
+    assert set(security.table()) == {
+        cell for cell in starmap(security.Cell, kinds) if cell.model != "unknown" or cell.state == "cold"
+    }

@@ -209,6 +209,7 @@ def cells(
     ]
 
 
+@pytest.mark.long
 def test_cold(origin: Origin, proxy: Proxy, record_property: Note) -> None:
     """Nothing is here, each cell has a model of its own: what upstream grants."""
     own = [
