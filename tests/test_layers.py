@@ -13,7 +13,8 @@ PACKAGE: Final = ADDON / "pullthrough"
 
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
-    "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding",
+    "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding "
+    "loopguard",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads",
     "L2b": "recorder relay transfer recording fetcher sealer supply",

@@ -266,7 +266,11 @@ async def test_nothing_is_said_that_was_not_given() -> None:
         await at.ask("HEAD", user_agent="ollama/0.9", accept="text/plain", authorization="Bearer t")
         first, second = at.registry.seen
         assert (first.method, second.method) == ("GET", "HEAD")
-        host = {"host": f"127.0.0.1:{at.registry.port}", "accept-encoding": "identity"}
+        host = {
+            "host": f"127.0.0.1:{at.registry.port}",
+            "accept-encoding": "identity",
+            "cdn-loop": at.upstream.loop.identifier,
+        }
         assert first.headers == host
         assert second.headers == {
             **host,
@@ -275,6 +279,16 @@ async def test_nothing_is_said_that_was_not_given() -> None:
             "authorization": "Bearer t",
         }
         assert first.connection == second.connection
+
+
+@on_loop
+async def test_a_loop_is_left_to_be_seen() -> None:
+    """CDN-Loop of the request behind ours is extended; a cache's 508 is not asked for again."""
+    async with world() as at:
+        at.registry.answers[MANIFEST_TARGET] = reply(508, b"{}")
+        response = await at.ask(CDN_Loop="a; b=c")
+        assert response.status == 508
+        assert [seen.headers["cdn-loop"] for seen in at.registry.seen] == [f"a; b=c, {at.upstream.loop.identifier}"]
 
 
 BODY = b'{"layers": []}'
@@ -609,7 +623,12 @@ async def test_a_part_is_asked_for_exactly() -> None:
         (seen,) = at.cdn.seen
         assert (seen.method, seen.target) == ("GET", DATA_TARGET)
         host = f"127.0.0.1:{at.cdn.port}"
-        assert seen.headers == {"host": host, "accept-encoding": "identity", "range": "bytes=4-7"}
+        assert seen.headers == {
+            "host": host,
+            "accept-encoding": "identity",
+            "range": "bytes=4-7",
+            "cdn-loop": at.upstream.loop.identifier,
+        }
 
 
 @on_loop

@@ -11,5 +11,5 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          platform                                            disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  access  tunnel  budget      state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
-         settings
+         settings  loopguard
 """

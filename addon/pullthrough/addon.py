@@ -20,9 +20,10 @@ from mitmproxy import addonmanager, ctx, exceptions, http
 from pullthrough import places, platform
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
-from pullthrough.errors import CacheError, Misdirected
+from pullthrough.errors import CacheError, LoopDetected, Misdirected
 from pullthrough.exchange import Answer, Request
 from pullthrough.gate import Gate, normal, refuse
+from pullthrough.loopguard import CDN_LOOP
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.recording import Workroom
@@ -214,7 +215,9 @@ class OllamaCache:
         try:
             if self._gate.is_ours(flow.request.host):
                 self._gate.check_names(flow)
-        except Misdirected as error:
+            if not self._may_answer(flow):
+                self._check_loop(flow)
+        except (LoopDetected, Misdirected) as error:
             _log.warning("%s", error)
             if _has_body(flow.request):
                 flow.kill()
@@ -298,9 +301,16 @@ class OllamaCache:
             and not _has_body(flow.request)
         )
 
+    def _check_loop(self, flow: http.HTTPFlow) -> None:
+        """LoopDetected if a request that is to be passed through has been here before."""
+        if self._upstream is not None and self._upstream.loop.is_own(flow.request.headers.get(CDN_LOOP)):
+            raise LoopDetected(f"expected another way to {flow.request.host}, got one that leads back here")
+
     def _reroute(self, flow: http.HTTPFlow) -> None:
         """Send a passed-through request where `upstream` says that its host is."""
-        assert self._settings
+        assert self._settings and self._upstream
+        # No signature breaks: Ollama's and R2's cover the method, the address and named fields, of which this is none.
+        flow.request.headers[CDN_LOOP] = self._upstream.loop.extend(flow.request.headers.get(CDN_LOOP))
         endpoint = self._settings.upstream.get(normal(flow.request.host))
         if endpoint is not None:
             flow.request.scheme, flow.request.host, flow.request.port = endpoint.scheme, endpoint.host, endpoint.port

@@ -16,6 +16,7 @@
         │   └── ValidatorChanged   the source serves another version than before
         ├── SourceExpired          the blob's address is no longer good; obtain it again
         └── AddressRefused         the address policy forbids the connection
+            └── LoopDetected       a registry's name leads back to this cache (508)
 
 Messages say what was expected and what was got. Knows no client, socket or file.
 """
@@ -122,3 +123,9 @@ class SourceExpired(UpstreamError):
 
 class AddressRefused(UpstreamError):
     """The destination's address is not one this cache connects to."""
+
+
+class LoopDetected(AddressRefused):
+    """The connection would come back to this cache (RFC 5842 section 7.2)."""
+
+    status_hint = 508

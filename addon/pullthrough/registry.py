@@ -18,13 +18,14 @@ from pullthrough.datastream import DataStream, Source
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     CacheError,
+    LoopDetected,
     UnexpectedResponse,
     UpstreamError,
     UpstreamRefused,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from pullthrough.exchange import Answer, Request, failure
+from pullthrough.exchange import Answer, Request, explained, failure
 from pullthrough.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.manifests import Manifests
 from pullthrough.prefetch import Prefetcher
@@ -83,6 +84,8 @@ class Registry:
             route = parse_registry_target(request.target)
         else:
             route = None
+        if request.trail and self._upstream.loop.is_own(request.trail):
+            return _looped(request, route)
         match route:
             case None:
                 return None
@@ -344,6 +347,13 @@ def _credentials(request: Request) -> Iterator[str | None]:
     yield None
     if request.authorization is not None:
         yield request.authorization
+
+
+def _looped(request: Request, route: Route | CanonicalRoute | None) -> Answer:
+    error = LoopDetected(f"{request.host}: expected another way to the registry, got one that leads back here")
+    if route is not None and not isinstance(route, ManifestRoute):
+        return failure(error, route.digest)
+    return explained(error.status_hint, "DENIED", str(error), CacheStatus(Outcome.BYPASS))
 
 
 def _head(digest: Digest, size: int, cache: CacheStatus) -> Answer:

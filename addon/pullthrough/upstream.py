@@ -8,6 +8,7 @@ credentials stay in memory and out of every message. Knows neither the store nor
 import asyncio
 import contextlib
 import ipaddress
+import secrets
 import socket
 import ssl
 import time
@@ -34,6 +35,7 @@ from pullthrough.errors import (
     UpstreamUnreachable,
     ValidatorChanged,
 )
+from pullthrough.loopguard import CDN_LOOP, LoopGuard
 from pullthrough.settings import Settings
 from pullthrough.tunnel import LegPolicy, check_address
 
@@ -56,6 +58,9 @@ DEADLINE_S: Final = 20.0
 REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 DENIED: Final = frozenset({401, 403, 404})
 """What a registry answers to somebody who may not know, or may not be told."""
+
+LOOP_DETECTED: Final = 508
+"""What a cache says to a request that has been there before (RFC 5842 section 7.2): it will say so again."""
 
 MAX_HOPS: Final = 5
 
@@ -80,6 +85,7 @@ class Upstream:
         own_addresses: Callable[[], Collection[str]] = frozenset,
     ) -> None:
         """`trusted_ca` is a PEM file that replaces certifi's; `own_addresses` are those of this machine."""
+        self.loop = LoopGuard(f"ollama-cache-{secrets.token_hex(8)}")
         self._settings = settings
         self._policy = LegPolicy(exempt_hosts(settings), tunnels=True)
         self._own = own_addresses
@@ -183,7 +189,7 @@ class Upstream:
                     except (aiohttp.ClientError, OSError):
                         pass
                     else:
-                        if response.status < 500:
+                        if response.status < 500 or response.status == LOOP_DETECTED:
                             break
                         if isinstance(response, aiohttp.ClientResponse):
                             response.close()
@@ -257,10 +263,12 @@ class Upstream:
             raise UpstreamUnreachable("offline: upstream is not asked")
         if self._session is None:
             raise UpstreamUnreachable("expected an open client, got a closed one")
+        # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
+        trail = {CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
         return await self._session.request(
             method,
             URL(url, encoded=True),
-            headers={"Accept-Encoding": "identity", **headers},
+            headers={"Accept-Encoding": "identity", **headers, **trail},
             allow_redirects=False,
             skip_auto_headers=("User-Agent", "Accept"),
         )
