@@ -19,7 +19,7 @@ ROWS: Final = {
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads",
     "L2b": "recorder relay transfer recording fetcher sealer supply",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh",
+    "L3b": "registry statuspage manifests exchange prefetch refresh grants",
     "L4": "addon streamlayer blobserver cli gate",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
@@ -47,7 +47,8 @@ SIDEWAYS: Final = {
     "recorder": {"recording", "supply"},
     "manifests": {"exchange"},
     "refresh": {"manifests"},
-    "registry": {"exchange", "manifests", "prefetch", "refresh"},
+    "grants": {"exchange"},
+    "registry": {"exchange", "grants", "manifests", "prefetch", "refresh"},
     "gate": {"streamlayer"},
     "addon": {"blobserver", "gate", "streamlayer"},
 }

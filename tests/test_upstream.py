@@ -488,11 +488,15 @@ async def test_upstream_counts_as_down_until_it_answers(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @on_loop
 async def test_where_a_blob_is(status: int, location: str, expected: str) -> None:
-    """Relative to the registry's public name, not to where it is really reached; nothing is asked there yet."""
+    """Relative to the registry's public name, not to where it is really reached; nothing is asked there yet.
+
+    The token goes on to where the same registry sends us, and to no other host.
+    """
     async with world() as at:
         at.registry.answers[BLOB_TARGET] = moved(location, status)
         source, stream = await at.obtain(authorization="Bearer t", user_agent="ollama/0.9")
-        assert (source.url, source.headers, stream) == (expected, {}, None)
+        token = {"authorization": "Bearer t"} if expected.startswith(f"https://{HOST}/") else {}
+        assert (source.url, source.headers, stream) == (expected, token, None)
         assert at.registry.seen[0].headers["authorization"] == "Bearer t"
         assert (at.registry.targets, at.cdn.targets) == ([BLOB_TARGET], [])
 
@@ -511,6 +515,27 @@ async def test_a_registry_that_has_the_bytes() -> None:
         assert await read(again) == b"4567"
         assert [seen.headers.get("authorization") for seen in at.registry.seen] == ["Bearer t", "Bearer t"]
         assert "user-agent" not in at.registry.seen[1].headers
+
+
+@pytest.mark.parametrize(
+    ("answer", "extent"),
+    [
+        pytest.param(part(0, 1), (0, 1, 16), id="a registry that knows Range"),
+        pytest.param(reply(200, BLOB), (0, 16, 16), id="one that does not"),
+        pytest.param(reply(416, b"", ("Content-Range", "bytes */0")), (0, 0, 0), id="an empty blob"),
+    ],
+)
+@on_loop
+async def test_a_registry_that_has_the_bytes_is_asked_for_few(answer: bytes, extent: tuple[int, int, int]) -> None:
+    """Where only the source is wanted, one byte is asked for in case the registry itself is the source."""
+    async with world() as at:
+        at.registry.answers[BLOB_TARGET] = answer
+        source, stream = await at.upstream.obtain(HOST, REPOSITORY, DIGEST, {}, stop=1, timeout_s=20.0)
+        assert stream is not None
+        with closing(stream):
+            assert (stream.start, stream.stop, stream.length) == extent
+        assert source.url == f"https://{HOST}{BLOB_TARGET}"
+        assert [seen.headers["range"] for seen in at.registry.seen] == ["bytes=0-0"]
 
 
 @pytest.mark.parametrize("bad", [CLOSE, reply(500), reply(503, b"busy")], ids=["closed", "500", "503"])

@@ -3,7 +3,8 @@
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
     L4   addon  gate  streamlayer  cli                       edges: mitmproxy and the terminal live only here
-    L3b  registry  manifests  exchange  prefetch  refresh    request value -> answer: status, headers and what to send
+    L3b  registry  manifests  grants  exchange  prefetch
+         refresh                                             request value -> answer: status, headers and what to send
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  relay  fetcher  supply
          sealer                                              the ones that talk to the CDN and keep what it says

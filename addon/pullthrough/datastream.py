@@ -39,7 +39,9 @@ class Source:
 class DataStream:
     """A checked data response: the bytes `[start, stop)` of a blob of `length` bytes, in order."""
 
-    def __init__(self, response: aiohttp.ClientResponse, extent: Extent) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, extent: Extent, source: Source | None = None) -> None:
+        """`source` is where the bytes came from, behind all redirects."""
+        self.source = source
         self.start = extent.start
         self.stop = extent.stop
         self.length = extent.length

@@ -25,7 +25,7 @@ from pullthrough.errors import (
     UpstreamTimeout,
     ValidatorChanged,
 )
-from pullthrough.scheduler import MIN_SLICE, Slice
+from pullthrough.scheduler import MAX_SLICE, MIN_SLICE, Slice
 from pullthrough.supply import Supply
 
 _log = logging.getLogger(__name__)
@@ -156,12 +156,17 @@ class Fetcher:
         await asyncio.gather(*workers, return_exceptions=True)
 
     async def take(self, stream: DataStream) -> None:
-        """Take in the first response, whose bytes nobody else has claimed."""
-        taken = Slice(stream.start, stream.stop)
+        """Take in the first response, whose bytes nobody else has claimed.
+
+        A whole one is no sign that the source ignores Range: it has not been asked for one. So it counts as a
+        slice, while other connections try; where they get the whole too, it goes on.
+        """
+        limit = MAX_SLICE if stream.whole and stream.stop > MAX_SLICE else None
+        taken = Slice(stream.start, limit or stream.stop)
         if taken.start < taken.stop:
             self._assembly.claim(taken.start, taken.stop)
         try:
-            await self._attempt(taken, lambda attempt: self._receive(stream, attempt))
+            await self._attempt(taken, lambda attempt: self._receive(stream, attempt, limit))
         except UpstreamError as error:
             self._note(error)
         finally:
@@ -228,23 +233,30 @@ class Fetcher:
                 self._assembly.release(taken.start, taken.stop)
             attempt.over.set()
 
-    async def _receive(self, stream: DataStream, attempt: _Attempt) -> None:
-        """Hand on the stream's bytes, but those that are here already (of a response longer than was asked for)."""
+    async def _receive(self, stream: DataStream, attempt: _Attempt, limit: int | None = None) -> None:
+        """Hand on the stream's bytes, but those that are here already (of a response longer than was asked for).
+
+        Up to `limit`, unless this turns out to be the one connection that the source is good for.
+        """
         attempt.whole = stream.whole
-        attempt.extent = Slice(stream.start, stream.stop)
-        self._whole_only = self._whole_only or stream.whole
+        attempt.extent = Slice(stream.start, limit or stream.stop)
+        self._whole_only = self._whole_only or (stream.whole and limit is None)
         offset = stream.start
         began = time.monotonic()
         try:
             async for data in stream.batches():
                 self._counters.upstream_bytes += len(data)
                 self.fetched += len(data)
-                view = memoryview(data)
-                for start, stop in list(self._assembly.present.missing(offset, offset + len(data))):
+                if limit is not None and self._whole_only:
+                    limit, attempt.extent = None, Slice(stream.start, stream.stop)
+                view = memoryview(data)[: None if limit is None else limit - offset]
+                for start, stop in list(self._assembly.present.missing(offset, offset + len(view))):
                     await self._accept(start, view[start - offset : stop - offset])
-                offset += len(data)
+                offset += len(view)
                 self._heard = attempt.heard = time.monotonic()
                 self._failures = 0
+                if offset == limit:
+                    break
                 if pause := self._spend(len(data)):
                     # Not silent: held back by ourselves.
                     attempt.heard += pause
@@ -253,8 +265,8 @@ class Fetcher:
             if offset > stream.start:
                 await self._finish(stream.start, offset)
         elapsed = time.monotonic() - began
-        if elapsed > 0 and stream.stop - stream.start >= MIN_SLICE:
-            rate = (stream.stop - stream.start) / elapsed
+        if elapsed > 0 and offset - stream.start >= MIN_SLICE:
+            rate = (offset - stream.start) / elapsed
             self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
 
     async def _change_version(self, error: ValidatorChanged) -> None:

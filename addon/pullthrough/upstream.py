@@ -153,23 +153,35 @@ class Upstream:
         return replace(response, body=decode(response.body, coding, limit=MAX_CONTROL_BODY))
 
     async def obtain(
-        self, host: str, repository: str, digest: Digest, headers: Mapping[str, str], *, timeout_s: float
+        self,
+        host: str,
+        repository: str,
+        digest: Digest,
+        headers: Mapping[str, str],
+        *,
+        stop: int | None = None,
+        timeout_s: float,
     ) -> tuple[Source, DataStream | None]:
-        """Ask the registry for a blob: its source, and the body itself where the registry answered 200.
+        """Ask the registry for a blob: its source, and the body itself where the registry has no other.
 
-        UpstreamRefused with the registry's status where it says no.
+        Of such a body no more than `stop` bytes are wanted. UpstreamRefused with the registry's status where it
+        says no.
         """
         target = f"/v2/{repository}/blobs/{digest}"
         url = self._settings.endpoint(host).origin + target
-        response = await self._patiently(host, lambda: self._send("GET", url, headers), timeout_s)
-        if response.status == 200:
+        asked = (0, stop) if stop is not None else None
+        ranged = {"Range": format_range(*asked)} if asked else {}
+        response = await self._patiently(host, lambda: self._send("GET", url, {**headers, **ranged}), timeout_s)
+        # Under the registry's public name: that is what signatures are made for, and what redirects start from.
+        source = Source(f"https://{host}{target}", {k: v for k, v in headers.items() if k.lower() == "authorization"})
+        if response.status == 200 or (asked and response.status in (206, 416)):
             with _closing_on_error(response):
-                stream = DataStream(response, check_data(200, response.headers, asked=None, length=None))
-            return Source(url, {k: v for k, v in headers.items() if k.lower() == "authorization"}), stream
+                extent = check_data(response.status, response.headers, asked=asked, length=None)
+                return source, DataStream(response, extent, source)
         with contextlib.closing(response):
             location = response.headers.get("Location")
             if response.status in REDIRECTS and location:
-                return self.source_at(host, target, location), None
+                return _moved(source, location), None
             if response.status >= 400:
                 raise UpstreamRefused(response.status, relayable(response.headers))
             raise UnexpectedResponse(f"expected 200, a redirect or a refusal, got {response.status}")
@@ -204,8 +216,7 @@ class Upstream:
     @staticmethod
     def source_at(host: str, target: str, location: str) -> Source:
         """The source that an answer to `target` points to; `location` may be relative."""
-        # To the registry's public name: that is what the signature was made for.
-        return Source(_join(f"https://{host}{target}", location))
+        return _moved(Source(f"https://{host}{target}"), location)
 
     # --- data plane
 
@@ -217,30 +228,27 @@ class Upstream:
         The stream may be the whole blob from byte 0, when the source ignores Range. SourceExpired if the address is
         no longer good; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
         """
-        headers = {**source.headers, "Range": format_range(start, stop)}
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
-                response = await self._follow(source.url, headers)
+                response, source = await self._follow(source, {"Range": format_range(start, stop)})
         except FAILURES as error:
             raise translate(error) from error
         with _closing_on_error(response):
             extent = check_data(response.status, response.headers, asked=(start, stop), length=expected_length)
-            stream = DataStream(response, extent)
+            stream = DataStream(response, extent, source)
             if validator is not None and stream.validator != validator:
                 raise ValidatorChanged(validator, stream.validator)
         return stream
 
-    async def _follow(self, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
+    async def _follow(self, source: Source, headers: dict[str, str]) -> tuple[aiohttp.ClientResponse, Source]:
+        """The response behind all redirects, and where it came from."""
         for _ in range(MAX_HOPS + 1):
-            response = await self._send("GET", self._reach(url), headers)
+            response = await self._send("GET", self._reach(source.url), {**source.headers, **headers})
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or not location:
-                return response
+                return response, source
             response.close()
-            there = _join(url, location)
-            if _origin(there) != _origin(url):
-                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
-            url = there
+            source = _moved(source, location)
         raise UnexpectedResponse(f"expected at most {MAX_HOPS} redirects, got more")
 
     def _reach(self, url: str) -> str:
@@ -307,6 +315,12 @@ def _closing_on_error(response: aiohttp.ClientResponse) -> Iterator[None]:
     except BaseException:
         response.close()
         raise
+
+
+def _moved(source: Source, location: str) -> Source:
+    """Where a Location leads that an answer of `source` has: with its credentials only within its origin."""
+    there = _join(source.url, location)
+    return Source(there, source.headers if _origin(there) == _origin(source.url) else {})
 
 
 def _join(base: str, location: str) -> str:
