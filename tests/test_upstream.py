@@ -842,6 +842,25 @@ async def test_a_source_that_moves_on() -> None:
 
 
 @on_loop
+async def test_a_parent_cache_that_redirects_to_its_own_address() -> None:
+    """Named in `upstream`, it may call itself by the address that the name led to; by no other port or address."""
+    async with Server() as parent, open_client(upstream=f"{HOST}=http://localhost:{parent.port}") as upstream:
+        parent.answers |= {
+            BLOB_TARGET: [
+                moved(f"http://127.0.0.1:{parent.port}/data?{QUERY}"),
+                moved(f"http://127.0.0.1:{parent.port + 1}/data?{QUERY}"),
+            ],
+            f"/data?{QUERY}": part(4, 8),
+        }
+        at = World(parent, parent, upstream)
+        source, _ = await at.obtain()
+        assert await read(await at.open(source=source)) == b"4567"
+        source, _ = await at.obtain()
+        with refused(AddressRefused):
+            await at.open(source=source)
+
+
+@on_loop
 async def test_redirects_have_an_end() -> None:
     """Some are followed, a loop is not."""
     async with world() as at:

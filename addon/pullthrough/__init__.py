@@ -2,7 +2,7 @@
 
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
-    L4   addon  gate  streamlayer  cli                       edges: mitmproxy and the terminal live only here
+    L4   addon  gate  parentleg  streamlayer  cli            edges: mitmproxy and the terminal live only here
     L3b  registry  manifests  grants  exchange  prefetch
          refresh                                             request value -> answer: status, headers and what to send
     L3a  reader                                              hands out the bytes of one interval of one blob
@@ -10,7 +10,8 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          sealer                                              the ones that talk to the CDN and keep what it says
     L2a  store  index  ingest  upstream  datastream  collapse  ca  threads  places
          platform                                            disk, sockets, tasks, keys
-    L1   assembly  scheduler  freshness  access  tunnel  budget      state and policy, no I/O; `now` is a parameter
+    L1   assembly  scheduler  freshness  access  tunnel  budget
+         parent                                              state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
          settings  loopguard
 """

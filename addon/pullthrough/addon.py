@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from mitmproxy import addonmanager, ctx, exceptions, http
+from mitmproxy.proxy.mode_specs import ProxyMode
 
 from pullthrough import places, platform
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
-from pullthrough.errors import CacheError, LoopDetected, Misdirected
+from pullthrough.errors import AddressRefused, CacheError, LoopDetected, Misdirected
 from pullthrough.exchange import Answer, Request
 from pullthrough.gate import Gate, normal, refuse
 from pullthrough.loopguard import CDN_LOOP
+from pullthrough.parent import Parents
+from pullthrough.parentleg import ways_out
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.recording import Workroom
@@ -68,6 +71,7 @@ class OllamaCache:
         self._authority: Authority | None = None
         self._leaves: list[Leaf] = []
         self._confdir: tempfile.TemporaryDirectory[str] | None = None
+        self._parents = Parents()
         self._upstream: Upstream | None = None
         self._threads: Threads | None = None
         self._recorder: Recorder | None = None
@@ -114,11 +118,13 @@ class OllamaCache:
         logging.getLogger("mitmproxy.proxy.server").setLevel(quiet)
         logging.getLogger("mitmproxy.proxy.layers").setLevel(quiet)
         self._authority = Authority.load_or_create(settings.certs, settings.intercepted, now=_now())
+        self._parents = ways_out(os.environ, _ports())
         try:
             self._upstream = Upstream(
                 settings,
                 trusted_ca=ctx.options.ssl_verify_upstream_trusted_ca,
                 own_addresses=platform.own_addresses,
+                parents=self._parents,
             )
         except OSError as error:
             raise CacheError(
@@ -162,7 +168,7 @@ class OllamaCache:
         self._registry.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._forbid_reload()
-        self._gate.open(settings)
+        self._gate.open(settings, self._parents, self._upstream.loop)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s",
             settings.dir,
@@ -217,7 +223,9 @@ class OllamaCache:
                 self._gate.check_names(flow)
             if not self._may_answer(flow):
                 self._check_loop(flow)
-        except (LoopDetected, Misdirected) as error:
+            if not self._gate.is_ours(flow.request.host):
+                self._gate.check_plain(flow)
+        except (AddressRefused, Misdirected) as error:
             _log.warning("%s", error)
             if _has_body(flow.request):
                 flow.kill()
@@ -314,12 +322,19 @@ class OllamaCache:
         endpoint = self._settings.upstream.get(normal(flow.request.host))
         if endpoint is not None:
             flow.request.scheme, flow.request.host, flow.request.port = endpoint.scheme, endpoint.host, endpoint.port
+        self._gate.parent.lead(flow.request, flow.server_conn)
 
 
 def _stop(error: CacheError) -> NoReturn:
     """End mitmdump before it serves anybody: a cache that failed to start must not be an open proxy."""
     _log.error("ollama-cache: %s", error)
     sys.exit(1)
+
+
+def _ports() -> set[int]:
+    """The ports that mitmproxy is to listen on."""
+    modes = (ProxyMode.parse(spec) for spec in ctx.options.mode)
+    return {port for mode in modes if (port := mode.listen_port(ctx.options.listen_port))}
 
 
 def _now() -> datetime:

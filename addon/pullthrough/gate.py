@@ -10,12 +10,14 @@ import socket
 
 from mitmproxy import connection, ctx, http, tls
 from mitmproxy.proxy import layer, server_hooks
-from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.layers.http import HttpStream
 
 from pullthrough import platform
 from pullthrough.access import ClientPolicy
-from pullthrough.errors import AddressRefused, Misdirected
+from pullthrough.errors import AddressRefused, LoopDetected, Misdirected
+from pullthrough.loopguard import LoopGuard
+from pullthrough.parent import Parents
+from pullthrough.parentleg import ParentLeg
 from pullthrough.settings import Settings, Tunnel
 from pullthrough.streamlayer import Transfers, replace_http_layer
 from pullthrough.tunnel import LegPolicy
@@ -34,9 +36,12 @@ class Gate:
         self._intercepted: tuple[str, ...] = ()
         self._clients: ClientPolicy | None = None
         self._legs = LegPolicy(frozenset(), tunnels=False)
+        self.parent = ParentLeg()
+        self.addons = [self.parent]
 
-    def open(self, settings: Settings) -> None:
+    def open(self, settings: Settings, parents: Parents, loop: LoopGuard) -> None:
         """From now on clients are served, as the settings say."""
+        self.parent.open(parents, loop)
         self._intercepted = settings.intercepted
         self._legs = LegPolicy(exempt_hosts(settings), tunnels=settings.tunnel is Tunnel.ANY)
         self._clients = ClientPolicy(settings.clients, local=platform.local_networks())
@@ -59,6 +64,13 @@ class Gate:
             if normal(name) != host:
                 raise Misdirected(f"expected {kind} {host}, got {name!r}")
 
+    def check_plain(self, flow: http.HTTPFlow) -> None:
+        """AddressRefused for a plain request that the parent proxy would lead where we lead nobody."""
+        host, port = flow.request.host, flow.request.port
+        if not self._legs.is_exempt(host, port) and self.parent.leads(host, port, encrypted=False):
+            self._legs.check_port(port, encrypted=False)
+            self.parent.check(host, port, encrypted=False)
+
     def client_connected(self, client: connection.Client) -> None:
         try:
             admitted = self._clients is not None and self._clients.admits(client.peername[0])
@@ -72,8 +84,12 @@ class Gate:
     def http_connect(self, flow: http.HTTPFlow) -> None:
         try:
             host, port = flow.request.host, flow.request.port
+            self.parent.enter(flow)
             if not self._intercepts(host, port) and not self._legs.is_exempt(host, port):
                 self._legs.check_port(flow.request.port, encrypted=True)
+                self.parent.check(host, port, encrypted=True)
+        except LoopDetected as error:
+            refuse(flow, error.status_hint, str(error))
         except AddressRefused as error:
             refuse(flow, 403, f"tunnel to {flow.request.host}:{flow.request.port} refused: {error}")
         except Exception:
@@ -85,7 +101,7 @@ class Gate:
         context = nextlayer.context
         in_tunnel = any(isinstance(item, HttpStream) for item in context.layers)
         if in_tunnel and not (context.server.address and self._intercepts(*context.server.address[:2])):
-            nextlayer.layer = TCPLayer(context, ignore=True)
+            nextlayer.layer = self.parent.tunnel(context)
             return
         ctx.master.addons.get("nextlayer").next_layer(nextlayer)
         if nextlayer.layer is not None:
@@ -96,7 +112,7 @@ class Gate:
         try:
             assert data.server.address
             host, port = data.server.address[:2]
-            if self._legs.is_exempt(host, port):
+            if self._legs.is_exempt(host, port) or self.parent.is_parent(host, port):
                 return
             # By now a tunnel's port has been checked; what is left are plain requests in absolute form.
             self._legs.check_port(port, encrypted=port == 443)

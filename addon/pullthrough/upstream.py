@@ -14,7 +14,7 @@ import ssl
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import aiohttp
@@ -36,6 +36,7 @@ from pullthrough.errors import (
     ValidatorChanged,
 )
 from pullthrough.loopguard import CDN_LOOP, LoopGuard
+from pullthrough.parent import Parents, check_remote
 from pullthrough.settings import Settings
 from pullthrough.tunnel import LegPolicy, check_address
 
@@ -62,6 +63,9 @@ DENIED: Final = frozenset({401, 403, 404})
 LOOP_DETECTED: Final = 508
 """What a cache says to a request that has been there before (RFC 5842 section 7.2): it will say so again."""
 
+PROXY_AUTHENTICATION_REQUIRED: Final = 407
+"""Never a registry's own word, which goes through a tunnel (RFC 9110 section 15.5.8)."""
+
 MAX_HOPS: Final = 5
 
 
@@ -83,12 +87,16 @@ class Upstream:
         *,
         trusted_ca: str | None = None,
         own_addresses: Callable[[], Collection[str]] = frozenset,
+        parents: Parents = Parents(),  # noqa: B008 -- frozen
     ) -> None:
         """`trusted_ca` is a PEM file that replaces certifi's; `own_addresses` are those of this machine."""
         self.loop = LoopGuard(f"ollama-cache-{secrets.token_hex(8)}")
         self._settings = settings
-        self._policy = LegPolicy(exempt_hosts(settings), tunnels=True)
+        self._parents = parents
+        ways_out = {(proxy.host, proxy.port) for proxy in parents.all}
+        self._policy = LegPolicy(exempt_hosts(settings) | ways_out, tunnels=True)
         self._own = own_addresses
+        self._named = _Named({(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
         self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
         self._session: aiohttp.ClientSession | None = None
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
@@ -98,7 +106,7 @@ class Upstream:
         connector = aiohttp.TCPConnector(
             ssl=self._context,
             limit=0,
-            resolver=_CheckedResolver(self._policy, self._own),
+            resolver=_CheckedResolver(self._policy, self._own, self._named),
             keepalive_timeout=30,
         )
         self._session = aiohttp.ClientSession(
@@ -177,7 +185,7 @@ class Upstream:
         if response.status == 200 or (asked and response.status in (206, 416)):
             with _closing_on_error(response):
                 extent = check_data(response.status, response.headers, asked=asked, length=None)
-                return source, DataStream(response, extent, source)
+                return source, DataStream(response, extent, source, ranged=asked is not None)
         with contextlib.closing(response):
             location = response.headers.get("Location")
             if response.status in REDIRECTS and location:
@@ -258,12 +266,14 @@ class Upstream:
         endpoint = self._settings.upstream.get(host)
         if endpoint is not None and parsed.is_default_port():
             return endpoint.origin + parsed.raw_path_qs
-        if self._policy.is_exempt(host, port):
+        if self._policy.is_exempt(host, port) or (host, port) in self._named.addresses:
             return url
         if parsed.scheme != "https":
             raise AddressRefused(f"expected an https address, got {parsed.scheme}://{host}")
         if _is_address(host):
             check_address(host, own=self._own())
+        elif self._parents.of(parsed.scheme, host, port):
+            check_remote(host)
         return url
 
     async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
@@ -272,22 +282,44 @@ class Upstream:
         if self._session is None:
             raise UpstreamUnreachable("expected an open client, got a closed one")
         # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
-        trail = {CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
-        return await self._session.request(
+        fields = {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
+        there = URL(url, encoded=True)
+        proxy = self._parents.of(there.scheme, there.host or "", there.port or 0)
+        connect: dict[str, str] | None = None
+        if proxy is not None and there.scheme == "https":
+            connect = {**proxy.fields, CDN_LOOP: self.loop.identifier}
+        elif proxy is not None:
+            fields |= proxy.fields
+        response = await self._session.request(
             method,
-            URL(url, encoded=True),
-            headers={"Accept-Encoding": "identity", **headers, **trail},
+            there,
+            headers=fields,
+            proxy=proxy.origin if proxy is not None else None,
+            proxy_headers=connect,
             allow_redirects=False,
             skip_auto_headers=("User-Agent", "Accept"),
         )
+        if proxy is not None and response.status == PROXY_AUTHENTICATION_REQUIRED:
+            response.close()
+            raise UpstreamUnreachable(f"parent proxy {proxy.origin} answered {response.status}")
+        return response
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """What the option `upstream` names, and by which addresses that was found: a parent cache redirects to its own."""
+
+    endpoints: set[tuple[str, int]]
+    addresses: set[tuple[str, int]] = field(default_factory=set)
 
 
 class _CheckedResolver(AbstractResolver):
     """Resolves names, and refuses those that lead to addresses we never connect to."""
 
-    def __init__(self, policy: LegPolicy, own: Callable[[], Collection[str]]) -> None:
+    def __init__(self, policy: LegPolicy, own: Callable[[], Collection[str]], named: _Named) -> None:
         self._policy = policy
         self._own = own
+        self._named = named
         self._resolver = aiohttp.ThreadedResolver()
 
     async def resolve(
@@ -296,6 +328,8 @@ class _CheckedResolver(AbstractResolver):
         results = await self._resolver.resolve(host, port, family)
         if not self._policy.is_exempt(host, port):
             self._policy.pin([result["host"] for result in results], own=self._own())
+        if (host, port) in self._named.endpoints:
+            self._named.addresses.update((result["host"], port) for result in results)
         return results
 
     async def close(self) -> None:
