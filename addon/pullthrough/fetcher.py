@@ -115,6 +115,8 @@ class Fetcher:
         self._attempts: set[_Attempt] = set()
         self._rate: float | None = None
         self._whole_only = False
+        self._untried = False
+        """Whether the source knows Range is not known: one connection is to find out."""
         self._failures = 0
         self._restarts = 0
         self._heard = time.monotonic()
@@ -132,7 +134,7 @@ class Fetcher:
 
     def wake(self) -> None:
         """Put as many connections to work as there are slices for."""
-        limit = 1 if self._whole_only else self._connections
+        limit = 1 if self._whole_only or self._untried else self._connections
         # Those that have just been started have not claimed yet, but each will take this much at least.
         worth = -(-self._assembly.unclaimed // MIN_SLICE)
         while len(self._workers) < min(limit, worth) and self._wanted():
@@ -158,10 +160,11 @@ class Fetcher:
     async def take(self, stream: DataStream) -> None:
         """Take in the first response, whose bytes nobody else has claimed.
 
-        A whole one is no sign that the source ignores Range: it has not been asked for one. So it counts as a
-        slice, while other connections try; where they get the whole too, it goes on.
+        One that was asked for without Range says nothing of whether the source knows it. So it counts as a slice,
+        while another connection tries; where that gets the whole too, this one goes on.
         """
-        limit = MAX_SLICE if stream.whole and stream.stop > MAX_SLICE else None
+        limit = None if stream.ranged or stream.stop <= MAX_SLICE else MAX_SLICE
+        self._untried = limit is not None
         taken = Slice(stream.start, limit or stream.stop)
         if taken.start < taken.stop:
             self._assembly.claim(taken.start, taken.stop)
@@ -212,6 +215,9 @@ class Fetcher:
                         self._whole_only = True
                         if any(other.whole for other in self._attempts):
                             return
+                    elif self._untried:
+                        self._untried = False
+                        self.wake()
                     await self._receive(stream, attempt)
 
             await self._attempt(taken, fetch)
