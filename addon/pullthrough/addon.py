@@ -16,19 +16,22 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from mitmproxy import addonmanager, ctx, exceptions, http
-from mitmproxy.proxy.mode_specs import ReverseMode
+from mitmproxy.proxy.mode_specs import ProxyMode, ReverseMode
 
 from pullthrough import places, platform
 from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
-from pullthrough.errors import CacheError, Misdirected
+from pullthrough.errors import AddressRefused, CacheError, LoopDetected, Misdirected
 from pullthrough.exchange import Answer, Request
 from pullthrough.gate import Gate, normal, own_ports, refuse
 from pullthrough.keeper import Keeper
+from pullthrough.loopguard import CDN_LOOP
 from pullthrough.looplag import LoopLag
 from pullthrough.modes import check_modes
 from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
+from pullthrough.parent import Parents
+from pullthrough.parentleg import ways_out
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
@@ -77,6 +80,7 @@ class OllamaCache:
         self._authority: Authority | None = None
         self._leaves: list[Leaf] = []
         self._confdir: tempfile.TemporaryDirectory[str] | None = None
+        self._parents = Parents()
         self._upstream: Upstream | None = None
         self._threads: Threads | None = None
         self._recorder: Recorder | None = None
@@ -124,12 +128,14 @@ class OllamaCache:
         logging.getLogger("mitmproxy.proxy.server").setLevel(quiet)
         logging.getLogger("mitmproxy.proxy.layers").setLevel(quiet)
         self._authority = Authority.load_or_create(settings.certs, settings.intercepted, now=_now())
+        self._parents = ways_out(os.environ, _ports())
         try:
             self._upstream = Upstream(
                 settings,
                 trusted_ca=ctx.options.ssl_verify_upstream_trusted_ca,
                 own_addresses=platform.own_addresses,
                 own_ports=own_ports,
+                parents=self._parents,
             )
         except OSError as error:
             raise CacheError(
@@ -184,7 +190,7 @@ class OllamaCache:
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
         self._forbid_reload()
-        self._gate.open(settings)
+        self._gate.open(settings, self._parents, self._upstream.loop)
         await self._blob_server.open(self._registry, self._gate.admits)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
@@ -243,7 +249,11 @@ class OllamaCache:
         try:
             if self._gate.is_ours(flow.request.host):
                 self._gate.check_names(flow)
-        except Misdirected as error:
+            if not self._may_answer(flow):
+                self._check_loop(flow)
+            if not self._gate.is_ours(flow.request.host):
+                self._gate.check_plain(flow)
+        except (AddressRefused, Misdirected) as error:
             _log.warning("%s", error)
             if _has_body(flow.request):
                 flow.kill()
@@ -321,18 +331,32 @@ class OllamaCache:
             and not _has_body(flow.request)
         )
 
+    def _check_loop(self, flow: http.HTTPFlow) -> None:
+        """LoopDetected if a request that is to be passed through has been here before."""
+        if self._upstream is not None and self._upstream.loop.is_own(flow.request.headers.get(CDN_LOOP)):
+            raise LoopDetected(f"expected another way to {flow.request.host}, got one that leads back here")
+
     def _reroute(self, flow: http.HTTPFlow) -> None:
         """Send a passed-through request where `upstream` says that its host is."""
-        assert self._settings
+        assert self._settings and self._upstream
+        # No signature breaks: Ollama's and R2's cover the method, the address and named fields, of which this is none.
+        flow.request.headers[CDN_LOOP] = self._upstream.loop.extend(flow.request.headers.get(CDN_LOOP))
         endpoint = self._settings.upstream.get(normal(flow.request.host))
         if endpoint is not None:
             flow.request.scheme, flow.request.host, flow.request.port = endpoint.scheme, endpoint.host, endpoint.port
+        self._gate.parent.lead(flow.request, flow.server_conn)
 
 
 def _stop(error: CacheError) -> NoReturn:
     """End mitmdump before it serves anybody: a cache that failed to start must not be an open proxy."""
     _log.error("ollama-cache: %s", error)
     sys.exit(1)
+
+
+def _ports() -> set[int]:
+    """The ports that mitmproxy is to listen on."""
+    modes = (ProxyMode.parse(spec) for spec in ctx.options.mode)
+    return {port for mode in modes if (port := mode.listen_port(ctx.options.listen_port))}
 
 
 def _now() -> datetime:

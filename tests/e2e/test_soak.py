@@ -94,6 +94,7 @@ def test_soak(
                 model: Model = own.choice(models)
                 if own.random() < 0.5:
                     origin.faults.append(faults(model.layer))
+                    del origin.faults[:-20]
                     counts["faults"] += 1
                 folder = tmp_path / f"soak{number}-{counts['pulls']}-{counts['aborts']}-{own.random()}"
                 if own.random() < 0.4:
