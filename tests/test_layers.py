@@ -16,11 +16,11 @@ ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
     " conditional requestlog options loopguard",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget parent",
-    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag",
+    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver",
     "L2b": "recorder relay transfer recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg",
+    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -43,7 +43,7 @@ SIDEWAYS: Final = {
     "ingest": {"platform"},
     "store": {"index", "ingest", "platform"},
     "threads": {"platform"},
-    "upstream": {"datastream"},
+    "upstream": {"datastream", "resolver"},
     "fetcher": {"supply"},
     "relay": {"fetcher", "supply"},
     "workroom": {"fetcher", "keeper"},
@@ -55,7 +55,8 @@ SIDEWAYS: Final = {
     "registry": {"exchange", "grants", "manifests", "prefetch", "refresh"},
     "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"sender"},
-    "addon": {"blobserver", "gate", "modes", "parentleg", "streamlayer"},
+    "flows": {"gate", "streamlayer"},
+    "addon": {"blobserver", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }
 
 PURE_ROWS: Final = {"L0", "L1"}
@@ -73,7 +74,7 @@ OUTSIDE_CALLS: Final = {
     *("cwd", "exists", "glob", "home", "is_dir", "is_file", "iterdir", "lstat", "resolve", "rglob", "stat"),
     *("mkdir", "rmdir", "unlink"),
 }
-MITMPROXY_HOMES: Final = {"addon", "gate", "modes", "opening", "parentleg", "streamlayer"}
+MITMPROXY_HOMES: Final = {"addon", "flows", "gate", "modes", "opening", "parentleg", "streamlayer"}
 LONGEST: Final = 400  # lines; past that a module has two jobs
 
 

@@ -25,6 +25,7 @@ from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
     LoopDetected,
+    Offline,
     SourceExpired,
     UnexpectedResponse,
     UpstreamError,
@@ -448,7 +449,7 @@ async def test_offline_and_closed() -> None:
     """No connection is made then."""
     async with world(offline="true") as at:
         for attempt in (at.ask, at.obtain, at.open):
-            with refused(UpstreamUnreachable, "^offline: upstream is not asked$"):
+            with refused(Offline, "^offline: upstream is not asked$"):
                 await attempt()
         assert (at.registry.connections, at.cdn.connections) == (0, 0)
     async with world() as at:

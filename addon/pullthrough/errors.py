@@ -10,6 +10,7 @@
     ├── DigestMismatch         recorded bytes do not hash to their name: quarantined, never a hit
     └── UpstreamError          upstream could not be used (502)
         ├── UpstreamUnreachable    no answer at all: DNS, connect, TLS, reset
+        │   └── Offline            nobody is to be asked (504)
         ├── UpstreamTimeout        no answer in time (504)
         ├── UpstreamRefused        an answer that settles the matter, to be relayed (its own status)
         ├── UnexpectedResponse     an answer that does not fit what was asked; never recorded
@@ -79,6 +80,12 @@ class UpstreamError(CacheError):
 
 class UpstreamUnreachable(UpstreamError):
     """No response came: name resolution, connect, TLS or the connection failed."""
+
+
+class Offline(UpstreamUnreachable):
+    """The options say that no registry is contacted."""
+
+    status_hint = 504
 
 
 class UpstreamTimeout(UpstreamError):

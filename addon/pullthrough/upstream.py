@@ -9,17 +9,15 @@ import asyncio
 import contextlib
 import ipaddress
 import secrets
-import socket
 import ssl
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import aiohttp
 import certifi
-from aiohttp.abc import AbstractResolver, ResolveResult
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -30,6 +28,7 @@ from pullthrough.datastream import FAILURES, DataStream, Source, translate
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
+    Offline,
     UnexpectedResponse,
     UpstreamRefused,
     UpstreamUnreachable,
@@ -37,8 +36,9 @@ from pullthrough.errors import (
 )
 from pullthrough.loopguard import CDN_LOOP, LoopGuard
 from pullthrough.parent import Parents, check_remote
+from pullthrough.resolver import CheckedResolver, Named
 from pullthrough.settings import Settings
-from pullthrough.tunnel import LegPolicy, check_address, check_elsewhere
+from pullthrough.tunnel import LegPolicy, check_address
 
 CONNECT_TIMEOUT_S: Final = 10.0
 STALL_TIMEOUT_S: Final = 10.0
@@ -101,7 +101,7 @@ class Upstream:
         self._policy = LegPolicy(exempt_hosts(settings) | ways_out, tunnels=True)
         self._own = own_addresses
         self._own_ports = own_ports
-        self._named = _Named({(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
+        self._named = Named({(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
         self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
         self._session: aiohttp.ClientSession | None = None
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
@@ -111,9 +111,7 @@ class Upstream:
         connector = aiohttp.TCPConnector(
             ssl=self._context,
             limit=0,
-            resolver=_CheckedResolver(
-                self._policy, self._settings.intercepted, self._own, self._own_ports, self._named
-            ),
+            resolver=CheckedResolver(self._policy, self._settings.intercepted, self._own, self._own_ports, self._named),
             keepalive_timeout=30,
         )
         self._session = aiohttp.ClientSession(
@@ -285,7 +283,7 @@ class Upstream:
 
     async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         if self._settings.offline:
-            raise UpstreamUnreachable("offline: upstream is not asked")
+            raise Offline("offline: upstream is not asked")
         if self._session is None:
             raise UpstreamUnreachable("expected an open client, got a closed one")
         # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
@@ -310,49 +308,6 @@ class Upstream:
             response.close()
             raise UpstreamUnreachable(f"parent proxy {proxy.origin} answered {response.status}")
         return response
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """What the option `upstream` names, and by which addresses that was found: a parent cache redirects to its own."""
-
-    endpoints: set[tuple[str, int]]
-    addresses: set[tuple[str, int]] = field(default_factory=set)
-
-
-class _CheckedResolver(AbstractResolver):
-    """Resolves names, and refuses those that lead to addresses we never connect to."""
-
-    def __init__(
-        self,
-        policy: LegPolicy,
-        intercepted: Collection[str],
-        own: Callable[[], Collection[str]],
-        own_ports: Callable[[], Collection[int]],
-        named: _Named,
-    ) -> None:
-        self._policy = policy
-        self._intercepted = intercepted
-        self._own = own
-        self._own_ports = own_ports
-        self._named = named
-        self._resolver = aiohttp.ThreadedResolver()
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
-        results = await self._resolver.resolve(host, port, family)
-        addresses = [result["host"] for result in results]
-        if not self._policy.is_exempt(host, port):
-            self._policy.pin(addresses, own=self._own())
-        elif host in self._intercepted and port in self._own_ports():
-            check_elsewhere(host, addresses, own=self._own())
-        if (host, port) in self._named.endpoints:
-            self._named.addresses.update((address, port) for address in addresses)
-        return results
-
-    async def close(self) -> None:
-        await self._resolver.close()
 
 
 def exempt_hosts(settings: Settings) -> frozenset[tuple[str, int]]:
