@@ -245,7 +245,7 @@ def test_offline_option(origin: Origin, start_proxy: Callable[..., Proxy]) -> No
         assert (status, headers["content-length"], body) == (504, "0", b"")
         response = connection.request("POST", f"/v2/{model.repository}/blobs/uploads/", [("Content-Length", "0")])
         assert (response.status, b"offline" in response.read()) == (504, True)
-    with to_registry(proxy) as connection, pytest.raises(Exception, match="EOF|closed|reset|end"):
+    with to_registry(proxy) as connection, pytest.raises(Exception, match=r"EOF|closed|reset|end"):
         connection.request("PATCH", "/v2/x/y/blobs/uploads/z", [("Content-Length", "4")], b"data")
     assert not origin.counters.requests
 
