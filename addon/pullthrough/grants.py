@@ -67,10 +67,18 @@ class Grants:
         evidence = access.Evidence(public=record is not None and record.public, listed=listed, vouched=vouched)
         return access.decide(evidence) is access.Decision.GRANT
 
-    def confirm(self, host: str, pair: Pair, authorization: str | None) -> None:
-        """The registry has granted the blob's bytes to the holder of `authorization`; without one, to everybody."""
+    def denials(self, host: str, pair: Pair) -> int:
+        """What `confirm` is to be told of the moment when the registry was asked."""
+        return self._store.denials(host, pair.repository)
+
+    def confirm(self, host: str, pair: Pair, authorization: str | None, *, denials: int) -> None:
+        """The registry has granted the blob's bytes to the holder of `authorization`; without one, to everybody.
+
+        A yes to everybody that a refusal has overtaken meanwhile confirms nothing.
+        """
         if authorization is None:
-            self._store.confirm_public(host, pair.repository, pair.digest)
+            if denials == self.denials(host, pair):
+                self._store.confirm_public(host, pair.repository, pair.digest)
             return
         key = access.credential_key(authorization)
         self._vouchers.add(key, host, pair.repository, pair.digest, now=time.monotonic())
@@ -93,6 +101,7 @@ class Grants:
         refusal: UpstreamRefused | None = None
         stop = 1 if self._store.held(pair.digest) is not None else None
         for authorization, headers in attempts(request):
+            denials = self.denials(request.host, pair)
             try:
                 source, stream = await self._ask(request.host, pair.repository, pair.digest, headers, stop=stop)
             except UpstreamRefused as error:
@@ -101,7 +110,7 @@ class Grants:
                 self.refuse(request.host, pair, authorization, error.status_hint)
                 refusal = error
                 continue
-            self.confirm(request.host, pair, authorization)
+            self.confirm(request.host, pair, authorization, denials=denials)
             return Grant(source, stream, self.again(request, pair, authorization))
         assert refusal is not None
         raise refusal
@@ -139,6 +148,7 @@ class Grants:
     async def public_source(self, host: str, repository: str, digest: Digest) -> Source:
         """A source from this repository, as everybody gets it. UpstreamError if it gives none."""
         pair = BlobRoute(repository, digest)
+        denials = self.denials(host, pair)
         try:
             source, stream = await self._ask(host, repository, digest, {}, stop=1)
         except UpstreamRefused as error:
@@ -146,7 +156,7 @@ class Grants:
             raise
         if stream is not None:
             stream.close()
-        self.confirm(host, pair, None)
+        self.confirm(host, pair, None, denials=denials)
         return source
 
     async def _locate(self, host: str, repository: str, digest: Digest, headers: Mapping[str, str]) -> Source:

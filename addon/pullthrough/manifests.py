@@ -147,8 +147,9 @@ class Manifests:
         timeout_s = freshness.REVALIDATE_TIMEOUT_S if has_copy else DEADLINE_S
 
         async def work() -> Reply:
+            denials = self._store.denials(name.host, name.repository)
             reply = await self.hear(name, request.agent, request.trail, confirm=confirm, timeout_s=timeout_s)
-            self.settle(name, reply, request.agent)
+            self.settle(name, reply, request.agent, denials=denials)
             return reply
 
         reply, collapsed = await self._fetches.join((name, request.agent, request.trail), work)
@@ -194,8 +195,13 @@ class Manifests:
         except TimeoutError:
             return _nothing(UpstreamTimeout("no answer in time"))
 
-    def settle(self, name: Name, reply: Reply, agent: str) -> None:
-        """Let the store follow what upstream said to an anonymous request by this User-Agent."""
+    def settle(self, name: Name, reply: Reply, agent: str, *, denials: int) -> None:
+        """Let the store follow what upstream said to an anonymous request by this User-Agent.
+
+        `denials` are the store's when upstream was asked: a refusal that has overtaken a yes prevails.
+        """
+        if reply.heard is Heard.MANIFEST and denials != self._store.denials(name.host, name.repository):
+            return
         stored = self._store.manifest(name)
         known = stored is not None and not stored.denied
         verdict = freshness.conclude(reply.heard, stored=known, withdrawn=self._settings.withdrawn)

@@ -230,9 +230,10 @@ class Registry:
         """Upstream's list; the blob is being recorded if it is not here. UpstreamRefused where upstream says no."""
         target = f"/v2/{route.repository}/chunksums/{route.digest}"
         for authorization, headers in attempts(request):
+            denials = self._grants.denials(request.host, route)
             response = await self._upstream.ask("GET", request.host, target, headers, timeout_s=DEADLINE_S)
             if response.status == 200 and (location := response.headers.get("Content-Location")):
-                self._grants.confirm(request.host, route, authorization)
+                self._grants.confirm(request.host, route, authorization, denials=denials)
                 source = self._upstream.source_at(request.host, target, location)
                 await self._record(route.digest, Grant(source, None, self._grants.again(request, route, authorization)))
                 return response.body, CacheStatus(Outcome.REQUEST, forward_status=200)

@@ -19,6 +19,7 @@ import os
 import secrets
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,7 @@ class Store:
         for name, record in self._manifests.items():
             self._list(name, record)
         self._open: dict[Digest, SharedFile] = {}
+        self._denials: Counter[tuple[str, str]] = Counter()
         self._untold: dict[Name, float] = {}
         """Since when the index lacks the time of a manifest's last pull."""
 
@@ -251,6 +253,7 @@ class Store:
         those whom upstream grants them. Returns whether anything was known.
         """
         where = (host, repository)
+        self._denials[where] += 1
         pairs = {pair for pair in self._pairs if pair[:2] == where}
         names = [
             name
@@ -271,6 +274,10 @@ class Store:
             if (known := self._blobs.get(digest)) is not None and known.public:
                 self._put_blob(digest, replace(known, public=False))
         return bool(pairs or names)
+
+    def denials(self, host: str, repository: str) -> int:
+        """How often the repository was denied since the start: an older yes than the last denial counts no more."""
+        return self._denials[host, repository]
 
     # --- manifests
 
