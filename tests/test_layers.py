@@ -16,7 +16,8 @@ ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
     " conditional requestlog options loopguard",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget parent",
-    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver",
+    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
+    " storefolder",
     "L2b": "recorder relay transfer recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants",
@@ -41,7 +42,8 @@ SIDEWAYS: Final = {
     "parent": {"tunnel"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},
-    "store": {"index", "ingest", "platform"},
+    "storefolder": {"platform"},
+    "store": {"index", "ingest", "platform", "storefolder"},
     "threads": {"platform"},
     "upstream": {"datastream", "resolver"},
     "fetcher": {"supply"},

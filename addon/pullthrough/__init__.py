@@ -9,8 +9,8 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  cursor  relay  fetcher
          supply  sealer  keeper  workroom                    the ones that talk to the CDN and keep what it says
-    L2a  store  index  ingest  upstream  datastream  collapse  ca  threads  places
-         looplag  resolver  platform                         disk, sockets, tasks, keys
+    L2a  store  storefolder  index  ingest  upstream  datastream  resolver  collapse
+         ca  threads  places  looplag  platform              disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent                              state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
