@@ -15,11 +15,11 @@ PACKAGE: Final = ADDON / "pullthrough"
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
     " conditional requestlog options",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget",
+    "L1": "assembly scheduler freshness retention access tunnel metrics budget trials",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag",
     "L2b": "recorder relay transfer recording fetcher sealer supply keeper workroom",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh",
+    "L3b": "registry statuspage manifests exchange prefetch refresh direct",
     "L4": "addon streamlayer blobserver cli gate modes opening sender",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
@@ -50,7 +50,8 @@ SIDEWAYS: Final = {
     "recorder": {"recording", "supply", "workroom"},
     "manifests": {"exchange"},
     "refresh": {"manifests"},
-    "registry": {"exchange", "manifests", "prefetch", "refresh"},
+    "direct": {"exchange"},
+    "registry": {"direct", "exchange", "manifests", "prefetch", "refresh"},
     "gate": {"opening", "streamlayer"},
     "blobserver": {"sender"},
     "addon": {"blobserver", "gate", "modes", "streamlayer"},

@@ -261,7 +261,7 @@ class OllamaCache:
         try:
             if registry is None:
                 raise CacheError("the cache is not open")
-            answer = await registry.answer(_request(flow))
+            answer = await registry.answer(self._request(flow))
         except Exception:
             # Never upstream's bytes by accident, never text that ends in a model file.
             _log.exception("answering %s failed", flow.request.path.partition("?")[0])
@@ -316,9 +316,33 @@ class OllamaCache:
 
     def _may_answer(self, flow: http.HTTPFlow) -> bool:
         return (
-            self._gate.is_ours(flow.request.host)
+            (self._gate.is_ours(flow.request.host) or self._was_sent_on(flow.request))
             and flow.request.method in ("GET", "HEAD")
             and not _has_body(flow.request)
+        )
+
+    def _was_sent_on(self, request: http.Request) -> bool:
+        """Whether a client that has us for HTTP_PROXY too asks for what it was to ask our other port for."""
+        return request.scheme == "http" and self._registry is not None and self._registry.director.is_ours(request.path)
+
+    def _request(self, flow: http.HTTPFlow) -> Request:
+        assert self._settings and self._blob_server
+        headers = {name.lower(): value for name, value in flow.request.headers.items()}
+        host = normal(flow.request.host)
+        # In reverse mode a client reaches us by a hosts entry, which the blob host need not have.
+        reverse = isinstance(flow.client_conn.proxy_mode, ReverseMode)
+        # By http:// it comes through HTTP_PROXY, which would bring it back here.
+        leaves = flow.request.scheme == "https" and not reverse
+        return Request(
+            flow.request.method,
+            flow.request.scheme,
+            host if self._gate.is_ours(host) else self._settings.blob_host,
+            flow.request.path,
+            headers,
+            blobs=f"{flow.request.scheme}://{host}" if reverse else None,
+            inline=reverse,
+            client=flow.client_conn.peername[0],
+            direct=self._blob_server.origin(flow.client_conn.sockname[0]) if leaves else None,
         )
 
     def _reroute(self, flow: http.HTTPFlow) -> None:
@@ -341,22 +365,6 @@ def _now() -> datetime:
 
 def _has_body(request: http.Request) -> bool:
     return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-
-
-def _request(flow: http.HTTPFlow) -> Request:
-    headers = {name.lower(): value for name, value in flow.request.headers.items()}
-    host = normal(flow.request.host)
-    # In reverse mode a client reaches us by a hosts entry, which the blob host need not have.
-    reverse = isinstance(flow.client_conn.proxy_mode, ReverseMode)
-    return Request(
-        flow.request.method,
-        flow.request.scheme,
-        host,
-        flow.request.path,
-        headers,
-        blobs=f"{flow.request.scheme}://{host}" if reverse else None,
-        inline=reverse,
-    )
 
 
 def _response(status: int, headers: list[tuple[str, str]], body: bytes, length: int) -> http.Response:
