@@ -14,13 +14,13 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget trials",
+    " conditional requestlog options loopguard",
+    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag",
-    "L2b": "recorder relay transfer recording fetcher sealer supply keeper workroom",
+    "L2b": "recorder relay transfer recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh direct",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender",
+    "L3b": "registry statuspage manifests exchange prefetch refresh grants direct",
+    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg messages",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -38,6 +38,7 @@ SIDEWAYS: Final = {
     "chunksums": {"digest", "errors"},
     "coding": {"errors"},
     "access": {"tunnel"},
+    "parent": {"tunnel"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},
     "store": {"index", "ingest", "platform"},
@@ -46,15 +47,16 @@ SIDEWAYS: Final = {
     "fetcher": {"supply"},
     "relay": {"fetcher", "supply"},
     "workroom": {"fetcher", "keeper"},
-    "recording": {"fetcher", "relay", "sealer", "supply", "workroom"},
+    "recording": {"cursor", "fetcher", "relay", "sealer", "supply", "workroom"},
     "recorder": {"recording", "supply", "workroom"},
     "manifests": {"exchange"},
     "refresh": {"manifests"},
     "direct": {"exchange"},
-    "registry": {"direct", "exchange", "manifests", "prefetch", "refresh"},
-    "gate": {"opening", "streamlayer"},
+    "grants": {"exchange"},
+    "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh"},
+    "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"sender"},
-    "addon": {"blobserver", "gate", "modes", "streamlayer"},
+    "addon": {"blobserver", "gate", "messages", "modes", "parentleg", "streamlayer"},
 }
 
 PURE_ROWS: Final = {"L0", "L1"}
@@ -72,7 +74,7 @@ OUTSIDE_CALLS: Final = {
     *("cwd", "exists", "glob", "home", "is_dir", "is_file", "iterdir", "lstat", "resolve", "rglob", "stat"),
     *("mkdir", "rmdir", "unlink"),
 }
-MITMPROXY_HOMES: Final = {"addon", "gate", "modes", "opening", "streamlayer"}
+MITMPROXY_HOMES: Final = {"addon", "gate", "messages", "modes", "opening", "parentleg", "streamlayer"}
 LONGEST: Final = 400  # lines; past that a module has two jobs
 
 

@@ -16,19 +16,23 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from mitmproxy import addonmanager, ctx, exceptions, http
-from mitmproxy.proxy.mode_specs import ReverseMode
+from mitmproxy.proxy.mode_specs import ProxyMode
 
 from pullthrough import places, platform
 from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
-from pullthrough.errors import CacheError, Misdirected
+from pullthrough.errors import AddressRefused, CacheError, LoopDetected, Misdirected
 from pullthrough.exchange import Answer, Request
 from pullthrough.gate import Gate, normal, own_ports, refuse
 from pullthrough.keeper import Keeper
+from pullthrough.loopguard import CDN_LOOP
 from pullthrough.looplag import LoopLag
+from pullthrough.messages import has_body, is_reverse, request_of, response_of
 from pullthrough.modes import check_modes
 from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
+from pullthrough.parent import Parents
+from pullthrough.parentleg import ways_out
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
@@ -77,6 +81,7 @@ class OllamaCache:
         self._authority: Authority | None = None
         self._leaves: list[Leaf] = []
         self._confdir: tempfile.TemporaryDirectory[str] | None = None
+        self._parents = Parents()
         self._upstream: Upstream | None = None
         self._threads: Threads | None = None
         self._recorder: Recorder | None = None
@@ -124,12 +129,14 @@ class OllamaCache:
         logging.getLogger("mitmproxy.proxy.server").setLevel(quiet)
         logging.getLogger("mitmproxy.proxy.layers").setLevel(quiet)
         self._authority = Authority.load_or_create(settings.certs, settings.intercepted, now=_now())
+        self._parents = ways_out(os.environ, _ports())
         try:
             self._upstream = Upstream(
                 settings,
                 trusted_ca=ctx.options.ssl_verify_upstream_trusted_ca,
                 own_addresses=platform.own_addresses,
                 own_ports=own_ports,
+                parents=self._parents,
             )
         except OSError as error:
             raise CacheError(
@@ -184,7 +191,7 @@ class OllamaCache:
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
         self._forbid_reload()
-        self._gate.open(settings)
+        self._gate.open(settings, self._parents, self._upstream.loop)
         await self._blob_server.open(self._registry, self._gate.admits)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
@@ -243,9 +250,13 @@ class OllamaCache:
         try:
             if self._gate.is_ours(flow.request.host):
                 self._gate.check_names(flow)
-        except Misdirected as error:
+            if not self._may_answer(flow):
+                self._check_loop(flow)
+                if not self._gate.is_ours(flow.request.host):
+                    self._gate.check_plain(flow)
+        except (AddressRefused, Misdirected) as error:
             _log.warning("%s", error)
-            if _has_body(flow.request):
+            if has_body(flow.request):
                 flow.kill()
             else:
                 refuse(flow, error.status_hint, str(error))
@@ -265,7 +276,7 @@ class OllamaCache:
         except Exception:
             # Never upstream's bytes by accident, never text that ends in a model file.
             _log.exception("answering %s failed", flow.request.path.partition("?")[0])
-            flow.response = _response(502, [], b"", 0)
+            flow.response = response_of(502, [], b"", 0)
             return
         if answer is None:
             self._reroute(flow)
@@ -289,7 +300,7 @@ class OllamaCache:
     def _apply(self, flow: http.HTTPFlow, answer: Answer) -> None:
         body = answer.body if isinstance(answer.body, bytes) else b""
         headers = [*answer.headers, ("Cache-Status", str(answer.cache))]
-        flow.response = _response(answer.status, headers, body, answer.length)
+        flow.response = response_of(answer.status, headers, body, answer.length)
         if isinstance(answer.body, Reader):
             self._transfers[flow.id] = Transfer(flow, answer.body, held=answer.held)
         else:
@@ -318,7 +329,7 @@ class OllamaCache:
         return (
             (self._gate.is_ours(flow.request.host) or self._was_sent_on(flow.request))
             and flow.request.method in ("GET", "HEAD")
-            and not _has_body(flow.request)
+            and not has_body(flow.request)
         )
 
     def _was_sent_on(self, request: http.Request) -> bool:
@@ -327,30 +338,27 @@ class OllamaCache:
 
     def _request(self, flow: http.HTTPFlow) -> Request:
         assert self._settings and self._blob_server
-        headers = {name.lower(): value for name, value in flow.request.headers.items()}
-        host = normal(flow.request.host)
-        # In reverse mode a client reaches us by a hosts entry, which the blob host need not have.
-        reverse = isinstance(flow.client_conn.proxy_mode, ReverseMode)
-        # By http:// it comes through HTTP_PROXY, which would bring it back here.
-        leaves = flow.request.scheme == "https" and not reverse
-        return Request(
-            flow.request.method,
-            flow.request.scheme,
-            host if self._gate.is_ours(host) else self._settings.blob_host,
-            flow.request.path,
-            headers,
-            blobs=f"{flow.request.scheme}://{host}" if reverse else None,
-            inline=reverse,
-            client=flow.client_conn.peername[0],
-            direct=self._blob_server.origin(flow.client_conn.sockname[0]) if leaves else None,
-        )
+        if not self._gate.is_ours(flow.request.host):
+            return request_of(flow, self._settings.blob_host)
+        # What comes by http:// has come through HTTP_PROXY, and would come back here.
+        leaves = flow.request.scheme == "https" and not is_reverse(flow)
+        direct = self._blob_server.origin(flow.client_conn.sockname[0]) if leaves else None
+        return request_of(flow, normal(flow.request.host), direct)
+
+    def _check_loop(self, flow: http.HTTPFlow) -> None:
+        """LoopDetected if a request that is to be passed through has been here before."""
+        if self._upstream is not None and self._upstream.loop.is_own(flow.request.headers.get(CDN_LOOP)):
+            raise LoopDetected(f"expected another way to {flow.request.host}, got one that leads back here")
 
     def _reroute(self, flow: http.HTTPFlow) -> None:
         """Send a passed-through request where `upstream` says that its host is."""
-        assert self._settings
+        assert self._settings and self._upstream
+        # No signature breaks: Ollama's and R2's cover the method, the address and named fields, of which this is none.
+        flow.request.headers[CDN_LOOP] = self._upstream.loop.extend(flow.request.headers.get(CDN_LOOP))
         endpoint = self._settings.upstream.get(normal(flow.request.host))
         if endpoint is not None:
             flow.request.scheme, flow.request.host, flow.request.port = endpoint.scheme, endpoint.host, endpoint.port
+        self._gate.parent.lead(flow.request, flow.server_conn)
 
 
 def _stop(error: CacheError) -> NoReturn:
@@ -359,17 +367,11 @@ def _stop(error: CacheError) -> NoReturn:
     sys.exit(1)
 
 
+def _ports() -> set[int]:
+    """The ports that mitmproxy is to listen on."""
+    modes = (ProxyMode.parse(spec) for spec in ctx.options.mode)
+    return {port for mode in modes if (port := mode.listen_port(ctx.options.listen_port))}
+
+
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _has_body(request: http.Request) -> bool:
-    return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-
-
-def _response(status: int, headers: list[tuple[str, str]], body: bytes, length: int) -> http.Response:
-    fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-    response = http.Response.make(status, body, http.Headers(fields))
-    # After the body: setting content writes its own length, which is wrong for HEAD and for streamed bodies.
-    response.headers["Content-Length"] = str(length)
-    return response

@@ -13,6 +13,7 @@ from typing import Final
 from pullthrough import capability
 from pullthrough.digest import Digest
 from pullthrough.exchange import Request
+from pullthrough.loopguard import CDN_LOOP
 from pullthrough.route import parse_canonical_target
 from pullthrough.settings import Direct, Settings
 from pullthrough.store import Store
@@ -37,8 +38,11 @@ class Director:
         if not request.direct or self._mode is Direct.OFF or length < WORTHWHILE:
             return None
         # x/transfer takes a redirect of its data request for an error (x/transfer/download.go, v0.14.0 to today).
+        # A cache that has us for its parent asks in slices, and follows a redirect to public addresses only.
+        if request.is_transfer or CDN_LOOP.lower() in request.headers:
+            return None
         record = self._store.blob(digest)
-        if request.is_transfer or record is None or not record.public:
+        if record is None or not record.public:
             return None
         if self._mode is Direct.AUTO and not self._trials.permits(request.client, now=time.monotonic()):
             return None

@@ -120,6 +120,11 @@ class ValidatorChanged(UnexpectedResponse):
 class SourceExpired(UpstreamError):
     """The signed address of a blob is no longer accepted (401, 403, 404 or 410 from the CDN)."""
 
+    def __init__(self, status: int, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(f"the source answered {status}")
+        self.status = status
+        self.headers = tuple(headers)
+
 
 class AddressRefused(UpstreamError):
     """The destination's address is not one this cache connects to."""
