@@ -68,14 +68,15 @@ def cpu_s(pid: int) -> float:
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, port: int, origin: Origin) -> Iterator[None]:
-    """nginx serving `folder` by TLS with the origin's certificate."""
+def nginx(folder: Path, port: int, origin: Origin, plain: int = 0) -> Iterator[None]:
+    """nginx serving `folder` by TLS with the origin's certificate, and on the port `plain` without."""
     certificate = next(path for path in origin.ca_file.parent.glob("*.pem") if b"PRIVATE KEY" in path.read_bytes())
     (folder / "nginx.conf").write_text(
         # Started by root, its workers would otherwise be nobody, who may not read a temporary folder.
         f"{'user root; ' if os.geteuid() == 0 else ''}daemon off; worker_processes 1; events {{}}\n"
         f"pid {folder}/nginx.pid; error_log {folder}/error.log;\n"
-        f"http {{ access_log off; sendfile on; server {{ listen 127.0.0.1:{port} ssl; root {folder};\n"
+        f"http {{ access_log off; sendfile on; server {{ listen 127.0.0.1:{port} ssl; "
+        f"{f'listen 127.0.0.1:{plain};' if plain else ''} root {folder};\n"
         f"ssl_certificate {certificate}; ssl_certificate_key {certificate}; }} }}\n"
     )
     process = subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-p", folder], stderr=subprocess.DEVNULL)
@@ -117,9 +118,8 @@ def add_model(origin: Origin, size: int) -> str:
     return layer
 
 
-def hit(folder: Path, pairs: int) -> Row:
-    """One client, one verified blob of 1 GiB through TLS, against stock mitmdump streaming the same file of nginx."""
-    size = 1 << 30
+def hold(folder: Path, size: int) -> str:
+    """Put one blob into a store and into nginx's folder; its canonical path and query."""
     blob = Synthetic(size, 1)
     digest = Digest(blob.sha256())
     (folder / "www").mkdir()
@@ -132,17 +132,23 @@ def hit(folder: Path, pairs: int) -> Row:
             ingest.write_at(start, data)
             file.write(data)
     store.publish(ingest, now=time.time())
+    store.confirm_public("registry.ollama.ai", "library/tiny", digest)
     query = Capability(digest, size, int(time.time()) + 3600).to_query(store.secret)
     ingest.close()
     store.close()
+    return f"{canonical_path(digest)}?{query}"
+
+
+def hit(folder: Path, pairs: int) -> Row:
+    """One client, one verified blob of 1 GiB through TLS, against stock mitmdump streaming the same file of nginx."""
+    target = hold(folder, 1 << 30)
     with (
         Origin(folder / "origin") as origin,
         nginx(folder / "www", 18443, origin),
         stock_mitmdump(folder, 18444, origin) as stock_pid,
         Proxy(folder, origin, ollama_cache_dir=folder / "store") as proxy,
     ):
-        url = f"https://{R2_HOST}{canonical_path(digest)}?{query}"
-        ours = Side(proxy.pid, proxy.url, proxy.ca_file, url)
+        ours = Side(proxy.pid, proxy.url, proxy.ca_file, f"https://{R2_HOST}{target}")
         stock_ca = folder / "mitmproxy-ca-cert.pem"
         stock = Side(stock_pid, "http://127.0.0.1:18444", stock_ca, "https://localhost:18443/blob")
         for _ in range(pairs + 1):
@@ -157,6 +163,60 @@ def hit(folder: Path, pairs: int) -> Row:
         "ours CPU s/GB": statistics.median(ours.cpu),
         "stock CPU s/GB": statistics.median(stock.cpu),
     }
+
+
+def direct(folder: Path, pairs: int) -> Row:
+    """One verified blob of 1 GiB by direct mode, redirect and all, in 1 and 16 streams, against sendfile of nginx."""
+    size = 1 << 30
+    target = hold(folder, size)
+    row: Row = {}
+    with (
+        Origin(folder / "origin") as origin,
+        nginx(folder / "www", 18443, origin, plain=18445),
+        Proxy(folder, origin, front=True, ollama_cache_dir=folder / "store", ollama_cache_direct="on") as proxy,
+    ):
+        trusted = ["--proxy", proxy.url, "--cacert", str(proxy.ca_file), "--noproxy", "127.0.0.1"]
+        for streams in (1, 16):
+            rates: dict[str, list[float]] = {"ours": [], "nginx": []}
+            spent: list[float] = []
+            for _ in range(pairs + 1):
+                before = cpu_s(proxy.pid)
+                rates["ours"].append(fetch(streams, size, [*trusted, f"https://{R2_HOST}{target}"]))
+                spent.append((cpu_s(proxy.pid) - before) / size * 1e9)
+                rates["nginx"].append(fetch(streams, size, ["http://127.0.0.1:18445/blob"]))
+            pairs_of = list(zip(rates["ours"], rates["nginx"], strict=True))[1:]
+            row[f"{streams} streams: ours MB/s"] = statistics.median(rates["ours"][1:])
+            row[f"{streams} streams: nginx MB/s"] = statistics.median(rates["nginx"][1:])
+            row[f"{streams} streams: ratio"] = statistics.median(a / b for a, b in pairs_of)
+            row[f"{streams} streams: CPU s/GB"] = statistics.median(spent[1:])
+    return row
+
+
+def fetch(streams: int, size: int, command: list[str]) -> float:
+    """MB/s of a download in equal ranges at once, by as many processes of curl."""
+    step = size // streams
+    began = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [
+                "curl",
+                "-sSfL",
+                "-w",
+                "%{size_download}",
+                "-o",
+                os.devnull,
+                *command,
+                "-r",
+                f"{start}-{start + step - 1}",
+            ],
+            stdout=subprocess.PIPE,
+        )
+        for start in range(0, size, step)
+    ]
+    got = sum(int(process.communicate()[0]) for process in processes)
+    if got != size:
+        raise RuntimeError(f"expected {size} bytes, got {got}")
+    return size / (time.monotonic() - began) / MB
 
 
 def eight(folder: Path, pairs: int) -> Row:
@@ -265,7 +325,7 @@ def lag(folder: Path, pairs: int) -> Row:
     return {name: statistics.median(found) for name, found in values.items()}
 
 
-ROWS: Final = {"hit": hit, "eight": eight, "parts": parts, "fairness": fairness, "lag": lag}
+ROWS: Final = {"hit": hit, "direct": direct, "eight": eight, "parts": parts, "fairness": fairness, "lag": lag}
 
 
 def main() -> None:

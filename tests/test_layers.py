@@ -15,13 +15,13 @@ PACKAGE: Final = ADDON / "pullthrough"
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
     " conditional requestlog options loopguard",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent",
+    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
     " storefolder",
     "L2b": "recorder relay transfer recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh grants",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows",
+    "L3b": "registry statuspage manifests exchange prefetch refresh grants direct",
+    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -53,11 +53,12 @@ SIDEWAYS: Final = {
     "recorder": {"recording", "supply", "workroom"},
     "manifests": {"exchange"},
     "refresh": {"manifests"},
+    "direct": {"exchange"},
     "grants": {"exchange"},
-    "registry": {"exchange", "grants", "manifests", "prefetch", "refresh"},
+    "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh"},
     "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"sender"},
-    "flows": {"gate", "streamlayer"},
+    "flows": {"blobserver", "gate", "messages", "streamlayer"},
     "addon": {"blobserver", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }
 
@@ -76,7 +77,7 @@ OUTSIDE_CALLS: Final = {
     *("cwd", "exists", "glob", "home", "is_dir", "is_file", "iterdir", "lstat", "resolve", "rglob", "stat"),
     *("mkdir", "rmdir", "unlink"),
 }
-MITMPROXY_HOMES: Final = {"addon", "flows", "gate", "modes", "opening", "parentleg", "streamlayer"}
+MITMPROXY_HOMES: Final = {"addon", "flows", "gate", "messages", "modes", "opening", "parentleg", "streamlayer"}
 LONGEST: Final = 400  # lines; past that a module has two jobs
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pullthrough.errors import SettingsError
 from pullthrough.options import OPTIONS, parse_settings
-from pullthrough.settings import R2_HOST, Endpoint, Finish, Lifetimes, Settings, Tunnel, Withdrawn
+from pullthrough.settings import R2_HOST, Direct, Endpoint, Finish, Lifetimes, Settings, Tunnel, Withdrawn
 
 
 def parse(**texts: str) -> Settings:
@@ -26,6 +26,8 @@ def test_defaults() -> None:
         tunnel=Tunnel.ANY,
         listen=(("", 9200),),
         front={9200: "registry.ollama.ai"},
+        direct=Direct.AUTO,
+        advertise=None,
         manifest_lifetime=Lifetimes(300.0),
         refresh=None,
         withdrawn=Withdrawn.SERVE,
@@ -113,6 +115,14 @@ def test_values() -> None:
         ("front", "9200=registry.ollama.ai,9200=registry.ollama.ai"),
         ("front", "9200=10.0.0.1"),
         ("front", "9200=stranger.example"),
+        ("direct", "maybe"),
+        ("advertise", "https://cache.lan"),
+        ("advertise", "cache.lan:0"),
+        ("advertise", "cache.lan:99999"),
+        ("advertise", "http://cache.lan/path"),
+        ("advertise", "user@cache.lan"),
+        ("advertise", "::1"),
+        ("advertise", "a b"),
         ("manifest_lifetime", "soon"),
         ("manifest_lifetime", "-5m"),
         ("manifest_lifetime", "5m,llama3"),
@@ -152,6 +162,22 @@ def test_where_it_listens() -> None:
     assert parse(listen=":9200", front="").doors == (("", 9200),)
     for nowhere in ("", "off", "OFF"):
         assert parse(listen=nowhere, registries="hub.example").doors == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", None),
+        ("Cache.LAN", Endpoint("http", "cache.lan", 0)),
+        ("10.0.0.1:9300", Endpoint("http", "10.0.0.1", 9300)),
+        ("[2001:db8::1]", Endpoint("http", "2001:db8::1", 0)),
+        ("http://cache.lan", Endpoint("http", "cache.lan", 80)),
+        ("http://cache.lan:9300/", Endpoint("http", "cache.lan", 9300)),
+    ],
+)
+def test_where_clients_find_it(text: str, expected: Endpoint | None) -> None:
+    """Without a port it is the one that is listened on, but in a URL, where it is 80."""
+    assert parse(advertise=text).advertise == expected
 
 
 def test_unknown_options_are_named() -> None:

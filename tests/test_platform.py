@@ -464,3 +464,25 @@ def test_more_descriptors_are_allowed() -> None:
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, False),
+        ({"/proc/1/cgroup": "0::/\n"}, False),
+        ({"/proc/1/cgroup": "0::/init.scope\n"}, False),
+        ({"/.dockerenv": ""}, True),
+        ({"/run/.containerenv": "engine=podman"}, True),
+        ({"/run/systemd/container": "lxc"}, True),
+        ({"/proc/1/cgroup": "11:memory:/kubepods/besteffort/pod1\n"}, True),
+    ],
+)
+def test_containers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], expected: bool) -> None:
+    """What each kind of container leaves in its file system; none of it elsewhere."""
+    for name, text in files.items():
+        path = tmp_path / name[1:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(platform, "Path", lambda name: tmp_path / name[1:])
+    assert platform.in_container() is expected

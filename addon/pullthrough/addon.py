@@ -188,7 +188,7 @@ class OllamaCache:
         self._lag.open()
         self._forbid_reload()
         self._gate.open(settings, self._parents, self._upstream.loop)
-        self._flows.open(settings, self._registry, self._upstream.loop)
+        self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop)
         await self._blob_server.open(self._registry, self._gate.admits)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",

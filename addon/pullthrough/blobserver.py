@@ -17,11 +17,13 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from pullthrough import platform
 from pullthrough.cachestatus import CACHE_NAME, CacheStatus, Outcome
 from pullthrough.errors import CacheError, SettingsError
 from pullthrough.exchange import Answer, Request, failure
@@ -30,7 +32,7 @@ from pullthrough.registry import Registry
 from pullthrough.requestlog import log_answer, log_transfer
 from pullthrough.route import parse_canonical_target
 from pullthrough.sender import Sending, send
-from pullthrough.settings import PREFIX, Endpoint, Settings
+from pullthrough.settings import PREFIX, Direct, Endpoint, Settings
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,9 @@ class BlobServer:
         """SettingsError where the settings' addresses cannot be listened on."""
         self._front = settings.front
         self._blob_host = settings.blob_host
+        self._leads_here = settings.direct is not Direct.OFF
+        self._advertise = settings.advertise
+        self._enclosed = settings.direct is Direct.AUTO and settings.advertise is None and platform.in_container()
         self._registry: Registry | None = None
         self._runner: web.ServerRunner | None = None
         self._sockets: list[socket.socket] = []
@@ -72,6 +77,27 @@ class BlobServer:
         """For people: where it listens, and for whom it speaks."""
         return ", ".join(self._names) or "off"
 
+    def origin(self, address: str) -> str | None:
+        """Where a client that has reached `address` of this machine by another port may find this server.
+
+        None where it has no way that we know of: nothing listens on that address, or it may be one of a container's
+        own, which means nothing outside.
+        """
+        if not self._sockets or not self._leads_here:
+            return None
+        if self._advertise is not None:
+            port = self._advertise.port or self._sockets[0].getsockname()[1]
+            return replace(self._advertise, port=port).origin
+        if self._enclosed:
+            return None
+        local = ipaddress.ip_address(address)
+        for sock in self._sockets:
+            host, port = sock.getsockname()[:2]
+            bound = ipaddress.ip_address(host)
+            if bound.version == local.version and (bound.is_unspecified or bound == local):
+                return blob_origin(address, port) or None
+        return None
+
     async def open(self, registry: Registry, admits: Callable[[str], bool]) -> None:
         """Serve from now on those whose address `admits`."""
         self._registry = registry
@@ -80,6 +106,8 @@ class BlobServer:
         await self._runner.setup()
         for sock in self._sockets:
             await web.SockSite(self._runner, sock, backlog=BACKLOG).start()
+        if self._enclosed and self._sockets:
+            _log.info("direct mode: off in a container, unless %sadvertise says where clients reach it", PREFIX)
 
     async def close(self) -> None:
         """Free the ports and end what runs. May be called twice, and without `open`."""
@@ -151,6 +179,8 @@ class BlobServer:
                 asked,
                 blobs=origin,
                 inline="range" in asked or not origin or not is_name(asked.get("host", "")),
+                client=request.remote or "",
+                direct="",
             )
         )
         if answer is not None:

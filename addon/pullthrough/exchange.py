@@ -37,6 +37,10 @@ class Request:
     """The origin under which this client finds canonical addresses; "" for the one it asks, None for the blob host."""
     inline: bool = False
     """The registry's own address of a blob is to give the bytes, as no redirect would lead to another host name."""
+    client: str = ""
+    """The address that it comes from."""
+    direct: str | None = None
+    """The blob server's origin, if this client may be sent on there; "" for a request that has come there."""
 
     @property
     def authorization(self) -> str | None:

@@ -8,12 +8,13 @@ import logging
 import time
 
 from mitmproxy import ctx, http
-from mitmproxy.proxy.mode_specs import ReverseMode
 
+from pullthrough.blobserver import BlobServer
 from pullthrough.errors import AddressRefused, CacheError, LoopDetected, Misdirected, Offline
 from pullthrough.exchange import Answer, Request, failure
 from pullthrough.gate import Gate, normal, refuse
 from pullthrough.loopguard import CDN_LOOP, LoopGuard
+from pullthrough.messages import has_body, is_reverse, request_of, response_of
 from pullthrough.reader import Reader
 from pullthrough.registry import Registry
 from pullthrough.requestlog import log_answer, log_transfer
@@ -34,11 +35,13 @@ class Flows:
         self._mouth = Mouth(lambda client: ctx.master.addons.get("proxyserver").connections.get(client))
         self._settings: Settings | None = None
         self._registry: Registry | None = None
+        self._blob_server: BlobServer | None = None
         self._loop = LoopGuard("")
 
-    def open(self, settings: Settings, registry: Registry, loop: LoopGuard) -> None:
-        """From now on requests are answered by the registry's core."""
+    def open(self, settings: Settings, registry: Registry, blob_server: BlobServer, loop: LoopGuard) -> None:
+        """From now on requests are answered by the registry's core, and large parts sent on to the blob server."""
         self._settings = settings
+        self._blob_server = blob_server
         self._registry = registry
         self._loop = loop
 
@@ -60,11 +63,11 @@ class Flows:
                 self._gate.check_names(flow)
             if not self._may_answer(flow):
                 self._check_way(flow)
-            if not self._gate.is_ours(flow.request.host):
-                self._gate.check_plain(flow)
+                if not self._gate.is_ours(flow.request.host):
+                    self._gate.check_plain(flow)
         except (AddressRefused, Misdirected, Offline) as error:
             _log.warning("%s", error)
-            if _has_body(flow.request):
+            if has_body(flow.request):
                 flow.kill()
             else:
                 refuse(flow, error.status_hint, str(error))
@@ -79,7 +82,7 @@ class Flows:
         try:
             if self._registry is None:
                 raise CacheError("the cache is not open")
-            answer = await self._registry.answer(_request(flow))
+            answer = await self._registry.answer(self._request(flow))
             if answer is None:
                 self._check_way(flow)
         except Offline as error:
@@ -87,7 +90,7 @@ class Flows:
         except Exception:
             # Never upstream's bytes by accident, never text that ends in a model file.
             _log.exception("answering %s failed", flow.request.path.partition("?")[0])
-            flow.response = _response(502, [], b"", 0)
+            flow.response = response_of(502, [], b"", 0)
             return
         if answer is None:
             self._reroute(flow)
@@ -111,7 +114,7 @@ class Flows:
     def _apply(self, flow: http.HTTPFlow, answer: Answer) -> None:
         body = answer.body if isinstance(answer.body, bytes) else b""
         headers = [*answer.headers, ("Cache-Status", str(answer.cache))]
-        flow.response = _response(answer.status, headers, body, answer.length)
+        flow.response = response_of(answer.status, headers, body, answer.length)
         if isinstance(answer.body, Reader):
             self._transfers[flow.id] = Transfer(flow, answer.body, held=answer.held)
         else:
@@ -138,10 +141,23 @@ class Flows:
 
     def _may_answer(self, flow: http.HTTPFlow) -> bool:
         return (
-            self._gate.is_ours(flow.request.host)
+            (self._gate.is_ours(flow.request.host) or self._was_sent_on(flow.request))
             and flow.request.method in ("GET", "HEAD")
-            and not _has_body(flow.request)
+            and not has_body(flow.request)
         )
+
+    def _was_sent_on(self, request: http.Request) -> bool:
+        """Whether a client that has us for HTTP_PROXY too asks for what it was to ask our other port for."""
+        return request.scheme == "http" and self._registry is not None and self._registry.director.is_ours(request.path)
+
+    def _request(self, flow: http.HTTPFlow) -> Request:
+        assert self._settings and self._blob_server
+        if not self._gate.is_ours(flow.request.host):
+            return request_of(flow, self._settings.blob_host)
+        # What comes by http:// has come through HTTP_PROXY, and would come back here.
+        leaves = flow.request.scheme == "https" and not is_reverse(flow)
+        direct = self._blob_server.origin(flow.client_conn.sockname[0]) if leaves else None
+        return request_of(flow, normal(flow.request.host), direct)
 
     def _check_way(self, flow: http.HTTPFlow) -> None:
         """LoopDetected if a request that is to be passed through has been here before; Offline if it may not leave."""
@@ -159,31 +175,3 @@ class Flows:
         if endpoint is not None:
             flow.request.scheme, flow.request.host, flow.request.port = endpoint.scheme, endpoint.host, endpoint.port
         self._gate.parent.lead(flow.request, flow.server_conn)
-
-
-def _has_body(request: http.Request) -> bool:
-    return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-
-
-def _request(flow: http.HTTPFlow) -> Request:
-    headers = {name.lower(): value for name, value in flow.request.headers.items()}
-    host = normal(flow.request.host)
-    # In reverse mode a client reaches us by a hosts entry, which the blob host need not have.
-    reverse = isinstance(flow.client_conn.proxy_mode, ReverseMode)
-    return Request(
-        flow.request.method,
-        flow.request.scheme,
-        host,
-        flow.request.path,
-        headers,
-        blobs=f"{flow.request.scheme}://{host}" if reverse else None,
-        inline=reverse,
-    )
-
-
-def _response(status: int, headers: list[tuple[str, str]], body: bytes, length: int) -> http.Response:
-    fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-    response = http.Response.make(status, body, http.Headers(fields))
-    # After the body: setting content writes its own length, which is wrong for HEAD and for streamed bodies.
-    response.headers["Content-Length"] = str(length)
-    return response

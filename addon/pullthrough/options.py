@@ -19,6 +19,7 @@ from pullthrough.errors import SettingsError
 from pullthrough.settings import (
     PREFIX,
     R2_HOST,
+    Direct,
     Endpoint,
     Finish,
     Lifetimes,
@@ -109,6 +110,18 @@ def _parse_listen(text: str) -> tuple[tuple[str, int], ...]:
         host = split.hostname or ""
         result.append((host if not host or _is_address(host) else _parse_host(host), split.port))
     return tuple(dict.fromkeys(result))
+
+
+def _parse_advertise(text: str) -> Endpoint | None:
+    if not text.strip():
+        return None
+    split = urlsplit(text.strip() if "://" in text else f"//{text.strip()}", scheme="http")
+    # `port` raises ValueError beyond 65535.
+    plain = split.scheme == "http" and split.path in ("", "/") and not split.query and not split.fragment
+    if not plain or not split.hostname or "@" in split.netloc or split.port == 0:
+        raise ValueError("host, host:port or http://host[:port], with an IPv6 address in brackets")
+    host = split.hostname if _is_address(split.hostname) else _parse_host(split.hostname)
+    return Endpoint("http", host, split.port or (80 if "://" in text else 0))
 
 
 def _parse_front(text: str) -> Mapping[int, str]:
@@ -260,6 +273,20 @@ OPTIONS: Final = (
         may_be_empty=True,
     ),
     Option(
+        "direct",
+        Direct.AUTO,
+        "Send requests of 8 MiB and more for public blobs from TLS to `listen`: auto (after a trial with each client), "
+        "on or off.",
+        _parse_word(Direct),
+    ),
+    Option(
+        "advertise",
+        "",
+        "Where clients find `listen` for that: host, host:port or http://host[:port]; empty for the address at which "
+        "they reached the proxy.",
+        _parse_advertise,
+    ),
+    Option(
         "manifest_lifetime",
         "5m",
         "How long a stored manifest is served unasked: a duration, then pattern=duration for some models, "
@@ -356,6 +383,8 @@ def _check_together(settings: Settings) -> None:
             f"option {PREFIX}front: expected only registries of {PREFIX}registries "
             f"({', '.join(settings.registries)}), got {strangers[0]!r}"
         )
+    if not settings.listen and settings.direct is Direct.ON:
+        raise SettingsError(f"option {PREFIX}direct: expected auto or off where {PREFIX}listen is off, got 'on'")
     if strangers := sorted(set(settings.upstream) - set(settings.intercepted)):
         raise SettingsError(
             f"option {PREFIX}upstream: expected only {', '.join(settings.intercepted)}, got {strangers[0]!r}"

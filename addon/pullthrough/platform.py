@@ -158,6 +158,20 @@ def lower_priority() -> None:
             os.setpriority(os.PRIO_PROCESS, thread, max(10, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
+def in_container() -> bool:
+    """Whether this process has a network of its own, as far as Docker, Podman, Kubernetes, LXC and systemd tell.
+
+    One that shares its host's network looks the same.
+    """
+    if any(Path(path).exists() for path in ("/.dockerenv", "/run/.containerenv", "/run/systemd/container")):
+        return True
+    with contextlib.suppress(OSError):
+        # Version 1 of cgroups names the container; under version 2 it reads "0::/" here.
+        groups = Path("/proc/1/cgroup").read_text()
+        return any(word in groups for word in ("docker", "kubepods", "libpod", "containerd", "lxc"))
+    return False
+
+
 def own_addresses() -> frozenset[str]:
     """The IP addresses of this machine's interfaces."""
     return frozenset(

@@ -18,6 +18,7 @@ from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.conditional import Precondition, evaluate
 from pullthrough.datacheck import relayable
 from pullthrough.digest import Digest
+from pullthrough.direct import Director
 from pullthrough.errors import (
     CacheError,
     LoopDetected,
@@ -61,6 +62,7 @@ class Registry:
         self._store = store
         self._upstream = upstream
         self._recorder = recorder
+        self.director = Director(settings, store)
         self._grants = Grants(settings, store, upstream)
         self._manifests = Manifests(settings, store, upstream)
         self._prefetcher = Prefetcher(store, recorder, self._grants.source)
@@ -252,6 +254,7 @@ class Registry:
                 # The blob host would refuse it as well, with a text, and would have been shown it.
                 return Answer(403, CacheStatus(Outcome.BYPASS))
             return None
+        self.director.arrived(request)
         return await self._read(request, route.digest)
 
     async def _read(self, request: Request, digest: Digest) -> Answer:
@@ -301,6 +304,8 @@ class Registry:
             case _:
                 status, start, stop = 206, selected.start, selected.stop
                 headers.append(("Content-Range", selected.content_range))
+        if request.method == "GET" and (location := self.director.location(request, digest, stop - start)):
+            return Answer(307, replace(cache, detail="direct"), (("Location", location),))
         headers.append(("Content-Type", _OCTETS))
         body = open_reader(start, stop) if request.method == "GET" and start < stop else b""
         # x/transfer compares a blob's speed with the median of the last ones, counted from the head: a blob that comes

@@ -43,6 +43,15 @@ class Finish(StrEnum):
     NEVER = "never"
 
 
+class Direct(StrEnum):
+    """Whether large parts are sent on to the blob server."""
+
+    AUTO = "auto"
+    """Where a trial shows that the client reaches it."""
+    ON = "on"
+    OFF = "off"
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a host is really reached."""
@@ -91,6 +100,9 @@ class Settings:
     """(host, port) of the blob server; host "" for all addresses of this machine."""
     front: Mapping[int, str]
     """The registry that a port of the blob server speaks for."""
+    direct: Direct
+    advertise: Endpoint | None
+    """Under which clients reach the blob server, port 0 for the one it listens on; None: where they reached us."""
     manifest_lifetime: Lifetimes
     refresh: float | None
     """Seconds between two looks at a tag."""

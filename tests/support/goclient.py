@@ -365,6 +365,9 @@ class Transport:
     def acquire(self, url: str, deadline: float) -> tuple[Connection, bool]:
         """A connection, and whether it is a fresh one."""
         split = urlsplit(url)
+        host = split.hostname or ""
+        # golang.org/x/net/http/httpproxy, useProxy: this machine is never asked through a proxy.
+        is_loopback = host == "localhost" or host == "::1" or host.startswith("127.")
         while True:
             with self._lock:
                 idle = self._idle.get(split.netloc)
@@ -378,8 +381,8 @@ class Transport:
         dial_deadline = time.monotonic() + _CONNECT_TIMEOUT_S
         try:
             connection = connect(
-                self._proxy_url,
-                split.hostname or "",
+                None if is_loopback else self._proxy_url,
+                host,
                 split.port or (443 if is_tls else 80),
                 None,
                 context=self._context if is_tls else None,

@@ -1,0 +1,69 @@
+"""Direct mode: which requests for a blob's bytes are sent on to the blob server, past TLS.
+
+A second redirect, behind the one that the registry makes: whichever way a client takes, it retries at the canonical
+address, so a client that does not reach the blob server loses one try of one part.
+
+Invariant: only public bytes leave TLS, and nobody is sent on twice. Knows no socket, and not how bytes are sent.
+"""
+
+import logging
+import time
+from typing import Final
+
+from pullthrough import capability
+from pullthrough.digest import Digest
+from pullthrough.exchange import Request
+from pullthrough.loopguard import CDN_LOOP
+from pullthrough.route import parse_canonical_target
+from pullthrough.settings import Direct, Settings
+from pullthrough.store import Store
+from pullthrough.trials import Trials
+
+_log = logging.getLogger(__name__)
+
+WORTHWHILE: Final = 8 << 20
+"""Bytes of a response; below, another connection costs more than TLS does."""
+
+
+class Director:
+    """Sends on those who may leave, and hears of those who have come."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._mode = settings.direct
+        self._store = store
+        self._trials = Trials(_tell)
+
+    def location(self, request: Request, digest: Digest, length: int) -> str | None:
+        """Where to send a GET of `length` bytes at the canonical address; None to answer it here."""
+        if not request.direct or self._mode is Direct.OFF or length < WORTHWHILE:
+            return None
+        # x/transfer takes a redirect of its data request for an error (x/transfer/download.go, v0.14.0 to today).
+        # A cache that has us for its parent asks in slices, and follows a redirect to public addresses only.
+        if request.is_transfer or CDN_LOOP.lower() in request.headers:
+            return None
+        record = self._store.blob(digest)
+        if record is None or not record.public:
+            return None
+        if self._mode is Direct.AUTO and not self._trials.permits(request.client, now=time.monotonic()):
+            return None
+        return request.direct + request.target
+
+    def arrived(self, request: Request) -> None:
+        """A request with a valid capability has come; only those that came to the blob server count."""
+        if request.direct == "":
+            self._trials.arrived(request.client, now=time.monotonic())
+
+    def is_ours(self, target: str) -> bool:
+        """Whether a client was sent to `target` from here, under whatever host and port it asks for it."""
+        route = parse_canonical_target(target)
+        if route is None:
+            return False
+        granted = capability.verify(route.query, route.digest, secret=self._store.secret, now=time.time())
+        return granted is not None
+
+
+def _tell(client: str, reaches: bool) -> None:
+    if reaches:
+        _log.info("client %s reaches the blob server: large parts go there directly", client)
+    else:
+        _log.info("client %s did not reach the blob server: its parts stay in TLS for an hour", client)
