@@ -16,11 +16,12 @@ ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
     " conditional requestlog options",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget",
-    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag",
-    "L2b": "recorder relay transfer recording fetcher sealer supply keeper workroom",
+    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag"
+    " copying inventory modeltree bundle",
+    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender",
+    "L4": "addon streamlayer blobserver cli gate modes opening sender cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -42,6 +43,10 @@ SIDEWAYS: Final = {
     "ingest": {"platform"},
     "store": {"index", "ingest", "platform"},
     "threads": {"platform"},
+    "copying": {"platform"},
+    "inventory": {"index", "store"},
+    "modeltree": {"platform"},
+    "bundle": {"modeltree"},
     "upstream": {"datastream"},
     "fetcher": {"supply"},
     "relay": {"fetcher", "supply"},
@@ -53,6 +58,8 @@ SIDEWAYS: Final = {
     "registry": {"exchange", "manifests", "prefetch", "refresh"},
     "gate": {"opening", "streamlayer"},
     "blobserver": {"sender"},
+    "cli": {"cli_transfer"},
+    "cli_transfer": {"meter"},
     "addon": {"blobserver", "gate", "modes", "streamlayer"},
 }
 
