@@ -94,7 +94,7 @@ MODELS = st.dictionaries(
 POOL = [random.Random(number).randbytes(size) for number, size in enumerate((0, 1, 511, 512, 1025, (1 << 20) + 7))]
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(MODELS)
 def test_there_and_back(models: dict[str, list[int]]) -> None:
     """Folder → store → bundle → store → folder: every byte is the same, and Ollama can read it."""
