@@ -251,7 +251,7 @@ def admit(store: Store, model: Model, *, public: bool, replace_confirmed: bool =
     """
     stored = store.manifest(model.name)
     text = str(model.name)
-    if public and stored is not None and stored.denied and stored.confirmed:
+    if public and _is_refused(store, model.name):
         return Outcome(text, Fate.REFUSED, "expected a public model, got one that its registry refuses to everybody")
     same = stored is not None and stored.body == model.record.body
     if stored is not None and stored.confirmed and not same and not replace_confirmed:
@@ -272,6 +272,15 @@ def admit(store: Store, model: Model, *, public: bool, replace_confirmed: bool =
         for digest in model.record.sizes:
             store.confirm_public(model.name.host, model.name.repository, digest)
     return Outcome(text, Fate.IMPORTED)
+
+
+def _is_refused(store: Store, name: Name) -> bool:
+    """Upstream has refused the repository; what was imported as private is denied as well, and never confirmed."""
+    where = (name.host, name.repository)
+    records = store.manifests().items()
+    return any(
+        record.denied and record.confirmed for other, record in records if (other.host, other.repository) == where
+    )
 
 
 def _is_public(store: Store, name: Name, digest: Digest) -> bool:

@@ -192,6 +192,8 @@ def _hash(
             actual, identity = result()
         except FileNotFoundError:
             return  # evicted meanwhile
+        except PermissionError:
+            raise  # it is this run that lacks something, not the blob
         except OSError as error:
             finding = Finding(Problem.DAMAGED, digest.file_name, "a file that can be read", str(error), digest)
             report.findings.append(finding)
