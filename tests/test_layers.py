@@ -14,14 +14,14 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget",
-    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag"
-    " copying inventory modeltree bundle",
-    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom",
+    " conditional requestlog options loopguard",
+    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent",
+    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
+    " storefolder copying inventory modeltree bundle",
+    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender cli_transfer meter",
+    "L3b": "registry statuspage manifests exchange prefetch refresh grants",
+    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -39,28 +39,32 @@ SIDEWAYS: Final = {
     "chunksums": {"digest", "errors"},
     "coding": {"errors"},
     "access": {"tunnel"},
+    "parent": {"tunnel"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},
-    "store": {"index", "ingest", "platform"},
+    "storefolder": {"platform"},
+    "store": {"index", "ingest", "platform", "storefolder"},
     "threads": {"platform"},
     "copying": {"platform"},
-    "inventory": {"index", "store"},
+    "inventory": {"index", "storefolder"},
     "modeltree": {"platform"},
     "bundle": {"modeltree"},
-    "upstream": {"datastream"},
+    "upstream": {"datastream", "resolver"},
     "fetcher": {"supply"},
     "relay": {"fetcher", "supply"},
     "workroom": {"fetcher", "keeper"},
-    "recording": {"fetcher", "relay", "sealer", "supply", "workroom"},
+    "recording": {"cursor", "fetcher", "relay", "sealer", "supply", "workroom"},
     "recorder": {"recording", "supply", "workroom"},
     "manifests": {"exchange"},
     "refresh": {"manifests"},
-    "registry": {"exchange", "manifests", "prefetch", "refresh"},
-    "gate": {"opening", "streamlayer"},
+    "grants": {"exchange"},
+    "registry": {"exchange", "grants", "manifests", "prefetch", "refresh"},
+    "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"sender"},
     "cli": {"cli_transfer"},
     "cli_transfer": {"meter"},
-    "addon": {"blobserver", "gate", "modes", "streamlayer"},
+    "flows": {"gate", "streamlayer"},
+    "addon": {"blobserver", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }
 
 PURE_ROWS: Final = {"L0", "L1"}
@@ -78,7 +82,7 @@ OUTSIDE_CALLS: Final = {
     *("cwd", "exists", "glob", "home", "is_dir", "is_file", "iterdir", "lstat", "resolve", "rglob", "stat"),
     *("mkdir", "rmdir", "unlink"),
 }
-MITMPROXY_HOMES: Final = {"addon", "gate", "modes", "opening", "streamlayer"}
+MITMPROXY_HOMES: Final = {"addon", "flows", "gate", "modes", "opening", "parentleg", "streamlayer"}
 LONGEST: Final = 400  # lines; past that a module has two jobs
 
 

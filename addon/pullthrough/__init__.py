@@ -2,18 +2,20 @@
 
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
-    L4   addon  gate  streamlayer  modes  opening
-         blobserver  sender  cli  cli_transfer  meter        edges: mitmproxy, our port, the terminal
-    L3b  registry  manifests  exchange  prefetch  refresh    request value -> answer: status, headers and what to send
+    L4   addon  flows  gate  parentleg  streamlayer  modes
+         opening  blobserver  sender  cli  cli_transfer
+         meter                                               edges: mitmproxy, our port, the terminal
+    L3b  registry  manifests  grants  exchange  prefetch
+         refresh                                             request value -> answer: status, headers and what to send
     L3a  reader                                              hands out the bytes of one interval of one blob
-    L2b  recorder  recording  relay  fetcher  supply
-         sealer  keeper  workroom                            the ones that talk to the CDN and keep what it says
+    L2b  recorder  recording  cursor  relay  fetcher
+         supply  sealer  keeper  workroom                    the ones that talk to the CDN and keep what it says
          verifying  importing  exporting                     the ones that check the store and carry models in and out
-    L2a  store  index  ingest  upstream  datastream  collapse  ca  threads  places
-         looplag  platform  copying  inventory
-         modeltree  bundle                                   disk, sockets, tasks, keys
+    L2a  store  storefolder  index  ingest  upstream  datastream  resolver  collapse
+         ca  threads  places  looplag  platform
+         copying  inventory  modeltree  bundle               disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
-         tunnel  budget                                      state and policy, no I/O; `now` is a parameter
+         tunnel  budget  parent                              state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
-         conditional  requestlog  settings  options
+         conditional  requestlog  settings  options  loopguard
 """

@@ -14,7 +14,7 @@ from pullthrough.digest import Digest
 from pullthrough.errors import StoreError, TransferRefused
 from pullthrough.index import Index
 from pullthrough.records import BlobRecord, ManifestRecord, Name
-from pullthrough.store import FORMAT, MARKER
+from pullthrough.storefolder import FORMAT, MARKER
 
 
 @dataclass(frozen=True, slots=True)

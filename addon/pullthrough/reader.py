@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from pullthrough import platform
+from pullthrough.cursor import Cursor
 from pullthrough.errors import StoreUnwritable
 from pullthrough.ingest import SharedFile
-from pullthrough.recording import Cursor, Recording
+from pullthrough.recording import Recording
 from pullthrough.relay import Relay
 
 WAIT_S: Final = 1.0

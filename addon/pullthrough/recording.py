@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from pullthrough.assembly import Assembly
+from pullthrough.cursor import Cursor
 from pullthrough.datastream import DataStream
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, DigestMismatch, StoreError, StoreUnwritable, UpstreamUnreachable
@@ -34,62 +35,6 @@ and its retries come after 1, 2, 4, 8 and 16 s (server/download.go)."""
 
 UNKEPT_S: Final = 30.0
 """How long a blob that the disk had no room for is passed through before the disk is tried again."""
-
-
-class Cursor:
-    """One reader's place in a recording."""
-
-    def __init__(self, recording: "Recording", file: SharedFile, start: int, stop: int) -> None:
-        self.position = start
-        self.stop = stop
-        self.fed = time.monotonic()
-        self.waiter: asyncio.Future[None] | None = None
-        self._recording = recording
-        self._file = file
-
-    @property
-    def descriptor(self) -> int:
-        return self._file.descriptor
-
-    @property
-    def present(self) -> int:
-        """How far bytes are present from `position`."""
-        return self._recording.assembly.present.stop_at(self.position)
-
-    async def wait(self, timeout_s: float) -> int:
-        """How far bytes are present from `position`; `position` itself if none came within `timeout_s`.
-
-        Raises what the recording failed of, once no byte is left to hand out.
-        """
-        if (present := self.present) > self.position or self.position >= self.stop:
-            return present
-        self._recording.check()
-        self.waiter = asyncio.get_running_loop().create_future()
-        # Nobody may be fetching: connections end when all that was wanted has been claimed.
-        self._recording.wake()
-        self._recording.rescue(self.position)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.waiter
-        except TimeoutError:
-            pass
-        finally:
-            self.waiter = None
-        return self.present
-
-    def advance(self, position: int) -> None:
-        """The bytes up to `position` have been handed out."""
-        self.position = position
-        self.fed = time.monotonic()
-
-    def rouse(self) -> None:
-        """Let `wait` look again."""
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    def close(self) -> None:
-        self._recording.detach(self)
-        self._file.release()
 
 
 class Recording:
@@ -163,6 +108,16 @@ class Recording:
     def detach(self, cursor: Cursor) -> None:
         self._cursors.discard(cursor)
         self._watch_idleness()
+
+    def tell_hunger(self, seconds: float) -> None:
+        """A reader has waited that long for a byte."""
+        _log.warning(
+            "recording %s: a client has waited %.1f s for a byte; %d readers behind %d connections",
+            self.digest.short,
+            seconds,
+            len(self._cursors),
+            self._room.connections,
+        )
 
     def check(self) -> None:
         """Raise what the recording has failed of, if it has."""

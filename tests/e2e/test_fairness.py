@@ -4,6 +4,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,22 @@ def test_nobody_waits_long(origin: Origin, proxy: Proxy, new_client: NewClient, 
     # Below 3 s on an idle machine (`scripts/bench fairness`); here other tests run beside.
     assert report.max_gap_s < 8
     assert origin.counters.cdn_bytes_by_digest[model.layer] == size
+
+
+@pytest.mark.long
+def test_a_hungry_client_is_told_of(origin: Origin, proxy: Proxy, new_client: NewClient) -> None:
+    """Where bytes do not come for long, the log says so, once for each wait."""
+    model = add_model(origin, unique(4 * MB))
+    origin.rate_total = 2 * MB
+    client = new_client(proxy, min_part=4 * MB)
+    with ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(client.pull, model.name)
+        origin.counters.wait_for(lambda counters: counters.cdn_bytes_by_digest[model.layer] > MB)
+        origin.stop()
+        proxy.wait_for_line("a client has waited 4.")
+        origin.start()
+        assert pulling.result().retries == 0
+    assert sum("a client has waited" in line and model.layer[7:19] in line for line in proxy.output) == 1
 
 
 def test_one_stream_is_faster_than_direct(origin: Origin, proxy: Proxy, tmp_path: Path) -> None:
