@@ -17,11 +17,11 @@ ROWS: Final = {
     " conditional requestlog options loopguard",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
-    " storefolder",
-    "L2b": "recorder relay transfer recording fetcher sealer supply keeper workroom cursor",
+    " storefolder copying inventory modeltree bundle",
+    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants direct",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages",
+    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -45,6 +45,10 @@ SIDEWAYS: Final = {
     "storefolder": {"platform"},
     "store": {"index", "ingest", "platform", "storefolder"},
     "threads": {"platform"},
+    "copying": {"platform"},
+    "inventory": {"index", "storefolder"},
+    "modeltree": {"platform"},
+    "bundle": {"modeltree"},
     "upstream": {"datastream", "resolver"},
     "fetcher": {"supply"},
     "relay": {"fetcher", "supply"},
@@ -58,6 +62,8 @@ SIDEWAYS: Final = {
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh"},
     "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"sender"},
+    "cli": {"cli_transfer"},
+    "cli_transfer": {"meter"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
     "addon": {"blobserver", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 import pullthrough
-from pullthrough import places
+from pullthrough import cli_transfer, places
 from pullthrough.ca import Authority
 from pullthrough.errors import CacheError
 from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
@@ -26,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+cli_transfer.register(app)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

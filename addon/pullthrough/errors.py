@@ -7,6 +7,7 @@
     │   └── StoreUnwritable    a write to the store failed: pulls go on without it
     ├── InvalidRequest         the client sent what no client may send (400)
     ├── Misdirected            the names on an intercepted connection disagree (421)
+    ├── TransferRefused        what is to be imported or exported is not whole, not right or not to be had
     ├── DigestMismatch         recorded bytes do not hash to their name: quarantined, never a hit
     └── UpstreamError          upstream could not be used (502)
         ├── UpstreamUnreachable    no answer at all: DNS, connect, TLS, reset
@@ -59,6 +60,10 @@ class Misdirected(CacheError):
     """CONNECT authority, SNI and Host name different servers (RFC 9110 section 15.5.20)."""
 
     status_hint = 421
+
+
+class TransferRefused(CacheError):
+    """A model, folder or bundle cannot be carried over as it is."""
 
 
 class DigestMismatch(CacheError):

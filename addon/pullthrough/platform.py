@@ -5,9 +5,11 @@ weaker, and the docstring says so. Knows no blob, store or protocol.
 """
 
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
+import stat
 import sys
 import threading
 from pathlib import Path
@@ -17,6 +19,7 @@ import psutil
 
 from pullthrough.settings import Network
 
+_FICLONE = 0x40049409  # linux/fs.h
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 
@@ -74,6 +77,43 @@ def _write_some(descriptor: int, offset: int, view: memoryview) -> int:
 def open_descriptor(path: Path, flags: int) -> int:
     """os.open for binary data, readable and writable by the owner and readable by the group."""
     return os.open(path, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0), 0o640)
+
+
+def cores() -> int:
+    """How many cores this process may use; where the system does not tell, how many there are."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def open_regular(path: Path) -> int:
+    """Open an existing file to read. OSError for a link (ELOOP), and for anything that is no regular file (EINVAL).
+
+    Windows has neither O_NOFOLLOW nor O_NONBLOCK: there a link is told by looking first.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "expected a regular file, got a link", str(path))
+    # Without O_NONBLOCK the opening of a pipe waits for a writer.
+    descriptor = open_descriptor(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "expected a regular file, got another kind", str(path))
+    return descriptor
+
+
+def reflink(source: int, target: int) -> bool:
+    """Let the file `target` share the blocks of `source` until one is written to; False where that cannot be.
+
+    Linux on btrfs, XFS and bcachefs within one file system (FICLONE, ioctl_ficlone(2)); elsewhere False.
+    """
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        # Whatever the reason: a copy does it, or says what is wrong.
+        return False
+    return True
 
 
 def sync_data(descriptor: int) -> None:

@@ -16,6 +16,7 @@ because its `check(fix=True)` deletes files that it does not know (5.6.3). Knows
 import contextlib
 import os
 import secrets
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,9 @@ TOLD_S: Final = 600.0
 
 KEPT_S: Final = 14 * 24 * 3600.0
 """How long a partial and a quarantined file stay; Ollama's own client prunes partials after an hour (v0.21.0)."""
+
+STAGING: Final = ".import-"
+"""What the folder of an import begins with, in `ingest/`."""
 
 
 class Store:
@@ -89,6 +93,8 @@ class Store:
     def _sweep(self, *, oldest: float) -> None:
         """Remove partials that nobody has come back for, and evidence that nobody has looked at."""
         Ingest.sweep(self.folder / "ingest", oldest=oldest)
+        for path in list((self.folder / "ingest").glob(f"{STAGING}*")):
+            shutil.rmtree(path, ignore_errors=True)
         for path in list((self.folder / "quarantine").glob("sha256-*")):
             if path.stat().st_mtime < oldest:
                 path.unlink()
