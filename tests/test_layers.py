@@ -14,13 +14,14 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget",
-    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag",
+    " conditional requestlog options wording",
+    "L1": "assembly scheduler freshness retention access tunnel metrics budget traffic catalogue pruning",
+    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag"
+    " ledger asking housekeeping",
     "L2b": "recorder relay transfer recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender",
+    "L3b": "registry statuspage manifests exchange prefetch refresh warm verbs",
+    "L4": "addon streamlayer blobserver cli gate modes opening sender desk cli_models cli_progress",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -38,9 +39,13 @@ SIDEWAYS: Final = {
     "chunksums": {"digest", "errors"},
     "coding": {"errors"},
     "access": {"tunnel"},
+    "catalogue": {"traffic"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},
-    "store": {"index", "ingest", "platform"},
+    "ledger": {"index"},
+    "store": {"index", "ingest", "ledger", "platform"},
+    "control": {"asking"},
+    "housekeeping": {"platform", "store"},
     "threads": {"platform"},
     "upstream": {"datastream"},
     "fetcher": {"supply"},
@@ -50,10 +55,14 @@ SIDEWAYS: Final = {
     "recorder": {"recording", "supply", "workroom"},
     "manifests": {"exchange"},
     "refresh": {"manifests"},
-    "registry": {"exchange", "manifests", "prefetch", "refresh"},
+    "warm": {"manifests"},
+    "verbs": {"warm"},
+    "registry": {"exchange", "manifests", "prefetch", "refresh", "warm"},
+    "cli_models": {"cli_progress"},
+    "cli": {"cli_models"},
     "gate": {"opening", "streamlayer"},
     "blobserver": {"sender"},
-    "addon": {"blobserver", "gate", "modes", "streamlayer"},
+    "addon": {"blobserver", "desk", "gate", "modes", "streamlayer"},
 }
 
 PURE_ROWS: Final = {"L0", "L1"}

@@ -52,6 +52,7 @@ class BlobServer:
         self._front = settings.front
         self._blob_host = settings.blob_host
         self._registry: Registry | None = None
+        self._served: Callable[[int], None] = lambda _: None
         self._runner: web.ServerRunner | None = None
         self._sockets: list[socket.socket] = []
         try:
@@ -72,8 +73,11 @@ class BlobServer:
         """For people: where it listens, and for whom it speaks."""
         return ", ".join(self._names) or "off"
 
-    async def open(self, registry: Registry, admits: Callable[[str], bool]) -> None:
-        """Serve from now on those whose address `admits`."""
+    async def open(
+        self, registry: Registry, admits: Callable[[str], bool], served: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Serve from now on those whose address `admits`; `served` is told the bytes of each blob's body."""
+        self._served = served
         self._registry = registry
         door = Door(self._handle, admits, access_log=None, keepalive_timeout=IDLE_S)
         self._runner = web.ServerRunner(door, shutdown_timeout=SHUTDOWN_S)
@@ -124,6 +128,7 @@ class BlobServer:
             await send(request, response, answer.body, sending)
         finally:
             answer.body.close()
+            self._served(sending.sent)
             seconds = time.monotonic() - began
             log_transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)
         if sending.problem:
