@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -42,7 +42,7 @@ class Housekeeping:
         async with self._turn:
             names = [find(text, self._store.manifests()) for text in texts]
             manifests, blobs = dict(self._store.manifests()), self._store.blobs()
-            plan = await asyncio.to_thread(plan_removal, manifests, blobs, names, busy=self._busy(blobs))
+            plan = await asyncio.to_thread(plan_removal, manifests, blobs, names, busy=self._is_busy)
             return await self._carry_out(plan)
 
     async def prune(self, *, age_s: float, every: bool, dry_run: bool) -> JSON:
@@ -59,7 +59,7 @@ class Housekeeping:
                 oldest=time.time() - age_s,
                 every=every,
                 pinned=lambda name: self._store.ledger.keeps(name, self._pins),
-                busy=self._busy(blobs),
+                busy=self._is_busy,
             )
             return _told(plan) if dry_run else await self._carry_out(plan)
 
@@ -93,9 +93,6 @@ class Housekeeping:
             "models": sorted(name.typed for name in matching),
             "still": sorted(name.typed for name in matching if ledger.keeps(name, self._pins)),
         }
-
-    def _busy(self, digests: Iterable[Digest]) -> frozenset[Digest]:
-        return frozenset(digest for digest in digests if self._is_busy(digest))
 
     def _is_busy(self, digest: Digest) -> bool:
         return self._store.is_open(digest) or self._recording(digest)

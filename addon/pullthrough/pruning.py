@@ -29,13 +29,13 @@ def plan_removal(
     blobs: Mapping[Digest, BlobRecord],
     names: Collection[Name],
     *,
-    busy: Collection[Digest],
+    busy: Callable[[Digest], bool],
 ) -> Plan:
     """These models go, with the blobs that no other model lists and nobody reads. `blobs` are the held ones."""
     gone = set(names)
     stays = _listed(record for name, record in manifests.items() if name not in gone)
     parts = _listed(manifests[name] for name in gone) - stays
-    chosen = tuple(sorted(digest for digest in parts if digest in blobs and digest not in busy))
+    chosen = tuple(digest for digest in blobs if digest in parts and not busy(digest))
     return Plan(tuple(sorted(gone)), chosen, freed=sum(blobs[digest].size or 0 for digest in chosen))
 
 
@@ -47,7 +47,7 @@ def plan_prune(
     oldest: float,
     every: bool,
     pinned: Callable[[Name], bool],
-    busy: Collection[Digest],
+    busy: Callable[[Digest], bool],
 ) -> Plan:
     """Blobs without a model, and leftovers, older than `oldest` (Unix seconds); with `every`, models too.
 
@@ -57,17 +57,15 @@ def plan_prune(
     names = []
     for name, record in manifests.items() if every else ():
         used = max(record.pulled, 0.0) or record.confirmed
-        if used <= oldest and not pinned(name) and record.sizes.keys().isdisjoint(busy):
+        if used <= oldest and not pinned(name) and not any(map(busy, record.sizes)):
             names.append(name)
     gone = set(names)
     stays = _listed(record for name, record in manifests.items() if name not in gone)
     parts = _listed(manifests[name] for name in gone)
     chosen = tuple(
-        sorted(
-            digest
-            for digest, record in blobs.items()
-            if digest not in stays and digest not in busy and (digest in parts or record.recorded <= oldest)
-        )
+        digest
+        for digest, record in blobs.items()
+        if digest not in stays and not busy(digest) and (digest in parts or record.recorded <= oldest)
     )
     files = tuple(sorted(path for path, (_, changed) in leftovers.items() if changed <= oldest))
     freed = sum(blobs[digest].size or 0 for digest in chosen) + sum(leftovers[path][0] for path in files)
