@@ -68,7 +68,10 @@ GOTCHAS: Final = (
     ),
     Gotcha(
         "obtain an expired CDN address again and go on",
-        ("e2e/test_clients.py::test_expired_addresses_are_obtained_again",),
+        (
+            "e2e/test_clients.py::test_expired_addresses_are_obtained_again",
+            "e2e/test_registries.py::test_addresses_that_do_not_last",
+        ),
     ),
     Gotcha(
         "end a failed body over HTTP/1.1 with FIN, so that the client keeps its progress",
@@ -159,6 +162,7 @@ GOTCHAS: Final = (
         (
             "e2e/test_answers.py::test_without_a_capability_nothing_is_served_or_recorded",
             "test_route.py::test_other_targets_of_the_blob_host",
+            "e2e/test_registries.py::test_hugging_face",
         ),
     ),
     Gotcha(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from multidict import CIMultiDict
 
-from pullthrough import manifests, registry
+from pullthrough import grants, manifests, registry
 from pullthrough.access import VOUCHED_S
 from pullthrough.datastream import Source
 from pullthrough.digest import Digest
@@ -28,6 +28,8 @@ from pullthrough.exchange import Request
 from pullthrough.options import parse_settings
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
+from pullthrough.route import canonical_path
+from pullthrough.settings import R2_HOST
 from pullthrough.store import Store
 from pullthrough.upstream import Response, Upstream
 
@@ -123,7 +125,14 @@ class Upstreams:
         return Response(200, CIMultiDict({"Content-Length": "1"}), b"")
 
     async def obtain(
-        self, host: str, repository: str, digest: Digest, headers: Mapping[str, str], *, timeout_s: float
+        self,
+        host: str,
+        repository: str,
+        digest: Digest,
+        headers: Mapping[str, str],
+        *,
+        timeout_s: float,
+        stop: int | None = None,
     ) -> tuple[Source, None]:
         caller = headers.get("Authorization")
         if status := self._judge(repository, caller):
@@ -131,7 +140,7 @@ class Upstreams:
         if digest not in self.members[repository]:
             raise UpstreamRefused(404, [])
         self._give(caller, repository, digest)
-        return Source("https://cdn/x"), None
+        return Source(f"https://{R2_HOST}{canonical_path(digest)}"), None
 
     def source_at(self, host: str, target: str, location: str) -> Source:
         return Source(location)
@@ -171,7 +180,7 @@ class Access(RuleBasedStateMachine):
         self._folder = tempfile.TemporaryDirectory()
         self._runner = asyncio.Runner()
         clock = SimpleNamespace(time=lambda: self.upstream.now, monotonic=lambda: self.upstream.now)
-        self._patches = [patch.object(module, "time", clock) for module in (registry, manifests)]
+        self._patches = [patch.object(module, "time", clock) for module in (registry, grants, manifests)]
         for each in self._patches:
             each.start()
         self._numbers = iter(range(10_000))

@@ -14,14 +14,14 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options wording",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget traffic catalogue pruning",
-    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag"
-    " ledger asking housekeeping",
+    " conditional requestlog options loopguard wording",
+    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent traffic catalogue pruning",
+    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
+    " storefolder ledger asking housekeeping",
     "L2b": "recorder relay transfer recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh warm verbs",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender desk cli_models cli_progress",
+    "L3b": "registry statuspage manifests exchange prefetch refresh grants warm verbs",
+    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows desk cli_models cli_progress",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -39,15 +39,17 @@ SIDEWAYS: Final = {
     "chunksums": {"digest", "errors"},
     "coding": {"errors"},
     "access": {"tunnel"},
+    "parent": {"tunnel"},
     "catalogue": {"traffic"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},
+    "storefolder": {"platform"},
     "ledger": {"index"},
-    "store": {"index", "ingest", "ledger", "platform"},
+    "store": {"index", "ingest", "ledger", "platform", "storefolder"},
     "control": {"asking"},
     "housekeeping": {"platform", "store"},
     "threads": {"platform"},
-    "upstream": {"datastream"},
+    "upstream": {"datastream", "resolver"},
     "fetcher": {"supply"},
     "relay": {"fetcher", "supply"},
     "workroom": {"fetcher", "keeper"},
@@ -55,14 +57,16 @@ SIDEWAYS: Final = {
     "recorder": {"recording", "supply", "workroom"},
     "manifests": {"exchange"},
     "refresh": {"manifests"},
+    "grants": {"exchange"},
     "warm": {"manifests"},
     "verbs": {"warm"},
-    "registry": {"exchange", "manifests", "prefetch", "refresh", "warm"},
+    "registry": {"exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "cli_models": {"cli_progress"},
     "cli": {"cli_models"},
-    "gate": {"opening", "streamlayer"},
+    "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"sender"},
-    "addon": {"blobserver", "desk", "gate", "modes", "streamlayer"},
+    "flows": {"gate", "streamlayer"},
+    "addon": {"blobserver", "desk", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }
 
 PURE_ROWS: Final = {"L0", "L1"}
@@ -80,7 +84,7 @@ OUTSIDE_CALLS: Final = {
     *("cwd", "exists", "glob", "home", "is_dir", "is_file", "iterdir", "lstat", "resolve", "rglob", "stat"),
     *("mkdir", "rmdir", "unlink"),
 }
-MITMPROXY_HOMES: Final = {"addon", "gate", "modes", "opening", "streamlayer"}
+MITMPROXY_HOMES: Final = {"addon", "flows", "gate", "modes", "opening", "parentleg", "streamlayer"}
 LONGEST: Final = 400  # lines; past that a module has two jobs
 
 

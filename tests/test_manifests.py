@@ -99,6 +99,7 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.kept: dict[Name, ManifestRecord] = {}
+        self.denied = 0
 
     def manifests(self) -> dict[Name, ManifestRecord]:
         return self.kept
@@ -115,6 +116,9 @@ class FakeStore:
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         self.kept[name] = record
 
+    def denials(self, host: str, repository: str) -> int:
+        return self.denied
+
     def drop_manifest(self, name: Name) -> None:
         del self.kept[name]
 
@@ -123,6 +127,7 @@ class FakeStore:
             self.kept[name] = replace(self.kept[name], pulled=now)
 
     def deny(self, host: str, repository: str) -> bool:
+        self.denied += 1
         changed = False
         for name, record in self.kept.items():
             if (name.host, name.repository) == (host, repository) and not record.denied:
@@ -649,3 +654,22 @@ def test_the_newest_client_speaks_for_the_cache() -> None:
         world.ask(user_agent=agent)
     assert world.manifests.newest_agent == "ollama/0.10.1 (amd64 linux) Go/go1.26"
     assert World(GRANTED).manifests.newest_agent == ""
+
+
+def test_a_refusal_overtakes_a_yes() -> None:
+    """Upstream granted it, and refused the repository before that answer was here: nothing is stored."""
+
+    async def main() -> None:
+        world = World(GRANTED, stored_ago=LIFETIME)
+        world.upstream.gate.clear()
+        asking = asyncio.create_task(world.get())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert len(world.upstream.asked) == 1
+        world.store.deny(HOST, ROUTE.repository)
+        world.upstream.gate.set()
+        assert (await asking).body == NEW
+        assert world.store.kept[NAME].denied
+        assert world.stored == (OLD, NOW - LIFETIME)
+
+    asyncio.run(main())

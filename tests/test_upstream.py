@@ -25,6 +25,7 @@ from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
     LoopDetected,
+    Offline,
     SourceExpired,
     UnexpectedResponse,
     UpstreamError,
@@ -277,7 +278,11 @@ async def test_nothing_is_said_that_was_not_given() -> None:
         await at.ask("HEAD", user_agent="ollama/0.9", accept="text/plain", authorization="Bearer t")
         first, second = at.registry.seen
         assert (first.method, second.method) == ("GET", "HEAD")
-        host = {"host": f"127.0.0.1:{at.registry.port}", "accept-encoding": "identity"}
+        host = {
+            "host": f"127.0.0.1:{at.registry.port}",
+            "accept-encoding": "identity",
+            "cdn-loop": at.upstream.loop.identifier,
+        }
         assert first.headers == host
         assert second.headers == {
             **host,
@@ -286,6 +291,16 @@ async def test_nothing_is_said_that_was_not_given() -> None:
             "authorization": "Bearer t",
         }
         assert first.connection == second.connection
+
+
+@on_loop
+async def test_a_loop_is_left_to_be_seen() -> None:
+    """CDN-Loop of the request behind ours is extended; a cache's 508 is not asked for again."""
+    async with world() as at:
+        at.registry.answers[MANIFEST_TARGET] = reply(508, b"{}")
+        response = await at.ask(CDN_Loop="a; b=c")
+        assert response.status == 508
+        assert [seen.headers["cdn-loop"] for seen in at.registry.seen] == [f"a; b=c, {at.upstream.loop.identifier}"]
 
 
 BODY = b'{"layers": []}'
@@ -434,7 +449,7 @@ async def test_offline_and_closed() -> None:
     """No connection is made then."""
     async with world(offline="true") as at:
         for attempt in (at.ask, at.obtain, at.open):
-            with refused(UpstreamUnreachable, "^offline: upstream is not asked$"):
+            with refused(Offline, "^offline: upstream is not asked$"):
                 await attempt()
         assert (at.registry.connections, at.cdn.connections) == (0, 0)
     async with world() as at:
@@ -485,11 +500,15 @@ async def test_upstream_counts_as_down_until_it_answers(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @on_loop
 async def test_where_a_blob_is(status: int, location: str, expected: str) -> None:
-    """Relative to the registry's public name, not to where it is really reached; nothing is asked there yet."""
+    """Relative to the registry's public name, not to where it is really reached; nothing is asked there yet.
+
+    The token goes on to where the same registry sends us, and to no other host.
+    """
     async with world() as at:
         at.registry.answers[BLOB_TARGET] = moved(location, status)
         source, stream = await at.obtain(authorization="Bearer t", user_agent="ollama/0.9")
-        assert (source.url, source.headers, stream) == (expected, {}, None)
+        token = {"authorization": "Bearer t"} if expected.startswith(f"https://{HOST}/") else {}
+        assert (source.url, source.headers, stream) == (expected, token, None)
         assert at.registry.seen[0].headers["authorization"] == "Bearer t"
         assert (at.registry.targets, at.cdn.targets) == ([BLOB_TARGET], [])
 
@@ -508,6 +527,27 @@ async def test_a_registry_that_has_the_bytes() -> None:
         assert await read(again) == b"4567"
         assert [seen.headers.get("authorization") for seen in at.registry.seen] == ["Bearer t", "Bearer t"]
         assert "user-agent" not in at.registry.seen[1].headers
+
+
+@pytest.mark.parametrize(
+    ("answer", "extent"),
+    [
+        pytest.param(part(0, 1), (0, 1, 16), id="a registry that knows Range"),
+        pytest.param(reply(200, BLOB), (0, 16, 16), id="one that does not"),
+        pytest.param(reply(416, b"", ("Content-Range", "bytes */0")), (0, 0, 0), id="an empty blob"),
+    ],
+)
+@on_loop
+async def test_a_registry_that_has_the_bytes_is_asked_for_few(answer: bytes, extent: tuple[int, int, int]) -> None:
+    """Where only the source is wanted, one byte is asked for in case the registry itself is the source."""
+    async with world() as at:
+        at.registry.answers[BLOB_TARGET] = answer
+        source, stream = await at.upstream.obtain(HOST, REPOSITORY, DIGEST, {}, stop=1, timeout_s=20.0)
+        assert stream is not None
+        with closing(stream):
+            assert (stream.start, stream.stop, stream.length) == extent
+        assert source.url == f"https://{HOST}{BLOB_TARGET}"
+        assert [seen.headers["range"] for seen in at.registry.seen] == ["bytes=0-0"]
 
 
 @pytest.mark.parametrize("bad", [CLOSE, reply(500), reply(503, b"busy")], ids=["closed", "500", "503"])
@@ -620,7 +660,12 @@ async def test_a_part_is_asked_for_exactly() -> None:
         (seen,) = at.cdn.seen
         assert (seen.method, seen.target) == ("GET", DATA_TARGET)
         host = f"127.0.0.1:{at.cdn.port}"
-        assert seen.headers == {"host": host, "accept-encoding": "identity", "range": "bytes=4-7"}
+        assert seen.headers == {
+            "host": host,
+            "accept-encoding": "identity",
+            "range": "bytes=4-7",
+            "cdn-loop": at.upstream.loop.identifier,
+        }
 
 
 @on_loop
@@ -806,6 +851,25 @@ async def test_a_source_that_moves_on() -> None:
         assert at.cdn.targets == [DATA_TARGET, f"/second?{QUERY}", f"/third?{QUERY}"]
         assert at.registry.targets == [f"/fourth?{QUERY}"]
         assert {seen.headers["range"] for seen in at.cdn.seen + at.registry.seen} == {"bytes=4-7"}
+
+
+@on_loop
+async def test_a_parent_cache_that_redirects_to_its_own_address() -> None:
+    """Named in `upstream`, it may call itself by the address that the name led to; by no other port or address."""
+    async with Server() as parent, open_client(upstream=f"{HOST}=http://localhost:{parent.port}") as upstream:
+        parent.answers |= {
+            BLOB_TARGET: [
+                moved(f"http://127.0.0.1:{parent.port}/data?{QUERY}"),
+                moved(f"http://127.0.0.1:{parent.port + 1}/data?{QUERY}"),
+            ],
+            f"/data?{QUERY}": part(4, 8),
+        }
+        at = World(parent, parent, upstream)
+        source, _ = await at.obtain()
+        assert await read(await at.open(source=source)) == b"4567"
+        source, _ = await at.obtain()
+        with refused(AddressRefused):
+            await at.open(source=source)
 
 
 @on_loop

@@ -2,19 +2,20 @@
 
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
-    L4   addon  gate  streamlayer  modes  opening
-         blobserver  sender  desk
+    L4   addon  flows  gate  parentleg  streamlayer  modes
+         opening  blobserver  sender  desk
          cli  cli_models  cli_progress                       edges: mitmproxy, our port, the terminal
-    L3b  registry  manifests  exchange  prefetch  refresh
-         warm  verbs                                         request value -> answer: status, headers and what to send
+    L3b  registry  manifests  grants  exchange  prefetch
+         refresh  warm  verbs                                request value -> answer: status, headers and what to send
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  cursor  relay  fetcher
          supply  sealer  keeper  workroom                    the ones that talk to the CDN and keep what it says
-    L2a  store  index  ingest  upstream  datastream  collapse  ca  threads  places
-         looplag  platform  ledger  control  asking
-         housekeeping                                        disk, sockets, tasks, keys
+    L2a  store  storefolder  index  ingest  upstream  datastream  resolver  collapse
+         ca  threads  places  looplag  platform
+         ledger  control  asking  housekeeping               disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
-         tunnel  budget  traffic  catalogue  pruning         state and policy, no I/O; `now` is a parameter
+         tunnel  budget  parent
+         traffic  catalogue  pruning                         state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
-         conditional  requestlog  settings  options  wording
+         conditional  requestlog  settings  options  loopguard  wording
 """

@@ -1,4 +1,4 @@
-"""The mitmproxy addon: options, life, and flows turned into requests and answers.
+"""The mitmproxy addon: options and life.
 
 Invariant: a start that fails ends mitmdump before it serves anybody; what runs is owned here, opened in `configure`
 and `running`, released in `done`. Knows how mitmproxy works and nothing of how a request is answered.
@@ -15,28 +15,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NoReturn
 
-from mitmproxy import addonmanager, ctx, exceptions, http
-from mitmproxy.proxy.mode_specs import ReverseMode
+from mitmproxy import addonmanager, ctx, exceptions
+from mitmproxy.proxy.mode_specs import ProxyMode
 
 from pullthrough import places, platform
 from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
 from pullthrough.desk import Desk
-from pullthrough.errors import CacheError, Misdirected
-from pullthrough.exchange import Answer, Request
-from pullthrough.gate import Gate, normal, own_ports, refuse
+from pullthrough.errors import CacheError
+from pullthrough.flows import Flows
+from pullthrough.gate import Gate, own_ports
 from pullthrough.keeper import Keeper
 from pullthrough.looplag import LoopLag
 from pullthrough.modes import check_modes
 from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
-from pullthrough.reader import Reader
+from pullthrough.parent import Parents
+from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
-from pullthrough.requestlog import log_answer, log_transfer
 from pullthrough.settings import PREFIX, Settings
 from pullthrough.store import Store
-from pullthrough.streamlayer import Mouth, Transfer, Transfers, check_internals
+from pullthrough.streamlayer import Transfers, check_internals
 from pullthrough.threads import Threads
 from pullthrough.upstream import Upstream
 from pullthrough.workroom import Workroom
@@ -78,6 +78,7 @@ class OllamaCache:
         self._authority: Authority | None = None
         self._leaves: list[Leaf] = []
         self._confdir: tempfile.TemporaryDirectory[str] | None = None
+        self._parents = Parents()
         self._upstream: Upstream | None = None
         self._threads: Threads | None = None
         self._recorder: Recorder | None = None
@@ -86,10 +87,10 @@ class OllamaCache:
         self._blob_server: BlobServer | None = None
         self._desk: Desk | None = None
         self._minting: asyncio.Task[None] | None = None
-        self._transfers: Transfers = {}
-        self._gate = Gate(self._transfers)
-        self.addons = [self._gate]
-        self._mouth = Mouth(lambda client: ctx.master.addons.get("proxyserver").connections.get(client))
+        transfers: Transfers = {}
+        self._gate = Gate(transfers)
+        self._flows = Flows(self._gate, transfers)
+        self.addons = [self._gate, self._flows]
 
     # --- life
 
@@ -126,12 +127,14 @@ class OllamaCache:
         logging.getLogger("mitmproxy.proxy.server").setLevel(quiet)
         logging.getLogger("mitmproxy.proxy.layers").setLevel(quiet)
         self._authority = Authority.load_or_create(settings.certs, settings.intercepted, now=_now())
+        self._parents = ways_out(os.environ, _ports())
         try:
             self._upstream = Upstream(
                 settings,
                 trusted_ca=ctx.options.ssl_verify_upstream_trusted_ca,
                 own_addresses=platform.own_addresses,
                 own_ports=own_ports,
+                parents=self._parents,
             )
         except OSError as error:
             raise CacheError(
@@ -188,7 +191,8 @@ class OllamaCache:
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
         self._forbid_reload()
-        self._gate.open(settings)
+        self._gate.open(settings, self._parents, self._upstream.loop)
+        self._flows.open(settings, self._registry, self._upstream.loop, self._desk.serve)
         await self._blob_server.open(self._registry, self._gate.admits, self._desk.serve)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
@@ -211,13 +215,12 @@ class OllamaCache:
             await self._desk.close()
         if self._blob_server is not None:
             await self._blob_server.close()
-        registry, self._registry = self._registry, None
-        if registry is not None:
-            await registry.close()
+        self._flows.close()
+        if self._registry is not None:
+            await self._registry.close()
         if self._recorder is not None:
             await self._recorder.close()
-        for transfer in list(self._transfers.values()):
-            transfer.close()
+        self._flows.release()
         if self._threads is not None:
             self._threads.close()
         if self._upstream is not None:
@@ -244,99 +247,6 @@ class OllamaCache:
             if script.ns is not None and self in getattr(script.ns, "addons", ()) and script.reloadtask:
                 script.reloadtask.cancel()
 
-    # --- flows
-
-    def requestheaders(self, flow: http.HTTPFlow) -> None:
-        """Let bodies flow: only requests that we may answer are held until they are complete."""
-        try:
-            if self._gate.is_ours(flow.request.host):
-                self._gate.check_names(flow)
-        except Misdirected as error:
-            _log.warning("%s", error)
-            if _has_body(flow.request):
-                flow.kill()
-            else:
-                refuse(flow, error.status_hint, str(error))
-            return
-        if not self._may_answer(flow):
-            self._reroute(flow)
-            flow.request.stream = True
-
-    async def request(self, flow: http.HTTPFlow) -> None:
-        if flow.response is not None or flow.error is not None or flow.request.stream:
-            return
-        registry = self._registry
-        try:
-            if registry is None:
-                raise CacheError("the cache is not open")
-            answer = await registry.answer(_request(flow))
-        except Exception:
-            # Never upstream's bytes by accident, never text that ends in a model file.
-            _log.exception("answering %s failed", flow.request.path.partition("?")[0])
-            flow.response = _response(502, [], b"", 0)
-            return
-        if answer is None:
-            self._reroute(flow)
-        else:
-            self._apply(flow, answer)
-
-    def responseheaders(self, flow: http.HTTPFlow) -> None:
-        if flow.response is not None and flow.id not in self._transfers:
-            flow.response.stream = True
-
-    def response(self, flow: http.HTTPFlow) -> None:
-        self._finish(flow)
-
-    def error(self, flow: http.HTTPFlow) -> None:
-        self._finish(flow)
-
-    async def ollama_cache_piece(self, transfer: Transfer) -> None:
-        """The stream layer wants the next piece of a body."""
-        await self._mouth.fill(transfer)
-
-    def _apply(self, flow: http.HTTPFlow, answer: Answer) -> None:
-        body = answer.body if isinstance(answer.body, bytes) else b""
-        headers = [*answer.headers, ("Cache-Status", str(answer.cache))]
-        flow.response = _response(answer.status, headers, body, answer.length)
-        if isinstance(answer.body, Reader):
-            self._transfers[flow.id] = Transfer(flow, answer.body, held=answer.held)
-        else:
-            log_answer(
-                flow.client_conn.peername[0], flow.request.method, flow.request.path, answer.status, str(answer.cache)
-            )
-
-    def _finish(self, flow: http.HTTPFlow) -> None:
-        transfer = self._transfers.pop(flow.id, None)
-        if transfer is None:
-            return
-        transfer.close()
-        assert flow.response and self._desk
-        self._desk.serve(transfer.sent)
-        log_transfer(
-            flow.client_conn.peername[0],
-            flow.request.method,
-            flow.request.path,
-            flow.response.status_code,
-            flow.response.headers.get("Cache-Status", ""),
-            sent=transfer.sent,
-            seconds=time.monotonic() - transfer.began,
-            problem=flow.error.msg if flow.error else "",
-        )
-
-    def _may_answer(self, flow: http.HTTPFlow) -> bool:
-        return (
-            self._gate.is_ours(flow.request.host)
-            and flow.request.method in ("GET", "HEAD")
-            and not _has_body(flow.request)
-        )
-
-    def _reroute(self, flow: http.HTTPFlow) -> None:
-        """Send a passed-through request where `upstream` says that its host is."""
-        assert self._settings
-        endpoint = self._settings.upstream.get(normal(flow.request.host))
-        if endpoint is not None:
-            flow.request.scheme, flow.request.host, flow.request.port = endpoint.scheme, endpoint.host, endpoint.port
-
 
 def _stop(error: CacheError) -> NoReturn:
     """End mitmdump before it serves anybody: a cache that failed to start must not be an open proxy."""
@@ -358,33 +268,11 @@ def _origins(settings: Settings) -> list[dict[str, str]]:
     return rows
 
 
+def _ports() -> set[int]:
+    """The ports that mitmproxy is to listen on."""
+    modes = (ProxyMode.parse(spec) for spec in ctx.options.mode)
+    return {port for mode in modes if (port := mode.listen_port(ctx.options.listen_port))}
+
+
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _has_body(request: http.Request) -> bool:
-    return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
-
-
-def _request(flow: http.HTTPFlow) -> Request:
-    headers = {name.lower(): value for name, value in flow.request.headers.items()}
-    host = normal(flow.request.host)
-    # In reverse mode a client reaches us by a hosts entry, which the blob host need not have.
-    reverse = isinstance(flow.client_conn.proxy_mode, ReverseMode)
-    return Request(
-        flow.request.method,
-        flow.request.scheme,
-        host,
-        flow.request.path,
-        headers,
-        blobs=f"{flow.request.scheme}://{host}" if reverse else None,
-        inline=reverse,
-    )
-
-
-def _response(status: int, headers: list[tuple[str, str]], body: bytes, length: int) -> http.Response:
-    fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-    response = http.Response.make(status, body, http.Headers(fields))
-    # After the body: setting content writes its own length, which is wrong for HEAD and for streamed bodies.
-    response.headers["Content-Length"] = str(length)
-    return response

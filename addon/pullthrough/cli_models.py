@@ -234,7 +234,8 @@ def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: 
             import asyncio
 
             from pullthrough.housekeeping import Housekeeping
-            from pullthrough.store import MARKER, Store
+            from pullthrough.store import Store
+            from pullthrough.storefolder import MARKER
 
             if not (folder / MARKER).exists():
                 raise StoreError(f"expected a store in {folder}, got none; see --dir") from None

@@ -37,7 +37,7 @@ def check_data(status: int, headers: Mapping[str, str], *, asked: tuple[int, int
     UpstreamRefused (429, 5xx) or UnexpectedResponse otherwise.
     """
     if status in _SOURCE_GONE:
-        raise SourceExpired(f"the source answered {status}")
+        raise SourceExpired(status, relayable(headers))
     if status == 429 or status >= 500:
         raise UpstreamRefused(status, relayable(headers))
     if status == 416 and headers.get("Content-Range", "").replace(" ", "") == "bytes*/0" and not length:

@@ -39,7 +39,12 @@ class Source:
 class DataStream:
     """A checked data response: the bytes `[start, stop)` of a blob of `length` bytes, in order."""
 
-    def __init__(self, response: aiohttp.ClientResponse, extent: Extent) -> None:
+    def __init__(
+        self, response: aiohttp.ClientResponse, extent: Extent, source: Source | None = None, *, ranged: bool = True
+    ) -> None:
+        """`source` is where the bytes came from, behind all redirects; `ranged` says that a Range was asked for."""
+        self.source = source
+        self.ranged = ranged
         self.start = extent.start
         self.stop = extent.stop
         self.length = extent.length
@@ -84,6 +89,10 @@ def translate(error: BaseException) -> UpstreamError:
     """Our error for the client library's; without addresses, which may be signed."""
     if isinstance(error, TimeoutError):
         return UpstreamTimeout("no answer in time")
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return UpstreamUnreachable(f"the parent proxy answered {error.status} to CONNECT")
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return UpstreamUnreachable(f"parent proxy {error.host}:{error.port}: {error.os_error}")
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return UpstreamUnreachable(f"{error.host}: name resolution failed: {error.os_error}")
     if isinstance(error, aiohttp.ClientConnectorError):

@@ -13,6 +13,7 @@
     ├── DigestMismatch         recorded bytes do not hash to their name: quarantined, never a hit
     └── UpstreamError          upstream could not be used (502)
         ├── UpstreamUnreachable    no answer at all: DNS, connect, TLS, reset
+        │   └── Offline            nobody is to be asked (504)
         ├── UpstreamTimeout        no answer in time (504)
         ├── UpstreamRefused        an answer that settles the matter, to be relayed (its own status)
         ├── UnexpectedResponse     an answer that does not fit what was asked; never recorded
@@ -96,6 +97,12 @@ class UpstreamUnreachable(UpstreamError):
     """No response came: name resolution, connect, TLS or the connection failed."""
 
 
+class Offline(UpstreamUnreachable):
+    """The options say that no registry is contacted."""
+
+    status_hint = 504
+
+
 class UpstreamTimeout(UpstreamError):
     """No response came in time."""
 
@@ -134,6 +141,11 @@ class ValidatorChanged(UnexpectedResponse):
 
 class SourceExpired(UpstreamError):
     """The signed address of a blob is no longer accepted (401, 403, 404 or 410 from the CDN)."""
+
+    def __init__(self, status: int, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(f"the source answered {status}")
+        self.status = status
+        self.headers = tuple(headers)
 
 
 class AddressRefused(UpstreamError):

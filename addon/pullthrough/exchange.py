@@ -4,6 +4,7 @@ Invariant: an answer's `length` is its Content-Length, also where no body is sen
 turns an error into a blob route's answer. Knows neither mitmproxy nor how anything is answered.
 """
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Final
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, UpstreamRefused
+from pullthrough.loopguard import CDN_LOOP
 from pullthrough.reader import Reader
 from pullthrough.records import Version
 
@@ -56,9 +58,15 @@ class Request:
         return version_of(self.agent)
 
     @property
+    def trail(self) -> str:
+        """CDN-Loop: the caches that the request has been through, "" where there is none."""
+        return self.headers.get("cdn-loop", "")
+
+    @property
     def forwarded(self) -> dict[str, str]:
-        """What upstream may know of the client: its version (some models are gated by it)."""
-        return {"User-Agent": self.agent} if self.agent else {}
+        """What upstream may know of the client: its version (some models are gated by it), and its way to us."""
+        fields = {"User-Agent": self.agent, CDN_LOOP: self.trail}
+        return {name: value for name, value in fields.items() if value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,3 +96,10 @@ def failure(error: CacheError, digest: Digest | None = None) -> Answer:
     forwarded = error.status_hint if isinstance(error, UpstreamRefused) else None
     _log.info("%s: %s", digest.short if digest else "request", error)
     return Answer(error.status_hint, CacheStatus(Outcome.MISS, forward_status=forwarded), kept)
+
+
+def explained(status: int, code: str, message: str, cache: CacheStatus) -> Answer:
+    """A failure in the registry's own shape (OCI distribution-spec, "Error codes"); not for a blob route."""
+    body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
+    _log.warning("%s", message)
+    return Answer(status, cache, (("Content-Type", "application/json"),), body, len(body))

@@ -26,7 +26,7 @@ from pullthrough.errors import (
     ValidatorChanged,
 )
 from pullthrough.intervals import Intervals
-from pullthrough.scheduler import MIN_SLICE, Slice
+from pullthrough.scheduler import MAX_SLICE, MIN_SLICE, Slice
 from pullthrough.supply import Supply
 
 _log = logging.getLogger(__name__)
@@ -116,6 +116,8 @@ class Fetcher:
         self._attempts: set[_Attempt] = set()
         self._rate: float | None = None
         self._whole_only = False
+        self._untried = False
+        """Whether the source knows Range is not known: one connection is to find out."""
         self._failures = 0
         self._restarts = 0
         self._heard = time.monotonic()
@@ -134,7 +136,7 @@ class Fetcher:
 
     def wake(self) -> None:
         """Put as many connections to work as there are slices for."""
-        limit = 1 if self._whole_only else self._connections
+        limit = 1 if self._whole_only or self._untried else self._connections
         # Those that have just been started have not claimed yet, but each will take this much at least.
         worth = -(-self._assembly.unclaimed // MIN_SLICE)
         while len(self._workers) < min(limit, worth) and self._wanted():
@@ -158,12 +160,18 @@ class Fetcher:
         await asyncio.gather(*workers, return_exceptions=True)
 
     async def take(self, stream: DataStream) -> None:
-        """Take in the first response, whose bytes nobody else has claimed."""
-        taken = Slice(stream.start, stream.stop)
+        """Take in the first response, whose bytes nobody else has claimed.
+
+        One that was asked for without Range says nothing of whether the source knows it. So it counts as a slice,
+        while another connection tries; where that gets the whole too, this one goes on.
+        """
+        limit = None if stream.ranged or stream.stop <= MAX_SLICE else MAX_SLICE
+        self._untried = limit is not None
+        taken = Slice(stream.start, limit or stream.stop)
         if taken.start < taken.stop:
             self._assembly.claim(taken.start, taken.stop)
         try:
-            await self._attempt(taken, lambda attempt: self._receive(stream, attempt))
+            await self._attempt(taken, lambda attempt: self._receive(stream, attempt, limit))
         except UpstreamError as error:
             self._note(error)
         finally:
@@ -209,6 +217,9 @@ class Fetcher:
                         self._whole_only = True
                         if any(other.whole for other in self._attempts):
                             return
+                    elif self._untried:
+                        self._untried = False
+                        self.wake()
                     await self._receive(stream, attempt)
 
             await self._attempt(taken, fetch)
@@ -230,29 +241,36 @@ class Fetcher:
                 self._assembly.release(taken.start, taken.stop)
             attempt.over.set()
 
-    async def _receive(self, stream: DataStream, attempt: _Attempt) -> None:
-        """Hand on the stream's bytes, but those that are here already (of a response longer than was asked for)."""
+    async def _receive(self, stream: DataStream, attempt: _Attempt, limit: int | None = None) -> None:
+        """Hand on the stream's bytes, but those that are here already (of a response longer than was asked for).
+
+        Up to `limit`, unless this turns out to be the one connection that the source is good for.
+        """
         attempt.whole = stream.whole
-        attempt.extent = Slice(stream.start, stream.stop)
-        self._whole_only = self._whole_only or stream.whole
+        attempt.extent = Slice(stream.start, limit or stream.stop)
+        self._whole_only = self._whole_only or (stream.whole and limit is None)
         offset = stream.start
         began = time.monotonic()
         try:
             async for data in stream.batches():
                 self._counters.upstream_bytes += len(data)
                 self.fetched += len(data)
-                view = memoryview(data)
+                if limit is not None and self._whole_only:
+                    limit, attempt.extent = None, Slice(stream.start, stream.stop)
+                view = memoryview(data)[: None if limit is None else limit - offset]
                 position = offset
-                while (gap := self._free_to_write(position, offset + len(data))) is not None:
+                while (gap := self._free_to_write(position, offset + len(view))) is not None:
                     start, position = gap
                     self._landing.add(start, position)
                     try:
                         await self._accept(start, view[start - offset : position - offset])
                     finally:
                         self._landing.remove(start, position)
-                offset += len(data)
+                offset += len(view)
                 self._heard = attempt.heard = time.monotonic()
                 self._failures = 0
+                if offset == limit:
+                    break
                 if pause := self._spend(len(data)):
                     # Not silent: held back by ourselves.
                     attempt.heard += pause
@@ -261,8 +279,8 @@ class Fetcher:
             if offset > stream.start:
                 await self._finish(stream.start, offset)
         elapsed = time.monotonic() - began
-        if elapsed > 0 and stream.stop - stream.start >= MIN_SLICE:
-            rate = (stream.stop - stream.start) / elapsed
+        if elapsed > 0 and offset - stream.start >= MIN_SLICE:
+            rate = (offset - stream.start) / elapsed
             self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
 
     def _free_to_write(self, start: int, stop: int) -> tuple[int, int] | None:

@@ -13,14 +13,17 @@ import socket
 from mitmproxy import connection, ctx, http, tls
 from mitmproxy.proxy import commands, events, layer, server_hooks
 from mitmproxy.proxy.context import Context
-from mitmproxy.proxy.layers import ClientTLSLayer, ServerTLSLayer, TCPLayer
+from mitmproxy.proxy.layers import ClientTLSLayer, ServerTLSLayer
 from mitmproxy.proxy.layers.http import HTTPMode, HttpStream
 from mitmproxy.proxy.layers.modes import ReverseProxy, TransparentProxy
 
 from pullthrough import platform
 from pullthrough.access import ClientPolicy
-from pullthrough.errors import AddressRefused, Misdirected
+from pullthrough.errors import AddressRefused, LoopDetected, Misdirected
+from pullthrough.loopguard import LoopGuard
 from pullthrough.opening import read_opening
+from pullthrough.parent import Parents
+from pullthrough.parentleg import ParentLeg
 from pullthrough.settings import Settings, Tunnel
 from pullthrough.streamlayer import CachingLayer, Transfers, replace_http_layer
 from pullthrough.tunnel import LegPolicy, check_elsewhere
@@ -39,9 +42,12 @@ class Gate:
         self._intercepted: tuple[str, ...] = ()
         self._clients: ClientPolicy | None = None
         self._legs = LegPolicy(frozenset(), tunnels=False)
+        self.parent = ParentLeg()
+        self.addons = [self.parent]
 
-    def open(self, settings: Settings) -> None:
+    def open(self, settings: Settings, parents: Parents, loop: LoopGuard) -> None:
         """From now on clients are served, as the settings say."""
+        self.parent.open(parents, loop)
         self._intercepted = settings.intercepted
         self._legs = LegPolicy(exempt_hosts(settings), tunnels=settings.tunnel is Tunnel.ANY)
         self._clients = ClientPolicy(settings.clients, local=platform.local_networks())
@@ -66,6 +72,13 @@ class Gate:
             if normal(name) != host:
                 raise Misdirected(f"expected {kind} {host}, got {name!r}")
 
+    def check_plain(self, flow: http.HTTPFlow) -> None:
+        """AddressRefused for a plain request that the parent proxy would lead where we lead nobody."""
+        host, port = flow.request.host, flow.request.port
+        if not self._legs.is_exempt(host, port) and self.parent.leads(host, port, encrypted=False):
+            self._legs.check_port(port, encrypted=False)
+            self.parent.check(host, port, encrypted=False)
+
     def admits(self, peer: str) -> bool:
         """Whether a client at the address `peer` is served; who is not is named in the log."""
         try:
@@ -84,8 +97,12 @@ class Gate:
     def http_connect(self, flow: http.HTTPFlow) -> None:
         try:
             host, port = flow.request.host, flow.request.port
+            self.parent.enter(flow)
             if not self._intercepts(host, port) and not self._legs.is_exempt(host, port):
                 self._legs.check_port(flow.request.port, encrypted=True)
+                self.parent.check(host, port, encrypted=True)
+        except LoopDetected as error:
+            refuse(flow, error.status_hint, str(error))
         except AddressRefused as error:
             refuse(flow, 403, f"tunnel to {flow.request.host}:{flow.request.port} refused: {error}")
         except Exception:
@@ -105,7 +122,7 @@ class Gate:
             return
         in_tunnel = any(isinstance(item, HttpStream) for item in context.layers)
         if in_tunnel and not (context.server.address and self._intercepts(*context.server.address[:2])):
-            nextlayer.layer = TCPLayer(context, ignore=True)
+            nextlayer.layer = self.parent.tunnel(context)
             return
         ctx.master.addons.get("nextlayer").next_layer(nextlayer)
         if nextlayer.layer is not None:
@@ -138,13 +155,20 @@ class Gate:
             peer = context.client.peername[0]
             _log.warning("refused client %s: expected one of %s, got %r", peer, ", ".join(self._intercepted), name)
             return _Closing(context)
-        return TCPLayer(context, ignore=True)
+        try:
+            self.parent.check(target, dialled, encrypted=opening.encrypted)
+        except AddressRefused as error:
+            _log.warning("refused connection to %s: %s", target, error)
+            return _Closing(context)
+        return self.parent.tunnel(context)
 
     async def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
         """Judge every leg, whatever request led to it, and pin the address that was judged."""
         try:
             assert data.server.address
             host, port = data.server.address[:2]
+            if self.parent.is_parent(host, port):
+                return
             exempt = self._legs.is_exempt(host, port)
             if exempt and not (self.is_ours(host) and port in own_ports()):
                 return

@@ -5,7 +5,6 @@ stored, and refusals (401, 403, 404, 412) never are. Knows no blobs.
 """
 
 import asyncio
-import json
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -19,8 +18,9 @@ from pullthrough.collapse import Collapser
 from pullthrough.datacheck import relayable
 from pullthrough.digest import Digest
 from pullthrough.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout
-from pullthrough.exchange import Answer, Request, version_of
+from pullthrough.exchange import Answer, Request, explained, version_of
 from pullthrough.freshness import Freshness, Heard, Verdict
+from pullthrough.loopguard import CDN_LOOP
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.route import ManifestRoute
 from pullthrough.settings import Settings
@@ -52,7 +52,7 @@ class Manifests:
         self._settings = settings
         self._store = store
         self._upstream = upstream
-        self._fetches: Collapser[tuple[Name, str], Reply] = Collapser()
+        self._fetches: Collapser[tuple[Name, str, str], Reply] = Collapser()
         self._newest = ""
 
     @property
@@ -147,13 +147,16 @@ class Manifests:
         timeout_s = freshness.REVALIDATE_TIMEOUT_S if has_copy else DEADLINE_S
 
         async def work() -> Reply:
-            reply = await self.hear(name, request.agent, confirm=confirm, timeout_s=timeout_s)
-            self.settle(name, reply, request.agent)
+            denials = self._store.denials(name.host, name.repository)
+            reply = await self.hear(name, request.agent, request.trail, confirm=confirm, timeout_s=timeout_s)
+            self.settle(name, reply, request.agent, denials=denials)
             return reply
 
-        reply, collapsed = await self._fetches.join((name, request.agent), work)
+        reply, collapsed = await self._fetches.join((name, request.agent, request.trail), work)
         if reply.heard in (Heard.DENIED, Heard.GONE) and request.authorization is not None:
-            reply = await self.hear(name, request.agent, authorization=request.authorization, timeout_s=timeout_s)
+            reply = await self.hear(
+                name, request.agent, request.trail, authorization=request.authorization, timeout_s=timeout_s
+            )
             if reply.response.status == 200:
                 # A 404 to everybody else was no withdrawal.
                 self._deny(name)
@@ -164,6 +167,7 @@ class Manifests:
         self,
         name: Name,
         agent: str,
+        trail: str = "",
         *,
         confirm: ManifestRecord | None = None,
         authorization: str | None = None,
@@ -174,6 +178,8 @@ class Manifests:
         headers = {"Accept": ACCEPT}
         if agent:
             headers["User-Agent"] = agent
+        if trail:
+            headers[CDN_LOOP] = trail
         if authorization is not None:
             headers["Authorization"] = authorization
         try:
@@ -189,8 +195,13 @@ class Manifests:
         except TimeoutError:
             return _nothing(UpstreamTimeout("no answer in time"))
 
-    def settle(self, name: Name, reply: Reply, agent: str) -> None:
-        """Let the store follow what upstream said to an anonymous request by this User-Agent."""
+    def settle(self, name: Name, reply: Reply, agent: str, *, denials: int) -> None:
+        """Let the store follow what upstream said to an anonymous request by this User-Agent.
+
+        `denials` are the store's when upstream was asked: a refusal that has overtaken a yes prevails.
+        """
+        if reply.heard is Heard.MANIFEST and denials != self._store.denials(name.host, name.repository):
+            return
         stored = self._store.manifest(name)
         known = stored is not None and not stored.denied
         verdict = freshness.conclude(reply.heard, stored=known, withdrawn=self._settings.withdrawn)
@@ -265,9 +276,5 @@ def _relay(request: Request, response: Response, cache: CacheStatus) -> Answer:
 
 
 def _unavailable(name: Name, error: UpstreamError) -> Answer:
-    """A manifest that cannot be had, in the registry's own error shape (OCI distribution-spec, "Error codes")."""
     message = f"{name} is not recorded and upstream cannot be asked: {error}"
-    body = json.dumps({"errors": [{"code": "MANIFEST_UNKNOWN", "message": message}]}).encode()
-    _log.warning("%s", message)
-    headers = (("Content-Type", "application/json"),)
-    return Answer(504, CacheStatus(Outcome.MISS, detail="upstream-failed"), headers, body, len(body))
+    return explained(504, "MANIFEST_UNKNOWN", message, CacheStatus(Outcome.MISS, detail="upstream-failed"))

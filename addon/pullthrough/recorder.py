@@ -48,7 +48,7 @@ class Recorder:
             recording.start(stream, after=self._closing.get(digest))
             return recording
         if source is not None:
-            recording.supply.offer(source)
+            recording.supply.offer(source, obtain)
         if stream is not None:
             stream.close()
         return recording

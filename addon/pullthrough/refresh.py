@@ -93,6 +93,7 @@ class Refresher:
         if stored is None or self._upstream.down_until(name.host) > time.monotonic():
             return
         agent = self._manifests.newest_agent
+        denials = self._store.denials(name.host, name.repository)
         reply = await self._manifests.hear(name, agent, confirm=stored, timeout_s=DEADLINE_S)
         if reply.heard is Heard.NOTHING:
             self._upstream.mark_down(name.host, DOWN_S)
@@ -104,7 +105,7 @@ class Refresher:
                 if not await self._record(name, digest):
                     _log.warning("refresh of %s: not all of it could be recorded; the tag stays as it is", name)
                     return
-        self._manifests.settle(name, reply, agent)
+        self._manifests.settle(name, reply, agent, denials=denials)
 
     async def _record(self, name: Name, digest: Digest) -> bool:
         """Whether the blob is here and public in the end."""

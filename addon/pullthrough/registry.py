@@ -8,27 +8,27 @@ Knows neither mitmproxy nor how bytes are sent.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from pullthrough import access, capability, chunksums
+from pullthrough import capability, chunksums
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.conditional import Precondition, evaluate
 from pullthrough.datacheck import relayable
-from pullthrough.datastream import DataStream, Source
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     CacheError,
+    LoopDetected,
     UnexpectedResponse,
-    UpstreamError,
     UpstreamRefused,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from pullthrough.exchange import Answer, Request, failure
+from pullthrough.exchange import Answer, Request, explained, failure
 from pullthrough.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
+from pullthrough.grants import Grant, Grants, attempts
 from pullthrough.manifests import Manifests
 from pullthrough.prefetch import Prefetcher
 from pullthrough.reader import Reader
@@ -46,7 +46,7 @@ from pullthrough.route import (
 )
 from pullthrough.settings import Settings
 from pullthrough.store import Store
-from pullthrough.upstream import DEADLINE_S, DENIED, PRIVATE, REDIRECTS, Upstream
+from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Upstream
 from pullthrough.warm import Warmer
 
 _log = logging.getLogger(__name__)
@@ -62,11 +62,11 @@ class Registry:
         self._store = store
         self._upstream = upstream
         self._recorder = recorder
-        self._vouchers = access.Vouchers()
+        self._grants = Grants(settings, store, upstream)
         self._manifests = Manifests(settings, store, upstream)
-        self._prefetcher = Prefetcher(store, recorder, self.source)
-        self._refresher = Refresher(settings, store, upstream, recorder, self._manifests, self.public_source)
-        self.warmer = Warmer(settings, store, recorder, self._manifests, self.public_source)
+        self._prefetcher = Prefetcher(store, recorder, self._grants.source)
+        self._refresher = Refresher(settings, store, upstream, recorder, self._manifests, self._grants.public_source)
+        self.warmer = Warmer(settings, store, recorder, self._manifests, self._grants.public_source)
 
     def open(self) -> None:
         """Begin what is done by itself."""
@@ -85,6 +85,8 @@ class Registry:
         route: Route | CanonicalRoute | None = parse_canonical_target(request.target)
         if route is None and request.host in self._settings.registries:
             route = parse_registry_target(request.target)
+        if request.trail and self._upstream.loop.is_own(request.trail):
+            return _looped(request, route)
         match route:
             case None:
                 return None
@@ -122,7 +124,7 @@ class Registry:
     async def _head_blob(self, request: Request, route: BlobRoute) -> Answer:
         # A push asks the same HEAD and skips the upload when the answer is 200: then only upstream's word counts.
         pushes = request.authorization is not None or request.is_transfer
-        known = self._is_known(request, route)
+        known = self._grants.holds(request, route)
         size = self._size(route.digest) if known else None
         if size is not None and not (pushes and not self._settings.offline):
             return _head(route.digest, size, CacheStatus(Outcome.HIT))
@@ -141,8 +143,7 @@ class Registry:
     async def _ask_size(self, request: Request, route: BlobRoute) -> int:
         """The size as upstream's HEAD tells it, asked anonymously first. UpstreamRefused where upstream says no."""
         target = f"/v2/{route.repository}/blobs/{route.digest}"
-        for authorization in _credentials(request):
-            headers = request.forwarded | ({"Authorization": authorization} if authorization else {})
+        for authorization, headers in attempts(request):
             response = await self._upstream.ask("HEAD", request.host, target, headers, timeout_s=DEADLINE_S)
             if response.status == 200 and (length := response.headers.get("Content-Length", "")).isdecimal():
                 # That a blob exists is no grant of its bytes: only a GET confirms the pair.
@@ -152,7 +153,7 @@ class Registry:
                 return await self._open(request, route)
             if response.status not in DENIED:
                 break
-            self._refuse(request.host, route, authorization, response.status)
+            self._grants.refuse(request.host, route, authorization, response.status)
         raise UpstreamRefused(response.status, relayable(response.headers))
 
     async def _get_blob(self, request: Request, route: BlobRoute) -> Answer:
@@ -172,7 +173,7 @@ class Registry:
 
     async def _known_size(self, request: Request, route: BlobRoute | ChunksumsRoute) -> int | None:
         """The size of a blob that this caller may have and that is here, or is being recorded; else None."""
-        if not self._is_known(request, route):
+        if not self._grants.holds(request, route):
             return None
         if (held := self._store.held(route.digest)) is not None:
             return held.size
@@ -181,93 +182,16 @@ class Registry:
 
     async def _open(self, request: Request, route: BlobRoute) -> int:
         """The blob's size, once upstream has granted it to this caller; it is being recorded if it is not here."""
-        source, stream = await self._obtain(request, route)
-        return await self._record(route.digest, source, stream)
+        return await self._record(route.digest, await self._grants.obtain(request, route))
 
-    async def _record(self, digest: Digest, source: Source, stream: DataStream | None = None) -> int:
-        """The blob's size; it is being recorded from the source if it is not here."""
+    async def _record(self, digest: Digest, grant: Grant) -> int:
+        """The blob's size; it is being recorded if it is not here."""
         if (held := self._store.held(digest)) is not None and held.size is not None:
-            if stream is not None:
-                stream.close()
+            if grant.stream is not None:
+                grant.stream.close()
             return held.size
-        recording = self._recorder.open(digest, obtain=lambda: self.source(digest), source=source, stream=stream)
+        recording = self._recorder.open(digest, obtain=grant.again, source=grant.source, stream=grant.stream)
         return await recording.ready()
-
-    async def _obtain(self, request: Request, route: BlobRoute) -> tuple[Source, DataStream | None]:
-        refusal: UpstreamRefused | None = None
-        for authorization in _credentials(request):
-            headers = request.forwarded | ({"Authorization": authorization} if authorization else {})
-            try:
-                granted = await self._upstream.obtain(
-                    request.host, route.repository, route.digest, headers, timeout_s=DEADLINE_S
-                )
-            except UpstreamRefused as error:
-                if error.status_hint not in DENIED:
-                    raise
-                self._refuse(request.host, route, authorization, error.status_hint)
-                refusal = error
-                continue
-            self._confirm(request.host, route, authorization)
-            return granted
-        assert refusal is not None
-        raise refusal
-
-    async def source(self, digest: Digest) -> Source:
-        """A source for a public blob, from any repository that has it. UpstreamError if none gives one."""
-        problem: UpstreamError = UpstreamUnreachable(f"no repository is known that holds {digest.short} in public")
-        for host, repository in self._store.repositories(digest):
-            try:
-                return await self.public_source(host, repository, digest)
-            except UpstreamError as error:
-                problem = error
-        raise problem
-
-    async def public_source(self, host: str, repository: str, digest: Digest) -> Source:
-        """A source from this repository, as everybody gets it. UpstreamError if it gives none."""
-        route = BlobRoute(repository, digest)
-        try:
-            source, stream = await self._upstream.obtain(host, repository, digest, {}, timeout_s=DEADLINE_S)
-        except UpstreamRefused as error:
-            self._refuse(host, route, None, error.status_hint)
-            raise
-        if stream is not None:
-            stream.close()
-        self._confirm(host, route, None)
-        return source
-
-    def _is_known(self, request: Request, route: BlobRoute | ChunksumsRoute) -> bool:
-        record = self._store.blob(route.digest)
-        evidence = access.Evidence(
-            public=record is not None and record.public,
-            listed=self._store.is_member(request.host, route.repository, route.digest),
-            vouched=self._vouchers.holds(
-                access.credential_key(request.authorization),
-                request.host,
-                route.repository,
-                route.digest,
-                now=time.monotonic(),
-            ),
-        )
-        return access.decide(evidence) is access.Decision.GRANT
-
-    def _confirm(self, host: str, route: BlobRoute | ChunksumsRoute, authorization: str | None) -> None:
-        """Upstream has granted the blob's bytes to the holder of `authorization`; without one, to everybody."""
-        if authorization is None:
-            self._store.confirm_public(host, route.repository, route.digest)
-            return
-        key = access.credential_key(authorization)
-        self._vouchers.add(key, host, route.repository, route.digest, now=time.monotonic())
-        # It was asked for because the anonymous request was refused, with whatever status.
-        self._deny(host, route.repository)
-
-    def _refuse(self, host: str, route: BlobRoute | ChunksumsRoute, authorization: str | None, status: int) -> None:
-        """Upstream has refused the blob to the holder of `authorization`."""
-        if authorization is None and status in PRIVATE:
-            self._deny(host, route.repository)
-
-    def _deny(self, host: str, repository: str) -> None:
-        if self._store.deny(host, repository):
-            _log.warning("%s/%s: refused to an anonymous request; private from now on", host, repository)
 
     def _size(self, digest: Digest) -> int | None:
         record = self._store.blob(digest)
@@ -307,16 +231,17 @@ class Registry:
     async def _ask_chunksums(self, request: Request, route: ChunksumsRoute) -> tuple[bytes, CacheStatus]:
         """Upstream's list; the blob is being recorded if it is not here. UpstreamRefused where upstream says no."""
         target = f"/v2/{route.repository}/chunksums/{route.digest}"
-        for authorization in _credentials(request):
-            headers = request.forwarded | ({"Authorization": authorization} if authorization else {})
+        for authorization, headers in attempts(request):
+            denials = self._grants.denials(request.host, route)
             response = await self._upstream.ask("GET", request.host, target, headers, timeout_s=DEADLINE_S)
             if response.status == 200 and (location := response.headers.get("Content-Location")):
-                self._confirm(request.host, route, authorization)
-                await self._record(route.digest, self._upstream.source_at(request.host, target, location))
+                self._grants.confirm(request.host, route, authorization, denials=denials)
+                source = self._upstream.source_at(request.host, target, location)
+                await self._record(route.digest, Grant(source, None, self._grants.again(request, route, authorization)))
                 return response.body, CacheStatus(Outcome.REQUEST, forward_status=200)
             if response.status not in DENIED:
                 break
-            self._refuse(request.host, route, authorization, response.status)
+            self._grants.refuse(request.host, route, authorization, response.status)
         if response.status == 200:
             raise UnexpectedResponse("expected a Content-Location with the chunk sums, got none")
         raise UpstreamRefused(response.status, relayable(response.headers))
@@ -345,7 +270,9 @@ class Registry:
                 )
             finally:
                 file.release()
-        recording = self._recorder.find(digest) or self._recorder.open(digest, obtain=lambda: self.source(digest))
+        recording = self._recorder.find(digest) or self._recorder.open(
+            digest, obtain=lambda: self._grants.source(digest)
+        )
         size = await recording.ready()
         return self._bytes(request, digest, size, lambda a, b: Reader(a, b, recording=recording), hit=False)
 
@@ -383,10 +310,11 @@ class Registry:
         return Answer(status, cache, tuple(headers), body, stop - start, held=request.is_transfer and not hit)
 
 
-def _credentials(request: Request) -> Iterator[str | None]:
-    yield None
-    if request.authorization is not None:
-        yield request.authorization
+def _looped(request: Request, route: Route | CanonicalRoute | None) -> Answer:
+    error = LoopDetected(f"{request.host}: expected another way to the registry, got one that leads back here")
+    if route is not None and not isinstance(route, ManifestRoute):
+        return failure(error, route.digest)
+    return explained(error.status_hint, "DENIED", str(error), CacheStatus(Outcome.BYPASS))
 
 
 def _head(digest: Digest, size: int, cache: CacheStatus) -> Answer:

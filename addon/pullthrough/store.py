@@ -14,11 +14,10 @@ because its `check(fix=True)` deletes files that it does not know (5.6.3). Knows
 """
 
 import contextlib
-import json
 import os
 import secrets
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,16 +31,13 @@ from pullthrough.index import Index
 from pullthrough.ingest import Ingest, SharedFile
 from pullthrough.ledger import Ledger
 from pullthrough.records import BlobRecord, ManifestRecord, Name
+from pullthrough.storefolder import load_secret, prepare, take_lock
 
-FORMAT: Final = 1
-MARKER: Final = "ollama-cache.json"
 TOLD_S: Final = 600.0
 """How far the index may lag behind with the time of a manifest's last pull."""
 
 KEPT_S: Final = 14 * 24 * 3600.0
 """How long a partial and a quarantined file stay; Ollama's own client prunes partials after an hour (v0.21.0)."""
-
-_FOLDERS: Final = ("index", "blobs", "ingest", "quarantine")
 
 
 class Store:
@@ -67,6 +63,7 @@ class Store:
         for name, record in self._manifests.items():
             self._list(name, record)
         self._open: dict[Digest, SharedFile] = {}
+        self._denials: Counter[tuple[str, str]] = Counter()
         self._untold: dict[Name, float] = {}
         """Since when the index lacks the time of a manifest's last pull."""
 
@@ -78,11 +75,11 @@ class Store:
         """
         with contextlib.ExitStack() as undo:
             try:
-                _prepare_folder(folder)
-                lock = undo.enter_context(_take_lock(folder))
+                prepare(folder)
+                lock = undo.enter_context(take_lock(folder))
                 index = Index(folder / "index")
                 undo.callback(index.close)
-                store = cls(folder, lock, index, _load_secret(folder))
+                store = cls(folder, lock, index, load_secret(folder))
                 store._sweep(oldest=time.time() - KEPT_S)
                 store._adopt_orphans()
             except OSError as error:
@@ -252,6 +249,7 @@ class Store:
         those whom upstream grants them. Returns whether anything was known.
         """
         where = (host, repository)
+        self._denials[where] += 1
         pairs = {pair for pair in self._pairs if pair[:2] == where}
         names = [
             name
@@ -272,6 +270,10 @@ class Store:
             if (known := self._blobs.get(digest)) is not None and known.public:
                 self._put_blob(digest, replace(known, public=False))
         return bool(pairs or names)
+
+    def denials(self, host: str, repository: str) -> int:
+        """How often the repository was denied since the start: an older yes than the last denial counts no more."""
+        return self._denials[host, repository]
 
     # --- manifests
 
@@ -333,68 +335,3 @@ def _is_same(status: os.stat_result, record: BlobRecord | None) -> bool:
     if record is None:
         return False
     return (status.st_size, status.st_mtime_ns, status.st_ino) == (record.size, record.mtime_ns, record.inode)
-
-
-def _prepare_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"store {folder}: expected a folder, got a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    marker = folder / MARKER
-    try:
-        text = marker.read_text()
-    except FileNotFoundError:
-        # A fresh file system has lost+found; a crash while the marker was written leaves its temporary.
-        names = [path.name for path in folder.iterdir()]
-        if names := sorted(name for name in names if name != "lost+found" and not name.startswith(f".{MARKER}")):
-            raise StoreError(
-                f"store {folder}: expected an ollama-cache store or an empty folder, "
-                f"got a folder with {names[0]!r} in it"
-            ) from None
-        _write_new(marker, json.dumps({"format": FORMAT}).encode() + b"\n", mode=0o644)
-    else:
-        try:
-            found = json.loads(text)["format"]
-        except (ValueError, KeyError, TypeError):
-            found = text[:40]
-        if found != FORMAT:
-            raise StoreError(f"store {folder}: expected format {FORMAT} in {MARKER}, got {found!r}")
-    for name in _FOLDERS:
-        (folder / name).mkdir(exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as probe:
-        probe.write(b"x")
-
-
-def _take_lock(folder: Path) -> BinaryIO:
-    lock = (folder / "lock").open("a+b")
-    if not platform.lock_exclusively(lock):
-        lock.seek(0)
-        holder = lock.read(64).decode("ascii", "replace").strip()
-        lock.close()
-        raise StoreError(f"store {folder}: expected a free store, got one in use by process {holder or 'unknown'}")
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n".encode())
-    lock.flush()
-    return lock
-
-
-def _load_secret(folder: Path) -> bytes:
-    path = folder / "secret"
-    if not path.exists():
-        _write_new(path, secrets.token_bytes(32), mode=0o600)
-    secret = path.read_bytes()
-    if len(secret) != 32:
-        raise StoreError(f"expected 32 bytes in {path}, got {len(secret)}; delete the file to make a new secret")
-    return secret
-
-
-def _write_new(path: Path, data: bytes, *, mode: int) -> None:
-    """Put a small file in place whole: a crash leaves none or all of it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        platform.write_at(descriptor, 0, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(temporary, path)
-    platform.sync_folder(path.parent)

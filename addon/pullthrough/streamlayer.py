@@ -27,6 +27,7 @@ from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers.http import DropStream, HttpLayer, HTTPMode, HttpStream, SendHttp
 from mitmproxy.proxy.layers.http._events import ErrorCode, ResponseData, ResponseHeaders, ResponseProtocolError
 from mitmproxy.proxy.layers.http._hooks import HttpErrorHook, HttpResponseHook
+from mitmproxy.proxy.layers.http._upstream_proxy import HttpUpstreamProxy
 
 from pullthrough.errors import CacheError, SettingsError
 from pullthrough.reader import CLIENT_STALL_S, WAIT_S, FileSpan, Memory, Pending, Reader, read_span
@@ -276,6 +277,8 @@ def check_internals() -> None:
         HttpLayer.__init__: ["self", "context", "mode"],
         HttpLayer.make_stream: ["self", "stream_id"],
         HttpLayer.event_to_child: ["self", "child", "event"],
+        HttpUpstreamProxy.make: ["ctx", "send_connect"],
+        HttpUpstreamProxy.on_handshake_error: ["self", "err"],
     }
     for function, names in expected.items():
         parameters = list(inspect.signature(function).parameters)

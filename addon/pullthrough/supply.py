@@ -35,8 +35,9 @@ class Supply:
         self._obtaining: asyncio.Task[Source] | None = None
         self._validator: str | None = None
 
-    def offer(self, source: Source) -> None:
-        """A client has just got this source: use it if ours is gone."""
+    def offer(self, source: Source, obtain: Obtain) -> None:
+        """A client has just got this source: use it if ours is gone, and that client's right from now on."""
+        self._obtain = obtain
         if self._source is None:
             self._source = source
 
@@ -94,6 +95,9 @@ class Supply:
                 self._source = None
             raise
         self._validator = self._validator or stream.validator
+        # The next slices need not ask all the way again: what expires is obtained anew, from the registry on.
+        if self._source is source and stream.source is not None:
+            self._source = stream.source
         return stream
 
     def slot(self, source: Source) -> asyncio.Semaphore:

@@ -8,7 +8,7 @@ credentials stay in memory and out of every message. Knows neither the store nor
 import asyncio
 import contextlib
 import ipaddress
-import socket
+import secrets
 import ssl
 import time
 from collections import defaultdict
@@ -18,7 +18,6 @@ from typing import Final
 
 import aiohttp
 import certifi
-from aiohttp.abc import AbstractResolver, ResolveResult
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -29,13 +28,17 @@ from pullthrough.datastream import FAILURES, DataStream, Source, translate
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
+    Offline,
     UnexpectedResponse,
     UpstreamRefused,
     UpstreamUnreachable,
     ValidatorChanged,
 )
+from pullthrough.loopguard import CDN_LOOP, LoopGuard
+from pullthrough.parent import Parents, check_remote
+from pullthrough.resolver import CheckedResolver, Named
 from pullthrough.settings import Settings
-from pullthrough.tunnel import LegPolicy, check_address, check_elsewhere
+from pullthrough.tunnel import LegPolicy, check_address
 
 CONNECT_TIMEOUT_S: Final = 10.0
 STALL_TIMEOUT_S: Final = 10.0
@@ -60,6 +63,12 @@ DENIED: Final = frozenset({401, 403, 404})
 PRIVATE: Final = frozenset({401, 403})
 """Those of them that cannot mean that there is nothing."""
 
+LOOP_DETECTED: Final = 508
+"""What a cache says to a request that has been there before (RFC 5842 section 7.2): it will say so again."""
+
+PROXY_AUTHENTICATION_REQUIRED: Final = 407
+"""Never a registry's own word, which goes through a tunnel (RFC 9110 section 15.5.8)."""
+
 MAX_HOPS: Final = 5
 
 
@@ -82,12 +91,17 @@ class Upstream:
         trusted_ca: str | None = None,
         own_addresses: Callable[[], Collection[str]] = frozenset,
         own_ports: Callable[[], Collection[int]] = frozenset,
+        parents: Parents = Parents(),  # noqa: B008 -- frozen
     ) -> None:
         """`trusted_ca` is a PEM file that replaces certifi's; the addresses are this machine's, the ports ours."""
+        self.loop = LoopGuard(f"ollama-cache-{secrets.token_hex(8)}")
         self._settings = settings
-        self._policy = LegPolicy(exempt_hosts(settings), tunnels=True)
+        self._parents = parents
+        ways_out = {(proxy.host, proxy.port) for proxy in parents.all}
+        self._policy = LegPolicy(exempt_hosts(settings) | ways_out, tunnels=True)
         self._own = own_addresses
         self._own_ports = own_ports
+        self._named = Named({(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
         self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
         self._session: aiohttp.ClientSession | None = None
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
@@ -97,7 +111,7 @@ class Upstream:
         connector = aiohttp.TCPConnector(
             ssl=self._context,
             limit=0,
-            resolver=_CheckedResolver(self._policy, self._settings.intercepted, self._own, self._own_ports),
+            resolver=CheckedResolver(self._policy, self._settings.intercepted, self._own, self._own_ports, self._named),
             keepalive_timeout=30,
         )
         self._session = aiohttp.ClientSession(
@@ -152,23 +166,35 @@ class Upstream:
         return replace(response, body=decode(response.body, coding, limit=MAX_CONTROL_BODY))
 
     async def obtain(
-        self, host: str, repository: str, digest: Digest, headers: Mapping[str, str], *, timeout_s: float
+        self,
+        host: str,
+        repository: str,
+        digest: Digest,
+        headers: Mapping[str, str],
+        *,
+        stop: int | None = None,
+        timeout_s: float,
     ) -> tuple[Source, DataStream | None]:
-        """Ask the registry for a blob: its source, and the body itself where the registry answered 200.
+        """Ask the registry for a blob: its source, and the body itself where the registry has no other.
 
-        UpstreamRefused with the registry's status where it says no.
+        Of such a body no more than `stop` bytes are wanted. UpstreamRefused with the registry's status where it
+        says no.
         """
         target = f"/v2/{repository}/blobs/{digest}"
         url = self._settings.endpoint(host).origin + target
-        response = await self._patiently(host, lambda: self._send("GET", url, headers), timeout_s)
-        if response.status == 200:
+        asked = (0, stop) if stop is not None else None
+        ranged = {"Range": format_range(*asked)} if asked else {}
+        response = await self._patiently(host, lambda: self._send("GET", url, {**headers, **ranged}), timeout_s)
+        # Under the registry's public name: that is what signatures are made for, and what redirects start from.
+        source = Source(f"https://{host}{target}", {k: v for k, v in headers.items() if k.lower() == "authorization"})
+        if response.status == 200 or (asked and response.status in (206, 416)):
             with _closing_on_error(response):
-                stream = DataStream(response, check_data(200, response.headers, asked=None, length=None))
-            return Source(url, {k: v for k, v in headers.items() if k.lower() == "authorization"}), stream
+                extent = check_data(response.status, response.headers, asked=asked, length=None)
+                return source, DataStream(response, extent, source, ranged=asked is not None)
         with contextlib.closing(response):
             location = response.headers.get("Location")
             if response.status in REDIRECTS and location:
-                return self.source_at(host, target, location), None
+                return _moved(source, location), None
             if response.status >= 400:
                 raise UpstreamRefused(response.status, relayable(response.headers))
             raise UnexpectedResponse(f"expected 200, a redirect or a refusal, got {response.status}")
@@ -188,7 +214,7 @@ class Upstream:
                     except (aiohttp.ClientError, OSError):
                         pass
                     else:
-                        if response.status < 500:
+                        if response.status < 500 or response.status == LOOP_DETECTED:
                             break
                         if isinstance(response, aiohttp.ClientResponse):
                             response.close()
@@ -203,8 +229,7 @@ class Upstream:
     @staticmethod
     def source_at(host: str, target: str, location: str) -> Source:
         """The source that an answer to `target` points to; `location` may be relative."""
-        # To the registry's public name: that is what the signature was made for.
-        return Source(_join(f"https://{host}{target}", location))
+        return _moved(Source(f"https://{host}{target}"), location)
 
     # --- data plane
 
@@ -216,30 +241,27 @@ class Upstream:
         The stream may be the whole blob from byte 0, when the source ignores Range. SourceExpired if the address is
         no longer good; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
         """
-        headers = {**source.headers, "Range": format_range(start, stop)}
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
-                response = await self._follow(source.url, headers)
+                response, source = await self._follow(source, {"Range": format_range(start, stop)})
         except FAILURES as error:
             raise translate(error) from None
         with _closing_on_error(response):
             extent = check_data(response.status, response.headers, asked=(start, stop), length=expected_length)
-            stream = DataStream(response, extent)
+            stream = DataStream(response, extent, source)
             if validator is not None and stream.validator != validator:
                 raise ValidatorChanged(validator, stream.validator)
         return stream
 
-    async def _follow(self, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
+    async def _follow(self, source: Source, headers: dict[str, str]) -> tuple[aiohttp.ClientResponse, Source]:
+        """The response behind all redirects, and where it came from."""
         for _ in range(MAX_HOPS + 1):
-            response = await self._send("GET", self._reach(url), headers)
+            response = await self._send("GET", self._reach(source.url), {**source.headers, **headers})
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or not location:
-                return response
+                return response, source
             response.close()
-            there = _join(url, location)
-            if _origin(there) != _origin(url):
-                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
-            url = there
+            source = _moved(source, location)
         raise UnexpectedResponse(f"expected at most {MAX_HOPS} redirects, got more")
 
     def _reach(self, url: str) -> str:
@@ -249,57 +271,43 @@ class Upstream:
         endpoint = self._settings.upstream.get(host)
         if endpoint is not None and parsed.is_default_port():
             return endpoint.origin + parsed.raw_path_qs
-        if self._policy.is_exempt(host, port):
+        if self._policy.is_exempt(host, port) or (host, port) in self._named.addresses:
             return url
         if parsed.scheme != "https":
             raise AddressRefused(f"expected an https address, got {parsed.scheme}://{host}")
         if _is_address(host):
             check_address(host, own=self._own())
+        elif self._parents.of(parsed.scheme, host, port):
+            check_remote(host)
         return url
 
     async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         if self._settings.offline:
-            raise UpstreamUnreachable("offline: upstream is not asked")
+            raise Offline("offline: upstream is not asked")
         if self._session is None:
             raise UpstreamUnreachable("expected an open client, got a closed one")
-        return await self._session.request(
+        # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
+        fields = {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
+        there = URL(url, encoded=True)
+        proxy = self._parents.of(there.scheme, there.host or "", there.port or 0)
+        connect: dict[str, str] | None = None
+        if proxy is not None and there.scheme == "https":
+            connect = {**proxy.fields, CDN_LOOP: self.loop.identifier}
+        elif proxy is not None:
+            fields |= proxy.fields
+        response = await self._session.request(
             method,
-            URL(url, encoded=True),
-            headers={"Accept-Encoding": "identity", **headers},
+            there,
+            headers=fields,
+            proxy=proxy.origin if proxy is not None else None,
+            proxy_headers=connect,
             allow_redirects=False,
             skip_auto_headers=("User-Agent", "Accept"),
         )
-
-
-class _CheckedResolver(AbstractResolver):
-    """Resolves names, and refuses those that lead to addresses we never connect to."""
-
-    def __init__(
-        self,
-        policy: LegPolicy,
-        intercepted: Collection[str],
-        own: Callable[[], Collection[str]],
-        own_ports: Callable[[], Collection[int]],
-    ) -> None:
-        self._policy = policy
-        self._intercepted = intercepted
-        self._own = own
-        self._own_ports = own_ports
-        self._resolver = aiohttp.ThreadedResolver()
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
-        results = await self._resolver.resolve(host, port, family)
-        addresses = [result["host"] for result in results]
-        if not self._policy.is_exempt(host, port):
-            self._policy.pin(addresses, own=self._own())
-        elif host in self._intercepted and port in self._own_ports():
-            check_elsewhere(host, addresses, own=self._own())
-        return results
-
-    async def close(self) -> None:
-        await self._resolver.close()
+        if proxy is not None and response.status == PROXY_AUTHENTICATION_REQUIRED:
+            response.close()
+            raise UpstreamUnreachable(f"parent proxy {proxy.origin} answered {response.status}")
+        return response
 
 
 def exempt_hosts(settings: Settings) -> frozenset[tuple[str, int]]:
@@ -315,6 +323,12 @@ def _closing_on_error(response: aiohttp.ClientResponse) -> Iterator[None]:
     except BaseException:
         response.close()
         raise
+
+
+def _moved(source: Source, location: str) -> Source:
+    """Where a Location leads that an answer of `source` has: with its credentials only within its origin."""
+    there = _join(source.url, location)
+    return Source(there, source.headers if _origin(there) == _origin(source.url) else {})
 
 
 def _join(base: str, location: str) -> str:

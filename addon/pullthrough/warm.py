@@ -64,9 +64,10 @@ class Warmer:
 
     async def _manifest(self, name: Name, *, keep: bool) -> ManifestRecord:
         agent = self._manifests.newest_agent
+        denials = self._store.denials(name.host, name.repository)
         reply = await self._manifests.hear(name, agent, timeout_s=DEADLINE_S)
         if keep and reply.heard is not Heard.NOTHING:
-            self._manifests.settle(name, reply, agent)
+            self._manifests.settle(name, reply, agent, denials=denials)
         if reply.record is None:
             raise reply.cause or UpstreamRefused(reply.response.status, ())
         return reply.record

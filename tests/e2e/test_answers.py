@@ -231,13 +231,22 @@ def test_missing_manifest_while_upstream_is_down(origin: Origin, proxy: Proxy) -
 
 
 def test_offline_option(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
-    """Offline, upstream is not even tried."""
+    """Offline, upstream is not even tried: what is not here is named and answered 504, a push is not let out."""
     proxy = start_proxy(ollama_cache_offline="true")
     model = add_model(origin, unique(10).read(0, 10))
     with to_registry(proxy) as connection:
-        assert get(connection, model.manifest_target)[0] == 504
+        status, _, body = get(connection, model.manifest_target)
+        (error,) = json.loads(body)["errors"]
+        assert (status, error["code"]) == (504, "MANIFEST_UNKNOWN")
+        assert f"{model.repository}:latest is not recorded" in error["message"]
         status, headers, body = get(connection, model.blob_target)
-        assert (status, headers["content-length"], body) == (502, "0", b"")
+        assert (status, headers["content-length"], body) == (504, "0", b"")
+        status, headers, body = get(connection, "/v2/token?service=registry")
+        assert (status, headers["content-length"], body) == (504, "0", b"")
+        response = connection.request("POST", f"/v2/{model.repository}/blobs/uploads/", [("Content-Length", "0")])
+        assert (response.status, b"offline" in response.read()) == (504, True)
+    with to_registry(proxy) as connection, pytest.raises(Exception, match=r"EOF|closed|reset|end"):
+        connection.request("PATCH", "/v2/x/y/blobs/uploads/z", [("Content-Length", "4")], b"data")
     assert not origin.counters.requests
 
 

@@ -13,7 +13,7 @@ from tests.e2e.conftest import MB, add_model, get, to_registry, unique
 from tests.e2e.test_pull import assert_complete
 from tests.support.a2 import A2Client
 from tests.support.legacy import A0Client
-from tests.support.origin import Fault, Mode, Origin
+from tests.support.origin import Origin
 from tests.support.proxy import Proxy
 
 NewClient = Callable[..., A2Client]
@@ -44,14 +44,17 @@ def test_nobody_waits_long(origin: Origin, proxy: Proxy, new_client: NewClient, 
 
 @pytest.mark.long
 def test_a_hungry_client_is_told_of(origin: Origin, proxy: Proxy, new_client: NewClient) -> None:
-    """Where a source is too slow for all who wait, the log says so, once for each wait."""
-    model = add_model(origin, unique(MB))
-    origin.faults.append(Fault(Mode.STALL, after=0, times=2, digest=model.layer))
-    client = new_client(proxy, min_part=MB)
+    """Where bytes do not come for long, the log says so, once for each wait."""
+    model = add_model(origin, unique(4 * MB))
+    origin.rate_total = 2 * MB
+    client = new_client(proxy, min_part=4 * MB)
     with ThreadPoolExecutor(1) as pool:
         pulling = pool.submit(client.pull, model.name)
+        origin.counters.wait_for(lambda counters: counters.cdn_bytes_by_digest[model.layer] > MB)
+        origin.stop()
         proxy.wait_for_line("a client has waited 4.")
-        pulling.result()
+        origin.start()
+        assert pulling.result().retries == 0
     assert sum("a client has waited" in line and model.layer[7:19] in line for line in proxy.output) == 1
 
 

@@ -44,7 +44,7 @@ ROWS: Final = [
         trouble,
         situation,
         id=f"{trouble.name}, {situation}",
-        marks=[pytest.mark.long] if situation == "half" else [],
+        marks=[pytest.mark.long] if situation != "cold" else [],
     )
     for trouble in TROUBLES
     for situation in SITUATIONS

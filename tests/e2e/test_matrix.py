@@ -98,9 +98,25 @@ CLIENTS: Final[tuple[Client, ...]] = (
 )
 
 
+LONG: Final = pytest.mark.long
+REPRESENTATIVE: Final = (
+    "Ollama 0.1.1 ",
+    "Ollama 0.1.30",
+    "Ollama 0.5.7",
+    "Ollama 0.34.3",
+    "client2 of 0.31",
+    "ramalama",
+)
+
+
 def knows_tokens(client: Client) -> bool:
     """Whether it answers a challenge: Ollama since 0.1.2. client2 asks for small blobs without any credential."""
     return isinstance(client, Emulated) and client.kind in (A1Client, A2Client)
+
+
+def is_quick(client: Client, state: str) -> bool:
+    """Every client is tried in each run, and one of each generation in every state."""
+    return state in ("cold", "offline") or client.name.startswith(REPRESENTATIVE)
 
 
 def holds(folder: Path, data: bytes) -> bool:
@@ -120,8 +136,14 @@ def record(proxy: Proxy, model: Model) -> None:
     proxy.wait_for_line(model.recorded)
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
+@pytest.mark.parametrize(
+    ("client", "state"),
+    [
+        pytest.param(client, state, id=f"{client.name}, {state}", marks=[] if is_quick(client, state) else [LONG])
+        for client in CLIENTS
+        for state in STATES
+    ],
+)
 def test_matrix(
     origin: Origin,
     proxy: Proxy,
@@ -162,7 +184,12 @@ def test_skopeo(origin: Origin, proxy: Proxy, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "client", [client for client in CLIENTS if knows_tokens(client)], ids=lambda client: client.name
+    "client",
+    [
+        pytest.param(client, id=client.name, marks=[] if client.name.startswith(REPRESENTATIVE) else [LONG])
+        for client in CLIENTS
+        if knows_tokens(client)
+    ],
 )
 def test_private(origin: Origin, proxy: Proxy, tmp_path: Path, client: Client) -> None:
     """A private model: recorded once, served again to who may have it, and to nobody while upstream cannot be asked."""

@@ -29,9 +29,10 @@ def target_of(address: str) -> str:
 
 
 def own_fields(request: Request) -> Fields:
-    """Its fields without Host, which is where the option `upstream` says that the registry is."""
-    (name, value), *others = request.fields
-    assert (name, value.partition(":")[0]) == ("Host", "localhost")
+    """Its fields without Host, which is where the option `upstream` says that the registry is, and without CDN-Loop,
+    which every cache adds as the last one (RFC 8586)."""
+    (name, value), *others, (last, _) = request.fields
+    assert (name, value.partition(":")[0], last) == ("Host", "localhost", "CDN-Loop")
     return others
 
 

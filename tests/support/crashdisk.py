@@ -25,7 +25,7 @@ from typing import Any
 import diskcache
 import pytest
 
-from pullthrough import index, platform, store
+from pullthrough import index, platform, storefolder
 from pullthrough.digest import Digest
 
 FOLDERS = ("ingest", "blobs", "quarantine")
@@ -152,7 +152,7 @@ class Disk[P]:
             1 + max((change.file for change in changes if isinstance(change, Named)), default=0)
         )
         self._by_inode: dict[int, int] = {}
-        (folder / store.MARKER).write_text(json.dumps({"format": store.FORMAT}))
+        (folder / storefolder.MARKER).write_text(json.dumps({"format": storefolder.FORMAT}))
         (folder / "secret").write_bytes(bytes(32))
         for name in FOLDERS:
             (folder / name).mkdir()

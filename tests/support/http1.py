@@ -101,7 +101,9 @@ class Connection:
         if self._current is not None and not (self._current.ended == "complete" and self._current.keeps_alive):
             return False
         pending = isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0
-        return not pending and not select.select([self._sock], [], [], 0)[0]
+        poller = select.poll()
+        poller.register(self._sock, select.POLLIN)
+        return not pending and not poller.poll(0)
 
     # --- time
 

@@ -742,7 +742,7 @@ class Origin:
 
         directory.mkdir(parents=True, exist_ok=True)
         self.ca_file = directory / "origin-ca.pem"
-        self._context = _server_context(directory, self.ca_file)
+        self._context = server_context(directory, self.ca_file, (REGISTRY_HOST, R2_HOST))
         self._stopping = Gate()
         self._listening: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -1352,8 +1352,8 @@ def _faulty_status(listener: Listener, fault: Fault) -> _Response:
 # --- certificates
 
 
-def _server_context(directory: Path, ca_file: Path) -> ssl.SSLContext:
-    """A context with a leaf for all names, signed by a CA made now and written to `ca_file`."""
+def server_context(directory: Path, ca_file: Path, hosts: Iterable[str]) -> ssl.SSLContext:
+    """A context with a leaf for `hosts` and loopback, signed by a CA made now and written to `ca_file`."""
     now = datetime.datetime.now(datetime.UTC)
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fake origin CA")])
@@ -1389,9 +1389,7 @@ def _server_context(directory: Path, ca_file: Path) -> ssl.SSLContext:
         .sign(ca_key, hashes.SHA256())
     )
     names: Iterable[x509.GeneralName] = [
-        x509.DNSName("localhost"),
-        x509.DNSName(REGISTRY_HOST),
-        x509.DNSName(R2_HOST),
+        *(x509.DNSName(host) for host in ("localhost", *hosts)),
         x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
     ]
     leaf = (

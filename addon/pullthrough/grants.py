@@ -1,0 +1,203 @@
+"""Ask a registry for a blob in a caller's name, and remember to whom it said yes.
+
+Invariant: a yes is the blob's bytes, or a redirect to the blob host's own address of that digest. Any other redirect
+proves nothing until bytes have come from behind it: it may lead to a login page, or to where the caller is refused.
+What an anonymous request got is public; what took credentials counts for those credentials, which stay in memory.
+Knows neither recordings nor answers.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from yarl import URL
+
+from pullthrough import access
+from pullthrough.datastream import DataStream, Source
+from pullthrough.digest import Digest
+from pullthrough.errors import SourceExpired, UpstreamError, UpstreamRefused, UpstreamUnreachable
+from pullthrough.exchange import Request
+from pullthrough.route import BlobRoute, ChunksumsRoute, parse_canonical_target
+from pullthrough.scheduler import FIRST_SLICE
+from pullthrough.settings import Settings
+from pullthrough.store import Store
+from pullthrough.upstream import DEADLINE_S, DENIED, PAUSES_S, PRIVATE, Upstream
+
+_log = logging.getLogger(__name__)
+
+Pair = BlobRoute | ChunksumsRoute
+"""Names a repository and a digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A registry's yes."""
+
+    source: Source
+    stream: DataStream | None
+    """The blob from byte 0, as far as it goes, where the yes brought bytes."""
+    again: Callable[[], Awaitable[Source]]
+    """Asks for a source again, with the same right."""
+
+
+class Grants:
+    """Who may have which blob, as far as registries have said so."""
+
+    def __init__(self, settings: Settings, store: Store, upstream: Upstream) -> None:
+        self._settings = settings
+        self._store = store
+        self._upstream = upstream
+        self._vouchers = access.Vouchers()
+
+    # --- what is known
+
+    def holds(self, request: Request, pair: Pair) -> bool:
+        """Whether this caller may have the blob without a word of the registry's."""
+        record = self._store.blob(pair.digest)
+        vouched = self._vouchers.holds(
+            access.credential_key(request.authorization),
+            request.host,
+            pair.repository,
+            pair.digest,
+            now=time.monotonic(),
+        )
+        listed = self._store.is_member(request.host, pair.repository, pair.digest)
+        evidence = access.Evidence(public=record is not None and record.public, listed=listed, vouched=vouched)
+        return access.decide(evidence) is access.Decision.GRANT
+
+    def denials(self, host: str, pair: Pair) -> int:
+        """What `confirm` is to be told of the moment when the registry was asked."""
+        return self._store.denials(host, pair.repository)
+
+    def confirm(self, host: str, pair: Pair, authorization: str | None, *, denials: int) -> None:
+        """The registry has granted the blob's bytes to the holder of `authorization`; without one, to everybody.
+
+        A yes to everybody that a refusal has overtaken meanwhile confirms nothing.
+        """
+        if authorization is None:
+            if denials == self.denials(host, pair):
+                self._store.confirm_public(host, pair.repository, pair.digest)
+            return
+        key = access.credential_key(authorization)
+        self._vouchers.add(key, host, pair.repository, pair.digest, now=time.monotonic())
+        # It was asked for because the anonymous request was refused, with whatever status.
+        self._deny(host, pair.repository)
+
+    def refuse(self, host: str, pair: Pair, authorization: str | None, status: int) -> None:
+        """The registry has refused the blob to the holder of `authorization`."""
+        if authorization is None and status in PRIVATE:
+            self._deny(host, pair.repository)
+
+    def _deny(self, host: str, repository: str) -> None:
+        if self._store.deny(host, repository):
+            _log.warning("%s/%s: refused to an anonymous request; private from now on", host, repository)
+
+    # --- what is asked
+
+    async def obtain(self, request: Request, pair: Pair) -> Grant:
+        """The registry's yes to this caller, asked anonymously first. UpstreamRefused where it says no."""
+        refusal: UpstreamRefused | None = None
+        stop = 1 if self._store.held(pair.digest) is not None else None
+        for authorization, headers in attempts(request):
+            denials = self.denials(request.host, pair)
+            try:
+                source, stream = await self._ask(request.host, pair.repository, pair.digest, headers, stop=stop)
+            except UpstreamRefused as error:
+                if error.status_hint not in DENIED:
+                    raise
+                self.refuse(request.host, pair, authorization, error.status_hint)
+                refusal = error
+                continue
+            self.confirm(request.host, pair, authorization, denials=denials)
+            return Grant(source, stream, self.again(request, pair, authorization))
+        assert refusal is not None
+        raise refusal
+
+    def again(self, request: Request, pair: Pair, authorization: str | None) -> Callable[[], Awaitable[Source]]:
+        """Obtains a source for what has been granted: in public where that is possible, else as this caller."""
+
+        async def obtain() -> Source:
+            try:
+                return await self.source(pair.digest)
+            except UpstreamError:
+                if authorization is None:
+                    raise
+            headers = request.forwarded | {"Authorization": authorization}
+            return await self._locate(request.host, pair.repository, pair.digest, headers)
+
+        return obtain
+
+    async def source(self, digest: Digest) -> Source:
+        """A source for a public blob, from any repository that has it. UpstreamError if none gives one."""
+        problem: UpstreamError = UpstreamUnreachable(f"no repository is known that holds {digest.short} in public")
+        record = self._store.blob(digest)
+        for host, repository in self._store.repositories(digest):
+            try:
+                if record is None or not record.public:
+                    return await self.public_source(host, repository, digest)
+                return await self._locate(host, repository, digest, {})
+            except UpstreamRefused as error:
+                self.refuse(host, BlobRoute(repository, digest), None, error.status_hint)
+                problem = error
+            except UpstreamError as error:
+                problem = error
+        raise problem
+
+    async def public_source(self, host: str, repository: str, digest: Digest) -> Source:
+        """A source from this repository, as everybody gets it. UpstreamError if it gives none."""
+        pair = BlobRoute(repository, digest)
+        denials = self.denials(host, pair)
+        try:
+            source, stream = await self._ask(host, repository, digest, {}, stop=1)
+        except UpstreamRefused as error:
+            self.refuse(host, pair, None, error.status_hint)
+            raise
+        if stream is not None:
+            stream.close()
+        self.confirm(host, pair, None, denials=denials)
+        return source
+
+    async def _locate(self, host: str, repository: str, digest: Digest, headers: Mapping[str, str]) -> Source:
+        source, stream = await self._upstream.obtain(host, repository, digest, headers, stop=1, timeout_s=DEADLINE_S)
+        if stream is not None:
+            stream.close()
+        return source
+
+    async def _ask(
+        self, host: str, repository: str, digest: Digest, headers: Mapping[str, str], *, stop: int | None = None
+    ) -> tuple[Source, DataStream | None]:
+        """What the registry says yes with; of the blob no more than `stop` bytes are wanted."""
+        source, stream = await self._upstream.obtain(host, repository, digest, headers, stop=stop, timeout_s=DEADLINE_S)
+        if stream is None and not self._names(source, digest):
+            stream = await self._look(source, stop or FIRST_SLICE)
+            source = stream.source or source
+        return source, stream
+
+    def _names(self, source: Source, digest: Digest) -> bool:
+        """Whether the source is the blob host's own address of the digest: the registry's word that these are it."""
+        url = URL(source.url, encoded=True)
+        route = parse_canonical_target(url.raw_path_qs)
+        return url.host == self._settings.blob_host and route is not None and route.digest == digest
+
+    async def _look(self, source: Source, stop: int) -> DataStream:
+        """The source's first bytes, at most `stop`; a refusal on the way to them is the registry's."""
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return await self._upstream.open_range(source, 0, stop, expected_length=None, validator=None)
+            except SourceExpired as error:
+                raise UpstreamRefused(error.status, error.headers) from error
+            except UpstreamError:
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
+        raise AssertionError
+
+
+def attempts(request: Request) -> Iterator[tuple[str | None, dict[str, str]]]:
+    """(Authorization, fields to send) of each try: Authorization does not make a model private, client2 sends it
+    always, so the anonymous try comes first."""
+    yield None, request.forwarded
+    if request.authorization is not None:
+        yield request.authorization, request.forwarded | {"Authorization": request.authorization}
