@@ -97,7 +97,7 @@ def test_no_arguments(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["rm"], "No such command 'rm'", id="unknown verb"),
+        pytest.param(["delete"], "No such command 'delete'", id="unknown verb"),
         pytest.param(["--verbose"], "No such option: --verbose", id="unknown option"),
         pytest.param(["ca", "--cert", "x"], "No such option: --cert", id="unknown option of a verb"),
         pytest.param(["ca", "--certs"], "Option '--certs' requires an argument", id="option without its value"),

@@ -14,14 +14,15 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options loopguard",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials",
+    " conditional requestlog options loopguard wording",
+    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
-    " storefolder copying inventory modeltree bundle",
+    " storefolder copying inventory modeltree bundle ledger asking housekeeping",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh grants direct",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages cli_transfer meter",
+    "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
+    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
+    " cli_models cli_progress cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -40,10 +41,14 @@ SIDEWAYS: Final = {
     "coding": {"errors"},
     "access": {"tunnel"},
     "parent": {"tunnel"},
+    "catalogue": {"traffic"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},
     "storefolder": {"platform"},
-    "store": {"index", "ingest", "platform", "storefolder"},
+    "ledger": {"index"},
+    "store": {"index", "ingest", "ledger", "platform", "storefolder"},
+    "control": {"asking"},
+    "housekeeping": {"platform", "store"},
     "threads": {"platform"},
     "copying": {"platform"},
     "inventory": {"index", "storefolder"},
@@ -59,13 +64,16 @@ SIDEWAYS: Final = {
     "refresh": {"manifests"},
     "direct": {"exchange"},
     "grants": {"exchange"},
-    "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh"},
+    "warm": {"manifests"},
+    "verbs": {"warm"},
+    "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"sender"},
-    "cli": {"cli_transfer"},
+    "cli_models": {"cli_progress"},
     "cli_transfer": {"meter"},
+    "cli": {"cli_models", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
-    "addon": {"blobserver", "flows", "gate", "modes", "parentleg", "streamlayer"},
+    "addon": {"blobserver", "desk", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }
 
 PURE_ROWS: Final = {"L0", "L1"}

@@ -22,6 +22,7 @@ from pullthrough import places, platform
 from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
+from pullthrough.desk import Desk
 from pullthrough.errors import CacheError
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
@@ -84,6 +85,7 @@ class OllamaCache:
         self._registry: Registry | None = None
         self._lag = LoopLag()
         self._blob_server: BlobServer | None = None
+        self._desk: Desk | None = None
         self._minting: asyncio.Task[None] | None = None
         transfers: Transfers = {}
         self._gate = Gate(transfers)
@@ -184,12 +186,14 @@ class OllamaCache:
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder)
         self._registry.open()
+        self._desk = Desk(settings, self._store, self._recorder, self._registry, _origins(settings))
+        await self._desk.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
         self._forbid_reload()
         self._gate.open(settings, self._parents, self._upstream.loop)
-        self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop)
-        await self._blob_server.open(self._registry, self._gate.admits)
+        self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._desk.serve)
+        await self._blob_server.open(self._registry, self._gate.admits, self._desk.serve)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
@@ -207,6 +211,8 @@ class OllamaCache:
         _log.info("event loop lag: %s", self._lag)
         if self._minting is not None:
             self._minting.cancel()
+        if self._desk is not None:
+            await self._desk.close()
         if self._blob_server is not None:
             await self._blob_server.close()
         self._flows.close()
@@ -220,6 +226,8 @@ class OllamaCache:
         if self._upstream is not None:
             await self._upstream.close()
         if self._store is not None:
+            if self._desk is not None:
+                self._desk.count()
             self._store.close()
             self._store = None
         if self._confdir is not None:
@@ -244,6 +252,20 @@ def _stop(error: CacheError) -> NoReturn:
     """End mitmdump before it serves anybody: a cache that failed to start must not be an open proxy."""
     _log.error("ollama-cache: %s", error)
     sys.exit(1)
+
+
+def _origins(settings: Settings) -> list[dict[str, str]]:
+    """Each option as it stands, and where that comes from."""
+    places_of = {"dir": str(settings.dir), "certs": str(settings.certs)}
+    rows = []
+    for option in OPTIONS:
+        by_environment = bool(os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}"))
+        source = "environment" if by_environment else "default"
+        if ctx.options.has_changed(f"{PREFIX}{option.name}"):
+            source = "command line"
+        value = places_of.get(option.name, getattr(ctx.options, f"{PREFIX}{option.name}"))
+        rows.append({"name": option.name, "value": value, "source": source})
+    return rows
 
 
 def _ports() -> set[int]:

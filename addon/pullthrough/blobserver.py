@@ -57,6 +57,7 @@ class BlobServer:
         self._advertise = settings.advertise
         self._enclosed = settings.direct is Direct.AUTO and settings.advertise is None and platform.in_container()
         self._registry: Registry | None = None
+        self._served: Callable[[int], None] = lambda _: None
         self._runner: web.ServerRunner | None = None
         self._sockets: list[socket.socket] = []
         try:
@@ -98,8 +99,11 @@ class BlobServer:
                 return blob_origin(address, port) or None
         return None
 
-    async def open(self, registry: Registry, admits: Callable[[str], bool]) -> None:
-        """Serve from now on those whose address `admits`."""
+    async def open(
+        self, registry: Registry, admits: Callable[[str], bool], served: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Serve from now on those whose address `admits`; `served` is told the bytes of each blob's body."""
+        self._served = served
         self._registry = registry
         door = Door(self._handle, admits, access_log=None, keepalive_timeout=IDLE_S)
         self._runner = web.ServerRunner(door, shutdown_timeout=SHUTDOWN_S)
@@ -152,6 +156,7 @@ class BlobServer:
             await send(request, response, answer.body, sending)
         finally:
             answer.body.close()
+            self._served(sending.sent)
             seconds = time.monotonic() - began
             log_transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)
         if sending.problem:

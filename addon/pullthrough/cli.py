@@ -1,4 +1,4 @@
-"""The command line: `ollama-cache run` and `ollama-cache ca`.
+"""The command line: `ollama-cache run` and `ollama-cache ca`, and the verbs of `cli_models`.
 
 Invariant: a verb either does what it says and exits 0, or says on standard error what was expected and what was got
 and exits 1 (2 when it was called wrongly). Knows mitmdump only as a program to start.
@@ -15,8 +15,7 @@ import typer
 from rich.console import Console
 
 import pullthrough
-from pullthrough import cli_transfer, places
-from pullthrough.ca import Authority
+from pullthrough import cli_models, cli_transfer, places
 from pullthrough.errors import CacheError
 from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
 
@@ -26,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_models.app)
 cli_transfer.register(app)
 
 
@@ -47,6 +47,8 @@ def ca(
     ] = None,
 ) -> None:
     """Make the certificate authority if there is none, and show what clients have to trust."""
+    from pullthrough.ca import Authority  # cryptography takes longer to load than most verbs to run
+
     texts = {
         option.name: value
         for option in OPTIONS

@@ -29,6 +29,10 @@ class Digest:
             raise InvalidRequest(f"expected sha256:<64 hexadecimal digits>, got {text[:100]!r}")
         return cls(match[1].lower())
 
+    def __hash__(self) -> int:
+        # The generated one makes a tuple first, and digests are looked up by the hundred thousand.
+        return hash(self.hex)
+
     def __str__(self) -> str:
         return f"sha256:{self.hex}"
 

@@ -5,6 +5,9 @@
     ├── AuthorityError         the certificate authority cannot be used: the start stops
     ├── StoreError             the store cannot be used: the start stops
     │   └── StoreUnwritable    a write to the store failed: pulls go on without it
+    ├── NoSuchModel            a verb names a model that is not stored, or several
+    ├── ControlError           the daemon could not do what the command line asked
+    │   └── NoDaemon           nobody listens at the store's control socket
     ├── InvalidRequest         the client sent what no client may send (400)
     ├── Misdirected            the names on an intercepted connection disagree (421)
     ├── TransferRefused        what is to be imported or exported is not whole, not right or not to be had
@@ -48,6 +51,18 @@ class StoreUnwritable(StoreError):
     """Writing to the store failed: disk full, read-only, gone."""
 
     status_hint = 507
+
+
+class NoSuchModel(CacheError):
+    """What a user typed names no stored model, or more than one."""
+
+
+class ControlError(CacheError):
+    """The daemon said no, or broke off."""
+
+
+class NoDaemon(ControlError):
+    """No daemon can be asked."""
 
 
 class InvalidRequest(CacheError):

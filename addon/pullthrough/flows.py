@@ -6,6 +6,7 @@ response, never upstream's bytes by accident. Knows how mitmproxy works and noth
 
 import logging
 import time
+from collections.abc import Callable
 
 from mitmproxy import ctx, http
 
@@ -37,9 +38,21 @@ class Flows:
         self._registry: Registry | None = None
         self._blob_server: BlobServer | None = None
         self._loop = LoopGuard("")
+        self._served: Callable[[int], None] = lambda _: None
 
-    def open(self, settings: Settings, registry: Registry, blob_server: BlobServer, loop: LoopGuard) -> None:
-        """From now on requests are answered by the registry's core, and large parts sent on to the blob server."""
+    def open(
+        self,
+        settings: Settings,
+        registry: Registry,
+        blob_server: BlobServer,
+        loop: LoopGuard,
+        served: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """From now on requests are answered by the registry's core, and large parts sent on to the blob server.
+
+        `served` is told the bytes of each blob's body.
+        """
+        self._served = served
         self._settings = settings
         self._blob_server = blob_server
         self._registry = registry
@@ -127,6 +140,7 @@ class Flows:
         if transfer is None:
             return
         transfer.close()
+        self._served(transfer.sent)
         assert flow.response
         log_transfer(
             flow.client_conn.peername[0],

@@ -29,7 +29,7 @@ class Keeper:
     def __init__(
         self, store: Store, threads: Threads, *, max_size: int | None, min_free: int, pins: Sequence[str] = ()
     ) -> None:
-        """`max_size` and `min_free` in bytes; `pins` are patterns of models that are never evicted."""
+        """`max_size` and `min_free` in bytes; `pins` are patterns of models that stay, as the store's do."""
         self._store = store
         self._threads = threads
         self._max_size = max_size
@@ -99,7 +99,7 @@ class Keeper:
         holdings = []
         listed: set[Digest] = set()
         for name, manifest in self._store.manifests().items():
-            kept = any(name.matches(pattern) for pattern in self._pins)
+            kept = self._store.ledger.keeps(name, self._pins)
             holdings.append(Holding(name, frozenset(manifest.sizes), manifest.pulled, kept))
             listed.update(manifest.sizes)
         # A private model's manifest is never stored: its blobs stand for themselves.

@@ -7,10 +7,13 @@ import json
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
-from typing import Self
+from typing import Final, Self
 
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest
+
+DEFAULT_HOST: Final = "registry.ollama.ai"
+"""Of models that are typed without a host."""
 
 Version = tuple[int, ...]
 """An Ollama's, as its User-Agent tells it."""
@@ -44,11 +47,34 @@ class Name:
         separator = "@" if ":" in self.reference else ":"
         return f"{self.host}/{self.repository}{separator}{self.reference}"
 
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The model that a user types, as Ollama completes it (types/model/name.go). InvalidRequest if it is none."""
+        model, at, digest = text.partition("@")
+        *before, last = model.split("/")
+        base, colon, tag = last.partition(":")
+        reference = digest if at else tag if colon else "latest"
+        host, *namespace = before if len(before) > 1 else (DEFAULT_HOST, *(before or ["library"]))
+        parts = (*namespace, base, reference)
+        if not all(parts) or not host or any(character.isspace() or character in "*?[]" for character in text):
+            raise InvalidRequest(f"expected a model such as llama3.2 or me/model:tag, got {text!r}")
+        return cls(host, "/".join((*namespace, base)), reference)
+
+    @property
+    def forms(self) -> tuple[str, str, str]:
+        """In full, without the host, and without `library/` too."""
+        full = str(self)
+        short = full.removeprefix(f"{self.host}/")
+        return full, short, short.removeprefix("library/")
+
+    @property
+    def typed(self) -> str:
+        """What a user types for it, and Ollama shows."""
+        return self.forms[2] if self.host == DEFAULT_HOST else self.forms[0]
+
     def matches(self, pattern: str) -> bool:
         """Whether a shell pattern names it: in full, without the host, or as users type it (`llama3.2:*`)."""
-        full = str(self)
-        forms = (full, full.removeprefix(f"{self.host}/"), full.removeprefix(f"{self.host}/library/"))
-        return any(fnmatchcase(form, pattern) for form in forms)
+        return any(fnmatchcase(form, pattern) for form in self.forms)
 
 
 @dataclass(frozen=True, slots=True)

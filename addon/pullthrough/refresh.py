@@ -78,7 +78,7 @@ class Refresher:
 
     def _due(self, interval_s: float, now: float) -> Iterator[Name]:
         for name, record in self._store.manifests().items():
-            pinned = any(name.matches(pattern) for pattern in self._settings.pins)
+            pinned = self._store.ledger.keeps(name, self._settings.pins)
             wanted = pinned or (now - record.pulled < IN_USE_S and self._is_whole(record))
             looked = max(record.confirmed, self._tried.get(name, 0.0))
             if ":" not in name.reference and wanted and not record.denied and now - looked >= interval_s:

@@ -48,6 +48,7 @@ from pullthrough.route import (
 from pullthrough.settings import Settings
 from pullthrough.store import Store
 from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Upstream
+from pullthrough.warm import Warmer
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Registry:
         self._manifests = Manifests(settings, store, upstream)
         self._prefetcher = Prefetcher(store, recorder, self._grants.source)
         self._refresher = Refresher(settings, store, upstream, recorder, self._manifests, self._grants.public_source)
+        self.warmer = Warmer(settings, store, recorder, self._manifests, self._grants.public_source)
 
     def open(self) -> None:
         """Begin what is done by itself."""

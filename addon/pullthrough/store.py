@@ -30,6 +30,7 @@ from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, StoreError, StoreUnwritable
 from pullthrough.index import Index
 from pullthrough.ingest import Ingest, SharedFile
+from pullthrough.ledger import Ledger
 from pullthrough.records import BlobRecord, ManifestRecord, Name
 from pullthrough.storefolder import load_secret, prepare, take_lock
 
@@ -55,6 +56,7 @@ class Store:
         self._lock = lock
         self._index = index
         contents = index.load()
+        self.ledger = Ledger(index, contents)
         self._blobs = contents.blobs
         self.held_bytes = sum(record.size or 0 for record in self._blobs.values() if record.held)
         """What all held blobs take together."""
@@ -101,13 +103,13 @@ class Store:
 
     def _adopt_orphans(self) -> None:
         """Blob files that the index does not know become complete partials: hashed again before they are hits."""
-        for path in (self.folder / "blobs").iterdir():
-            try:
-                digest = Digest.parse(path.name)
-            except InvalidRequest:
-                continue  # whatever it is, it is not ours to touch
-            if self.held(digest) is None:
-                Ingest.adopt(self.folder / "ingest", digest, path)
+        known = {digest.file_name: record for digest, record in self._blobs.items() if record.held}
+        with os.scandir(self.folder / "blobs") as entries:
+            # A Path for each of many blobs costs seconds, and an entry's own `stat` has no inode on Windows.
+            strangers = [entry.name for entry in entries if not _is_same(os.stat(entry), known.get(entry.name))]  # noqa: PTH116
+        for name in strangers:
+            with contextlib.suppress(InvalidRequest):  # whatever it is, it is not ours to touch
+                Ingest.adopt(self.folder / "ingest", Digest.parse(name), self.folder / "blobs" / name)
 
     def close(self) -> None:
         """Write out what is pending and give the folder free."""
@@ -133,8 +135,7 @@ class Store:
             status = self.blob_path(digest).stat()
         except OSError:
             return None
-        same = (status.st_size, status.st_mtime_ns, status.st_ino) == (record.size, record.mtime_ns, record.inode)
-        return record if same else None
+        return record if _is_same(status, record) else None
 
     def blob_path(self, digest: Digest) -> Path:
         return self.folder / "blobs" / digest.file_name
@@ -293,7 +294,7 @@ class Store:
         """Forget the manifest; its blobs stay, and so do those that other manifests list."""
         record = self._manifests.pop(name)
         self._untold.pop(name, None)
-        shared = any(other.digest == record.digest for other in self._manifests.values())
+        shared = any(other.body == record.body for other in self._manifests.values())
         self._index.delete_manifest(name, None if shared else record.digest)
         self._listed.pop((name.host, name.repository), None)
         self._by_digest.pop((name.host, name.repository, record.digest), None)
@@ -334,3 +335,9 @@ class Store:
     def blobs(self) -> dict[Digest, BlobRecord]:
         """All held blobs."""
         return {digest: record for digest, record in self._blobs.items() if record.held}
+
+
+def _is_same(status: os.stat_result, record: BlobRecord | None) -> bool:
+    if record is None:
+        return False
+    return (status.st_size, status.st_mtime_ns, status.st_ino) == (record.size, record.mtime_ns, record.inode)

@@ -1,0 +1,293 @@
+"""The verbs of the command line that are about models: what is stored, what stays, what goes.
+
+Invariant: what changes the store is done by the daemon that holds it, or under its lock; what only looks makes and
+locks nothing. Standard output is the answer (plain columns, or JSON whose keys stay), standard error is for what is
+wrong: exit 1, or 2 when called wrongly. Imports nothing heavy before it is needed.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import humanfriendly
+import typer
+
+from pullthrough import places
+from pullthrough.asking import ask
+from pullthrough.catalogue import View, detail, listing, statistics
+from pullthrough.errors import CacheError, NoDaemon, StoreError
+from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
+from pullthrough.settings import Settings
+from pullthrough.wording import ago_text, columns, size_text
+
+app = typer.Typer()
+
+Folder = Annotated[
+    Path | None,
+    typer.Option(
+        "--dir", envvar="OLLAMA_CACHE_DIR", help="The store; as the option ollama_cache_dir.", show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON, for scripts.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.", show_default=False)]
+Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="As for `ollama pull`.", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for `ollama pull`.", show_default=False)]
+
+
+@app.command()
+def ls(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002 -- the option's name
+    """List the stored models."""
+    rows = _look(dir, "ls", {}, listing)
+    if json:
+        return _print_json(rows)
+    now = time.time()
+    table = [("NAME", "ID", "SIZE", "HELD", "PULLED", "PINNED")]
+    for row in rows:
+        pulled = ago_text(now - row["pulled"] if row["pulled"] else None)
+        pinned = "yes" if row["pinned"] else ""
+        table.append((row["name"], row["id"], size_text(row["size"]), row["held"], pulled, pinned))
+    return _print(columns(table))
+
+
+@app.command()
+def show(model: Model, dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
+    """Show one model: its layers, times, and who may have it."""
+    found = _look(dir, "show", {"model": model}, lambda view: detail(view, model))
+    if json:
+        return _print_json(found)
+    now = time.time()
+    facts = [
+        ("name", found["name"]),
+        ("host", found["host"]),
+        ("digest", found["digest"]),
+        ("size", size_text(found["size"])),
+        ("held", found["held"]),
+        ("pulled", ago_text(now - found["pulled"] if found["pulled"] else None)),
+        ("confirmed", ago_text(now - found["confirmed"] if found["confirmed"] else None)),
+        ("visibility", found["visibility"]),
+        ("pinned", "yes" if found["pinned"] else "no"),
+    ]
+    layers = [("LAYER", "SIZE", "HELD", "MEDIA TYPE")]
+    for layer in found["layers"]:
+        held = "yes" if layer["held"] else "no"
+        layers.append((layer["digest"][7:19], size_text(layer["size"]), held, layer["media_type"]))
+    return _print([*columns(facts), "", *columns(layers)])
+
+
+@app.command()
+def rm(models: Models, dir: Folder = None) -> None:  # noqa: A002
+    """Remove models, and the blobs that no other model needs."""
+    done = _change(dir, "rm", {"models": models}, lambda keeping: keeping.remove(models))
+    _print([*(f"removed {name}" for name in done["models"]), f"{size_text(done['freed'])} freed"])
+
+
+@app.command()
+def pin(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, or a pattern.", show_default=False)],
+    dir: Folder = None,  # noqa: A002
+) -> None:
+    """Keep a model, or all that a pattern such as 'llama3*' names."""
+    done = _change(dir, "pin", {"model": model}, lambda keeping: _at_once(keeping.pin, model))
+    _print([f"pinned {done['pattern']}", *(f"    {name}" for name in done["models"])])
+
+
+@app.command()
+def unpin(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As it was pinned.", show_default=False)],
+    dir: Folder = None,  # noqa: A002
+) -> None:
+    """Take a pin back."""
+    done = _change(dir, "unpin", {"model": model}, lambda keeping: _at_once(keeping.unpin, model))
+    _print([f"unpinned {done['pattern']}", *(f"    {name} is kept by another pin" for name in done["still"])])
+
+
+@app.command()
+def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
+    """Count models and bytes: what is stored, and what was saved."""
+    found = _look(dir, "stats", {}, statistics)
+    if json:
+        return _print_json(found)
+    ratio = f" ({100 * found['ratio']:.0f} % of what was served)" if found["ratio"] is not None else ""
+    facts = [
+        ("models", str(found["models"])),
+        ("blobs", f"{found['blobs']}, {size_text(found['bytes'])}"),
+        ("shared", f"{size_text(found['deduplicated_bytes'])} not stored twice"),
+        ("served", size_text(found["served"])),
+        ("fetched", size_text(found["fetched"])),
+        ("saved", size_text(found["saved"]) + ratio),
+    ]
+    days = [("DAY (UTC)", "SERVED", "FETCHED")]
+    for day in found["days"][:14]:
+        days.append((day["day"], size_text(day["served"]), size_text(day["fetched"])))
+    return _print([*columns(facts), *(["", *columns(days)] if found["days"] else [])])
+
+
+@app.command()
+def config(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
+    """Show the options in force, and where each comes from."""
+    try:
+        rows = ask(_folder(dir), "config", {})
+    except NoDaemon:
+        rows = _own_options(dir)
+    except CacheError as error:
+        _fail(error)
+    if json:
+        return _print_json(rows)
+    return _print(columns([("OPTION", "FROM", "VALUE"), *((row["name"], row["source"], row["value"]) for row in rows)]))
+
+
+@app.command()
+def prune(
+    age: Annotated[str, typer.Option(help="How old: 0, 12h, 7d.")] = "7d",
+    all: Annotated[bool, typer.Option("--all", help="Models not pulled for so long, too.", show_default=False)] = False,  # noqa: A002
+    dry_run: DryRun = False,
+    dir: Folder = None,  # noqa: A002
+) -> None:
+    """Remove blobs without a model, and what broken pulls have left."""
+    try:
+        age_s = float(humanfriendly.parse_timespan(age))
+    except humanfriendly.InvalidTimespan:
+        raise typer.BadParameter(f"expected a duration such as 0, 12h or 7d, got {age!r}") from None
+    done = _change(
+        dir,
+        "prune",
+        {"age": age_s, "all": all, "dry_run": dry_run},
+        lambda keeping: keeping.prune(age_s=age_s, every=all, dry_run=dry_run),
+    )
+    word = "would remove" if dry_run else "removed"
+    _print(
+        [
+            *(f"{word} {name}" for name in done["models"]),
+            f"{word} {done['blobs']} blobs and {done['leftovers']} leftovers, {size_text(done['freed'])}",
+        ]
+    )
+
+
+@app.command()
+def warm(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL", help="As for `ollama pull`.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A list of models, one a line; # begins a comment.", show_default=False)
+    ] = None,
+    dry_run: DryRun = False,
+    dir: Folder = None,  # noqa: A002
+) -> None:
+    """Record models before anybody pulls them; the cache must run."""
+    wanted = [*(models or []), *(_listed(file) if file is not None else [])]
+    if not wanted:
+        raise typer.BadParameter("expected models, or a list of them with --file, got none")
+    from pullthrough.cli_progress import Layers
+
+    failed = False
+    with Layers() as layers:
+        for model in wanted:
+            arguments = {"models": [model], "dry_run": dry_run}
+            try:
+                (done,) = ask(_folder(dir), "warm", arguments, on_progress=layers.show)
+            except NoDaemon as error:
+                _fail(f"{error}; start it with `ollama-cache run`")
+            except CacheError as error:
+                done = {"model": model, "error": str(error)}
+            failed = failed or "error" in done
+            if "error" in done:
+                typer.echo(f"ollama-cache: {done['model']}: {done['error']}", err=True)
+            else:
+                word = "would record" if dry_run else "recorded"
+                layers.say(f"{done['model']}: {word} {size_text(done['missing'])} of {size_text(done['size'])}")
+    raise typer.Exit(1 if failed else 0)
+
+
+# --- how a verb is done
+
+
+def _folder(given: Path | None) -> Path:
+    return given.expanduser() if given is not None else places.default_store()
+
+
+def _look(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[View], Any]) -> Any:
+    folder = _folder(given)
+    try:
+        try:
+            return ask(folder, verb, arguments)
+        except NoDaemon:
+            from pullthrough import index
+
+            contents = index.look(folder / "index")
+            pins = (*_settings(given).pins, *sorted(contents.pins))
+            return local(View(contents.manifests, contents.blobs, pins, contents.days))
+    except CacheError as error:
+        _fail(error)
+
+
+def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[Any], Any]) -> Any:
+    """`local` is a coroutine function of a Housekeeping."""
+    folder = _folder(given)
+    try:
+        try:
+            return ask(folder, verb, arguments)
+        except NoDaemon:
+            import asyncio
+
+            from pullthrough.housekeeping import Housekeeping
+            from pullthrough.store import Store
+            from pullthrough.storefolder import MARKER
+
+            if not (folder / MARKER).exists():
+                raise StoreError(f"expected a store in {folder}, got none; see --dir") from None
+            pins = _settings(given).pins
+            store = Store.open(folder)
+            try:
+                return asyncio.run(local(Housekeeping(store, pins, lambda _: False)))
+            finally:
+                store.close()
+    except CacheError as error:
+        _fail(error)
+
+
+async def _at_once(work: Callable[[str], Any], text: str) -> Any:
+    return work(text)
+
+
+def _settings(given: Path | None) -> Settings:
+    texts = {row["name"]: row["value"] for row in _own_options(given) if row["name"] not in ("dir", "certs")}
+    return parse_settings(texts, dir=_folder(given), certs=places.default_certs())
+
+
+def _own_options(given: Path | None) -> list[dict[str, str]]:
+    """The options as a cache that is started from here would have them."""
+    rows = []
+    own = {"dir": str(_folder(given)), "certs": str(places.default_certs())}
+    for option in OPTIONS:
+        text = os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}", "")
+        value = text or own.get(option.name, option.default)
+        source = "environment" if text else "default"
+        if option.name == "dir" and given is not None and str(given) != text:
+            value, source = own["dir"], "command line"
+        rows.append({"name": option.name, "value": value, "source": source})
+    return rows
+
+
+def _listed(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(f"expected a list of models in {file}, got {error}")
+    return [text for line in lines if (text := line.partition("#")[0].strip())]
+
+
+def _print(lines: list[str]) -> None:
+    typer.echo("\n".join(lines))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(dumps(value, indent=2))
+
+
+def _fail(error: object) -> NoReturn:
+    typer.echo(f"ollama-cache: {error}", err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,62 @@
+"""What the addon owns for the command line: the control socket, and the count of bytes.
+
+Invariant: counts reach the index once a minute and at the end, never with a request. Knows which parts the verbs
+need, and nothing of flows.
+"""
+
+import asyncio
+import time
+from typing import Final
+
+from pullthrough.catalogue import JSON
+from pullthrough.control import Control
+from pullthrough.housekeeping import Housekeeping
+from pullthrough.recorder import Recorder
+from pullthrough.registry import Registry
+from pullthrough.settings import Settings
+from pullthrough.store import Store
+from pullthrough.traffic import Traffic
+from pullthrough.verbs import Verbs
+
+WRITE_S: Final = 60.0
+
+
+class Desk:
+    """Of one daemon."""
+
+    def __init__(
+        self, settings: Settings, store: Store, recorder: Recorder, registry: Registry, options: list[JSON]
+    ) -> None:
+        """`options` are what `config` tells."""
+        self._store = store
+        self._recorder = recorder
+        self._traffic = Traffic(store.ledger.days)
+        housekeeping = Housekeeping(store, settings.pins, lambda digest: recorder.find(digest) is not None)
+        verbs = Verbs(store, housekeeping, registry.warmer, pins=settings.pins, options=options, count=self.count)
+        self._control = Control(settings.dir, verbs.table())
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        await self._control.open()
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="count bytes")
+
+    async def close(self) -> None:
+        """Take no verb any more; what is still sent and fetched is for one more `count`."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._control.close()
+
+    def serve(self, count: int) -> None:
+        """A client has been sent so many bytes of a blob."""
+        self._traffic.serve(count, now=time.time())
+
+    def count(self) -> None:
+        """Bring the store's days up to date."""
+        self._traffic.fetch_up_to(self._recorder.counters.upstream_bytes, now=time.time())
+        self._store.ledger.put_days(self._traffic.take())
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(WRITE_S)
+            self.count()

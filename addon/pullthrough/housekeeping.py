@@ -1,0 +1,148 @@
+"""Change a store as people ask: models go, stay for good, or are cleaned up.
+
+Invariant: one step at a time, with the event loop free in between, so that pulls go on; a blob that somebody reads or
+a recording that runs is never touched. Knows neither sockets nor terminal: the daemon and, without one, the command
+line call the same.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from pullthrough import platform
+from pullthrough.catalogue import JSON, find
+from pullthrough.digest import Digest
+from pullthrough.errors import InvalidRequest, NoSuchModel
+from pullthrough.pruning import Plan, plan_prune, plan_removal
+from pullthrough.records import Name
+from pullthrough.store import Store
+
+_log = logging.getLogger(__name__)
+
+STEP: Final = 100
+"""Blobs that go without a pause: some milliseconds."""
+
+
+class Housekeeping:
+    """The changes of one store."""
+
+    def __init__(self, store: Store, pins: Sequence[str], recording: Callable[[Digest], bool]) -> None:
+        """`pins` are the option's; `recording` says whether a blob is being recorded."""
+        self._store = store
+        self._pins = pins
+        self._recording = recording
+        self._turn = asyncio.Lock()
+
+    async def remove(self, texts: Sequence[str]) -> JSON:
+        """These models go. NoSuchModel if one is not there: then none goes."""
+        async with self._turn:
+            names = [find(text, self._store.manifests()) for text in texts]
+            manifests, blobs = dict(self._store.manifests()), self._store.blobs()
+            plan = await asyncio.to_thread(plan_removal, manifests, blobs, names, busy=self._is_busy)
+            return await self._carry_out(plan)
+
+    async def prune(self, *, age_s: float, every: bool, dry_run: bool) -> JSON:
+        """Clean up what is older than `age_s` seconds."""
+        async with self._turn:
+            manifests, blobs = dict(self._store.manifests()), self._store.blobs()
+            leftovers = await asyncio.to_thread(_leftovers, self._store.folder)
+            idle = {path: facts for path, facts in leftovers.items() if not self._is_written(path)}
+            plan = await asyncio.to_thread(
+                plan_prune,
+                manifests,
+                blobs,
+                idle,
+                oldest=time.time() - age_s,
+                every=every,
+                pinned=lambda name: self._store.ledger.keeps(name, self._pins),
+                busy=self._is_busy,
+            )
+            return _told(plan) if dry_run else await self._carry_out(plan)
+
+    def pin(self, text: str) -> JSON:
+        """Keep a model, or all that a pattern names, for good. NoSuchModel if a name without wildcards is unknown."""
+        is_pattern = any(character in text for character in "*?[")
+        pattern = text if is_pattern else str(find(text, self._store.manifests()))
+        if not pattern.strip() or any(character.isspace() for character in pattern):
+            raise InvalidRequest(f"expected a model or a pattern such as llama3*, got {text!r}")
+        self._store.ledger.pin(pattern)
+        names = [name.typed for name in self._store.manifests() if name.matches(pattern)]
+        return {"pattern": pattern, "models": sorted(names)}
+
+    def unpin(self, text: str) -> JSON:
+        """Take a pin back. NoSuchModel if it is none; `still` are models that another pin keeps."""
+        ledger = self._store.ledger
+        candidates = [text]
+        with contextlib.suppress(InvalidRequest):  # a pattern
+            candidates.append(str(Name.parse(text)))
+        with contextlib.suppress(NoSuchModel):  # a pin whose model has gone
+            candidates.append(str(find(text, self._store.manifests())))
+        pattern = next((candidate for candidate in candidates if candidate in ledger.pins), None)
+        if pattern is None:
+            known = ", ".join(sorted(ledger.pins)) or "none"
+            option = ", ".join(self._pins) or "none"
+            raise NoSuchModel(f"expected a pin of this store ({known}; by the option: {option}), got {text!r}")
+        ledger.unpin(pattern)
+        matching = [name for name in self._store.manifests() if name.matches(pattern)]
+        return {
+            "pattern": pattern,
+            "models": sorted(name.typed for name in matching),
+            "still": sorted(name.typed for name in matching if ledger.keeps(name, self._pins)),
+        }
+
+    def _is_busy(self, digest: Digest) -> bool:
+        return self._store.is_open(digest) or self._recording(digest)
+
+    def _is_written(self, path: Path) -> bool:
+        try:
+            return path.suffix == ".partial" and self._recording(Digest.parse(path.stem))
+        except InvalidRequest:
+            return False
+
+    async def _carry_out(self, plan: Plan) -> JSON:
+        store = self._store
+        for name in plan.names:
+            if store.manifest(name) is not None:
+                store.drop_manifest(name)
+                await asyncio.sleep(0)
+        listed = {digest for record in store.manifests().values() for digest in record.sizes}
+        for start in range(0, len(plan.blobs), STEP):
+            step = plan.blobs[start : start + STEP]
+            # A client may have come since: what it reads or needs stays.
+            held = [digest for digest in step if (record := store.blob(digest)) is not None and record.held]
+            free = [digest for digest in held if digest not in listed and not self._is_busy(digest)]
+            await asyncio.to_thread(_remove, store.evict(free))
+        idle = [path for path in plan.files if not self._is_written(path)]
+        await asyncio.to_thread(_remove, [*idle, *(path.with_suffix(".journal") for path in idle if path.suffix)])
+        _log.info("removed %d models, %d blobs, %d leftovers", len(plan.names), len(plan.blobs), len(plan.files))
+        return _told(plan)
+
+
+def _told(plan: Plan) -> JSON:
+    return {
+        "models": [name.typed for name in plan.names],
+        "blobs": len(plan.blobs),
+        "leftovers": len(plan.files),
+        "freed": plan.freed,
+    }
+
+
+def _leftovers(folder: Path) -> dict[Path, tuple[int, float]]:
+    """Partials and quarantined bytes: what they take of the disk, and when they last changed."""
+    found = {}
+    for path in [*(folder / "ingest").glob("sha256-*.partial"), *(folder / "quarantine").glob("sha256-*")]:
+        status = path.stat()
+        found[path] = (platform.allocated(status), status.st_mtime)
+    return found
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("removing %s: %s", path, error)

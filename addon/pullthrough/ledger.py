@@ -1,0 +1,38 @@
+"""What people have said and what was counted: pins, and bytes by day, in the index.
+
+Invariant: a pin that was set is in force at once and after a restart. Knows neither options nor blobs.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from pullthrough.index import Contents, Index
+from pullthrough.records import Name
+from pullthrough.traffic import Totals
+
+
+class Ledger:
+    """The pins and days of one store."""
+
+    def __init__(self, index: Index, contents: Contents) -> None:
+        self._index = index
+        self.pins = contents.pins
+        """Patterns of models that stay, besides those that the option names."""
+        self.days = contents.days
+
+    def keeps(self, name: Name, pins: Iterable[str]) -> bool:
+        """Whether the model is pinned, here or by the option's `pins`."""
+        return any(name.matches(pattern) for pattern in (*pins, *self.pins))
+
+    def pin(self, pattern: str) -> None:
+        self.pins.add(pattern)
+        self._index.put_pin(pattern)
+
+    def unpin(self, pattern: str) -> None:
+        self.pins.discard(pattern)
+        self._index.delete_pin(pattern)
+
+    def put_days(self, days: Mapping[int, Totals]) -> None:
+        """Write the totals of these days."""
+        self.days.update(days)
+        for day, totals in days.items():
+            self._index.put_day(day, totals)

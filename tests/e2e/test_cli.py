@@ -1,0 +1,150 @@
+"""A daemon and the command line on one store: what the one does the other sees, and pulls go on meanwhile."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pullthrough.asking import SOCKET
+from pullthrough.digest import Digest
+from pullthrough.index import look
+from pullthrough.store import Store
+from tests.e2e.conftest import MB, add_model, unique
+from tests.support.a2 import A2Client
+from tests.support.origin import Origin
+from tests.support.proxy import Proxy, environment
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no control socket")
+
+ADDON = Path(__file__).parents[2] / "addon"
+MAIN = "import sys; sys.argv[0] = 'ollama-cache'; from pullthrough.cli import main; main()"
+
+
+def cli(proxy: Proxy, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a verb on the proxy's store, as a user would in another terminal."""
+    env = {**environment(proxy.directory / "home"), "PYTHONPATH": str(ADDON), "OLLAMA_CACHE_DIR": str(proxy.store)}
+    return subprocess.run(
+        [sys.executable, "-c", MAIN, *arguments], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def told(proxy: Proxy, *arguments: str) -> Any:
+    """The JSON of a verb that looks."""
+    done = cli(proxy, *arguments, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def said(proxy: Proxy, *arguments: str) -> str:
+    done = cli(proxy, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def check_agreement(store: Path) -> None:
+    """Index and files agree: each held blob has its file, each file its row, each manifest's row is whole."""
+    contents = look(store / "index")
+    held = {digest for digest, record in contents.blobs.items() if record.held}
+    assert held == {Digest.parse(path.name) for path in (store / "blobs").iterdir()}
+    opened = Store.open(store)
+    assert all(opened.held(digest) for digest in held)
+    assert list((store / "ingest").iterdir()) == []
+    opened.close()
+
+
+@pytest.mark.long
+def test_one_store_two_hands(
+    origin: Origin, start_proxy: Callable[..., Proxy], new_client: Callable[..., A2Client]
+) -> None:
+    """Warm, look, pin, remove and prune beside the daemon; after its end the same without it."""
+    small, other = (add_model(origin, unique(3 * MB), repository=f"library/{name}") for name in ("small", "other"))
+    proxy = start_proxy(ollama_cache_pins="kept*")
+    dry = said(proxy, "warm", "small", "--dry-run")
+    assert dry == "small:latest: would record 3.0 MB of 3.0 MB\n"
+    assert told(proxy, "ls") == []
+    done = cli(proxy, "warm", "small", "nobody/nothing")
+    assert done.returncode == 1
+    assert "small:latest: recorded 3.0 MB of 3.0 MB\n" in done.stdout
+    assert done.stderr == "ollama-cache: nobody/nothing: upstream answered 404\n"
+    new_client(proxy).pull(small.name)
+    new_client(proxy).pull(other.name)
+    rows = {row["name"]: row for row in told(proxy, "ls")}
+    assert {name: row["held"] for name, row in rows.items()} == {"small:latest": "complete", "other:latest": "complete"}
+    found = told(proxy, "show", "other")
+    assert [layer["digest"] for layer in found["layers"]] == list(other.blobs)
+    sums = told(proxy, "stats")
+    assert sums["models"] == 2
+    assert sums["served"] >= 6 * MB
+    assert sums["fetched"] == sums["bytes"]
+    sources = {row["name"]: row["source"] for row in told(proxy, "config")}
+    assert (sources["pins"], sources["listen"], sources["finish"]) == ("command line", "environment", "default")
+
+    assert said(proxy, "pin", "other").startswith("pinned registry.ollama.ai/library/other:latest\n")
+    pruned = said(proxy, "prune", "--age", "0", "--all")
+    assert pruned.startswith("removed small:latest\n")
+    assert [(row["name"], row["pinned"]) for row in told(proxy, "ls")] == [("other:latest", True)]
+    assert not (proxy.store / "blobs" / Digest.parse(small.layer).file_name).exists()
+    new_client(proxy).pull(small.name)
+    proxy.stop()
+
+    assert not (proxy.store / SOCKET).exists()
+    assert {row["name"]: row["pinned"] for row in told(proxy, "ls")} == {"small:latest": False, "other:latest": True}
+    assert told(proxy, "stats")["served"] == sums["served"] + sum(origin.blob(digest).size for digest in small.blobs)
+    assert said(proxy, "rm", "other").startswith("removed other:latest\n")
+    check_agreement(proxy.store)
+
+
+@pytest.mark.long
+def test_pulls_go_on(origin: Origin, proxy: Proxy, new_client: Callable[..., A2Client]) -> None:
+    """Clients pull whole models, bit by bit verified, while their models are removed and the store is pruned."""
+    models = [add_model(origin, unique(4 * MB), unique(1 * MB)) for _ in range(3)]
+
+    def pull(number: int) -> None:
+        for _ in range(3):
+            new_client(proxy).pull(models[number].name)
+
+    with ThreadPoolExecutor(3) as pool:
+        pulls = [pool.submit(pull, number) for number in range(3)]
+        removed = 0
+        while not all(future.done() for future in pulls):
+            for model in models:
+                removed += cli(proxy, "rm", model.name).returncode == 0
+            assert cli(proxy, "prune", "--age", "0", "--all").returncode == 0
+        for future in pulls:
+            future.result()
+    assert removed
+
+
+def test_a_held_index_blocks_nobody(origin: Origin, proxy: Proxy, new_client: Callable[..., A2Client]) -> None:
+    """Somebody holds the index's write lock: pulls and looks go on, and the writes follow when it is free."""
+    model = add_model(origin, unique(2 * MB))
+    database = sqlite3.connect(proxy.store / "index" / "cache.db", isolation_level=None)
+    try:
+        database.execute("BEGIN IMMEDIATE")
+        new_client(proxy).pull(model.name)
+        assert f"{model.name}:latest" in {row["name"] for row in told(proxy, "ls")}
+        assert told(proxy, "show", model.name)["held"] == "complete"
+        database.execute("ROLLBACK")
+    finally:
+        database.close()
+
+
+@pytest.mark.long
+def test_a_killed_daemon_leaves_no_riddle(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
+    """Its socket stays behind: the verbs do without it, and the next daemon takes its place."""
+    add_model(origin, unique(MB), repository="library/stays")
+    proxy = start_proxy()
+    said(proxy, "warm", "stays")
+    proxy.kill()
+    assert (proxy.store / SOCKET).exists()
+    assert [row["name"] for row in told(proxy, "ls")] == ["stays:latest"]
+    said(proxy, "pin", "stays")
+    proxy.start()
+    assert [row["pinned"] for row in told(proxy, "ls")] == [True]
+    assert {row["source"] for row in told(proxy, "config")} >= {"command line"}
