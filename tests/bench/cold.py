@@ -1,0 +1,189 @@
+"""What nobody has yet: one client, many clients, a source that limits each connection or none.
+
+**Invariant**: the CDN is nginx, so that what is measured is the cache; every round has a blob of its own, and each body
+byte that the CDN sends to the cache is counted. Knows no store.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pullthrough.digest import Digest
+from pullthrough.route import canonical_path
+from tests.bench.figures import OURS, Bench, Figure, Sample, workplace
+from tests.bench.load import Ask, Route
+from tests.bench.servers import Cost, Server, nginx
+from tests.support.a2 import A2Client, PullReport
+from tests.support.http1 import Resolve
+from tests.support.origin import MODEL_TYPE, R2_HOST, REGISTRY_HOST, Origin, Synthetic
+from tests.support.proxy import Proxy, free_port
+
+SINGLE: Final = 64 << 20
+PULLED: Final = 256 << 20
+RATE: Final = 10_000_000
+"""Bytes a second on one connection of the limited CDN."""
+_PIECE: Final = 8 << 20
+_LOGGED_S: Final = 0.1
+"""Within which nginx writes its log behind the last byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Scene:
+    """A registry, an nginx as its CDN, an empty cache, and an nginx with a cache of its own."""
+
+    origin: Origin
+    www: Path
+    cdn: Server
+    slices: Server
+    proxy: Proxy
+    log: Path
+    """A line for each body that the CDN has sent: its bytes."""
+
+    @property
+    def ours(self) -> Route:
+        """To everything, through the cache."""
+        return Route(str(self.proxy.ca_file), ("127.0.0.1", self.proxy.port))
+
+    @property
+    def direct(self) -> Route:
+        """To the registry and the CDN."""
+        hosts = {(R2_HOST, 443): ("127.0.0.1", self.cdn.port)}
+        return Route(str(self.origin.ca_file), resolve={**self.origin.resolve, **hosts})
+
+    def add(self, name: str, size: int, seed: int) -> str:
+        """A model of one layer; the layer's digest."""
+        blob = Synthetic(size, seed)
+        layer = self.origin.add_blob(blob)
+        config = self.origin.add_blob(b"{}")
+        self.origin.add_model(f"library/{name}", "latest", layers=[(MODEL_TYPE, layer)], config=config)
+        for digest in (layer, config):
+            path = self.www / canonical_path(Digest.parse(digest))[1:]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = self.origin.blob(digest)
+            with path.open("wb") as file:
+                for start in range(0, content.size, _PIECE):
+                    file.write(content.read(start, start + _PIECE))
+        return layer
+
+    def sent(self) -> int:
+        """Body bytes that the CDN has sent so far."""
+        return sum(map(int, self.log.read_text().split()))
+
+
+@contextmanager
+def _scene(rate: int | None) -> Iterator[_Scene]:
+    with ExitStack() as stack:
+        new = stack.enter_context(workplace())
+        origin = stack.enter_context(Origin(new("origin")))
+        www, cdn_folder, cache_folder = new("www"), new("cdn"), new("slices")
+        limit = f"limit_rate {rate};" if rate else ""
+        log = cdn_folder / "sent.log"
+        rules = f"root {www}; access_log {log} size; {limit}"
+        cdn = stack.enter_context(nginx(cdn_folder, origin, free_port(), rules))
+        # http://nginx.org/en/docs/http/ngx_http_slice_module.html, its example, with the lock.
+        rules = (
+            "location / { slice 8m; proxy_cache blobs; proxy_cache_lock on; proxy_cache_key $uri$slice_range;\n"
+            "proxy_set_header Range $slice_range; proxy_cache_valid 200 206 1h; proxy_cache_lock_timeout 60s;\n"
+            f"proxy_cache_lock_age 60s; proxy_http_version 1.1; proxy_pass https://127.0.0.1:{cdn.port}; }}"
+        )
+        outside = f"proxy_cache_path {cache_folder}/cache keys_zone=blobs:10m;"
+        slices = stack.enter_context(nginx(cache_folder, origin, free_port(), rules, outside=outside))
+        upstream = f"{REGISTRY_HOST}=https://localhost:{origin.registry_port},{R2_HOST}=https://localhost:{cdn.port}"
+        proxy = stack.enter_context(Proxy(new("proxy"), origin, ollama_cache_upstream=upstream))
+        yield _Scene(origin, www, cdn, slices, proxy, log)
+
+
+def _condition(rate: int | None) -> str:
+    return f"source limited to {rate // 1_000_000} MB/s per connection" if rate else "source without limit"
+
+
+def single(bench: Bench) -> Iterator[Figure]:
+    """Clients of one blob nobody has, a single stream each: through the cache, through nginx's, and directly."""
+    size = bench.size(SINGLE)
+    for rate in (RATE, None):
+        with _scene(rate) as scene:
+            for clients in (1, 8, 32):
+                yield _single(bench, scene, clients, size, _condition(rate))
+
+
+def _single(bench: Bench, scene: _Scene, clients: int, size: int, condition: str) -> Figure:
+    name = f"single{clients}"
+    blobs = [scene.add(name, size, 100 * clients + number) for number in bench.rounds]
+
+    def measure(route: Route, address: Callable[[str], str], pid: int) -> Callable[[int], Sample]:
+        def run(number: int) -> Sample:
+            digest = blobs[number]
+            before = scene.sent()
+            with Cost(pid) as cost:
+                tally = bench.load.fetch(route, [[Ask(address(digest), follows=True)]] * clients)
+            if tally.bytes < clients * size:
+                raise RuntimeError(f"expected {clients * size} bytes, got {tally.bytes}")
+            time.sleep(_LOGGED_S)
+            return {
+                "s": tally.seconds,
+                "upstream bytes / blob": (scene.sent() - before) / size,
+                "CPU s/GB": cost.cpu_s / tally.bytes * 1e9,
+            }
+
+        return run
+
+    def by_registry(digest: str) -> str:
+        return f"https://{REGISTRY_HOST}/v2/library/{name}/blobs/{digest}"
+
+    def by_slices(digest: str) -> str:
+        return f"https://localhost:{scene.slices.port}{canonical_path(Digest.parse(digest))}"
+
+    figure = bench.compare(
+        f"{clients} single-stream client{'s' if clients > 1 else ''} of {size >> 20} MiB, {condition}",
+        {
+            OURS: measure(scene.ours, by_registry, scene.proxy.pid),
+            "nginx proxy_cache": measure(scene.slices.route, by_slices, scene.slices.pid),
+            "direct": measure(scene.direct, by_registry, scene.cdn.pid),
+        },
+    )
+    for digest in blobs:
+        (scene.www / canonical_path(Digest.parse(digest))[1:]).unlink()
+    return figure
+
+
+def ollama(bench: Bench) -> Iterator[Figure]:
+    """Ollama's own way of pulling (HEAD, probe, parts of 100 MB at once), emulated, against one client going direct."""
+    for rate, clients in ((RATE, 1), (RATE, 8), (None, 1)):
+        with _scene(rate) as scene:
+            yield _ollama(bench, scene, clients, _condition(rate))
+
+
+def _ollama(bench: Bench, scene: _Scene, clients: int, condition: str) -> Figure:
+    size = bench.size(PULLED)
+    for number in bench.rounds:
+        scene.add(f"pulled{number}", size, 10 + number)
+
+    def ours(number: int) -> Sample:
+        before = scene.sent()
+        reports = _pull(f"pulled{number}", clients, scene.proxy.url, scene.proxy.ca_file)
+        time.sleep(_LOGGED_S)
+        return {
+            "s": max(report.transfer_s for report in reports),
+            "upstream bytes / blob": (scene.sent() - before) / size,
+            "longest gap s": max(report.max_gap_s for report in reports),
+            "client retries": float(sum(report.retries + report.stalls for report in reports)),
+        }
+
+    def direct(number: int) -> Sample:
+        report = _pull(f"pulled{number}", 1, None, scene.origin.ca_file, scene.direct.resolve)[0]
+        return {"s": report.transfer_s, "longest gap s": report.max_gap_s}
+
+    who = "one Ollama" if clients == 1 else f"the slowest of {clients} Ollamas"
+    return bench.compare(f"{who}, {size >> 20} MiB, {condition}", {OURS: ours, "one direct": direct})
+
+
+def _pull(
+    name: str, clients: int, proxy_url: str | None, ca_file: Path, resolve: Resolve | None = None
+) -> list[PullReport]:
+    with workplace() as new, ThreadPoolExecutor(clients) as pool:
+        pulling = [A2Client(proxy_url, ca_file, new("client"), resolve=resolve) for _ in range(clients)]
+        return list(pool.map(lambda client: client.pull(name), pulling))

@@ -1,0 +1,57 @@
+"""The rows that `scripts/bench` can measure, and what limits each.
+
+**Invariant**: names are unique and the order is the table's.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from tests.bench import cold, pulls, small, warm
+from tests.bench.figures import Bench, Figure
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement of one or more figures; its docstring says what is done."""
+
+    measure: Callable[[Bench], Iterator[Figure]]
+    limit: str
+    """What keeps the figures from being better."""
+
+    @property
+    def about(self) -> str:
+        """What is measured."""
+        return " ".join((self.measure.__doc__ or "").split())
+
+
+ROWS: Final = {
+    "generator": Row(
+        warm.generator,
+        "the generator itself, asking nginx: no other figure can be better than this on the same machine",
+    ),
+    "hit": Row(
+        warm.hit,
+        "one core: all of mitmproxy is one thread, which encrypts, copies and counts; nginx uses every core",
+    ),
+    "plain": Row(warm.plain, "one core and the kernel's copying, with the reader on the other one"),
+    "single": Row(
+        cold.single,
+        "a limited source: nginx's slices come one after the other, the cache's over 16 connections; an unlimited one: "
+        "the cache's one thread, which decrypts, writes and encrypts, beside the hashing",
+    ),
+    "ollama": Row(
+        cold.ollama,
+        "several connections from the client's side too, so that direct is fast; the emulators hash and write in "
+        "Python, on the same cores",
+    ),
+    "parts": Row(
+        pulls.parts, "source, cache and client share the cores, and all three are Python; the disk at the end"
+    ),
+    "fairness": Row(pulls.fairness, "the source's rate, over the places that wait"),
+    "lag": Row(pulls.lag, "Python's one interpreter lock, which hashing and TLS release only in part"),
+    "requests": Row(small.requests, "mitmproxy's Python for each request, one core"),
+    "latency": Row(small.latency, "the same, and the generator's 64 threads on the same cores"),
+    "beside": Row(warm.beside, "the pieces of up to 1 MiB that go to the four clients between two turns"),
+    "model": Row(small.model, "mitmproxy's Python, twice for each blob: the redirect and the blob"),
+}
