@@ -81,7 +81,9 @@ def open_descriptor(path: Path, flags: int) -> int:
 
 def cores() -> int:
     """How many cores this process may use; where the system does not tell, how many there are."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def open_regular(path: Path) -> int:
@@ -242,5 +244,7 @@ def local_networks() -> tuple[Network, ...]:
 
 def allocated(status: os.stat_result) -> int:
     """The bytes that a file takes of the disk: less than its size where it has holes."""
-    # Windows does not tell; 512 is POSIX's unit there, whatever the file system's own is.
-    return status.st_blocks * 512 if sys.platform != "win32" else status.st_size
+    if sys.platform == "win32":  # which does not tell
+        return status.st_size
+    # POSIX's unit, whatever the file system's own is.
+    return status.st_blocks * 512

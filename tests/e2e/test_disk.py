@@ -99,7 +99,8 @@ def test_disk_that_fills_up(
     with ThreadPoolExecutor(1) as pool:
         pulling = pool.submit(client.pull, model.name)
         origin.counters.wait_for(lambda counters: counters.cdn_bytes > 6 * MB)
-        with Path(f"/proc/{proxy.pid}/root{store}/other").open("wb") as other, contextlib.suppress(OSError):
+        other_path = Path(f"/proc/{proxy.pid}/root{store}/other")
+        with other_path.open("wb", buffering=0) as other, contextlib.suppress(OSError):
             while True:
                 other.write(bytes(MB))
         report = pulling.result()

@@ -251,8 +251,10 @@ class Rows(dict[str, str]):
         super().__init__()
         self._note = note
 
-    def _sql(self, statement: str) -> list[tuple[str]]:
-        return [("ok",)]
+    def _sql(self, statement: str) -> list[tuple[Any, ...]]:
+        if statement.startswith("PRAGMA"):
+            return [("ok",)]
+        return [(key, 1, diskcache.core.MODE_RAW, value) for key, value in self.items()]
 
     def set(self, key: str, value: str, *, retry: bool) -> None:
         self._note(key, value)
