@@ -21,6 +21,7 @@ def test_readme_lists_the_rows() -> None:
     assert report.with_block(README, "rows", report.rows_block()) == README
 
 
+@pytest.mark.long
 def test_quick_run(tmp_path: Path) -> None:
     """One row in its smoke form: a table on stdout, JSON beside it, and a README made from that JSON."""
     if sys.platform != "linux" or shutil.which("nginx") is None:

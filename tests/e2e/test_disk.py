@@ -69,6 +69,7 @@ def test_full_disk(
     assert small.layer.replace(":", "-") in files_of(proxy, "blobs")
 
 
+@pytest.mark.long
 def test_four_clients_past_the_disk(
     origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path
 ) -> None:

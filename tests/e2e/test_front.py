@@ -435,6 +435,7 @@ def test_many_idle_connections(origin: Origin, proxy: Proxy) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_it_ends_soon_and_frees_the_port(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
     """A body under way and an idle connection hold up the end for two seconds at most, and end with FIN."""
     proxy = start_proxy(front=True)
