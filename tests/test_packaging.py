@@ -31,10 +31,7 @@ PRIVATE_KEY: Final = re.compile(
 PACKAGE_INDEX: Final = re.compile(
     rb"[p]ypi\.|[p]ythonhosted|[i]ndex-url|[f]ind-links|[t]rusted-host|[a]rtifactory|[d]evpi", re.IGNORECASE
 )
-# /root/.ollama is where the official container keeps its models, on every machine.
-HOME: Final = re.compile(
-    rb"/(?:[h]ome|[U]sers)/[A-Za-z0-9]|(?<![\w.])/[r]oot/(?!\.ollama\b)|C:\\+[U]sers\\+[A-Za-z0-9]"
-)
+HOME: Final = re.compile(rb"/(?:[h]ome|[U]sers)/[A-Za-z0-9]|(?<![\w.])/[r]oot/|C:\\+[U]sers\\+[A-Za-z0-9]")
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
