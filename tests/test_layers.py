@@ -14,11 +14,13 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options loopguard wording",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning",
+    " conditional requestlog options loopguard wording fleet addressing",
+    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning"
+    " breaker",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
-    " storefolder copying inventory modeltree bundle ledger asking housekeeping",
-    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor",
+    " storefolder copying inventory modeltree bundle ledger asking housekeeping objectstore",
+    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor tier"
+    " uploader",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
     "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
@@ -34,8 +36,10 @@ SIDEWAYS: Final = {
     "byterange": {"errors"},
     "capability": {"digest", "errors"},
     "settings": {"records"},
-    "options": {"errors", "settings"},
+    "addressing": {"settings"},
+    "options": {"addressing", "errors", "settings"},
     "records": {"digest", "errors"},
+    "fleet": {"digest", "errors", "records"},
     "datacheck": {"byterange", "errors"},
     "chunksums": {"digest", "errors"},
     "coding": {"errors"},
@@ -55,9 +59,11 @@ SIDEWAYS: Final = {
     "modeltree": {"platform"},
     "bundle": {"modeltree"},
     "upstream": {"datastream", "resolver"},
+    "supply": {"tier"},
+    "uploader": {"tier"},
     "fetcher": {"supply"},
     "relay": {"fetcher", "supply"},
-    "workroom": {"fetcher", "keeper"},
+    "workroom": {"fetcher", "keeper", "tier"},
     "recording": {"cursor", "fetcher", "relay", "sealer", "supply", "workroom"},
     "recorder": {"recording", "supply", "workroom"},
     "manifests": {"exchange"},

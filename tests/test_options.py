@@ -39,6 +39,8 @@ def test_defaults() -> None:
         prefetch=True,
         upstream_connections=16,
         upstream_rate=None,
+        object_store=None,
+        fleet_secret_file=None,
         log_level="info",
     )
 

@@ -24,6 +24,8 @@ BLOB = bytes(range(256)) * (SIZE // 256)
 class Stream:
     """A response that brings BATCH bytes at a time while its supply lets it."""
 
+    near = False
+
     def __init__(self, supply: "FakeSupply", start: int, stop: int) -> None:
         self.start = start
         self._stop = stop
@@ -55,6 +57,9 @@ class FakeSupply:
 
     async def source(self) -> None:
         return None
+
+    def failed(self, source: None) -> None:
+        pass
 
     def slot(self, source: None) -> contextlib.AbstractAsyncContextManager[None]:
         return contextlib.nullcontext()

@@ -29,6 +29,7 @@ from pullthrough.gate import Gate, own_ports
 from pullthrough.keeper import Keeper
 from pullthrough.looplag import LoopLag
 from pullthrough.modes import check_modes
+from pullthrough.objectstore import ObjectStore
 from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
 from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
@@ -38,6 +39,8 @@ from pullthrough.settings import PREFIX, Settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Transfers, check_internals
 from pullthrough.threads import Threads
+from pullthrough.tier import Tier, load_secret
+from pullthrough.uploader import Uploader
 from pullthrough.upstream import Upstream
 from pullthrough.workroom import Workroom
 
@@ -81,6 +84,8 @@ class OllamaCache:
         self._parents = Parents()
         self._upstream: Upstream | None = None
         self._threads: Threads | None = None
+        self._fleet: tuple[ObjectStore, bytes] | None = None
+        self._uploader: Uploader | None = None
         self._recorder: Recorder | None = None
         self._registry: Registry | None = None
         self._lag = LoopLag()
@@ -140,6 +145,8 @@ class OllamaCache:
             raise CacheError(
                 f"option ssl_verify_upstream_trusted_ca: expected a PEM file of certificates, got: {error}"
             ) from error
+        if settings.object_store is not None and settings.fleet_secret_file is not None:
+            self._fleet = ObjectStore(settings.object_store), load_secret(settings.fleet_secret_file)
         self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
         self._store = Store.open(settings.dir)
         platform.allow_descriptors(DESCRIPTORS)
@@ -174,6 +181,7 @@ class OllamaCache:
             min_free=settings.min_free,
             pins=settings.pins,
         )
+        tier = Tier(*self._fleet, self._threads, self._upstream) if self._fleet is not None else None
         room = Workroom(
             self._store,
             keeper,
@@ -182,13 +190,17 @@ class OllamaCache:
             connections=settings.upstream_connections,
             finish=settings.finish,
             budget=Budget(settings.upstream_rate),
+            tier=tier,
         )
         self._recorder = Recorder(room)
-        self._registry = Registry(settings, self._store, self._upstream, self._recorder)
+        self._registry = Registry(settings, self._store, self._upstream, self._recorder, tier)
         self._registry.open()
         self._desk = Desk(settings, self._store, self._recorder, self._registry, _origins(settings))
         await self._desk.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
+        if tier is not None:
+            self._uploader = Uploader(tier, self._store, self._threads)
+            self._uploader.open()
         self._lag.open()
         self._forbid_reload()
         self._gate.open(settings, self._parents, self._upstream.loop)
@@ -220,6 +232,8 @@ class OllamaCache:
             await self._registry.close()
         if self._recorder is not None:
             await self._recorder.close()
+        if self._uploader is not None:
+            await self._uploader.close()
         self._flows.release()
         if self._threads is not None:
             self._threads.close()

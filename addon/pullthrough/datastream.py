@@ -30,6 +30,8 @@ class Source:
 
     url: str = field(repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    near: bool = field(default=False, repr=False)
+    """It is the fleet's own, and no upstream's."""
 
     @property
     def host(self) -> str:
@@ -48,8 +50,14 @@ class DataStream:
         self.start = extent.start
         self.stop = extent.stop
         self.length = extent.length
-        self.validator = response.headers.get("ETag")
+        # The fleet's sources need not agree on one: the digest tells whether their bytes fit together.
+        self.validator = None if self.near else response.headers.get("ETag")
         self._response = response
+
+    @property
+    def near(self) -> bool:
+        """The bytes are the fleet's own, and cost upstream nothing."""
+        return self.source is not None and self.source.near
 
     @property
     def whole(self) -> bool:

@@ -12,6 +12,8 @@
     ├── Misdirected            the names on an intercepted connection disagree (421)
     ├── TransferRefused        what is to be imported or exported is not whole, not right or not to be had
     ├── DigestMismatch         recorded bytes do not hash to their name: quarantined, never a hit
+    ├── TierError              the fleet's object store could not be used: pulls go on without it
+    ├── ForgedDocument         what lies in the object store was not written by this fleet: ignored
     └── UpstreamError          upstream could not be used (502)
         ├── UpstreamUnreachable    no answer at all: DNS, connect, TLS, reset
         │   └── Offline            nobody is to be asked (504)
@@ -90,6 +92,16 @@ class DigestMismatch(CacheError):
         super().__init__(f"digest mismatch: expected {expected}, got {actual}")
         self.expected = expected
         self.actual = actual
+
+
+class TierError(CacheError):
+    """The object store could not be used."""
+
+    status_hint = 502
+
+
+class ForgedDocument(CacheError):
+    """A document in the object store is not signed by the fleet, or not for its place."""
 
 
 class UpstreamError(CacheError):

@@ -57,9 +57,18 @@ class Counters:
     """What recordings have done since the start of the daemon."""
 
     upstream_bytes: int = 0
+    near_bytes: int = 0
+    """From the fleet's own sources."""
     retries: int = 0
     mismatches: int = 0
     restarts: int = 0
+
+    def take(self, stream: DataStream, count: int) -> None:
+        """So many bytes of the stream have come."""
+        if stream.near:
+            self.near_bytes += count
+        else:
+            self.upstream_bytes += count
 
 
 @dataclass(eq=False)
@@ -222,7 +231,11 @@ class Fetcher:
                         self.wake()
                     await self._receive(stream, attempt)
 
-            await self._attempt(taken, fetch)
+            try:
+                await self._attempt(taken, fetch)
+            except UpstreamError:
+                self._supply.failed(source)
+                raise
 
     async def _attempt(self, taken: Slice, work: Callable[[_Attempt], Awaitable[None]]) -> None:
         """Do `work` for the claimed slice and release it. UpstreamTimeout if another connection is to do it."""
@@ -253,7 +266,7 @@ class Fetcher:
         began = time.monotonic()
         try:
             async for data in stream.batches():
-                self._counters.upstream_bytes += len(data)
+                self._counters.take(stream, len(data))
                 self.fetched += len(data)
                 if limit is not None and self._whole_only:
                     limit, attempt.extent = None, Slice(stream.start, stream.stop)

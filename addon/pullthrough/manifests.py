@@ -25,6 +25,7 @@ from pullthrough.records import ManifestRecord, Name
 from pullthrough.route import ManifestRoute
 from pullthrough.settings import Settings
 from pullthrough.store import Store
+from pullthrough.tier import Tier
 from pullthrough.upstream import DEADLINE_S, REDIRECTS, Response, Upstream
 
 _log = logging.getLogger(__name__)
@@ -48,10 +49,12 @@ class Reply:
 class Manifests:
     """The manifests of all registries."""
 
-    def __init__(self, settings: Settings, store: Store, upstream: Upstream) -> None:
+    def __init__(self, settings: Settings, store: Store, upstream: Upstream, tier: Tier | None = None) -> None:
         self._settings = settings
         self._store = store
         self._upstream = upstream
+        self._tier = tier
+        self._adoptions: Collapser[Name, None] = Collapser()
         self._fetches: Collapser[tuple[Name, str, str], Reply] = Collapser()
         self._newest = ""
 
@@ -85,6 +88,8 @@ class Manifests:
         return answer
 
     async def _answer(self, request: Request, name: Name) -> Answer:
+        if self._tier is not None and self._store.manifest(name) is None:
+            await self._adoptions.join(name, lambda: self._adopt(name))
         now = time.time()
         record = self._public(name)
         plan = freshness.decide(
@@ -131,6 +136,18 @@ class Manifests:
         """The stored manifest, unless upstream has refused it to an anonymous request."""
         record = self._store.manifest(name)
         return None if record is None or record.denied else record
+
+    async def _adopt(self, name: Name) -> None:
+        """Take over what another cache of the fleet has recorded, unless the repository is known to be private."""
+        assert self._tier is not None
+        denials = self._store.denials(name.host, name.repository)
+        if denials or self._store.is_denied(name.host, name.repository):
+            return
+        record = await self._tier.manifest(name)
+        refused = self._store.denials(name.host, name.repository)
+        if record is not None and not refused and self._store.manifest(name) is None:
+            _log.info("%s: taken over from the object store", name)
+            self._store.adopt(name, record)
 
     def _deny(self, name: Name) -> None:
         if self._store.deny(name.host, name.repository):

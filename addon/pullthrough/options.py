@@ -4,26 +4,31 @@ Invariant: `Settings` are made only if every option was understood; a bad value 
 option, what was expected and what was got. Knows neither where option texts come from nor the machine's folders.
 """
 
-import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
-from urllib.parse import urlsplit
 
 import humanfriendly
 
+from pullthrough.addressing import (
+    parse_advertise,
+    parse_clients,
+    parse_front,
+    parse_host,
+    parse_hosts,
+    parse_listen,
+    parse_object_store,
+    parse_upstream,
+)
 from pullthrough.errors import SettingsError
 from pullthrough.settings import (
     PREFIX,
     R2_HOST,
     Direct,
-    Endpoint,
     Finish,
     Lifetimes,
-    Network,
     Settings,
     Tunnel,
     Withdrawn,
@@ -42,96 +47,6 @@ class Option:
     parse: Callable[[str], object]
     may_be_empty: bool = False
     """An empty text is a value of its own and does not stand for the default."""
-
-
-def _parse_host(text: str) -> str:
-    host = text.strip().lower().rstrip(".")
-    labels = host.split(".")
-    if len(host) > 253 or not all(
-        label and len(label) <= 63 and label.replace("-", "").replace("_", "").isalnum() and label.isascii()
-        for label in labels
-    ):
-        raise ValueError("a host name")
-    if _is_address(host):
-        raise ValueError("a host name, not an address (the CA signs names only)")
-    return host
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _parse_hosts(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(_parse_host(part) for part in text.split(",")))
-
-
-def _parse_upstream(text: str) -> Mapping[str, Endpoint]:
-    result: dict[str, Endpoint] = {}
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        name, equals, url = part.partition("=")
-        if not equals:
-            raise ValueError("host=url[,host=url]")
-        split = urlsplit(url)
-        if split.scheme not in ("http", "https") or not split.hostname or split.path not in ("", "/"):
-            raise ValueError("host=url where url is http(s)://name[:port] without a path")
-        if split.query or split.fragment or split.username is not None:
-            raise ValueError("host=url where url has no query, fragment or user")
-        port = split.port or (443 if split.scheme == "https" else 80)
-        result[_parse_host(name)] = Endpoint(split.scheme, split.hostname, port)
-    return MappingProxyType(result)
-
-
-def _parse_clients(text: str) -> tuple[Network | str, ...]:
-    result: list[Network | str] = []
-    for part in (piece.strip() for piece in text.split(",")):
-        if part in ("private", "local", "any"):
-            result.append(part)
-            continue
-        try:
-            result.append(ipaddress.ip_network(part))
-        except ValueError as error:
-            raise ValueError(f"CIDR networks or the words private, local, any ({error})") from error
-    return tuple(result)
-
-
-def _parse_listen(text: str) -> tuple[tuple[str, int], ...]:
-    if text.strip().lower() in ("", "off"):
-        return ()
-    result = []
-    for part in (piece.strip() for piece in text.split(",")):
-        split = urlsplit(f"//{part}")
-        # `port` raises ValueError beyond 65535.
-        if not (split.hostname or part.startswith(":")) or split.netloc != part or "@" in part or not split.port:
-            raise ValueError("off or [host]:port[,[host]:port], with an IPv6 address in brackets")
-        host = split.hostname or ""
-        result.append((host if not host or _is_address(host) else _parse_host(host), split.port))
-    return tuple(dict.fromkeys(result))
-
-
-def _parse_advertise(text: str) -> Endpoint | None:
-    if not text.strip():
-        return None
-    split = urlsplit(text.strip() if "://" in text else f"//{text.strip()}", scheme="http")
-    # `port` raises ValueError beyond 65535.
-    plain = split.scheme == "http" and split.path in ("", "/") and not split.query and not split.fragment
-    if not plain or not split.hostname or "@" in split.netloc or split.port == 0:
-        raise ValueError("host, host:port or http://host[:port], with an IPv6 address in brackets")
-    host = split.hostname if _is_address(split.hostname) else _parse_host(split.hostname)
-    return Endpoint("http", host, split.port or (80 if "://" in text else 0))
-
-
-def _parse_front(text: str) -> Mapping[int, str]:
-    result: dict[int, str] = {}
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        port, equals, host = part.partition("=")
-        if not equals or not port.isdecimal() or not 0 < int(port) < 65536 or int(port) in result:
-            raise ValueError("port=registry[,port=registry]")
-        result[int(port)] = _parse_host(host)
-    return MappingProxyType(result)
 
 
 def _parse_duration(text: str) -> float:
@@ -226,6 +141,10 @@ def _parse_folder(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _parse_file(text: str) -> Path | None:
+    return _parse_folder(text) if text.strip() else None
+
+
 def _parse_level(text: str) -> str:
     level = text.strip().lower()
     if level not in ("debug", "info", "warning", "error"):
@@ -240,21 +159,21 @@ OPTIONS: Final = (
         "registries",
         "registry.ollama.ai",
         "Registries to cache, separated by commas; all other hosts are tunnelled unread.",
-        _parse_hosts,
+        parse_hosts,
     ),
-    Option("blob_host", R2_HOST, "The host that the registry redirects blob downloads to.", _parse_host),
+    Option("blob_host", R2_HOST, "The host that the registry redirects blob downloads to.", parse_host),
     Option(
         "upstream",
         "",
         "Where a registry or the blob host is really reached: host=url[,host=url].",
-        _parse_upstream,
+        parse_upstream,
     ),
     Option(
         "clients",
         "private,local",
         "Who may use the cache: networks (CIDR), and the words private (private ranges and loopback), "
         "local (networks this machine is on) and any.",
-        _parse_clients,
+        parse_clients,
     ),
     Option("tunnel", Tunnel.ANY, "CONNECT to other public hosts: any or none.", _parse_word(Tunnel)),
     Option(
@@ -262,14 +181,14 @@ OPTIONS: Final = (
         ":9200",
         "Where models are served without a proxy, by plain HTTP: host:port[,host:port], no host for all addresses; "
         "off for nowhere.",
-        _parse_listen,
+        parse_listen,
         may_be_empty=True,
     ),
     Option(
         "front",
         "9200=registry.ollama.ai",
         "Which registry a port speaks for: port=registry[,port=registry]; each of these ports is listened on too.",
-        _parse_front,
+        parse_front,
         may_be_empty=True,
     ),
     Option(
@@ -284,7 +203,7 @@ OPTIONS: Final = (
         "",
         "Where clients find `listen` for that: host, host:port or http://host[:port]; empty for the address at which "
         "they reached the proxy.",
-        _parse_advertise,
+        parse_advertise,
     ),
     Option(
         "manifest_lifetime",
@@ -335,6 +254,20 @@ OPTIONS: Final = (
         "The most that comes in from blob sources, all together: bytes per second such as 20MB; empty for no limit.",
         _parse_rate,
     ),
+    Option(
+        "object_store",
+        "",
+        "What all caches of a fleet share beyond their own disks: s3://bucket/prefix, gs://… or az://…, credentials "
+        "and endpoint by the usual variables of the environment; empty for none.",
+        parse_object_store,
+    ),
+    Option(
+        "fleet_secret_file",
+        "",
+        "A file, readable by its owner alone, with what the fleet's caches sign by: at least 32 bytes, the same on "
+        "each.",
+        _parse_file,
+    ),
     Option("log_level", "info", "How much the cache logs: debug, info, warning or error.", _parse_level),
 )
 
@@ -382,6 +315,11 @@ def _check_together(settings: Settings) -> None:
         raise SettingsError(
             f"option {PREFIX}front: expected only registries of {PREFIX}registries "
             f"({', '.join(settings.registries)}), got {strangers[0]!r}"
+        )
+    if settings.object_store is not None and settings.fleet_secret_file is None:
+        raise SettingsError(
+            f"option {PREFIX}object_store: expected {PREFIX}fleet_secret_file beside it, got none "
+            "(what is shared is believed only when it is signed)"
         )
     if not settings.listen and settings.direct is Direct.ON:
         raise SettingsError(f"option {PREFIX}direct: expected auto or off where {PREFIX}listen is off, got 'on'")

@@ -41,7 +41,7 @@ class Recorder:
         """
         recording = self._recordings.get(digest)
         if recording is None:
-            supply = Supply(self._room.upstream, obtain, source)
+            supply = Supply(self._room.upstream, obtain, source, self._room.nearby(digest))
             recording = Recording(self._room, digest, supply, on_end=self._ended, wanted=wanted)
             # Registered before it starts: the loop runs new tasks eagerly, and the next caller must find it.
             self._recordings[digest] = recording

@@ -335,6 +335,7 @@ class Recording:
             await work
         except DigestMismatch as error:
             self._room.counters.mismatches += 1
+            self.supply.mistrust()
             self._fail(error)
         except CacheError as error:
             self._fail(error)

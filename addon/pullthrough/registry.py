@@ -34,6 +34,7 @@ from pullthrough.manifests import Manifests
 from pullthrough.prefetch import Prefetcher
 from pullthrough.reader import Reader
 from pullthrough.recorder import Recorder
+from pullthrough.recording import Recording
 from pullthrough.refresh import Refresher
 from pullthrough.route import (
     BlobRoute,
@@ -47,6 +48,7 @@ from pullthrough.route import (
 )
 from pullthrough.settings import Settings
 from pullthrough.store import Store
+from pullthrough.tier import Tier
 from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Upstream
 from pullthrough.warm import Warmer
 
@@ -58,14 +60,17 @@ _OCTETS: Final = "application/octet-stream"
 class Registry:
     """The core: requests in, answers out."""
 
-    def __init__(self, settings: Settings, store: Store, upstream: Upstream, recorder: Recorder) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, upstream: Upstream, recorder: Recorder, tier: Tier | None = None
+    ) -> None:
         self._settings = settings
         self._store = store
         self._upstream = upstream
         self._recorder = recorder
         self.director = Director(settings, store)
         self._grants = Grants(settings, store, upstream)
-        self._manifests = Manifests(settings, store, upstream)
+        self._tier = tier
+        self._manifests = Manifests(settings, store, upstream, tier)
         self._prefetcher = Prefetcher(store, recorder, self._grants.source)
         self._refresher = Refresher(settings, store, upstream, recorder, self._manifests, self._grants.public_source)
         self.warmer = Warmer(settings, store, recorder, self._manifests, self._grants.public_source)
@@ -183,7 +188,13 @@ class Registry:
         return await recording.ready() if recording is not None else None
 
     async def _open(self, request: Request, route: BlobRoute) -> int:
-        """The blob's size, once upstream has granted it to this caller; it is being recorded if it is not here."""
+        """The blob's size, once upstream has granted it to this caller; it is being recorded if it is not here.
+
+        What everybody may have upstream need not be asked for where it may be nearer.
+        """
+        record = self._store.blob(route.digest)
+        if self._tier is not None and record is not None and record.public and self._grants.holds(request, route):
+            return await self._recording(route.digest).ready()
         return await self._record(route.digest, await self._grants.obtain(request, route))
 
     async def _record(self, digest: Digest, grant: Grant) -> int:
@@ -273,11 +284,14 @@ class Registry:
                 )
             finally:
                 file.release()
-        recording = self._recorder.find(digest) or self._recorder.open(
-            digest, obtain=lambda: self._grants.source(digest)
-        )
+        recording = self._recording(digest)
         size = await recording.ready()
         return self._bytes(request, digest, size, lambda a, b: Reader(a, b, recording=recording), hit=False)
+
+    def _recording(self, digest: Digest) -> Recording:
+        """The recording of the blob: the one that runs, or one from any repository that has it in public."""
+        found = self._recorder.find(digest)
+        return found or self._recorder.open(digest, obtain=lambda: self._grants.source(digest))
 
     def _disown(self, digest: Digest) -> None:
         _log.error("%s: the stored file cannot be read; it will be recorded anew", digest.short)

@@ -115,6 +115,7 @@ class _Line:
         position = self._start
         heard, failures = time.monotonic(), 0
         relays = self._relays
+        source = None
         while position < self._stop:
             try:
                 source = await relays.supply.source()
@@ -123,7 +124,7 @@ class _Line:
                     offset = stream.start
                     with contextlib.closing(stream):
                         async for data in stream.batches():
-                            relays.counters.upstream_bytes += len(data)
+                            relays.counters.take(stream, len(data))
                             # Of a source that ignores Range only the interval is handed on.
                             piece = data[max(0, position - offset) : max(0, self._stop - offset)]
                             offset += len(data)
@@ -136,6 +137,8 @@ class _Line:
                             await asyncio.sleep(relays.budget.spend(len(data), live=True, now=time.monotonic()))
             except UpstreamError as error:
                 failures += 1
+                if source is not None:
+                    relays.supply.failed(source)
                 relays.counters.retries += 1
                 silent = time.monotonic() - heard
                 if silent > GIVE_UP_S or (isinstance(error, UnexpectedResponse) and failures > MAX_UNEXPECTED):

@@ -31,12 +31,15 @@ class CheckedResolver(AbstractResolver):
         own: Callable[[], Collection[str]],
         own_ports: Callable[[], Collection[int]],
         named: Named,
+        near: Collection[tuple[str, int]] = (),
     ) -> None:
+        """`near` are (host, port) of the fleet's own, of any address; it may grow."""
         self._policy = policy
         self._intercepted = intercepted
         self._own = own
         self._own_ports = own_ports
         self._named = named
+        self._near = near
         self._resolver = aiohttp.ThreadedResolver()
 
     async def resolve(
@@ -44,7 +47,7 @@ class CheckedResolver(AbstractResolver):
     ) -> list[ResolveResult]:
         results = await self._resolver.resolve(host, port, family)
         addresses = [result["host"] for result in results]
-        if not self._policy.is_exempt(host, port):
+        if not self._policy.is_exempt(host, port) and (host, port) not in self._near:
             self._policy.pin(addresses, own=self._own())
         elif host in self._intercepted and port in self._own_ports():
             check_elsewhere(host, addresses, own=self._own())

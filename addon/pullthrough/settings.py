@@ -117,6 +117,10 @@ class Settings:
     prefetch: bool
     upstream_connections: int
     upstream_rate: float | None
+    object_store: str | None
+    """The URL of a folder that the caches of a fleet share."""
+    fleet_secret_file: Path | None
+    """What they sign with."""
     log_level: str
 
     @property

@@ -247,6 +247,23 @@ class Store:
             self._pairs.add((host, repository, digest))
             self._index.put_pair(host, repository, digest)
 
+    def adopt(self, name: Name, record: ManifestRecord) -> None:
+        """Store a manifest of the fleet's: a cache of it has recorded every blob, and each is public."""
+        self.put_manifest(name, record)
+        for digest, size in record.sizes.items():
+            known = self._blobs.get(digest, BlobRecord())
+            if known.size is None:
+                self._put_blob(digest, replace(known, size=size))
+            self.confirm_public(name.host, name.repository, digest)
+
+    def is_denied(self, host: str, repository: str) -> bool:
+        """Whether upstream has refused an anonymous request in this repository, and granted none since."""
+        return any(
+            record.denied
+            for name, record in self._manifests.items()
+            if (name.host, name.repository) == (host, repository)
+        )
+
     def deny(self, host: str, repository: str) -> bool:
         """Upstream refuses an anonymous request in this repository: nothing of it is known any more.
 

@@ -1,6 +1,7 @@
 """The source of one blob: kept, shared by all its connections, obtained again when it has expired.
 
-Invariant: sources live in memory only, and are obtained once for all who miss one. Knows no bytes and no slices.
+Invariant: sources live in memory only, and are obtained once for all who miss one; the fleet's own come first, and one
+of them that fails is let go at once. Knows no bytes and no slices.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from typing import Final
 
 from pullthrough.datastream import DataStream, Source
 from pullthrough.errors import SourceExpired, UnexpectedResponse, UpstreamError, UpstreamRefused, UpstreamTimeout
+from pullthrough.tier import Nearby
 from pullthrough.upstream import Upstream
 
 _log = logging.getLogger(__name__)
@@ -27,18 +29,25 @@ Obtain = Callable[[], Awaitable[Source]]
 class Supply:
     """Opens checked responses for the blob, from whatever source is good now."""
 
-    def __init__(self, upstream: Upstream, obtain: Obtain, source: Source | None) -> None:
-        """`obtain` asks a registry for a source; `source` is one that a client's request has just got."""
+    def __init__(self, upstream: Upstream, obtain: Obtain, source: Source | None, nearby: Nearby | None = None) -> None:
+        """`obtain` asks a registry for a source; `source` is one that a client's request has just got.
+
+        `nearby` are the fleet's own.
+        """
         self._upstream = upstream
         self._obtain = obtain
-        self._source = source
+        self._nearby = nearby
+        self._source = source if nearby is None else None
+        self._given = source
         self._obtaining: asyncio.Task[Source] | None = None
         self._validator: str | None = None
 
     def offer(self, source: Source, obtain: Obtain) -> None:
         """A client has just got this source: use it if ours is gone, and that client's right from now on."""
         self._obtain = obtain
-        if self._source is None:
+        if self._nearby is not None:
+            self._given = source
+        elif self._source is None:
             self._source = source
 
     async def source(self) -> Source:
@@ -51,7 +60,9 @@ class Supply:
 
     async def _obtain_once(self) -> Source:
         try:
-            self._source = await self._obtain()
+            near = await self._nearby.source() if self._nearby is not None else None
+            given, self._given = self._given, None
+            self._source = near or given or await self._obtain()
             return self._source
         finally:
             self._obtaining = None
@@ -67,13 +78,17 @@ class Supply:
         """
         deadline = time.monotonic() + FIRST_S
         for tries in itertools.count():
+            source: Source | None = None
             try:
                 async with asyncio.timeout(FIRST_TRY_S):
-                    return await self.open(await self.source(), 0, size, length=None)
+                    source = await self.source()
+                    return await self.open(source, 0, size, length=None)
             except TimeoutError:
                 problem: UpstreamError = UpstreamTimeout(f"no answer of the source in {FIRST_TRY_S:.0f} s")
             except UpstreamError as error:
                 problem = error
+            if source is not None:
+                self.failed(source)
             peace_s = problem.retry_after_s if isinstance(problem, UpstreamRefused) else 0.0
             settled = isinstance(problem, UpstreamRefused) and 400 <= problem.status_hint < 429
             lies = isinstance(problem, UnexpectedResponse) and tries >= MAX_LIES
@@ -86,19 +101,33 @@ class Supply:
 
     async def open(self, source: Source, start: int, stop: int, *, length: int | None) -> DataStream:
         """A response with `[start, stop)`, or with the whole where the source ignores Range."""
+        validator = None if source.near else self._validator
         try:
-            stream = await self._upstream.open_range(
-                source, start, stop, expected_length=length, validator=self._validator
-            )
+            stream = await self._upstream.open_range(source, start, stop, expected_length=length, validator=validator)
         except SourceExpired:
-            if self._source is source:
-                self._source = None
+            self._drop(source)
             raise
         self._validator = self._validator or stream.validator
         # The next slices need not ask all the way again: what expires is obtained anew, from the registry on.
         if self._source is source and stream.source is not None:
             self._source = stream.source
         return stream
+
+    def failed(self, source: Source) -> None:
+        """`source` did not bring all that it was asked for: upstream's is tried again, the fleet's is let go."""
+        if source.near:
+            self._drop(source)
+
+    def mistrust(self) -> None:
+        """The bytes do not have the digest."""
+        if self._nearby is not None:
+            self._nearby.mistrust()
+
+    def _drop(self, source: Source) -> None:
+        if self._source is source:
+            self._source = None
+            if source.near and self._nearby is not None:
+                self._nearby.failed()
 
     def slot(self, source: Source) -> asyncio.Semaphore:
         """A place among all connections to the source's host."""

@@ -1,4 +1,4 @@
-"""Threads for what must not run on the event loop: disk calls that may wait, and hashing.
+"""Threads for what must not run on the event loop: calls that wait for disk or network, and hashing.
 
 Invariant: a call that was begun is waited for even when its caller is cancelled, so that no descriptor is closed
 under a thread that still uses it. Knows nothing of what is called.
@@ -13,7 +13,8 @@ from pullthrough import platform
 
 
 class Threads:
-    """Three pools: writes must not queue behind hashing, nor what has just come behind what has long been there."""
+    """Four pools: writes must not queue behind hashing, nor what has just come behind what has long been there, nor
+    anything behind the network."""
 
     def __init__(self) -> None:
         self._disk = ThreadPoolExecutor(4, thread_name_prefix="ollama-cache-disk")
@@ -21,6 +22,8 @@ class Threads:
         self._rehashing = ThreadPoolExecutor(
             1, thread_name_prefix="ollama-cache-rehash", initializer=platform.lower_priority
         )
+
+        self._network = ThreadPoolExecutor(8, thread_name_prefix="ollama-cache-network")
 
     async def disk[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run what may wait for the disk."""
@@ -34,11 +37,16 @@ class Threads:
         """The same, for what nobody waits for: one at a time, behind everything else."""
         return await _run(self._rehashing, lambda: work(*args, **kwargs))
 
+    async def network[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what waits for another machine, and limits that itself."""
+        return await _run(self._network, lambda: work(*args, **kwargs))
+
     def close(self) -> None:
         """End the pools once what runs in them has ended."""
         self._disk.shutdown(wait=True)
         self._hashing.shutdown(wait=True)
         self._rehashing.shutdown(wait=True)
+        self._network.shutdown(wait=True)
 
 
 async def _run[T](pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:

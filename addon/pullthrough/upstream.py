@@ -104,6 +104,7 @@ class Upstream:
         self._named = Named({(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
         self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
         self._session: aiohttp.ClientSession | None = None
+        self._near: set[tuple[str, int]] = set()
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
         self._down_until: dict[str, float] = {}
 
@@ -111,7 +112,9 @@ class Upstream:
         connector = aiohttp.TCPConnector(
             ssl=self._context,
             limit=0,
-            resolver=CheckedResolver(self._policy, self._settings.intercepted, self._own, self._own_ports, self._named),
+            resolver=CheckedResolver(
+                self._policy, self._settings.intercepted, self._own, self._own_ports, self._named, self._near
+            ),
             keepalive_timeout=30,
         )
         self._session = aiohttp.ClientSession(
@@ -135,6 +138,10 @@ class Upstream:
 
     def mark_down(self, host: str, seconds: float) -> None:
         self._down_until[host] = time.monotonic() + seconds
+
+    def admit(self, host: str, port: int) -> None:
+        """A host of the fleet's own: it may have any address, and is no registry that `offline` is about."""
+        self._near.add((host, port))
 
     def slot(self, source: Source) -> asyncio.Semaphore:
         """One of the places that all recordings share towards the source's host; first come, first served."""
@@ -271,7 +278,7 @@ class Upstream:
         endpoint = self._settings.upstream.get(host)
         if endpoint is not None and parsed.is_default_port():
             return endpoint.origin + parsed.raw_path_qs
-        if self._policy.is_exempt(host, port) or (host, port) in self._named.addresses:
+        if self._policy.is_exempt(host, port) or (host, port) in self._named.addresses | self._near:
             return url
         if parsed.scheme != "https":
             raise AddressRefused(f"expected an https address, got {parsed.scheme}://{host}")
@@ -282,13 +289,13 @@ class Upstream:
         return url
 
     async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        if self._settings.offline:
+        there = URL(url, encoded=True)
+        if self._settings.offline and (there.host or "", there.port or 0) not in self._near:
             raise Offline("offline: upstream is not asked")
         if self._session is None:
             raise UpstreamUnreachable("expected an open client, got a closed one")
         # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
         fields = {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
-        there = URL(url, encoded=True)
         proxy = self._parents.of(there.scheme, there.host or "", there.port or 0)
         connect: dict[str, str] | None = None
         if proxy is not None and there.scheme == "https":
@@ -328,7 +335,7 @@ def _closing_on_error(response: aiohttp.ClientResponse) -> Iterator[None]:
 def _moved(source: Source, location: str) -> Source:
     """Where a Location leads that an answer of `source` has: with its credentials only within its origin."""
     there = _join(source.url, location)
-    return Source(there, source.headers if _origin(there) == _origin(source.url) else {})
+    return Source(there, source.headers if _origin(there) == _origin(source.url) else {}, source.near)
 
 
 def _join(base: str, location: str) -> str:

@@ -6,11 +6,13 @@ Knows nothing of any one of them.
 from dataclasses import dataclass, field
 
 from pullthrough.budget import Budget
+from pullthrough.digest import Digest
 from pullthrough.fetcher import Counters
 from pullthrough.keeper import Keeper
 from pullthrough.settings import Finish
 from pullthrough.store import Store
 from pullthrough.threads import Threads
+from pullthrough.tier import Nearby, Tier
 from pullthrough.upstream import Upstream
 
 
@@ -26,4 +28,10 @@ class Workroom:
     """Per recording."""
     finish: Finish
     budget: Budget
+    tier: Tier | None = None
     counters: Counters = field(default_factory=Counters)
+
+    def nearby(self, digest: Digest) -> Nearby | None:
+        """The fleet's own sources of the blob, where there is a fleet; it shares only what is public."""
+        record = self.store.blob(digest)
+        return Nearby(self.tier, digest) if self.tier is not None and record is not None and record.public else None

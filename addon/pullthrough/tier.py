@@ -1,0 +1,162 @@
+"""The second tier: the object store that a fleet of caches shares, as one cache reads it.
+
+Invariant: what it says is believed only under the fleet's signature, and bytes from it are verified like upstream's;
+one that fails is left alone for a while and never fails a pull. Only public blobs are looked for. Knows neither
+requests nor recordings.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pullthrough import fleet
+from pullthrough.breaker import Breaker
+from pullthrough.datastream import Source
+from pullthrough.digest import Digest
+from pullthrough.errors import ForgedDocument, SettingsError, TierError
+from pullthrough.objectstore import ObjectStore, endpoint
+from pullthrough.records import ManifestRecord, Name
+from pullthrough.settings import PREFIX
+from pullthrough.threads import Threads
+from pullthrough.upstream import Upstream
+
+_log = logging.getLogger(__name__)
+
+MIN_SECRET: Final = 32
+SIGNED_S: Final = 6 * 3600.0
+"""How long an address that a recording reads from is good; it is signed anew when it has expired."""
+
+
+def load_secret(path: Path) -> bytes:
+    """The fleet's secret from a file that nobody else may read. SettingsError where it is none."""
+    option = f"option {PREFIX}fleet_secret_file"
+    try:
+        others = path.stat().st_mode & 0o077
+        secret = path.read_bytes().strip()
+    except OSError as error:
+        raise SettingsError(f"{option}: expected a readable file, got {path}: {error.strerror}") from error
+    if others and os.name == "posix":
+        raise SettingsError(f"{option}: expected a file for its owner alone (chmod 600), got {path}, which is not")
+    if len(secret) < MIN_SECRET:
+        raise SettingsError(f"{option}: expected at least {MIN_SECRET} bytes in {path}, got {len(secret)}")
+    return secret
+
+
+@dataclass
+class Counts:
+    """What the tier has been to this daemon since its start."""
+
+    manifests: int = 0
+    """Taken over from it."""
+    blobs: int = 0
+    """Found there by recordings."""
+    uploaded: int = 0
+    uploaded_bytes: int = 0
+    forged: int = 0
+    """Documents that this fleet has not signed."""
+    corrupt: int = 0
+    """Blobs that did not hash to their name."""
+    failures: int = 0
+
+
+class Tier:
+    """The object store, asked with patience for its failures."""
+
+    def __init__(self, objects: ObjectStore, secret: bytes, threads: Threads, upstream: Upstream) -> None:
+        """`secret` is the fleet's."""
+        self.objects = objects
+        self.secret = secret
+        self.counts = Counts()
+        self.suspects: set[Digest] = set()
+        """Blobs whose object is not to be read, and to be replaced once there are good bytes."""
+        self._threads = threads
+        self._upstream = upstream
+        self._breaker = Breaker()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has failed and is left alone."""
+        return self._breaker.is_open(time.monotonic())
+
+    async def ask[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """One call of the object store, in a thread. TierError if it fails, or has lately."""
+        if not self._breaker.permits(time.monotonic()):
+            raise TierError("object store: expected it to answer, got failures lately")
+        try:
+            result = await self._threads.network(work, *args, **kwargs)
+        except TierError as error:
+            self.counts.failures += 1
+            self._breaker.failed(time.monotonic())
+            if self.is_open:
+                _log.warning("%s; doing without it for a while", error)
+            raise
+        self._breaker.succeeded()
+        return result
+
+    async def source(self, digest: Digest) -> Source | None:
+        """Where the tier has the blob; None where it has not, or cannot be asked."""
+        if digest in self.suspects:
+            return None
+        key = fleet.blob_key(digest)
+        try:
+            found = await self.ask(self.objects.find, key)
+            if found is None or found.sha256 != digest.hex:
+                return None
+            address = await self.ask(self.objects.sign, key, lifetime_s=SIGNED_S)
+        except TierError as error:
+            _log.debug("%s: %s", digest.short, error)
+            return None
+        self.counts.blobs += 1
+        self._upstream.admit(*endpoint(address))
+        return Source(address, near=True)
+
+    async def manifest(self, name: Name) -> ManifestRecord | None:
+        """The manifest, as the fleet's own cache has recorded it; None where there is none to be had."""
+        try:
+            data = await self.ask(self.objects.read, fleet.manifest_key(name))
+            record = fleet.unseal_manifest(data, name, self.secret) if data is not None else None
+        except TierError as error:
+            _log.debug("%s: %s", name, error)
+            return None
+        except ForgedDocument as error:
+            self.counts.forged += 1
+            _log.warning("object store: %s; ignored", error)
+            return None
+        self.counts.manifests += record is not None
+        return record
+
+    def mistrust(self, digest: Digest) -> None:
+        """A recording that may have drawn on the tier got other bytes than the digest says."""
+        self.counts.corrupt += 1
+        self.suspects.add(digest)
+
+
+class Nearby:
+    """The sources of one blob that are nearer than upstream, for one recording."""
+
+    TRIES: Final = 2
+    """Failures in a row after which the recording goes to upstream for the rest."""
+
+    def __init__(self, tier: Tier, digest: Digest) -> None:
+        self._tier = tier
+        self._digest = digest
+        self._failures = 0
+
+    async def source(self) -> Source | None:
+        """The nearest source, None where only upstream is left."""
+        return await self._tier.source(self._digest) if self._failures < self.TRIES else None
+
+    def succeeded(self) -> None:
+        self._failures = 0
+
+    def failed(self) -> None:
+        """The source did not bring what was asked for."""
+        self._failures += 1
+
+    def mistrust(self) -> None:
+        """The bytes, wherever they came from, do not have the digest."""
+        self._tier.mistrust(self._digest)

@@ -1,0 +1,141 @@
+"""Bring what is public here into the fleet's object store, in the background.
+
+Invariant: what is still to be uploaded follows from the store alone, so no crash forgets it; a blob's object appears
+only once all its bytes have been read and hashed to its name; a manifest follows its last blob; nothing of a private
+model leaves. One blob at a time, part by part. Knows no client and no upstream.
+"""
+
+import asyncio
+import hashlib
+import logging
+from typing import Final
+
+from pullthrough import fleet, platform
+from pullthrough.digest import Digest
+from pullthrough.errors import ForgedDocument, TierError
+from pullthrough.ingest import SharedFile
+from pullthrough.objectstore import PART
+from pullthrough.records import ManifestRecord, Name
+from pullthrough.store import Store
+from pullthrough.threads import Threads
+from pullthrough.tier import Tier
+
+_log = logging.getLogger(__name__)
+
+LOOK_S: Final = 2.0
+"""Between two looks at what there is to upload."""
+
+
+class Uploader:
+    """Of one daemon. `open` it inside the running loop, `close` it at the end."""
+
+    def __init__(self, tier: Tier, store: Store, threads: Threads) -> None:
+        self._tier = tier
+        self._store = store
+        self._threads = threads
+        self._there: set[Digest] = set()
+        """Blobs that the object store is known to have."""
+        self._told: dict[Name, tuple[bytes, bool]] = {}
+        """(body, denied) of manifests for which nothing is left to do."""
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many blobs are still to be uploaded."""
+        return len(self._due())
+
+    def open(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="upload")
+
+    async def close(self) -> None:
+        """Stop after the part that is being sent; the rest is uploaded by the next daemon."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.upload()
+            except TierError as error:
+                _log.debug("upload: %s", error)
+            except OSError as error:
+                _log.warning("upload: %s", error)
+            await asyncio.sleep(LOOK_S)
+
+    async def upload(self) -> None:
+        """Bring everything that is not there. TierError where the object store fails: the rest is for another time."""
+        for digest in self._due():
+            await self._upload_blob(digest)
+        for name, record in list(self._store.manifests().items()):
+            if self._told.get(name) != (record.body, record.denied):
+                await self._upload_manifest(name, record)
+
+    def _due(self) -> list[Digest]:
+        suspects = self._tier.suspects
+        return [
+            digest
+            for digest, record in self._store.blobs().items()
+            if record.public and (digest not in self._there or digest in suspects)
+        ]
+
+    async def _upload_blob(self, digest: Digest) -> None:
+        file = self._store.open_blob(digest)
+        if file is None:
+            return
+        try:
+            found = await self._tier.ask(self._tier.objects.find, fleet.blob_key(digest))
+            sound = found is not None and (found.size, found.sha256) == (file.size, digest.hex)
+            if (sound and digest not in self._tier.suspects) or await self._send(digest, file):
+                self._there.add(digest)
+                self._tier.suspects.discard(digest)
+        finally:
+            file.release()
+
+    async def _send(self, digest: Digest, file: SharedFile) -> bool:
+        """Whether the bytes were what they should be, and the object is there by now."""
+        tier, key = self._tier, fleet.blob_key(digest)
+        writer = await tier.ask(tier.objects.writer, key, size=file.size, sha256=digest.hex)
+        hasher = hashlib.sha256()
+
+        def send(offset: int) -> int:
+            data = platform.read_at(file.descriptor, offset, min(PART, file.size - offset))
+            hasher.update(data)
+            tier.objects.write(writer, data)
+            return len(data)
+
+        offset = 0
+        while offset < file.size and (sent := await tier.ask(send, offset)):
+            offset += sent
+        if hasher.hexdigest() != digest.hex:
+            _log.error("upload of %s: expected its digest, got sha256:%s; not uploaded", digest, hasher.hexdigest())
+            self._store.disown(digest)
+            return False
+        await tier.ask(tier.objects.finish, writer)
+        tier.counts.uploaded += 1
+        tier.counts.uploaded_bytes += file.size
+        _log.info("uploaded %s: %d bytes", digest.short, file.size)
+        return True
+
+    async def _upload_manifest(self, name: Name, record: ManifestRecord) -> None:
+        """Put the manifest beside its blobs once all are there; take it away once it is private."""
+        tier, key = self._tier, fleet.manifest_key(name)
+        if record.denied:
+            await tier.ask(tier.objects.delete, key)
+            self._told[name] = (record.body, True)
+            return
+        if not all(self._has(digest, size) for digest, size in record.sizes.items()):
+            return
+        data = await tier.ask(tier.objects.read, key)
+        try:
+            known = fleet.unseal_manifest(data, name, tier.secret) if data is not None else None
+        except ForgedDocument:
+            known = None
+        if known is None or (known.body != record.body and known.confirmed < record.confirmed):
+            await tier.ask(tier.objects.replace, key, fleet.seal_manifest(name, record, tier.secret))
+            _log.info("uploaded %s", name)
+        self._told[name] = (record.body, False)
+
+    def _has(self, digest: Digest, size: int) -> bool:
+        known = self._store.blob(digest)
+        return digest in self._there and known is not None and known.public and known.size == size
