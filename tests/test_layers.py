@@ -16,7 +16,7 @@ ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
     " conditional requestlog options loopguard wording fleet addressing",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning"
-    " breaker",
+    " breaker returns",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
     " storefolder copying inventory modeltree bundle ledger asking housekeeping objectstore",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor tier"

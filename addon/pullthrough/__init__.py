@@ -19,7 +19,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          objectstore                                         disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  trials
-         traffic  catalogue  pruning  breaker                 state and policy, no I/O; `now` is a parameter
+         traffic  catalogue  pruning  breaker  returns        state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
          conditional  requestlog  settings  options  addressing  loopguard  wording  fleet
 """

@@ -3,6 +3,9 @@
 A second redirect, behind the one that the registry makes: whichever way a client takes, it retries at the canonical
 address, so a client that does not reach the blob server loses one try of one part.
 
+With `direct=object-store` the same parts go to signed addresses of the fleet's object store, as long as the client
+does not come back for one.
+
 Invariant: only public bytes leave TLS, and nobody is sent on twice. Knows no socket, and not how bytes are sent.
 """
 
@@ -14,9 +17,11 @@ from pullthrough import capability
 from pullthrough.digest import Digest
 from pullthrough.exchange import Request
 from pullthrough.loopguard import CDN_LOOP
+from pullthrough.returns import Returns
 from pullthrough.route import parse_canonical_target
 from pullthrough.settings import Direct, Settings
 from pullthrough.store import Store
+from pullthrough.tier import Tier
 from pullthrough.trials import Trials
 
 _log = logging.getLogger(__name__)
@@ -28,14 +33,21 @@ WORTHWHILE: Final = 8 << 20
 class Director:
     """Sends on those who may leave, and hears of those who have come."""
 
-    def __init__(self, settings: Settings, store: Store) -> None:
+    def __init__(self, settings: Settings, store: Store, tier: Tier | None = None) -> None:
         self._mode = settings.direct
         self._store = store
+        self._tier = tier if settings.direct is Direct.OBJECT_STORE else None
         self._trials = Trials(_tell)
+        self._returns = Returns(_tell_return)
 
-    def location(self, request: Request, digest: Digest, length: int) -> str | None:
-        """Where to send a GET of `length` bytes at the canonical address; None to answer it here."""
-        if not request.direct or self._mode is Direct.OFF or length < WORTHWHILE:
+    async def prepare(self, digest: Digest) -> None:
+        """A client has been given the canonical address of the blob, and will soon ask for parts of it."""
+        if self._tier is not None:
+            await self._tier.prepare(digest)
+
+    def location(self, request: Request, digest: Digest, start: int, stop: int) -> str | None:
+        """Where to send a GET of `[start, stop)` at the canonical address; None to answer it here."""
+        if not request.direct or self._mode is Direct.OFF or stop - start < WORTHWHILE:
             return None
         # x/transfer takes a redirect of its data request for an error (x/transfer/download.go, v0.14.0 to today).
         # A cache that has us for its parent asks in slices, and follows a redirect to public addresses only.
@@ -44,6 +56,10 @@ class Director:
         record = self._store.blob(digest)
         if record is None or not record.public:
             return None
+        if self._tier is not None:
+            address = self._tier.address(digest)
+            sent = address and self._returns.permits(request.client, (digest, start), now=time.monotonic())
+            return address if sent else None
         if self._mode is Direct.AUTO and not self._trials.permits(request.client, now=time.monotonic()):
             return None
         return request.direct + request.target
@@ -67,3 +83,7 @@ def _tell(client: str, reaches: bool) -> None:
         _log.info("client %s reaches the blob server: large parts go there directly", client)
     else:
         _log.info("client %s did not reach the blob server: its parts stay in TLS for an hour", client)
+
+
+def _tell_return(client: str) -> None:
+    _log.info("client %s came back from the object store: its parts stay in TLS for an hour", client)

@@ -195,7 +195,7 @@ OPTIONS: Final = (
         "direct",
         Direct.AUTO,
         "Send requests of 8 MiB and more for public blobs from TLS to `listen`: auto (after a trial with each client), "
-        "on or off.",
+        "on or off; object-store sends them to signed addresses of the object store instead.",
         _parse_word(Direct),
     ),
     Option(
@@ -321,8 +321,11 @@ def _check_together(settings: Settings) -> None:
             f"option {PREFIX}object_store: expected {PREFIX}fleet_secret_file beside it, got none "
             "(what is shared is believed only when it is signed)"
         )
-    if not settings.listen and settings.direct is Direct.ON:
-        raise SettingsError(f"option {PREFIX}direct: expected auto or off where {PREFIX}listen is off, got 'on'")
+    if settings.object_store is None and settings.direct is Direct.OBJECT_STORE:
+        raise SettingsError(f"option {PREFIX}direct: expected {PREFIX}object_store beside 'object-store', got none")
+    if not settings.listen and settings.direct in (Direct.ON, Direct.OBJECT_STORE):
+        got = str(settings.direct)
+        raise SettingsError(f"option {PREFIX}direct: expected auto or off where {PREFIX}listen is off, got {got!r}")
     if strangers := sorted(set(settings.upstream) - set(settings.intercepted)):
         raise SettingsError(
             f"option {PREFIX}upstream: expected only {', '.join(settings.intercepted)}, got {strangers[0]!r}"

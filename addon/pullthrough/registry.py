@@ -67,7 +67,7 @@ class Registry:
         self._store = store
         self._upstream = upstream
         self._recorder = recorder
-        self.director = Director(settings, store)
+        self.director = Director(settings, store, tier)
         self._grants = Grants(settings, store, upstream)
         self._tier = tier
         self._manifests = Manifests(settings, store, upstream, tier)
@@ -170,6 +170,7 @@ class Registry:
         else:
             size = await self._open(request, route)
             cache = CacheStatus(Outcome.MISS, stored=True)
+        await self.director.prepare(route.digest)
         if not request.inline:
             # What every client generation accepts: to another host name, which looks like the registry's own.
             return Answer(307, cache, (("Location", self._canonical_url(request, route.digest, size)),))
@@ -320,7 +321,7 @@ class Registry:
             case _:
                 status, start, stop = 206, selected.start, selected.stop
                 headers.append(("Content-Range", selected.content_range))
-        if request.method == "GET" and (location := self.director.location(request, digest, stop - start)):
+        if request.method == "GET" and (location := self.director.location(request, digest, start, stop)):
             return Answer(307, replace(cache, detail="direct"), (("Location", location),))
         headers.append(("Content-Type", _OCTETS))
         body = open_reader(start, stop) if request.method == "GET" and start < stop else b""

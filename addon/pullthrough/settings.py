@@ -48,6 +48,8 @@ class Direct(StrEnum):
 
     AUTO = "auto"
     """Where a trial shows that the client reaches it."""
+    OBJECT_STORE = "object-store"
+    """Not there, but to the fleet's object store."""
     ON = "on"
     OFF = "off"
 

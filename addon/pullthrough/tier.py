@@ -5,6 +5,7 @@ one that fails is left alone for a while and never fails a pull. Only public blo
 requests nor recordings.
 """
 
+import contextlib
 import logging
 import os
 import time
@@ -73,6 +74,9 @@ class Tier:
         self.counts = Counts()
         self.suspects: set[Digest] = set()
         """Blobs whose object is not to be read, and to be replaced once there are good bytes."""
+        self.there: set[Digest] = set()
+        """Blobs that it is known to have, under the checksum of whoever uploaded them."""
+        self._addresses: dict[Digest, tuple[str, float]] = {}
         self._threads = threads
         self._upstream = upstream
         self._breaker = Breaker()
@@ -101,18 +105,36 @@ class Tier:
         """Where the tier has the blob; None where it has not, or cannot be asked."""
         if digest in self.suspects:
             return None
-        key = fleet.blob_key(digest)
         try:
-            found = await self.ask(self.objects.find, key)
-            if found is None or found.sha256 != digest.hex:
+            if not await self.look(digest):
                 return None
-            address = await self.ask(self.objects.sign, key, lifetime_s=SIGNED_S)
+            address = await self.ask(self.objects.sign, fleet.blob_key(digest), lifetime_s=SIGNED_S)
         except TierError as error:
             _log.debug("%s: %s", digest.short, error)
             return None
         self.counts.blobs += 1
         self._upstream.admit(*endpoint(address))
         return Source(address, near=True)
+
+    async def look(self, digest: Digest, size: int | None = None) -> bool:
+        """Whether the blob is there, of this size if one is given, and was hashed by whoever uploaded it."""
+        found = await self.ask(self.objects.find, fleet.blob_key(digest))
+        sound = found is not None and found.sha256 == digest.hex and size in (None, found.size)
+        (self.there.add if sound else self.there.discard)(digest)
+        return sound
+
+    async def prepare(self, digest: Digest) -> None:
+        """Have an address ready for `address`, if the blob is there and the store can be asked."""
+        if digest in self.there and digest not in self.suspects and self.address(digest) is None:
+            with contextlib.suppress(TierError):  # counted and logged; then nobody is sent there
+                signed = await self.ask(self.objects.sign, fleet.blob_key(digest), lifetime_s=SIGNED_S)
+                self._addresses[digest] = signed, time.monotonic() + SIGNED_S / 2
+
+    def address(self, digest: Digest) -> str | None:
+        """Where a client finds the blob for the next hours, None if that was not prepared."""
+        address, until = self._addresses.get(digest, ("", 0.0))
+        usable = digest not in self.suspects and not self.is_open and time.monotonic() < until
+        return address if usable else None
 
     async def manifest(self, name: Name) -> ManifestRecord | None:
         """The manifest, as the fleet's own cache has recorded it; None where there is none to be had."""

@@ -33,8 +33,6 @@ class Uploader:
         self._tier = tier
         self._store = store
         self._threads = threads
-        self._there: set[Digest] = set()
-        """Blobs that the object store is known to have."""
         self._told: dict[Name, tuple[bytes, bool]] = {}
         """(body, denied) of manifests for which nothing is left to do."""
         self._task: asyncio.Task[None] | None = None
@@ -76,7 +74,7 @@ class Uploader:
         return [
             digest
             for digest, record in self._store.blobs().items()
-            if record.public and (digest not in self._there or digest in suspects)
+            if record.public and (digest not in self._tier.there or digest in suspects)
         ]
 
     async def _upload_blob(self, digest: Digest) -> None:
@@ -84,10 +82,9 @@ class Uploader:
         if file is None:
             return
         try:
-            found = await self._tier.ask(self._tier.objects.find, fleet.blob_key(digest))
-            sound = found is not None and (found.size, found.sha256) == (file.size, digest.hex)
-            if (sound and digest not in self._tier.suspects) or await self._send(digest, file):
-                self._there.add(digest)
+            sound = await self._tier.look(digest, file.size) and digest not in self._tier.suspects
+            if sound or await self._send(digest, file):
+                self._tier.there.add(digest)
                 self._tier.suspects.discard(digest)
         finally:
             file.release()
@@ -138,4 +135,4 @@ class Uploader:
 
     def _has(self, digest: Digest, size: int) -> bool:
         known = self._store.blob(digest)
-        return digest in self._there and known is not None and known.public and known.size == size
+        return digest in self._tier.there and known is not None and known.public and known.size == size

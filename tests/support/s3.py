@@ -10,6 +10,7 @@ import getpass
 import http.client
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -175,6 +176,20 @@ class S3Server:
         for process in self._processes:
             process.wait()
         self._processes.clear()
+
+    def pause(self) -> None:
+        """Let it go silent with its connections open; `kill` and `start`, or `resume`, end that."""
+        for process in self._processes:
+            process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        for process in self._processes:
+            process.send_signal(signal.SIGCONT)
+
+    @property
+    def held(self) -> int:
+        """The bytes on its disk, parts of uploads that have not ended among them."""
+        return sum(path.stat().st_size for path in (self._directory / "srv").rglob("*.data"))
 
     def store(self, prefix: str) -> Any:
         """An obstore of this server's bucket."""

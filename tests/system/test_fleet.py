@@ -1,7 +1,10 @@
 """Several caches and the object store they share: a real S3 server, a real mitmdump for each cache."""
 
-import itertools
+import contextlib
 import secrets
+import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,63 +13,93 @@ from typing import Any
 import obstore
 import pytest
 
-from tests.e2e.conftest import add_model, unique
+from tests.e2e.conftest import Model, add_model, unique
 from tests.support import s3
 from tests.support.a2 import A2Client
+from tests.support.client2 import Client2
+from tests.support.goclient import PullError
+from tests.support.legacy import A1Client
 from tests.support.origin import Origin
-from tests.support.proxy import Proxy
+from tests.support.proxy import Proxy, free_port
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
 
 MIB = 1 << 20
-
-_fleets = itertools.count(1)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3.S3Server]:
-    if s3.interpreter() is None:
-        pytest.skip(f"OpenStack Swift is missing: no `swift` in this environment, and {s3.INTERPRETER} names no other")
-    with s3.S3Server(tmp_path_factory.mktemp("s3")) as server:
-        yield server
+NewClient = Callable[..., A2Client]
 
 
 class Fleet:
-    """Caches that share one folder of the bucket; each has a folder of its own."""
+    """Caches `a` and `b`, an origin, and the folder of a bucket that they share."""
 
-    def __init__(self, folder: Path, origin: Origin, server: s3.S3Server, stack: ExitStack) -> None:
-        self.origin = origin
-        self.server = server
-        self.prefix = f"fleet{next(_fleets)}"
-        self.objects = server.store(self.prefix)
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.origin = stack.enter_context(Origin(folder / "origin"))
+        self.server = stack.enter_context(s3.S3Server(folder / "s3"))
+        self.objects = self.server.store("fleet")
         self.secret = folder / "fleet-secret"
         self.secret.touch(0o600)
         self.secret.write_text(secrets.token_hex(32))
         self._folder = folder
         self._stack = stack
+        self.a = self.start("a", ollama_cache_direct="object-store")
+        self.b = self.start("b")
 
     def start(self, name: str, **options: Any) -> Proxy:
         """A cache of the fleet."""
         folder = self._folder / name
         folder.mkdir()
         fleet = {
-            "ollama_cache_object_store": f"s3://{s3.BUCKET}/{self.prefix}",
+            "ollama_cache_object_store": f"s3://{s3.BUCKET}/fleet",
             "ollama_cache_fleet_secret_file": self.secret,
+            "ollama_cache_listen": f"127.0.0.1:{free_port()}",
+            "ollama_cache_front": "",
+            "ollama_cache_direct": "off",
         }
-        return self._stack.enter_context(Proxy(folder, self.origin, env=self.server.environment, **(fleet | options)))
+        cache = Proxy(folder, self.origin, env=self.server.environment, **(fleet | options))
+        return self._stack.enter_context(cache)
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def listing(self, prefix: str = "") -> list[str]:
         """What lies in the object store."""
         return sorted(item["path"] for page in obstore.list(self.objects, prefix or None) for item in page)
 
     def read(self, key: str) -> bytes:
         return bytes(obstore.get(self.objects, key).bytes())
 
+    def recorded_by_a(self, new_client: NewClient, *sizes: int) -> Model:
+        """A model that `a` has recorded and uploaded."""
+        model = add_model(self.origin, *map(unique, sizes))
+        new_client(self.a).pull(model.name)
+        uploaded(self.a, model)
+        self.origin.reset_counters()
+        return model
+
+
+@pytest.fixture(scope="module")
+def shared_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    if s3.interpreter() is None:
+        pytest.skip(f"OpenStack Swift is missing: no `swift` in this environment, and {s3.INTERPRETER} names no other")
+    with ExitStack() as stack:
+        yield Fleet(tmp_path_factory.mktemp("fleet"), stack)
+
 
 @pytest.fixture
-def fleet(tmp_path: Path, origin: Origin, server: s3.S3Server) -> Iterator[Fleet]:
-    with ExitStack() as stack:
-        yield Fleet(tmp_path, origin, server, stack)
+def fleet(shared_fleet: Fleet) -> Iterator[Fleet]:
+    """The fleet, put right after each test."""
+    shared_fleet.a.forget_lines()
+    shared_fleet.b.forget_lines()
+    yield shared_fleet
+    shared_fleet.origin.restore()
+
+
+@pytest.fixture
+def new_client(tmp_path: Path) -> NewClient:
+    """An Ollama of today with an empty models folder of its own; parts and back-off scaled down."""
+
+    def make(proxy: Proxy, **options: Any) -> A2Client:
+        scale: dict[str, Any] = {"min_part": 1_000_000, "max_part": 10_000_000, "backoff_unit_s": 0.05}
+        folder = tmp_path / f"client-{secrets.token_hex(4)}"
+        return A2Client(proxy.url, proxy.ca_file, folder, **(scale | options))
+
+    return make
 
 
 def blob_key(digest: str) -> str:
@@ -74,28 +107,121 @@ def blob_key(digest: str) -> str:
     return f"blobs/sha256/{hexadecimal[:2]}/{hexadecimal}"
 
 
-def uploaded(proxy: Proxy, name: str) -> None:
-    proxy.wait_for_line(f"uploaded registry.ollama.ai/library/{name}:latest", timeout_s=30)
+def manifest_key(model: Model) -> str:
+    return f"manifests/registry.ollama.ai/{model.repository}/latest"
 
 
-def test_what_one_has_recorded_serves_all(fleet: Fleet, new_client: Callable[..., A2Client]) -> None:
-    """A records; B serves it while upstream is down; A without its disk serves it with no byte of upstream's."""
-    model = add_model(fleet.origin, unique(12 * MIB), unique(3000))
-    first = fleet.start("a")
-    new_client(first).pull(model.name)
-    uploaded(first, model.name)
-    assert fleet.keys() == sorted(
-        [*map(blob_key, model.blobs), f"manifests/registry.ollama.ai/{model.repository}/latest"]
-    )
+def uploaded(proxy: Proxy, model: Model) -> None:
+    """Wait until the cache has brought the whole model into the object store."""
+    proxy.wait_for_line(f"uploaded registry.ollama.ai/{model.repository}:latest", timeout_s=40)
+
+
+def test_what_one_has_recorded_serves_all(fleet: Fleet, new_client: NewClient) -> None:
+    """A records; B serves it while upstream is down; A that has lost its disk refills with no byte of upstream's."""
+    model = fleet.recorded_by_a(new_client, 12 * MIB, 3000)
+    assert {*map(blob_key, model.blobs), manifest_key(model)} <= set(fleet.listing())
     assert fleet.read(blob_key(model.layer)) == fleet.origin.blob(model.layer).read(0, 12 * MIB)
     fleet.origin.stop()
-    second = fleet.start("b")
-    new_client(second).pull(model.name)
+    new_client(fleet.b).pull(model.name)
+    fleet.a.stop()
+    shutil.rmtree(fleet.a.store)
+    fleet.a.start()
+    new_client(fleet.a).pull(model.name)
     fleet.origin.start()
-    fleet.origin.reset_counters()
-    third = fleet.start("c")  # with another disk a cache is another cache
-    new_client(third).pull(model.name)
+    new_client(fleet.a).pull(model.name)
     assert (fleet.origin.counters.cdn_bytes, fleet.origin.counters.registry_bytes) == (0, 0)
-    assert not any(
-        fleet.secret.read_text() in line or "X-Amz-Signature" in line for line in first.output + second.output
-    )
+    lines = fleet.a.output + fleet.b.output
+    assert not [line for line in lines if fleet.secret.read_text() in line or "X-Amz-Signature" in line]
+
+
+def test_private_models_stay_here(fleet: Fleet, new_client: NewClient) -> None:
+    """Nothing of a model that takes a token is uploaded, and one that has become private is taken away."""
+    private = add_model(fleet.origin, unique(2 * MIB))
+    fleet.origin.set_private(private.repository, private=True)
+    new_client(fleet.a).pull(private.name)
+    public = fleet.recorded_by_a(new_client, MIB)  # a later one: so the earlier one was looked at
+    assert not {*map(blob_key, private.layers), manifest_key(private)} & set(fleet.listing())
+    fleet.origin.set_private(public.repository, private=True)
+    new_client(fleet.a).pull(public.name)  # fresh for five minutes
+    assert manifest_key(public) in fleet.listing()
+
+
+def test_tampered_objects_are_no_hit(fleet: Fleet, new_client: NewClient) -> None:
+    """A blob with other bytes is quarantined and replaced; a manifest that the fleet has not signed is ignored."""
+    model = fleet.recorded_by_a(new_client, 9 * MIB)
+    key = blob_key(model.layer)
+    attributes = {"sha256": model.layer.removeprefix("sha256:")}
+    obstore.put(fleet.objects, key, bytes(9 * MIB), attributes=attributes)
+    client = new_client(fleet.b)
+    with contextlib.suppress(PullError):
+        client.pull(model.name)
+    fleet.b.wait_for_line("quarantined")
+    client.pull(model.name)  # it checks every digest
+    fleet.b.wait_for_line(f"uploaded {model.layer[7:19]}")
+    assert fleet.read(key) == fleet.origin.blob(model.layer).read(0, 9 * MIB)
+
+    signed = fleet.recorded_by_a(new_client, MIB)
+    evil = add_model(fleet.origin, unique(MIB))
+    forged = fleet.read(manifest_key(signed)).replace(b'"confirmed": 1', b'"confirmed": 9')
+    obstore.put(fleet.objects, manifest_key(signed), forged)
+    obstore.put(fleet.objects, manifest_key(evil), fleet.read(manifest_key(model)))
+    for victim in (signed, evil):
+        new_client(fleet.b).pull(victim.name)
+        fleet.b.wait_for_line(f"{manifest_key(victim)}: expected a document signed by this fleet")
+        assert [request for request in fleet.origin.counters.requests if request.target == victim.manifest_target]
+
+
+def test_store_that_dies_costs_nothing_but_time(fleet: Fleet, new_client: NewClient) -> None:
+    """Killed in the middle of a recording: upstream brings the rest. Silent from the start: upstream brings all."""
+    model = fleet.recorded_by_a(new_client, 48 * MIB)
+    killed = threading.Event()
+
+    def kill(_count: int) -> None:
+        if not killed.is_set():
+            killed.set()
+            fleet.server.kill()
+
+    fleet.origin.rate_per_connection = None
+    report = new_client(fleet.b, on_progress=kill).pull(model.name)
+    assert killed.is_set() and 0 < fleet.origin.counters.cdn_bytes_by_digest[model.layer] <= 48 * MIB
+    assert report.max_gap_s < 15
+    fleet.server.start()
+    fleet.server.pause()
+    try:
+        other = add_model(fleet.origin, unique(5 * MIB))
+        began = time.monotonic()
+        new_client(fleet.b).pull(other.name)
+        assert time.monotonic() - began < 20
+        fleet.b.wait_for_line("doing without it for a while")
+    finally:
+        fleet.server.resume()
+
+
+def test_upload_survives_a_kill(fleet: Fleet, new_client: NewClient) -> None:
+    """kill -9 in the middle of an upload: nothing is seen of it, and the next start brings one good object."""
+    model = add_model(fleet.origin, unique(96 * MIB))
+    held = fleet.server.held
+    new_client(fleet.a).pull(model.name)
+    deadline = time.monotonic() + 60
+    while fleet.server.held < held + 16 * MIB:
+        assert time.monotonic() < deadline, "expected an upload to begin"
+        time.sleep(0.01)
+    fleet.a.kill()
+    assert blob_key(model.layer) not in fleet.listing()
+    fleet.a.start()
+    uploaded(fleet.a, model)
+    assert [key for key in fleet.listing() if key == blob_key(model.layer)] == [blob_key(model.layer)]
+    assert fleet.read(blob_key(model.layer)) == fleet.origin.blob(model.layer).read(0, 96 * MIB)
+
+
+def test_parts_come_from_the_object_store(fleet: Fleet, tmp_path: Path, new_client: NewClient) -> None:
+    """Large parts follow a second redirect to a signed address, with every generation's way of asking."""
+    scale = {"min_part": 10_000_000, "max_part": 10_000_000}
+    kinds: list[tuple[Any, dict[str, int]]] = [(A2Client, scale), (A1Client, scale), (Client2, {})]
+    for kind, options in kinds:
+        model = fleet.recorded_by_a(new_client, 20_000_000)
+        fleet.a.forget_lines()
+        kind(fleet.a.url, fleet.a.ca_file, tmp_path / kind.__name__, **options).pull(model.name)
+        fleet.a.wait_for_line("-> 307 ollama-cache; hit; detail=direct")
+        assert fleet.origin.counters.cdn_bytes == 0
+    assert not [line for line in fleet.a.output if "X-Amz" in line]
