@@ -67,7 +67,7 @@ class Store:
         self._manifests = contents.manifests
         self._pairs = contents.pairs
         self._listed: dict[tuple[str, str], set[Digest]] = {}
-        self._by_digest: dict[tuple[str, str, str], ManifestRecord] = {}
+        self._by_digest: dict[tuple[str, str], dict[str, ManifestRecord]] = {}
         for name, record in self._manifests.items():
             self._list(name, record)
         self._open: dict[Digest, SharedFile] = {}
@@ -280,7 +280,7 @@ class Store:
             if (name.host, name.repository) == where and not record.denied
         ]
         self._listed.pop(where, None)
-        self._by_digest = {key: record for key, record in self._by_digest.items() if key[:2] != where}
+        self._by_digest.pop(where, None)
         digests = {digest for _, _, digest in pairs}
         for name in names:
             record = self._manifests[name]
@@ -305,7 +305,7 @@ class Store:
 
     def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
         """The manifest of the repository whose bytes have this digest, whatever it was asked for by."""
-        return self._by_digest.get((host, repository, digest.hex))
+        return self._by_digest.get((host, repository), {}).get(digest.hex)
 
     def drop_manifest(self, name: Name) -> None:
         """Forget the manifest; its blobs stay, and so do those that other manifests list."""
@@ -314,7 +314,7 @@ class Store:
         shared = any(other.body == record.body for other in self._manifests.values())
         self._index.delete_manifest(name, None if shared else record.digest)
         self._listed.pop((name.host, name.repository), None)
-        self._by_digest.pop((name.host, name.repository, record.digest), None)
+        self._by_digest.get((name.host, name.repository), {}).pop(record.digest, None)
         for other, stored in self._manifests.items():
             if (other.host, other.repository) == (name.host, name.repository):
                 self._list(other, stored)
@@ -339,11 +339,11 @@ class Store:
     def _list(self, name: Name, record: ManifestRecord) -> None:
         if not record.denied:
             self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
-            self._by_digest[name.host, name.repository, record.digest] = record
+            self._by_digest.setdefault((name.host, name.repository), {})[record.digest] = record
 
     def manifests_of(self, host: str, repository: str) -> list[ManifestRecord]:
         """The repository's manifests, without those that are private by now."""
-        return [record for (where, what, _), record in self._by_digest.items() if (where, what) == (host, repository)]
+        return list(self._by_digest.get((host, repository), {}).values())
 
     def manifests(self) -> Mapping[Name, ManifestRecord]:
         """All stored manifests, those that are private by now too."""
