@@ -18,13 +18,13 @@ ROWS: Final = {
     "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning"
     " breaker returns",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
-    " storefolder copying inventory modeltree bundle ledger asking housekeeping objectstore",
-    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor tier"
-    " uploader",
+    " storefolder copying inventory modeltree bundle ledger asking housekeeping admission objectstore",
+    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
+    " tier uploader",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
     "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
-    " cli_models cli_progress cli_transfer meter",
+    " cli_base cli_models cli_progress cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -52,7 +52,8 @@ SIDEWAYS: Final = {
     "ledger": {"index"},
     "store": {"index", "ingest", "ledger", "platform", "storefolder"},
     "control": {"asking"},
-    "housekeeping": {"platform", "store"},
+    "housekeeping": {"store"},
+    "admission": {"store"},
     "threads": {"platform"},
     "copying": {"platform"},
     "inventory": {"index", "storefolder"},
@@ -66,6 +67,7 @@ SIDEWAYS: Final = {
     "workroom": {"fetcher", "keeper", "tier"},
     "recording": {"cursor", "fetcher", "relay", "sealer", "supply", "workroom"},
     "recorder": {"recording", "supply", "workroom"},
+    "ahead": {"recorder", "recording"},
     "manifests": {"exchange"},
     "refresh": {"manifests"},
     "direct": {"exchange"},
@@ -75,9 +77,9 @@ SIDEWAYS: Final = {
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"sender"},
-    "cli_models": {"cli_progress"},
-    "cli_transfer": {"meter"},
-    "cli": {"cli_models", "cli_transfer"},
+    "cli_models": {"cli_base", "cli_progress"},
+    "cli_transfer": {"cli_base", "meter"},
+    "cli": {"cli_base", "cli_models", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
     "addon": {"blobserver", "desk", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }

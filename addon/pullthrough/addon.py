@@ -5,6 +5,7 @@ and `running`, released in `done`. Knows how mitmproxy works and nothing of how 
 """
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -30,7 +31,7 @@ from pullthrough.keeper import Keeper
 from pullthrough.looplag import LoopLag
 from pullthrough.modes import check_modes
 from pullthrough.objectstore import ObjectStore
-from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
+from pullthrough.options import OPTIONS, environment_texts, parse_settings
 from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
@@ -105,9 +106,9 @@ class OllamaCache:
             check_internals()
         except CacheError as error:
             _stop(error)
+        texts = environment_texts(os.environ)
         for option in OPTIONS:
-            default = os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}", option.default)
-            loader.add_option(f"{PREFIX}{option.name}", str, default, option.help)
+            loader.add_option(f"{PREFIX}{option.name}", str, texts.get(option.name, option.default), option.help)
         ctx.options.update(**MITMPROXY_OPTIONS)
 
     def configure(self, updated: AbstractSet[str]) -> None:
@@ -149,6 +150,8 @@ class OllamaCache:
             self._fleet = ObjectStore(settings.object_store), load_secret(settings.fleet_secret_file)
         self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
         self._store = Store.open(settings.dir)
+        # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
+        gc.freeze()
         platform.allow_descriptors(DESCRIPTORS)
         self._blob_server = BlobServer(settings)
         self._settings = settings
@@ -271,10 +274,10 @@ def _stop(error: CacheError) -> NoReturn:
 def _origins(settings: Settings) -> list[dict[str, str]]:
     """Each option as it stands, and where that comes from."""
     places_of = {"dir": str(settings.dir), "certs": str(settings.certs)}
+    texts = environment_texts(os.environ)
     rows = []
     for option in OPTIONS:
-        by_environment = bool(os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}"))
-        source = "environment" if by_environment else "default"
+        source = "environment" if option.name in texts else "default"
         if ctx.options.has_changed(f"{PREFIX}{option.name}"):
             source = "command line"
         value = places_of.get(option.name, getattr(ctx.options, f"{PREFIX}{option.name}"))

@@ -60,9 +60,18 @@ class Supply:
 
     async def _obtain_once(self) -> Source:
         try:
-            near = await self._nearby.source() if self._nearby is not None else None
-            given, self._given = self._given, None
-            self._source = near or given or await self._obtain()
+            near: Source | None = None
+            if self._nearby is not None:
+                if not self._nearby.is_public:
+                    # Obtaining it from upstream may show that it is.
+                    self._given = self._given or await self._obtain()
+                if self._nearby.is_public:
+                    near = await self._nearby.source()
+            if near is not None:
+                self._source = near
+            else:
+                given, self._given = self._given, None
+                self._source = given or await self._obtain()
             return self._source
         finally:
             self._obtaining = None

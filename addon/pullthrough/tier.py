@@ -22,6 +22,7 @@ from pullthrough.errors import ForgedDocument, SettingsError, TierError
 from pullthrough.objectstore import ObjectStore, endpoint
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.settings import PREFIX
+from pullthrough.store import Store
 from pullthrough.threads import Threads
 from pullthrough.upstream import Upstream
 
@@ -161,19 +162,23 @@ class Nearby:
     """The sources of one blob that are nearer than upstream, for one recording."""
 
     TRIES: Final = 2
-    """Failures in a row after which the recording goes to upstream for the rest."""
+    """Failures after which the recording goes to upstream for the rest."""
 
-    def __init__(self, tier: Tier, digest: Digest) -> None:
+    def __init__(self, tier: Tier, store: Store, digest: Digest) -> None:
         self._tier = tier
+        self._store = store
         self._digest = digest
         self._failures = 0
 
-    async def source(self) -> Source | None:
-        """The nearest source, None where only upstream is left."""
-        return await self._tier.source(self._digest) if self._failures < self.TRIES else None
+    @property
+    def is_public(self) -> bool:
+        """Whether upstream has granted the blob to everybody: no other blob is the fleet's."""
+        record = self._store.blob(self._digest)
+        return record is not None and record.public
 
-    def succeeded(self) -> None:
-        self._failures = 0
+    async def source(self) -> Source | None:
+        """The nearest source of a public blob, None where only upstream is left."""
+        return await self._tier.source(self._digest) if self._failures < self.TRIES else None
 
     def failed(self) -> None:
         """The source did not bring what was asked for."""

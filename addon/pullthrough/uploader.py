@@ -52,9 +52,13 @@ class Uploader:
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
+        done = -1
         while True:
+            changes = self._store.changes + len(self._tier.suspects)
             try:
-                await self.upload()
+                if changes != done:
+                    await self.upload()
+                    done = changes
             except TierError as error:
                 _log.debug("upload: %s", error)
             except OSError as error:

@@ -32,6 +32,5 @@ class Workroom:
     counters: Counters = field(default_factory=Counters)
 
     def nearby(self, digest: Digest) -> Nearby | None:
-        """The fleet's own sources of the blob, where there is a fleet; it shares only what is public."""
-        record = self.store.blob(digest)
-        return Nearby(self.tier, digest) if self.tier is not None and record is not None and record.public else None
+        """The fleet's own sources of the blob, where there is a fleet."""
+        return Nearby(self.tier, self.store, digest) if self.tier is not None else None
