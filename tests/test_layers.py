@@ -16,11 +16,11 @@ ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
     " conditional requestlog options loopguard wording fleet addressing",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning"
-    " breaker returns",
+    " breaker returns lease",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
     " storefolder copying inventory modeltree bundle ledger asking housekeeping admission objectstore",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
-    " tier uploader",
+    " tier uploader leaseholder nearby",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
     "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
@@ -60,11 +60,13 @@ SIDEWAYS: Final = {
     "modeltree": {"platform"},
     "bundle": {"modeltree"},
     "upstream": {"datastream", "resolver"},
-    "supply": {"tier"},
+    "leaseholder": {"tier"},
+    "nearby": {"leaseholder", "tier"},
+    "supply": {"nearby"},
     "uploader": {"tier"},
     "fetcher": {"supply"},
     "relay": {"fetcher", "supply"},
-    "workroom": {"fetcher", "keeper", "tier"},
+    "workroom": {"fetcher", "keeper", "leaseholder", "nearby", "tier"},
     "recording": {"cursor", "fetcher", "relay", "sealer", "supply", "workroom"},
     "recorder": {"recording", "supply", "workroom"},
     "ahead": {"recorder", "recording"},

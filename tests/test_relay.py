@@ -58,7 +58,7 @@ class FakeSupply:
     async def source(self) -> None:
         return None
 
-    def failed(self, source: None) -> None:
+    def failed(self, source: None, error: Exception, *, silent_s: float) -> None:
         pass
 
     def slot(self, source: None) -> contextlib.AbstractAsyncContextManager[None]:

@@ -11,7 +11,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  cursor  relay  fetcher
          supply  sealer  keeper  workroom  ahead             the ones that talk to the CDN and keep what it says
-         tier  uploader                                      what a fleet of caches shares
+         tier  uploader  leaseholder  nearby                 what a fleet of caches shares
          verifying  importing  exporting                     the ones that check the store and carry models in and out
     L2a  store  storefolder  index  ingest  upstream  datastream  resolver  collapse
          ca  threads  places  looplag  platform
@@ -20,7 +20,8 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          objectstore                                         disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  trials
-         traffic  catalogue  pruning  breaker  returns        state and policy, no I/O; `now` is a parameter
+         traffic  catalogue  pruning  breaker  returns  lease
+                                                             state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
          conditional  requestlog  settings  options  addressing  loopguard  wording  fleet
 """

@@ -24,13 +24,14 @@ from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
 from pullthrough.desk import Desk
-from pullthrough.errors import CacheError
+from pullthrough.errors import CacheError, TierError
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
 from pullthrough.keeper import Keeper
+from pullthrough.leaseholder import Leaseholder
 from pullthrough.looplag import LoopLag
 from pullthrough.modes import check_modes
-from pullthrough.objectstore import ObjectStore
+from pullthrough.objectstore import ObjectStore, endpoint
 from pullthrough.options import OPTIONS, environment_texts, parse_settings
 from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
@@ -87,6 +88,7 @@ class OllamaCache:
         self._threads: Threads | None = None
         self._fleet: tuple[ObjectStore, bytes] | None = None
         self._uploader: Uploader | None = None
+        self._leases: Leaseholder | None = None
         self._recorder: Recorder | None = None
         self._registry: Registry | None = None
         self._lag = LoopLag()
@@ -184,7 +186,8 @@ class OllamaCache:
             min_free=settings.min_free,
             pins=settings.pins,
         )
-        tier = Tier(*self._fleet, self._threads, self._upstream) if self._fleet is not None else None
+        fleet = self._join(*self._fleet) if self._fleet is not None else None
+        tier = fleet[0] if fleet is not None else None
         room = Workroom(
             self._store,
             keeper,
@@ -193,7 +196,7 @@ class OllamaCache:
             connections=settings.upstream_connections,
             finish=settings.finish,
             budget=Budget(settings.upstream_rate),
-            tier=tier,
+            fleet=fleet,
         )
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder, tier)
@@ -201,9 +204,8 @@ class OllamaCache:
         self._desk = Desk(settings, self._store, self._recorder, self._registry, _origins(settings))
         await self._desk.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
-        if tier is not None:
-            self._uploader = Uploader(tier, self._store, self._threads)
-            self._uploader.open()
+        if fleet is not None:
+            await self._share(*fleet)
         self._lag.open()
         self._forbid_reload()
         self._gate.open(settings, self._parents, self._upstream.loop)
@@ -218,6 +220,28 @@ class OllamaCache:
             self._authority.fingerprint,
             self._blob_server,
         )
+
+    def _join(self, objects: ObjectStore, secret: bytes) -> tuple[Tier, Leaseholder]:
+        """What recordings need of the fleet."""
+        assert self._threads and self._upstream and self._store
+        tier = Tier(objects, secret, self._threads, self._upstream)
+        return tier, Leaseholder(tier, self._store, self._upstream)
+
+    async def _share(self, tier: Tier, leases: Leaseholder) -> None:
+        """Begin to upload, and to tell the fleet what is being fetched here."""
+        assert self._threads and self._store and self._blob_server and self._recorder
+        recorder, origin = self._recorder, None
+        try:
+            host = endpoint(await self._threads.network(tier.objects.sign, "leases", lifetime_s=1.0))
+        except TierError as error:
+            _log.warning("%s; this cache fetches for itself alone", error)
+        else:
+            address = await self._threads.network(platform.address_towards, *host)
+            origin = self._blob_server.address_for(address) if address is not None else None
+        _log.info("the fleet's caches find this one at %s", origin or "no address")
+        self._leases, self._uploader = leases, Uploader(tier, self._store, self._threads)
+        leases.open(origin, lambda digest: recorder.find(digest) is not None)
+        self._uploader.open()
 
     async def done(self) -> None:
         """Let go of everything; recordings keep what they have."""
@@ -237,6 +261,8 @@ class OllamaCache:
             await self._recorder.close()
         if self._uploader is not None:
             await self._uploader.close()
+        if self._leases is not None:
+            await self._leases.close()
         self._flows.release()
         if self._threads is not None:
             self._threads.close()

@@ -84,7 +84,11 @@ class BlobServer:
         None where it has no way that we know of: nothing listens on that address, or it may be one of a container's
         own, which means nothing outside.
         """
-        if not self._sockets or not self._leads_here:
+        return self.address_for(address) if self._leads_here else None
+
+    def address_for(self, address: str) -> str | None:
+        """As `origin`, whether or not clients are sent here."""
+        if not self._sockets:
             return None
         if self._advertise is not None:
             port = self._advertise.port or self._sockets[0].getsockname()[1]

@@ -233,8 +233,8 @@ class Fetcher:
 
             try:
                 await self._attempt(taken, fetch)
-            except UpstreamError:
-                self._supply.failed(source)
+            except UpstreamError as error:
+                self._supply.failed(source, error, silent_s=time.monotonic() - self._heard)
                 raise
 
     async def _attempt(self, taken: Slice, work: Callable[[_Attempt], Awaitable[None]]) -> None:

@@ -2,6 +2,7 @@
 
     blobs/sha256/<ab>/<hex>                     a blob's bytes; the attribute `sha256` says that they were hashed
     manifests/<host>/<repository>/<reference>   a signed document: a manifest all of whose blobs are there
+    leases/<hex>/<number>                       a signed document: which cache fetches the blob from upstream
 
 A signed document is `<hexadecimal HMAC-SHA256>\\n<JSON>`. Invariant: a document opens only if this fleet's secret
 signed it for the place where it lies. Knows no object store, clock or file.
@@ -24,6 +25,7 @@ CHECKSUM: Final = "sha256"
 
 BLOBS: Final = "blobs/sha256"
 MANIFESTS: Final = "manifests"
+LEASES: Final = "leases"
 
 
 def blob_key(digest: Digest) -> str:
@@ -32,6 +34,10 @@ def blob_key(digest: Digest) -> str:
 
 def manifest_key(name: Name) -> str:
     return f"{MANIFESTS}/{name.host}/{name.repository}/{name.reference}"
+
+
+def lease_key(digest: Digest, number: int) -> str:
+    return f"{LEASES}/{digest.hex}/{number}"
 
 
 def capability_secret(secret: bytes) -> bytes:

@@ -214,6 +214,17 @@ def in_container() -> bool:
     return False
 
 
+def address_towards(host: str, port: int) -> str | None:
+    """The address of this machine on the way to another one; None if there is no way. Sends nothing."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as sock:
+            sock.connect(address)
+            return str(sock.getsockname()[0])
+    except OSError:
+        return None
+
+
 def own_addresses() -> frozenset[str]:
     """The IP addresses of this machine's interfaces."""
     return frozenset(

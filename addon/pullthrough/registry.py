@@ -29,6 +29,7 @@ from pullthrough.errors import (
     UpstreamUnreachable,
 )
 from pullthrough.exchange import Answer, Request, explained, failure
+from pullthrough.fleet import capability_secret
 from pullthrough.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.grants import Grant, Grants, attempts
 from pullthrough.manifests import Manifests
@@ -265,13 +266,24 @@ class Registry:
     # --- the bytes of blobs
 
     async def _canonical(self, request: Request, route: CanonicalRoute) -> Answer | None:
-        if capability.verify(route.query, route.digest, secret=self._store.secret, now=time.time()) is None:
+        if not self._is_granted(route):
             if capability.is_claimed(route.query):
                 # The blob host would refuse it as well, with a text, and would have been shown it.
                 return Answer(403, CacheStatus(Outcome.BYPASS))
             return None
         self.director.arrived(request)
         return await self._read(request, route.digest)
+
+    def _is_granted(self, route: CanonicalRoute) -> bool:
+        """Whether the query is a capability of ours, or of our fleet's, which is good for what is public."""
+        now = time.time()
+        if capability.verify(route.query, route.digest, secret=self._store.secret, now=now) is not None:
+            return True
+        record = self._store.blob(route.digest)
+        if self._tier is None or record is None or not record.public:
+            return False
+        secret = capability_secret(self._tier.secret)
+        return capability.verify(route.query, route.digest, secret=secret, now=now) is not None
 
     async def _read(self, request: Request, digest: Digest) -> Answer:
         """The bytes that are asked for; whether this caller may have them was decided before."""

@@ -138,7 +138,7 @@ class _Line:
             except UpstreamError as error:
                 failures += 1
                 if source is not None:
-                    relays.supply.failed(source)
+                    relays.supply.failed(source, error, silent_s=time.monotonic() - heard)
                 relays.counters.retries += 1
                 silent = time.monotonic() - heard
                 if silent > GIVE_UP_S or (isinstance(error, UnexpectedResponse) and failures > MAX_UNEXPECTED):

@@ -13,13 +13,15 @@ from typing import Final
 
 from pullthrough.datastream import DataStream, Source
 from pullthrough.errors import SourceExpired, UnexpectedResponse, UpstreamError, UpstreamRefused, UpstreamTimeout
-from pullthrough.tier import Nearby
+from pullthrough.nearby import Nearby
 from pullthrough.upstream import Upstream
 
 _log = logging.getLogger(__name__)
 
 FIRST_S: Final = 15.0
 FIRST_TRY_S: Final = 4.0
+SILENT_S: Final = 2.5
+"""So long without a byte on any connection: a source of the fleet's is let go. Clients wait 5 s for one."""
 MAX_LIES: Final = 4
 """How often a wrong answer is asked for again: a source that lies does not get better by asking."""
 
@@ -97,7 +99,7 @@ class Supply:
             except UpstreamError as error:
                 problem = error
             if source is not None:
-                self.failed(source)
+                self.failed(source, problem, silent_s=FIRST_TRY_S)
             peace_s = problem.retry_after_s if isinstance(problem, UpstreamRefused) else 0.0
             settled = isinstance(problem, UpstreamRefused) and 400 <= problem.status_hint < 429
             lies = isinstance(problem, UnexpectedResponse) and tries >= MAX_LIES
@@ -122,9 +124,12 @@ class Supply:
             self._source = stream.source
         return stream
 
-    def failed(self, source: Source) -> None:
-        """`source` did not bring all that it was asked for: upstream's is tried again, the fleet's is let go."""
-        if source.near:
+    def failed(self, source: Source, error: UpstreamError, *, silent_s: float) -> None:
+        """`source` did not bring all that it was asked for, and nothing at all for `silent_s`.
+
+        Upstream's is tried again, the fleet's is let go; but not for one connection that is slow among others.
+        """
+        if source.near and (silent_s >= SILENT_S or not isinstance(error, UpstreamTimeout)):
             self._drop(source)
 
     def mistrust(self) -> None:

@@ -22,7 +22,6 @@ from pullthrough.errors import ForgedDocument, SettingsError, TierError
 from pullthrough.objectstore import ObjectStore, endpoint
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.settings import PREFIX
-from pullthrough.store import Store
 from pullthrough.threads import Threads
 from pullthrough.upstream import Upstream
 
@@ -146,44 +145,17 @@ class Tier:
             _log.debug("%s: %s", name, error)
             return None
         except ForgedDocument as error:
-            self.counts.forged += 1
-            _log.warning("object store: %s; ignored", error)
+            self.refuse(error)
             return None
         self.counts.manifests += record is not None
         return record
+
+    def refuse(self, error: ForgedDocument) -> None:
+        """A document was found that is not the fleet's."""
+        self.counts.forged += 1
+        _log.warning("object store: %s; ignored", error)
 
     def mistrust(self, digest: Digest) -> None:
         """A recording that may have drawn on the tier got other bytes than the digest says."""
         self.counts.corrupt += 1
         self.suspects.add(digest)
-
-
-class Nearby:
-    """The sources of one blob that are nearer than upstream, for one recording."""
-
-    TRIES: Final = 2
-    """Failures after which the recording goes to upstream for the rest."""
-
-    def __init__(self, tier: Tier, store: Store, digest: Digest) -> None:
-        self._tier = tier
-        self._store = store
-        self._digest = digest
-        self._failures = 0
-
-    @property
-    def is_public(self) -> bool:
-        """Whether upstream has granted the blob to everybody: no other blob is the fleet's."""
-        record = self._store.blob(self._digest)
-        return record is not None and record.public
-
-    async def source(self) -> Source | None:
-        """The nearest source of a public blob, None where only upstream is left."""
-        return await self._tier.source(self._digest) if self._failures < self.TRIES else None
-
-    def failed(self) -> None:
-        """The source did not bring what was asked for."""
-        self._failures += 1
-
-    def mistrust(self) -> None:
-        """The bytes, wherever they came from, do not have the digest."""
-        self._tier.mistrust(self._digest)

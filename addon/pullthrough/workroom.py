@@ -9,10 +9,12 @@ from pullthrough.budget import Budget
 from pullthrough.digest import Digest
 from pullthrough.fetcher import Counters
 from pullthrough.keeper import Keeper
+from pullthrough.leaseholder import Leaseholder
+from pullthrough.nearby import Nearby
 from pullthrough.settings import Finish
 from pullthrough.store import Store
 from pullthrough.threads import Threads
-from pullthrough.tier import Nearby, Tier
+from pullthrough.tier import Tier
 from pullthrough.upstream import Upstream
 
 
@@ -28,9 +30,9 @@ class Workroom:
     """Per recording."""
     finish: Finish
     budget: Budget
-    tier: Tier | None = None
+    fleet: tuple[Tier, Leaseholder] | None = None
     counters: Counters = field(default_factory=Counters)
 
     def nearby(self, digest: Digest) -> Nearby | None:
         """The fleet's own sources of the blob, where there is a fleet."""
-        return Nearby(self.tier, self.store, digest) if self.tier is not None else None
+        return Nearby(*self.fleet, self.store, digest) if self.fleet is not None else None

@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tests.e2e.conftest import Model, add_model, unique
 from tests.support import s3
 from tests.support.a2 import A2Client
 from tests.support.client2 import Client2
-from tests.support.goclient import PullError
+from tests.support.goclient import PullError, PullReport
 from tests.support.legacy import A1Client
 from tests.support.origin import Origin
 from tests.support.proxy import Proxy, free_port
@@ -42,6 +43,7 @@ class Fleet:
         self._stack = stack
         self.a = self.start("a", ollama_cache_direct="object-store")
         self.b = self.start("b")
+        self.c = self.start("c")
 
     def start(self, name: str, **options: Any) -> Proxy:
         """A cache of the fleet."""
@@ -86,6 +88,7 @@ def fleet(shared_fleet: Fleet) -> Iterator[Fleet]:
     """The fleet, put right after each test."""
     shared_fleet.a.forget_lines()
     shared_fleet.b.forget_lines()
+    shared_fleet.c.forget_lines()
     yield shared_fleet
     shared_fleet.origin.restore()
 
@@ -225,3 +228,45 @@ def test_parts_come_from_the_object_store(fleet: Fleet, tmp_path: Path, new_clie
         fleet.a.wait_for_line("-> 307 ollama-cache; hit; detail=direct")
         assert fleet.origin.counters.cdn_bytes == 0
     assert not [line for line in fleet.a.output if "X-Amz" in line]
+
+
+def pull_by_many(caches: list[Proxy], model: Model, folder: Path, clients: int, **options: Any) -> list[PullReport]:
+    """Pull the model with so many clients of each cache at once; each checks every digest."""
+
+    def pull(number: int) -> PullReport:
+        cache = caches[number % len(caches)]
+        return A2Client(cache.url, cache.ca_file, folder / f"many{number}", **options).pull(model.name)
+
+    with ThreadPoolExecutor(clients * len(caches)) as pool:
+        return list(pool.map(pull, range(clients * len(caches))))
+
+
+def test_one_cache_fetches_for_all(fleet: Fleet, tmp_path: Path) -> None:
+    """Three caches, four clients each, one cold blob at once: upstream gives it once, and nobody waits for long."""
+    size = 256 * MIB
+    model = add_model(fleet.origin, unique(size))
+    fleet.origin.rate_total = 60 * MIB
+    reports = pull_by_many([fleet.a, fleet.b, fleet.c], model, tmp_path, 4)
+    assert fleet.origin.counters.cdn_bytes_by_digest[model.layer] <= 1.05 * size
+    assert max(report.max_gap_s for report in reports) < 5
+    for cache in (fleet.a, fleet.b, fleet.c):
+        cache.wait_for_line(model.recorded)
+
+
+def test_dead_holder_is_replaced(fleet: Fleet, tmp_path: Path) -> None:
+    """The cache that fetches for all is killed: one of the others goes on, and upstream gives little twice."""
+    size = 64 * MIB
+    model = add_model(fleet.origin, unique(size))
+    fleet.origin.rate_total = 16 * MIB
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(pull_by_many, [fleet.c], model, tmp_path / "first", 1, patience_s=5.0)
+        fleet.origin.counters.wait_for(lambda seen: seen.cdn_bytes_by_digest[model.layer] > 8 * MIB)
+        rest = pool.submit(pull_by_many, [fleet.a, fleet.b], model, tmp_path / "rest", 1)
+        fleet.a.wait_for_line(f"{model.layer[7:19]} is recorded from")
+        fleet.b.wait_for_line(f"{model.layer[7:19]} is recorded from")
+        fleet.c.kill()
+        reports = rest.result()
+        assert first.exception() is not None
+    fleet.c.start()
+    assert fleet.origin.counters.cdn_bytes_by_digest[model.layer] <= 1.6 * size
+    assert max(report.max_gap_s for report in reports) < 10
