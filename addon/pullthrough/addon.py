@@ -24,6 +24,7 @@ from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
 from pullthrough.desk import Desk
+from pullthrough.dispatch import Dispatch
 from pullthrough.errors import CacheError, TierError
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
@@ -94,6 +95,7 @@ class OllamaCache:
         self._lag = LoopLag()
         self._blob_server: BlobServer | None = None
         self._desk: Desk | None = None
+        self._dispatch: Dispatch | None = None
         self._minting: asyncio.Task[None] | None = None
         transfers: Transfers = {}
         self._gate = Gate(transfers)
@@ -208,6 +210,8 @@ class OllamaCache:
             await self._share(*fleet)
         self._lag.open()
         self._forbid_reload()
+        self._dispatch = Dispatch(ctx.master.addons)
+        self._dispatch.install()
         self._gate.open(settings, self._parents, self._upstream.loop)
         self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._desk.serve)
         await self._blob_server.open(self._registry, self._gate.admits, self._desk.serve)
@@ -246,6 +250,8 @@ class OllamaCache:
     async def done(self) -> None:
         """Let go of everything; recordings keep what they have."""
         self._gate.close()
+        if self._dispatch is not None:
+            self._dispatch.remove()
         self._lag.close()
         _log.info("event loop lag: %s", self._lag)
         if self._minting is not None:

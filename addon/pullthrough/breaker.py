@@ -6,7 +6,7 @@ time finds out. Pure state: `now` is a parameter, in seconds of any steady clock
 
 from typing import Final
 
-FAILURES: Final = 2
+FAILURES: Final = 3
 PAUSE_S: Final = 15.0
 PAUSE_LIMIT_S: Final = 120.0
 TRIAL_S: Final = 5.0

@@ -18,7 +18,7 @@ from pullthrough.fleet import CHECKSUM
 from pullthrough.settings import PREFIX
 
 CONNECT_S: Final = 1.0
-QUICK_S: Final = 2.0
+QUICK_S: Final = 4.0
 """For what a client may wait for."""
 PATIENT_S: Final = 10.0
 """For one part of an upload, tried twice: the daemon's end waits for it."""

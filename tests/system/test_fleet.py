@@ -259,7 +259,7 @@ def test_dead_holder_is_replaced(fleet: Fleet, tmp_path: Path) -> None:
     model = add_model(fleet.origin, unique(size))
     fleet.origin.rate_total = 16 * MIB
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(pull_by_many, [fleet.c], model, tmp_path / "first", 1, patience_s=5.0)
+        first = pool.submit(pull_by_many, [fleet.c], model, tmp_path / "first", 1, backoff_unit_s=0.01)
         fleet.origin.counters.wait_for(lambda seen: seen.cdn_bytes_by_digest[model.layer] > 8 * MIB)
         rest = pool.submit(pull_by_many, [fleet.a, fleet.b], model, tmp_path / "rest", 1)
         fleet.a.wait_for_line(f"{model.layer[7:19]} is recorded from")
