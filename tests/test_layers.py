@@ -22,9 +22,9 @@ ROWS: Final = {
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
+    "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs tierverbs",
     "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
-    " cli_base cli_models cli_progress cli_transfer meter",
+    " cli_base cli_tier cli_models cli_progress cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -76,11 +76,13 @@ SIDEWAYS: Final = {
     "grants": {"exchange"},
     "warm": {"manifests"},
     "verbs": {"warm"},
+    "tierverbs": {"warm"},
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "gate": {"opening", "parentleg", "streamlayer", "widetls"},
     "blobserver": {"sender"},
-    "cli_models": {"cli_base", "cli_progress"},
-    "cli_transfer": {"cli_base", "meter"},
+    "cli_tier": {"cli_base"},
+    "cli_models": {"cli_base", "cli_progress", "cli_tier"},
+    "cli_transfer": {"cli_base", "cli_tier", "meter"},
     "cli": {"cli_base", "cli_models", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
     "addon": {"blobserver", "desk", "dispatch", "flows", "gate", "modes", "parentleg", "streamlayer"},

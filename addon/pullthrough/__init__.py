@@ -5,10 +5,10 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L4   addon  flows  messages  gate  parentleg  streamlayer
          dispatch  widetls  modes  opening
          blobserver  sender  desk
-         cli  cli_base  cli_models  cli_progress
+         cli  cli_base  cli_tier  cli_models  cli_progress
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
-         refresh  direct  warm  verbs                        request value -> answer: status, headers and what to send
+         refresh  direct  warm  verbs  tierverbs             request value -> answer: status, headers and what to send
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  cursor  relay  fetcher
          supply  sealer  keeper  workroom  ahead             the ones that talk to the CDN and keep what it says

@@ -203,11 +203,10 @@ class OllamaCache:
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder, tier)
         self._registry.open()
-        self._desk = Desk(settings, self._store, self._recorder, self._registry, _origins(settings))
+        shared = await self._share(*fleet) if fleet is not None else None
+        self._desk = Desk(settings, self._store, self._recorder, self._registry, _origins(settings), shared)
         await self._desk.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
-        if fleet is not None:
-            await self._share(*fleet)
         self._lag.open()
         self._forbid_reload()
         self._dispatch = Dispatch(ctx.master.addons)
@@ -231,7 +230,7 @@ class OllamaCache:
         tier = Tier(objects, secret, self._threads, self._upstream)
         return tier, Leaseholder(tier, self._store, self._upstream)
 
-    async def _share(self, tier: Tier, leases: Leaseholder) -> None:
+    async def _share(self, tier: Tier, leases: Leaseholder) -> tuple[Tier, Uploader]:
         """Begin to upload, and to tell the fleet what is being fetched here."""
         assert self._threads and self._store and self._blob_server and self._recorder
         recorder, origin = self._recorder, None
@@ -246,6 +245,7 @@ class OllamaCache:
         self._leases, self._uploader = leases, Uploader(tier, self._store, self._threads)
         leases.open(origin, lambda digest: recorder.find(digest) is not None)
         self._uploader.open()
+        return tier, self._uploader
 
     async def done(self) -> None:
         """Let go of everything; recordings keep what they have."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import humanfriendly
 import typer
 
+from pullthrough import cli_tier
 from pullthrough.asking import ask
 from pullthrough.catalogue import View, detail, listing, statistics
 from pullthrough.cli_base import (
@@ -118,6 +119,8 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
         ("fetched", size_text(found["fetched"])),
         ("saved", size_text(found["saved"]) + ratio),
     ]
+    if "tier" in found:
+        facts += cli_tier.facts(found["tier"])
     days = [("DAY (UTC)", "SERVED", "FETCHED")]
     for day in found["days"][:14]:
         days.append((day["day"], size_text(day["served"]), size_text(day["fetched"])))
@@ -142,6 +145,7 @@ def config(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
 def prune(
     age: Annotated[str, typer.Option(help="How old: 0, 12h, 7d.")] = "7d",
     all: Annotated[bool, typer.Option("--all", help="Models not pulled for so long, too.", show_default=False)] = False,  # noqa: A002
+    tier: cli_tier.OnTier = False,
     dry_run: DryRun = False,
     dir: Folder = None,  # noqa: A002
 ) -> None:
@@ -150,12 +154,11 @@ def prune(
         age_s = float(humanfriendly.parse_timespan(age))
     except humanfriendly.InvalidTimespan:
         raise typer.BadParameter(f"expected a duration such as 0, 12h or 7d, got {age!r}") from None
-    done = _change(
-        dir,
-        "prune",
-        {"age": age_s, "all": all, "dry_run": dry_run},
-        lambda keeping: keeping.prune(age_s=age_s, every=all, dry_run=dry_run),
-    )
+    arguments = {"age": age_s, "all": all, "dry_run": dry_run}
+    if tier:
+        done = cli_tier.ask_tier(dir, "tier-prune", arguments)
+    else:
+        done = _change(dir, "prune", arguments, lambda keeping: keeping.prune(age_s=age_s, every=all, dry_run=dry_run))
     word = "would remove" if dry_run else "removed"
     print_lines(
         [
@@ -173,10 +176,16 @@ def warm(
     file: Annotated[
         Path | None, typer.Option(help="A list of models, one a line; # begins a comment.", show_default=False)
     ] = None,
+    tier_only: Annotated[
+        bool,
+        typer.Option("--tier-only", help="Into the fleet's object store, and not to stay here.", show_default=False),
+    ] = False,
     dry_run: DryRun = False,
     dir: Folder = None,  # noqa: A002
 ) -> None:
     """Record models before anybody pulls them; the cache must run."""
+    if tier_only and dry_run:
+        raise typer.BadParameter("expected --tier-only or --dry-run, got both")
     wanted = [*(models or []), *(_listed(file) if file is not None else [])]
     if not wanted:
         raise typer.BadParameter("expected models, or a list of them with --file, got none")
@@ -187,7 +196,8 @@ def warm(
         for model in wanted:
             arguments = {"models": [model], "dry_run": dry_run}
             try:
-                (done,) = ask(folder_of(dir), "warm", arguments, on_progress=layers.show)
+                verb = "tier-warm" if tier_only else "warm"
+                (done,) = ask(folder_of(dir), verb, arguments, on_progress=layers.show)
             except NoDaemon as error:
                 fail(f"{error}; start it with `ollama-cache run`")
             except CacheError as error:

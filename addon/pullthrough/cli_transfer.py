@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pullthrough import cli_tier
 from pullthrough.asking import ask
 from pullthrough.cli_base import AsJson, Folder, folder_of, print_json, refusals, settings_in_force
 from pullthrough.errors import NoDaemon, TransferRefused
@@ -32,10 +33,15 @@ def verify(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models to check; none: everything.")
     ] = None,
+    tier: cli_tier.OnTier = False,
     dir: Folder = None,  # noqa: A002 -- the option's name
     json: AsJson = False,
 ) -> None:
     """Hash every blob again and hold the store against its index; what is wrong is no hit any more."""
+    if tier and models:
+        raise typer.BadParameter("expected models or --tier, got both")
+    if tier:
+        cli_tier.verify(dir, json=json)
     from pullthrough.meter import Meter
     from pullthrough.verifying import check
 

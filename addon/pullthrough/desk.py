@@ -15,7 +15,10 @@ from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
 from pullthrough.settings import Settings
 from pullthrough.store import Store
+from pullthrough.tier import Tier
+from pullthrough.tierverbs import TierVerbs
 from pullthrough.traffic import Traffic
+from pullthrough.uploader import Uploader
 from pullthrough.verbs import Verbs
 
 WRITE_S: Final = 60.0
@@ -25,15 +28,30 @@ class Desk:
     """Of one daemon."""
 
     def __init__(
-        self, settings: Settings, store: Store, recorder: Recorder, registry: Registry, options: list[JSON]
+        self,
+        settings: Settings,
+        store: Store,
+        recorder: Recorder,
+        registry: Registry,
+        options: list[JSON],
+        fleet: tuple[Tier, Uploader] | None = None,
     ) -> None:
         """`options` are what `config` tells."""
         self._store = store
         self._recorder = recorder
         self._traffic = Traffic(store.ledger.days)
         housekeeping = Housekeeping(store, settings.pins, recorder.running)
-        verbs = Verbs(store, housekeeping, registry.warmer, pins=settings.pins, options=options, count=self.count)
-        self._control = Control(settings.dir, verbs.table())
+        shared = TierVerbs(*fleet, store, housekeeping, registry.warmer, recorder.counters) if fleet else None
+        verbs = Verbs(
+            store,
+            housekeeping,
+            registry.warmer,
+            pins=settings.pins,
+            options=options,
+            count=self.count,
+            tier=shared.state if shared else None,
+        )
+        self._control = Control(settings.dir, verbs.table() | (shared.table() if shared else {}))
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from pullthrough.digest import Digest
-from pullthrough.errors import ForgedDocument
+from pullthrough.errors import ForgedDocument, InvalidRequest
 from pullthrough.records import ManifestRecord, Name
 
 CHECKSUM: Final = "sha256"
@@ -34,6 +34,21 @@ def blob_key(digest: Digest) -> str:
 
 def manifest_key(name: Name) -> str:
     return f"{MANIFESTS}/{name.host}/{name.repository}/{name.reference}"
+
+
+def digest_of(key: str) -> Digest | None:
+    """Of a blob's object; None for what else lies there."""
+    try:
+        digest = Digest.parse(f"sha256:{key.rpartition('/')[2]}")
+    except InvalidRequest:
+        return None
+    return digest if blob_key(digest) == key else None
+
+
+def name_of(key: str) -> Name:
+    """Of a manifest's object."""
+    _, host, *repository, reference = key.split("/")
+    return Name(host, "/".join(repository), reference)
 
 
 def lease_key(digest: Digest, number: int) -> str:

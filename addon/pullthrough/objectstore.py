@@ -38,6 +38,15 @@ class Found:
     sha256: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An object as a listing tells it; `changed` in Unix seconds."""
+
+    key: str
+    size: int
+    changed: float
+
+
 class Writer(Protocol):
     """An upload: nothing is seen of it before `close`."""
 
@@ -88,6 +97,23 @@ class ObjectStore:
                 raise TierError(f"{key}: expected at most {MAX_DOCUMENT} bytes, got {result.meta['size']}")
             return bytes(result.bytes())
         return None
+
+    def read_part(self, key: str, start: int, size: int) -> bytes:
+        """The next part from `start` of an object of `size` bytes."""
+        with self._told():
+            try:
+                return bytes(self._api.get_range(self._patient, key, start=start, end=min(start + PART, size)))
+            except FileNotFoundError as error:
+                raise TierError(f"{key}: expected an object, got none any more") from error
+
+    def list(self, prefix: str) -> list[Listed]:
+        """All objects under `prefix`."""
+        with self._told():
+            return [
+                Listed(item["path"], item["size"], item["last_modified"].timestamp())
+                for page in self._api.list(self._quick, prefix)
+                for item in page
+            ]
 
     def create(self, key: str, data: bytes, *, sha256: str | None = None) -> bool:
         """Put an object where there is none; whether there was none. A store without conditions always says so."""

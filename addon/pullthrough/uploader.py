@@ -35,12 +35,23 @@ class Uploader:
         self._threads = threads
         self._told: dict[Name, tuple[bytes, bool]] = {}
         """(body, denied) of manifests for which nothing is left to do."""
+        self._done = -1
+        """The store's count of changes that was looked at last."""
         self._task: asyncio.Task[None] | None = None
 
     @property
     def waiting(self) -> int:
         """How many blobs are still to be uploaded."""
         return len(self._due())
+
+    def has_told(self, name: Name) -> bool:
+        """Whether nothing is left to do for the manifest."""
+        return name in self._told
+
+    def forget(self, name: Name) -> None:
+        """The manifest is not there any more."""
+        self._told.pop(name, None)
+        self._done = -1
 
     def open(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="upload")
@@ -52,16 +63,17 @@ class Uploader:
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        done = -1
         while True:
             changes = self._store.changes + len(self._tier.suspects)
             try:
-                if changes != done:
+                if changes != self._done:
+                    self._done = changes
                     await self.upload()
-                    done = changes
             except TierError as error:
+                self._done = -1
                 _log.debug("upload: %s", error)
             except OSError as error:
+                self._done = -1
                 _log.warning("upload: %s", error)
             await asyncio.sleep(LOOK_S)
 

@@ -33,14 +33,16 @@ class Verbs:
         pins: tuple[str, ...],
         options: list[JSON],
         count: Callable[[], object],
+        tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`options` are what `config` tells; `count` brings the store's days up to date."""
+        """`options` are what `config` tells; `count` brings the store's days up to date; `tier` tells the fleet's."""
         self._store = store
         self._housekeeping = housekeeping
         self._warmer = warmer
         self._pins = pins
         self._options = options
         self._count = count
+        self._tier = tier
 
     def table(self) -> dict[str, Verb]:
         return {
@@ -70,7 +72,8 @@ class Verbs:
 
     async def _stats(self, _: Mapping[str, Any], __: Tell) -> Any:
         self._count()
-        return await asyncio.to_thread(statistics, self._view())
+        sums = await asyncio.to_thread(statistics, self._view())
+        return sums | {"tier": self._tier()} if self._tier is not None else sums
 
     async def _config(self, _: Mapping[str, Any], __: Tell) -> Any:
         return self._options

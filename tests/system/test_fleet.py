@@ -1,8 +1,12 @@
 """Several caches and the object store they share: a real S3 server, a real mitmdump for each cache."""
 
 import contextlib
+import hashlib
+import os
 import secrets
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +25,7 @@ from tests.support.client2 import Client2
 from tests.support.goclient import PullError, PullReport
 from tests.support.legacy import A1Client
 from tests.support.origin import Origin
-from tests.support.proxy import Proxy, free_port
+from tests.support.proxy import ADDON, Proxy, free_port
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
 
@@ -270,3 +274,39 @@ def test_dead_holder_is_replaced(fleet: Fleet, tmp_path: Path) -> None:
     fleet.c.start()
     assert fleet.origin.counters.cdn_bytes_by_digest[model.layer] <= 1.6 * size
     assert max(report.max_gap_s for report in reports) < 10
+
+
+def run(cache: Proxy, *arguments: str) -> tuple[int, str]:
+    """One run of the command line beside the cache: exit code and standard output."""
+    environment = {**os.environ, "PYTHONPATH": str(ADDON.parent), "OLLAMA_CACHE_DIR": str(cache.store)}
+    command = [sys.executable, "-m", "pullthrough.cli", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert not done.stderr or done.returncode, done.stderr
+    return done.returncode, done.stdout
+
+
+def test_verbs(fleet: Fleet, new_client: NewClient) -> None:
+    """`verify`, `prune`, `warm` and `stats` know the object store."""
+    kept = fleet.recorded_by_a(new_client, 9 * MIB)
+    stray, lease = f"blobs/sha256/00/{'0' * 64}", f"leases/{'0' * 64}/1"
+    for key in (stray, lease):
+        obstore.put(fleet.objects, key, b"nobody's")
+    obstore.put(fleet.objects, blob_key(kept.layer), bytes(9 * MIB))
+    code, output = run(fleet.a, "verify", "--tier")
+    assert code == 1 and f"removed {blob_key(kept.layer)}" in output and f"removed {stray}" in output
+    fleet.a.wait_for_line(f"uploaded {kept.layer[7:19]}", count=2)
+    assert run(fleet.a, "verify", "--tier")[0] == 0
+
+    unlisted = hashlib.sha256(b"unlisted").hexdigest()
+    obstore.put(fleet.objects, f"blobs/sha256/{unlisted[:2]}/{unlisted}", b"unlisted")
+    assert run(fleet.a, "prune", "--tier", "--age", "0", "--dry-run")[1].startswith("would remove 1 blobs and 1 ")
+    assert run(fleet.a, "prune", "--tier", "--age", "0")[0] == 0
+    assert lease not in fleet.listing() and blob_key(kept.layer) in fleet.listing()
+    assert not any(unlisted in key for key in fleet.listing())
+
+    model = add_model(fleet.origin, unique(MIB))
+    assert run(fleet.b, "warm", "--tier-only", model.name)[0] == 0
+    assert manifest_key(model) in fleet.listing()
+    assert model.name not in run(fleet.b, "ls")[1]
+    assert not (fleet.b.store / "blobs" / model.layer.replace(":", "-")).exists()
+    assert "in use" in run(fleet.a, "stats")[1]
