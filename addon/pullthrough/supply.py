@@ -99,7 +99,8 @@ class Supply:
             except UpstreamError as error:
                 problem = error
             if source is not None:
-                self.failed(source, problem, silent_s=FIRST_TRY_S)
+                # One of the fleet may be just asking upstream itself: it has one try more.
+                self.failed(source, problem, silent_s=FIRST_TRY_S * tries)
             peace_s = problem.retry_after_s if isinstance(problem, UpstreamRefused) else 0.0
             settled = isinstance(problem, UpstreamRefused) and 400 <= problem.status_hint < 429
             lies = isinstance(problem, UnexpectedResponse) and tries >= MAX_LIES

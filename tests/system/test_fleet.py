@@ -279,7 +279,7 @@ def test_dead_holder_is_replaced(fleet: Fleet, tmp_path: Path) -> None:
 def run(cache: Proxy, *arguments: str) -> tuple[int, str]:
     """One run of the command line beside the cache: exit code and standard output."""
     environment = {**os.environ, "PYTHONPATH": str(ADDON.parent), "OLLAMA_CACHE_DIR": str(cache.store)}
-    command = [sys.executable, "-m", "pullthrough.cli", *arguments]
+    command = [sys.executable, "-c", "from pullthrough.cli import main; main()", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert not done.stderr or done.returncode, done.stderr
     return done.returncode, done.stdout
