@@ -142,6 +142,11 @@ def test_values() -> None:
         ("upstream_connections", "four"),
         ("upstream_rate", "fast"),
         ("upstream_rate", "10"),
+        ("object_store", "bucket/prefix"),
+        ("object_store", "s3://key:secret@bucket"),
+        ("object_store", "s3://bucket?region=x"),
+        ("object_store", "s3://without-a-secret-beside-it"),
+        ("direct", "object-store"),
         ("log_level", "loud"),
     ],
 )
