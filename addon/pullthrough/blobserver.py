@@ -27,6 +27,7 @@ from pullthrough import platform
 from pullthrough.cachestatus import CACHE_NAME, CacheStatus, Outcome
 from pullthrough.errors import CacheError, SettingsError
 from pullthrough.exchange import Answer, Request, failure
+from pullthrough.pages import Pages
 from pullthrough.reader import WAIT_S, Reader
 from pullthrough.registry import Registry
 from pullthrough.requestlog import log_answer, log_transfer
@@ -57,6 +58,8 @@ class BlobServer:
         self._advertise = settings.advertise
         self._enclosed = settings.direct is Direct.AUTO and settings.advertise is None and platform.in_container()
         self._registry: Registry | None = None
+        self.pages = Pages(settings.advertise)
+        """What this port gives besides models."""
         self._served: Callable[[int], None] = lambda _: None
         self._runner: web.ServerRunner | None = None
         self._sockets: list[socket.socket] = []
@@ -129,6 +132,9 @@ class BlobServer:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         began = time.monotonic()
         try:
+            if (page := await self.pages.answer(request)) is not None:
+                page.headers["Server"] = CACHE_NAME
+                return page
             answer = await self._answer(request)
             if answer.held and isinstance(answer.body, Reader):
                 answer = await _gathered(request, answer, answer.body)
