@@ -35,6 +35,7 @@ SIDEWAYS: Final = {
     "capability": {"digest", "errors"},
     "settings": {"records"},
     "options": {"errors", "settings"},
+    "requestlog": {"cachestatus"},
     "records": {"digest", "errors"},
     "datacheck": {"byterange", "errors"},
     "chunksums": {"digest", "errors"},

@@ -34,6 +34,7 @@ from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
+from pullthrough.requestlog import RequestLog
 from pullthrough.settings import PREFIX, Settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Transfers, check_internals
@@ -83,6 +84,7 @@ class OllamaCache:
         self._threads: Threads | None = None
         self._recorder: Recorder | None = None
         self._registry: Registry | None = None
+        self._requests = RequestLog()
         self._lag = LoopLag()
         self._blob_server: BlobServer | None = None
         self._desk: Desk | None = None
@@ -186,14 +188,15 @@ class OllamaCache:
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder)
         self._registry.open()
-        self._desk = Desk(settings, self._store, self._recorder, self._registry, _origins(settings))
+        options = _origins(settings)
+        self._desk = Desk(settings, self._store, self._recorder, self._registry, self._requests, options)
         await self._desk.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
         self._forbid_reload()
         self._gate.open(settings, self._parents, self._upstream.loop)
-        self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._desk.serve)
-        await self._blob_server.open(self._registry, self._gate.admits, self._desk.serve)
+        self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._requests)
+        await self._blob_server.open(self._registry, self._gate.admits, self._requests)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,

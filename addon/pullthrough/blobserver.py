@@ -30,7 +30,7 @@ from pullthrough.exchange import Answer, Request, failure
 from pullthrough.pages import Pages
 from pullthrough.reader import WAIT_S, Reader
 from pullthrough.registry import Registry
-from pullthrough.requestlog import log_answer, log_transfer
+from pullthrough.requestlog import RequestLog
 from pullthrough.route import parse_canonical_target
 from pullthrough.sender import Sending, send
 from pullthrough.settings import PREFIX, Direct, Endpoint, Settings
@@ -60,7 +60,7 @@ class BlobServer:
         self._registry: Registry | None = None
         self.pages = Pages(settings.advertise)
         """What this port gives besides models."""
-        self._served: Callable[[int], None] = lambda _: None
+        self._requests = RequestLog()
         self._runner: web.ServerRunner | None = None
         self._sockets: list[socket.socket] = []
         try:
@@ -102,11 +102,9 @@ class BlobServer:
                 return blob_origin(address, port) or None
         return None
 
-    async def open(
-        self, registry: Registry, admits: Callable[[str], bool], served: Callable[[int], None] = lambda _: None
-    ) -> None:
-        """Serve from now on those whose address `admits`; `served` is told the bytes of each blob's body."""
-        self._served = served
+    async def open(self, registry: Registry, admits: Callable[[str], bool], requests: RequestLog) -> None:
+        """Serve from now on those whose address `admits`; `requests` is told of each answer."""
+        self._requests = requests
         self._registry = registry
         door = Door(self._handle, admits, access_log=None, keepalive_timeout=IDLE_S)
         self._runner = web.ServerRunner(door, shutdown_timeout=SHUTDOWN_S)
@@ -149,12 +147,12 @@ class BlobServer:
         response.headers["Cache-Status"] = str(answer.cache)
         response.headers["Server"] = CACHE_NAME
         response.content_length = answer.length
-        line = (request.remote or "", request.method, request.raw_path, answer.status, str(answer.cache))
+        line = (request.remote or "", request.method, request.raw_path, answer.status, answer.cache)
         if not isinstance(answer.body, Reader):
             await response.prepare(request)
             if answer.body and request.method != "HEAD":
                 await response.write(answer.body)
-            log_answer(*line)
+            self._requests.answer(*line)
             return response
         sending = Sending()
         try:
@@ -162,9 +160,8 @@ class BlobServer:
             await send(request, response, answer.body, sending)
         finally:
             answer.body.close()
-            self._served(sending.sent)
             seconds = time.monotonic() - began
-            log_transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)
+            self._requests.transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)
         if sending.problem:
             response.force_close()
         if sending.stalled and request.transport is not None:

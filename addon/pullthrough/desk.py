@@ -13,6 +13,7 @@ from pullthrough.control import Control
 from pullthrough.housekeeping import Housekeeping
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
+from pullthrough.requestlog import RequestLog
 from pullthrough.settings import Settings
 from pullthrough.store import Store
 from pullthrough.traffic import Traffic
@@ -25,11 +26,18 @@ class Desk:
     """Of one daemon."""
 
     def __init__(
-        self, settings: Settings, store: Store, recorder: Recorder, registry: Registry, options: list[JSON]
+        self,
+        settings: Settings,
+        store: Store,
+        recorder: Recorder,
+        registry: Registry,
+        requests: RequestLog,
+        options: list[JSON],
     ) -> None:
         """`options` are what `config` tells."""
         self._store = store
         self._recorder = recorder
+        self._requests = requests
         self._traffic = Traffic(store.ledger.days)
         housekeeping = Housekeeping(store, settings.pins, lambda digest: recorder.find(digest) is not None)
         verbs = Verbs(store, housekeeping, registry.warmer, pins=settings.pins, options=options, count=self.count)
@@ -47,13 +55,10 @@ class Desk:
             await asyncio.wait([self._task])
         await self._control.close()
 
-    def serve(self, count: int) -> None:
-        """A client has been sent so many bytes of a blob."""
-        self._traffic.serve(count, now=time.time())
-
     def count(self) -> None:
         """Bring the store's days up to date."""
-        self._traffic.fetch_up_to(self._recorder.counters.upstream_bytes, now=time.time())
+        fetched = self._recorder.counters.upstream_bytes
+        self._traffic.count_up_to(served=self._requests.sent, fetched=fetched, now=time.time())
         self._store.ledger.put_days(self._traffic.take())
 
     async def _run(self) -> None:
