@@ -15,13 +15,13 @@ PACKAGE: Final = ADDON / "pullthrough"
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
     " conditional requestlog options loopguard wording",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning",
+    "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
     " storefolder copying inventory modeltree bundle ledger asking housekeeping",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages"
+    "L3b": "registry statuspage metrics vitals manifests exchange prefetch refresh grants direct warm verbs",
+    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages lookout"
     " cli_models cli_progress cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
@@ -67,6 +67,7 @@ SIDEWAYS: Final = {
     "grants": {"exchange"},
     "warm": {"manifests"},
     "verbs": {"warm"},
+    "metrics": {"vitals"},
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"pages", "sender"},
@@ -74,7 +75,8 @@ SIDEWAYS: Final = {
     "cli_transfer": {"meter"},
     "cli": {"cli_models", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
-    "addon": {"blobserver", "desk", "flows", "gate", "modes", "parentleg", "streamlayer"},
+    "lookout": {"pages"},
+    "addon": {"blobserver", "desk", "flows", "gate", "lookout", "modes", "parentleg", "streamlayer"},
 }
 
 PURE_ROWS: Final = {"L0", "L1"}

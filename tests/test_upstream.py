@@ -41,6 +41,7 @@ from pullthrough.upstream import (
     MAX_CONTROL_BODY,
     MAX_HOPS,
     DataStream,
+    Errors,
     Source,
     Upstream,
     exempt_hosts,
@@ -830,7 +831,7 @@ async def test_bytes_are_counted(pieces: list[bytes], kind: type[UpstreamError],
     content = SimpleNamespace(readany=readany, read_nowait=lambda: b"")
     response = SimpleNamespace(headers={}, content=content, close=lambda: None)
     with refused(kind, f"^{message}$"):
-        await read(DataStream(cast(aiohttp.ClientResponse, response), Extent(4, 8, 16)))
+        await read(DataStream(cast(aiohttp.ClientResponse, response), Extent(4, 8, 16), Errors()))
 
 
 # --- redirects of a source

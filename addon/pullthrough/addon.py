@@ -27,7 +27,9 @@ from pullthrough.errors import CacheError
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
 from pullthrough.keeper import Keeper
+from pullthrough.lookout import Lookout
 from pullthrough.looplag import LoopLag
+from pullthrough.metrics import Metrics
 from pullthrough.modes import check_modes
 from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
 from pullthrough.parent import Parents
@@ -40,6 +42,7 @@ from pullthrough.store import Store
 from pullthrough.streamlayer import Transfers, check_internals
 from pullthrough.threads import Threads
 from pullthrough.upstream import Upstream
+from pullthrough.vitals import Vitals
 from pullthrough.workroom import Workroom
 
 _log = logging.getLogger(__name__)
@@ -86,6 +89,7 @@ class OllamaCache:
         self._registry: Registry | None = None
         self._requests = RequestLog()
         self._lag = LoopLag()
+        self._vitals: Vitals | None = None
         self._blob_server: BlobServer | None = None
         self._desk: Desk | None = None
         self._minting: asyncio.Task[None] | None = None
@@ -144,6 +148,7 @@ class OllamaCache:
             ) from error
         self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
         self._store = Store.open(settings.dir)
+        self._vitals = Vitals(settings.dir, self._certificates)
         platform.allow_descriptors(DESCRIPTORS)
         self._blob_server = BlobServer(settings)
         self._settings = settings
@@ -163,9 +168,15 @@ class OllamaCache:
             specs.append(f"{leaf.host}={path}")
         ctx.options.update(confdir=self._confdir.name, certs=specs)
 
+    def _certificates(self) -> dict[str, datetime]:
+        """Until when our certificates are valid."""
+        assert self._authority
+        return {"CA": self._authority.not_after, **{leaf.host: leaf.not_after for leaf in self._leaves}}
+
     async def running(self) -> None:
         """Open what needs the event loop; from here on clients are served."""
         assert self._settings and self._store and self._authority and self._upstream and self._blob_server
+        assert self._vitals
         settings = self._settings
         await self._upstream.open()
         self._threads = Threads()
@@ -196,6 +207,10 @@ class OllamaCache:
         self._forbid_reload()
         self._gate.open(settings, self._parents, self._upstream.loop)
         self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._requests)
+        metrics = Metrics(
+            settings, self._store, self._recorder, self._upstream, self._requests, self._lag, self._vitals
+        )
+        Lookout(metrics, self._vitals).enter(self._blob_server.pages)
         await self._blob_server.open(self._registry, self._gate.admits, self._requests)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
@@ -209,6 +224,8 @@ class OllamaCache:
 
     async def done(self) -> None:
         """Let go of everything; recordings keep what they have."""
+        if self._vitals is not None:
+            self._vitals.draining = True
         self._gate.close()
         self._lag.close()
         _log.info("event loop lag: %s", self._lag)

@@ -25,6 +25,10 @@ class Recorder:
         """The recording of `digest` that runs now."""
         return self._recordings.get(digest)
 
+    def running(self) -> list[Recording]:
+        """All that run now."""
+        return list(self._recordings.values())
+
     def open(
         self,
         digest: Digest,

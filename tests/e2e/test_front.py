@@ -485,3 +485,29 @@ def test_an_address_of_another_machine_stops_the_start(tmp_path: Path) -> None:
     """An address that this machine has not."""
     line = refused(tmp_path, ollama_cache_listen=f"192.0.2.1:{free_port()}", ollama_cache_front="")
     assert "expected a free address of this machine, got 192.0.2.1:" in line
+
+
+# --- pages
+
+
+def test_pages_of_the_daemon(origin: Origin, proxy: Proxy) -> None:
+    """Beside the models: health, metrics, and what a Prometheus and a Grafana want; by our names only."""
+    told = {"/healthz": "text/plain", "/readyz": "text/plain", "/metrics": "text/plain"}
+    files = {"/alerts.yml": "text/yaml", "/dashboard.json": "application/json"}
+    with to_front(proxy) as connection:
+        for path, kind in {**told, **files}.items():
+            status, headers, body = get(connection, path)
+            assert (status, headers["content-type"].partition(";")[0], bool(body)) == (200, kind, True)
+            assert headers["x-content-type-options"] == "nosniff"
+            status, headers, _ = get(connection, path, Host="evil.example")
+            assert (status, "etag" in headers) == (421, False)
+        assert get(connection, "/readyz", Host=f"{socket.gethostname()}:9200")[2] == b"ok\n"
+    proxy.store.rename(away := proxy.store.with_name("away"))
+    try:
+        with to_front(proxy) as connection:
+            deadline = time.monotonic() + 20
+            while (told_now := get(connection, "/readyz")[::2]) != (503, b"store: No such file or directory\n"):
+                assert time.monotonic() < deadline, told_now
+            assert get(connection, "/healthz")[0] == 200
+    finally:
+        away.rename(proxy.store)
