@@ -20,7 +20,7 @@ ROWS: Final = {
     " storefolder copying inventory modeltree bundle ledger asking housekeeping",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
-    "L3b": "registry statuspage metrics vitals manifests exchange prefetch refresh grants direct warm verbs",
+    "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants direct warm verbs",
     "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages lookout"
     " cli_models cli_progress cli_transfer meter",
 }
@@ -68,6 +68,8 @@ SIDEWAYS: Final = {
     "warm": {"manifests"},
     "verbs": {"warm"},
     "metrics": {"vitals"},
+    "watch": {"verbs", "vitals"},
+    "statuspage": {"watch"},
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"pages", "sender"},

@@ -16,12 +16,12 @@ from pullthrough.budget import Budget
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.errors import UpstreamTimeout
 from pullthrough.keeper import Keeper
-from pullthrough.lookout import SHARE
 from pullthrough.looplag import LoopLag
 from pullthrough.metrics import Metrics
 from pullthrough.options import parse_settings
 from pullthrough.recorder import Recorder
 from pullthrough.requestlog import RequestLog
+from pullthrough.statuspage import SHARE
 from pullthrough.store import Store
 from pullthrough.threads import Threads
 from pullthrough.upstream import Upstream

@@ -6,7 +6,8 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          modes  opening  blobserver  sender  desk  pages  lookout
          cli  cli_models  cli_progress  cli_transfer  meter  edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
-         refresh  direct  warm  verbs  metrics  vitals       request value -> answer: status, headers and what to send
+         refresh  direct  warm  verbs  metrics  vitals
+         watch  statuspage                                   request value -> answer: status, headers and what to send
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  cursor  relay  fetcher
          supply  sealer  keeper  workroom                    the ones that talk to the CDN and keep what it says

@@ -43,6 +43,7 @@ from pullthrough.streamlayer import Transfers, check_internals
 from pullthrough.threads import Threads
 from pullthrough.upstream import Upstream
 from pullthrough.vitals import Vitals
+from pullthrough.watch import Watch
 from pullthrough.workroom import Workroom
 
 _log = logging.getLogger(__name__)
@@ -210,7 +211,8 @@ class OllamaCache:
         metrics = Metrics(
             settings, self._store, self._recorder, self._upstream, self._requests, self._lag, self._vitals
         )
-        Lookout(metrics, self._vitals).enter(self._blob_server.pages)
+        watch = Watch(settings, self._store, self._recorder, self._upstream, self._desk.verbs, self._vitals)
+        Lookout(metrics, self._vitals, watch).enter(self._blob_server.pages)
         await self._blob_server.open(self._registry, self._gate.admits, self._requests)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",

@@ -40,8 +40,8 @@ class Desk:
         self._requests = requests
         self._traffic = Traffic(store.ledger.days)
         housekeeping = Housekeeping(store, settings.pins, lambda digest: recorder.find(digest) is not None)
-        verbs = Verbs(store, housekeeping, registry.warmer, pins=settings.pins, options=options, count=self.count)
-        self._control = Control(settings.dir, verbs.table())
+        self.verbs = Verbs(store, housekeeping, registry.warmer, pins=settings.pins, options=options, count=self.count)
+        self._control = Control(settings.dir, self.verbs.table())
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:

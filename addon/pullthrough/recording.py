@@ -84,6 +84,16 @@ class Recording:
         told = self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
         return self._ready.result() if told else None
 
+    @property
+    def present(self) -> int:
+        """How many of its bytes are here."""
+        return self.assembly.present.size if hasattr(self, "assembly") else 0
+
+    @property
+    def readers(self) -> int:
+        """How many read it now."""
+        return len(self._cursors)
+
     def attach(self, start: int, stop: int) -> Cursor:
         """A cursor for a reader of `[start, stop)`. The recording must be ready; it may have ended meanwhile.
 
@@ -295,7 +305,7 @@ class Recording:
             "event": "recording",
             "digest": str(self.digest),
             "result": result,
-            "bytes": self.assembly.present.size if hasattr(self, "assembly") else 0,
+            "bytes": self.present,
             "fetched": self._fetcher.fetched if hasattr(self, "_fetcher") else 0,
             "seconds": round(time.monotonic() - self._started, 3),
             "problem": str(error or ""),

@@ -55,15 +55,23 @@ class Verbs:
         pins = (*self._pins, *sorted(ledger.pins))
         return View(dict(self._store.manifests()), self._store.blobs(), pins, dict(ledger.days))
 
-    async def _ls(self, _: Mapping[str, Any], __: Tell) -> Any:
+    async def models(self) -> list[JSON]:
+        """A row for each model."""
         return await asyncio.to_thread(listing, self._view())
+
+    async def sums(self) -> JSON:
+        """Over everything."""
+        self._count()
+        return await asyncio.to_thread(statistics, self._view())
+
+    async def _ls(self, _: Mapping[str, Any], __: Tell) -> Any:
+        return await self.models()
 
     async def _show(self, arguments: Mapping[str, Any], _: Tell) -> Any:
         return await asyncio.to_thread(detail, self._view(), str(arguments["model"]))
 
     async def _stats(self, _: Mapping[str, Any], __: Tell) -> Any:
-        self._count()
-        return await asyncio.to_thread(statistics, self._view())
+        return await self.sums()
 
     async def _config(self, _: Mapping[str, Any], __: Tell) -> Any:
         return self._options
