@@ -66,7 +66,7 @@ def test_a_busy_one() -> None:
     assert words(parts["saved"]) == "Saved bytes saved 3.0 KB from the store 75 % served 4.0 KB fetched 1.0 KB"
     assert words(parts["models"]) == (
         "Models, by their last pull 7 name size pulled a:latest 2.0 MB 1 minute ago "
-        "b:1 2.0 MB never partial pinned and 5 more: ollama-cache ls 3 private, 5.0 KB"
+        "b:1 partial pinned 2.0 MB never and 5 more: ollama-cache ls 3 private, 5.0 KB"
     )
     assert "0 B stored of 10 KB allowed" in words(parts["health"])
 
