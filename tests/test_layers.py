@@ -14,7 +14,7 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options loopguard wording",
+    " conditional requestlog options loopguard wording jsonlog",
     "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
     " storefolder copying inventory modeltree bundle ledger asking housekeeping",

@@ -21,4 +21,5 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          traffic  catalogue  pruning                         state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
          conditional  requestlog  settings  options  loopguard  wording
+         jsonlog
 """

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from mitmproxy import addonmanager, ctx, exceptions
+from mitmproxy.addons.termlog import TermLogHandler
 from mitmproxy.proxy.mode_specs import ProxyMode
 
 from pullthrough import places, platform
@@ -26,6 +27,7 @@ from pullthrough.desk import Desk
 from pullthrough.errors import CacheError
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
+from pullthrough.jsonlog import JsonLines
 from pullthrough.keeper import Keeper
 from pullthrough.lookout import Lookout
 from pullthrough.looplag import LoopLag
@@ -37,7 +39,7 @@ from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
 from pullthrough.requestlog import RequestLog
-from pullthrough.settings import PREFIX, Settings
+from pullthrough.settings import PREFIX, Log, Settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Transfers, check_internals
 from pullthrough.threads import Threads
@@ -128,6 +130,10 @@ class OllamaCache:
         texts |= {name.removeprefix(PREFIX): "" for name in ctx.options.deferred if name.startswith(PREFIX)}
         settings = parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
         check_modes(ctx.options.mode, settings.intercepted)
+        if settings.log is Log.JSON:
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, TermLogHandler):
+                    handler.setFormatter(JsonLines())
         logging.getLogger("pullthrough").setLevel(settings.log_level.upper())
         # One line per connect and disconnect of every client drowns what the cache has to say.
         quiet = logging.DEBUG if settings.log_level == "debug" else logging.WARNING

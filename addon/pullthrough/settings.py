@@ -52,6 +52,13 @@ class Direct(StrEnum):
     OFF = "off"
 
 
+class Log(StrEnum):
+    """How lines of the log are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a host is really reached."""
@@ -117,6 +124,7 @@ class Settings:
     prefetch: bool
     upstream_connections: int
     upstream_rate: float | None
+    log: Log
     log_level: str
 
     @property
