@@ -21,7 +21,7 @@ ROWS: Final = {
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
     "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants direct warm verbs",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages lookout"
+    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages lookout door"
     " cli_models cli_progress cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
@@ -72,7 +72,7 @@ SIDEWAYS: Final = {
     "statuspage": {"watch"},
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "gate": {"opening", "parentleg", "streamlayer"},
-    "blobserver": {"pages", "sender"},
+    "blobserver": {"door", "pages", "sender"},
     "cli_models": {"cli_progress"},
     "cli_transfer": {"meter"},
     "cli": {"cli_models", "cli_transfer"},

@@ -3,7 +3,7 @@
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
     L4   addon  flows  messages  gate  parentleg  streamlayer
-         modes  opening  blobserver  sender  desk  pages  lookout
+         modes  opening  blobserver  door  sender  desk  pages  lookout
          cli  cli_models  cli_progress  cli_transfer  meter  edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
          refresh  direct  warm  verbs  metrics  vitals

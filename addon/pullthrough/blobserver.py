@@ -9,7 +9,6 @@ a request is looked at. An address that is handed out is made from the connectio
 what the client says. Knows sockets and HTTP, and nothing of how a request is answered.
 """
 
-import asyncio
 import errno
 import ipaddress
 import json
@@ -18,13 +17,14 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from pullthrough import platform
 from pullthrough.cachestatus import CACHE_NAME, CacheStatus, Outcome
+from pullthrough.door import Door
 from pullthrough.errors import CacheError, SettingsError
 from pullthrough.exchange import Answer, Request, failure
 from pullthrough.pages import Pages
@@ -196,29 +196,6 @@ class BlobServer:
         if canonical:
             return Answer(403, CacheStatus(Outcome.BYPASS))
         return _refusal(404, f"nothing is served at this address but the models of {host or 'a named registry'}")
-
-
-class Door(web.Server):
-    """aiohttp's server, which says no before a stranger's first byte."""
-
-    def __init__(self, handler: Callable[..., Any], admits: Callable[[str], bool], **options: Any) -> None:
-        super().__init__(handler, logger=Brief(_log), **options)
-        self._admits = admits
-
-    def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        # So that a writer is drained when nothing is left: sendfile goes past the transport's buffer.
-        transport.set_write_buffer_limits(0)
-        peer = transport.get_extra_info("peername")
-        if peer is None or not self._admits(peer[0]):
-            transport.close()
-
-
-class Brief(logging.LoggerAdapter[logging.Logger]):
-    """What aiohttp says of requests that are no HTTP, without the traceback: it quotes the request line."""
-
-    def log(self, level: int, msg: object, *args: object, **_: Any) -> None:
-        self.logger.log(min(level, logging.WARNING), msg, *args)
 
 
 async def _gathered(request: web.BaseRequest, answer: Answer, reader: Reader) -> Answer:
