@@ -68,7 +68,7 @@ SIDEWAYS: Final = {
     "warm": {"manifests"},
     "verbs": {"warm"},
     "metrics": {"vitals"},
-    "watch": {"verbs", "vitals"},
+    "watch": {"vitals"},
     "statuspage": {"watch"},
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "gate": {"opening", "parentleg", "streamlayer"},

@@ -217,7 +217,7 @@ class OllamaCache:
         metrics = Metrics(
             settings, self._store, self._recorder, self._upstream, self._requests, self._lag, self._vitals
         )
-        watch = Watch(settings, self._store, self._recorder, self._upstream, self._desk.verbs, self._vitals)
+        watch = Watch(settings, self._store, self._recorder, self._upstream, self._vitals, self._desk.view)
         Lookout(metrics, self._vitals, watch).enter(self._blob_server.pages)
         await self._blob_server.open(self._registry, self._gate.admits, self._requests)
         _log.info(

@@ -8,7 +8,7 @@ import asyncio
 import time
 from typing import Final
 
-from pullthrough.catalogue import JSON
+from pullthrough.catalogue import JSON, View
 from pullthrough.control import Control
 from pullthrough.housekeeping import Housekeeping
 from pullthrough.recorder import Recorder
@@ -40,8 +40,8 @@ class Desk:
         self._requests = requests
         self._traffic = Traffic(store.ledger.days)
         housekeeping = Housekeeping(store, settings.pins, lambda digest: recorder.find(digest) is not None)
-        self.verbs = Verbs(store, housekeeping, registry.warmer, pins=settings.pins, options=options, count=self.count)
-        self._control = Control(settings.dir, self.verbs.table())
+        self._verbs = Verbs(store, housekeeping, registry.warmer, pins=settings.pins, options=options, count=self.count)
+        self._control = Control(settings.dir, self._verbs.table())
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -54,6 +54,11 @@ class Desk:
             self._task.cancel()
             await asyncio.wait([self._task])
         await self._control.close()
+
+    def view(self) -> View:
+        """What is stored and was counted, now."""
+        self.count()
+        return self._verbs.view()
 
     def count(self) -> None:
         """Bring the store's days up to date."""

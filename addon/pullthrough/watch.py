@@ -1,27 +1,30 @@
 """What a person who watches the cache wants to see, looked up together.
 
-Invariant: what grows with the number of models is looked at in a thread, and no more than once in FRESH_S; of private
+Invariant: what grows with the number of models is looked at in a thread, and as seldom as that is long; of private
 models nothing is told but how many there are and how big. Knows the daemon's parts and no page.
 """
 
 import asyncio
+import heapq
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from typing import Final
 
-from pullthrough.catalogue import JSON
+from pullthrough.catalogue import JSON, View, listing, statistics
 from pullthrough.digest import Digest
 from pullthrough.recorder import Recorder
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.settings import Settings
 from pullthrough.store import Store
 from pullthrough.upstream import Upstream
-from pullthrough.verbs import Verbs
 from pullthrough.vitals import Disk, Vitals
 
 FRESH_S: Final = 5.0
 """How old the list of models and the sums may be."""
+SHARE_OF_TIME: Final = 0.05
+"""What looking at them may take: where there are ten thousand models, it takes a second, and is done more seldom."""
 SHOWN: Final = 50
 """Models and recordings that are told one by one."""
 SMOOTHING: Final = 0.3
@@ -84,24 +87,36 @@ class Watch:
     """Over one daemon."""
 
     def __init__(
-        self, settings: Settings, store: Store, recorder: Recorder, upstream: Upstream, verbs: Verbs, vitals: Vitals
+        self,
+        settings: Settings,
+        store: Store,
+        recorder: Recorder,
+        upstream: Upstream,
+        vitals: Vitals,
+        view: Callable[[], View],
     ) -> None:
+        """`view` says what is stored now."""
         self._settings = settings
         self._store = store
         self._recorder = recorder
         self._upstream = upstream
-        self._verbs = verbs
+        self._view = view
         self._vitals = vitals
         self._holdings: Holdings | None = None
-        self._held_at = 0.0
+        self._stale_at = 0.0
+        self._names: dict[Digest, str] = {}
+        """Of the blobs that are being recorded, as long as the holdings are fresh."""
         self._rates: dict[Digest, tuple[float, int, float]] = {}
         """(when, bytes present then, bytes per second) of each recording."""
 
     async def look(self) -> Sight:
         """All of it now."""
-        if self._holdings is None or time.monotonic() - self._held_at > FRESH_S:
-            self._held_at = time.monotonic()
-            self._holdings = _holdings(await self._verbs.models(), await self._verbs.sums())
+        began = time.monotonic()
+        if self._holdings is None or began > self._stale_at:
+            self._holdings = await asyncio.to_thread(_sum_up, self._view())
+            self._names.clear()
+            now = time.monotonic()
+            self._stale_at = now + max(FRESH_S, (now - began) / SHARE_OF_TIME)
         disk, problems = await self._vitals.disk(), await self._vitals.problems()
         counters = self._recorder.counters
         return Sight(
@@ -122,8 +137,8 @@ class Watch:
 
     async def _progress(self) -> tuple[Progress, ...]:
         running = self._recorder.running()[:SHOWN]
-        manifests = dict(self._store.manifests()) if running else {}
-        names = await asyncio.to_thread(_names, manifests, [recording.digest for recording in running])
+        if unknown := {recording.digest for recording in running} - self._names.keys():
+            self._names |= await asyncio.to_thread(_find_names, dict(self._store.manifests()), unknown)
         now, before, self._rates = time.monotonic(), self._rates, {}
         found = []
         for recording in running:
@@ -132,22 +147,24 @@ class Watch:
                 lately = max(0, recording.present - had) / (now - then)
                 rate = rate + SMOOTHING * (lately - rate) if rate else lately
             self._rates[recording.digest] = (now, recording.present, rate)
-            name = names.get(recording.digest, "")
+            name = self._names[recording.digest]
             found.append(Progress(name, recording.present, recording.size, rate, recording.readers))
         return tuple(found)
 
 
-def _holdings(rows: list[JSON], sums: JSON) -> Holdings:
-    public = [row for row in rows if row["visibility"] == "public"]
-    private = [row["size"] for row in rows if row["visibility"] != "public"]
-    return Holdings(tuple(public[:SHOWN]), len(public), len(private), sum(private), sums)
+def _sum_up(view: View) -> Holdings:
+    public = {name: record for name, record in view.manifests.items() if not record.denied}
+    private = [sum(record.sizes.values()) for record in view.manifests.values() if record.denied]
+    # Rows for all would be so many objects that collecting them holds up the event loop.
+    shown = dict(heapq.nlargest(SHOWN, public.items(), key=lambda item: item[1].pulled))
+    rows = listing(replace(view, manifests=shown))
+    return Holdings(tuple(rows), len(public), len(private), sum(private), statistics(view))
 
 
-def _names(manifests: Mapping[Name, ManifestRecord], digests: Iterable[Digest]) -> dict[Digest, str]:
-    """A public model that lists the blob, for those that have one."""
-    names: dict[Digest, str] = {}
-    wanted = set(digests)
+def _find_names(manifests: Mapping[Name, ManifestRecord], digests: AbstractSet[Digest]) -> dict[Digest, str]:
+    """For each blob a public model that lists it, or ""."""
+    names = dict.fromkeys(digests, "")
     for name, record in manifests.items():
         if not record.denied:
-            names |= dict.fromkeys(wanted & record.sizes.keys(), name.typed)
+            names |= dict.fromkeys(digests & record.sizes.keys(), name.typed)
     return names
