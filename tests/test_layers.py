@@ -17,12 +17,12 @@ ROWS: Final = {
     " conditional requestlog options loopguard wording jsonlog",
     "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
-    " storefolder copying inventory modeltree bundle ledger asking housekeeping",
-    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor",
+    " storefolder copying inventory modeltree bundle ledger asking housekeeping admission",
+    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead",
     "L3a": "reader",
     "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants direct warm verbs",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages lookout door"
-    " cli_models cli_progress cli_transfer meter",
+    "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
+    " pages lookout door cli_base cli_models cli_progress cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -49,7 +49,8 @@ SIDEWAYS: Final = {
     "ledger": {"index"},
     "store": {"index", "ingest", "ledger", "platform", "storefolder"},
     "control": {"asking"},
-    "housekeeping": {"platform", "store"},
+    "housekeeping": {"store"},
+    "admission": {"store"},
     "threads": {"platform"},
     "copying": {"platform"},
     "inventory": {"index", "storefolder"},
@@ -61,6 +62,7 @@ SIDEWAYS: Final = {
     "workroom": {"fetcher", "keeper"},
     "recording": {"cursor", "fetcher", "relay", "sealer", "supply", "workroom"},
     "recorder": {"recording", "supply", "workroom"},
+    "ahead": {"recorder", "recording"},
     "manifests": {"exchange"},
     "refresh": {"manifests"},
     "direct": {"exchange"},
@@ -71,14 +73,14 @@ SIDEWAYS: Final = {
     "watch": {"vitals"},
     "statuspage": {"watch"},
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
-    "gate": {"opening", "parentleg", "streamlayer"},
+    "gate": {"opening", "parentleg", "streamlayer", "widetls"},
     "blobserver": {"door", "pages", "sender"},
-    "cli_models": {"cli_progress"},
-    "cli_transfer": {"meter"},
-    "cli": {"cli_models", "cli_transfer"},
+    "cli_models": {"cli_base", "cli_progress"},
+    "cli_transfer": {"cli_base", "meter"},
+    "cli": {"cli_base", "cli_models", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
     "lookout": {"pages"},
-    "addon": {"blobserver", "desk", "flows", "gate", "lookout", "modes", "parentleg", "streamlayer"},
+    "addon": {"blobserver", "desk", "dispatch", "flows", "gate", "lookout", "modes", "parentleg", "streamlayer"},
 }
 
 PURE_ROWS: Final = {"L0", "L1"}
@@ -96,7 +98,9 @@ OUTSIDE_CALLS: Final = {
     *("cwd", "exists", "glob", "home", "is_dir", "is_file", "iterdir", "lstat", "resolve", "rglob", "stat"),
     *("mkdir", "rmdir", "unlink"),
 }
-MITMPROXY_HOMES: Final = {"addon", "flows", "gate", "messages", "modes", "opening", "parentleg", "streamlayer"}
+MITMPROXY_HOMES: Final = {
+    *("addon", "dispatch", "flows", "gate", "messages", "modes", "opening", "parentleg", "streamlayer", "widetls"),
+}
 LONGEST: Final = 400  # lines; past that a module has two jobs
 
 

@@ -5,6 +5,7 @@ and `running`, released in `done`. Knows how mitmproxy works and nothing of how 
 """
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
 from pullthrough.desk import Desk
+from pullthrough.dispatch import Dispatch
 from pullthrough.errors import CacheError
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
@@ -33,7 +35,7 @@ from pullthrough.lookout import Lookout
 from pullthrough.looplag import LoopLag
 from pullthrough.metrics import Metrics
 from pullthrough.modes import check_modes
-from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
+from pullthrough.options import OPTIONS, environment_texts, parse_settings
 from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
@@ -95,6 +97,7 @@ class OllamaCache:
         self._vitals: Vitals | None = None
         self._blob_server: BlobServer | None = None
         self._desk: Desk | None = None
+        self._dispatch: Dispatch | None = None
         self._minting: asyncio.Task[None] | None = None
         transfers: Transfers = {}
         self._gate = Gate(transfers)
@@ -109,9 +112,9 @@ class OllamaCache:
             check_internals()
         except CacheError as error:
             _stop(error)
+        texts = environment_texts(os.environ)
         for option in OPTIONS:
-            default = os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}", option.default)
-            loader.add_option(f"{PREFIX}{option.name}", str, default, option.help)
+            loader.add_option(f"{PREFIX}{option.name}", str, texts.get(option.name, option.default), option.help)
         ctx.options.update(**MITMPROXY_OPTIONS)
 
     def configure(self, updated: AbstractSet[str]) -> None:
@@ -156,6 +159,8 @@ class OllamaCache:
         self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
         self._store = Store.open(settings.dir)
         self._vitals = Vitals(settings.dir, self._certificates)
+        # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
+        gc.freeze()
         platform.allow_descriptors(DESCRIPTORS)
         self._blob_server = BlobServer(settings)
         self._settings = settings
@@ -212,6 +217,8 @@ class OllamaCache:
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
         self._forbid_reload()
+        self._dispatch = Dispatch(ctx.master.addons)
+        self._dispatch.install()
         self._gate.open(settings, self._parents, self._upstream.loop)
         self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._requests)
         metrics = Metrics(
@@ -235,6 +242,8 @@ class OllamaCache:
         if self._vitals is not None:
             self._vitals.draining = True
         self._gate.close()
+        if self._dispatch is not None:
+            self._dispatch.remove()
         self._lag.close()
         _log.info("event loop lag: %s", self._lag)
         if self._minting is not None:
@@ -285,10 +294,10 @@ def _stop(error: CacheError) -> NoReturn:
 def _origins(settings: Settings) -> list[dict[str, str]]:
     """Each option as it stands, and where that comes from."""
     places_of = {"dir": str(settings.dir), "certs": str(settings.certs)}
+    texts = environment_texts(os.environ)
     rows = []
     for option in OPTIONS:
-        by_environment = bool(os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}"))
-        source = "environment" if by_environment else "default"
+        source = "environment" if option.name in texts else "default"
         if ctx.options.has_changed(f"{PREFIX}{option.name}"):
             source = "command line"
         value = places_of.get(option.name, getattr(ctx.options, f"{PREFIX}{option.name}"))

@@ -39,7 +39,7 @@ class Desk:
         self._recorder = recorder
         self._requests = requests
         self._traffic = Traffic(store.ledger.days)
-        housekeeping = Housekeeping(store, settings.pins, lambda digest: recorder.find(digest) is not None)
+        housekeeping = Housekeeping(store, settings.pins, recorder.running)
         self._verbs = Verbs(store, housekeeping, registry.warmer, pins=settings.pins, options=options, count=self.count)
         self._control = Control(settings.dir, self._verbs.table())
         self._task: asyncio.Task[None] | None = None

@@ -26,6 +26,9 @@ from pullthrough.intervals import Intervals
 
 FORMAT: Final = 1
 
+PARTIAL: Final = ".partial"
+JOURNAL: Final = ".journal"
+
 
 class SharedFile:
     """A counted descriptor: it stays open for whoever reads it, whatever happens to the file's name."""
@@ -56,10 +59,12 @@ class Ingest:
     their intervals do not overlap.
     """
 
-    def __init__(self, folder: Path, digest: Digest) -> None:
+    def __init__(self, folder: Path, digest: Digest, stranger: Path | None = None) -> None:
+        """`stranger` is where a file of this name may lie that is no hit: `resume` adopts it."""
         self.digest = digest
-        self.partial_path = folder / f"{digest.file_name}.partial"
-        self.journal_path = folder / f"{digest.file_name}.journal"
+        self._stranger = stranger
+        self.partial_path = folder / f"{digest.file_name}{PARTIAL}"
+        self.journal_path = folder / f"{digest.file_name}{JOURNAL}"
         self.file: SharedFile | None = None
         self._journal: int | None = None
         self._journal_size = 0
@@ -83,7 +88,7 @@ class Ingest:
         for path in list(folder.glob(".sha256-*")):
             path.unlink()
         for name in {path.stem for path in folder.glob("sha256-*")}:
-            pair = [folder / f"{name}.journal", folder / f"{name}.partial"]
+            pair = [folder / f"{name}{JOURNAL}", folder / f"{name}{PARTIAL}"]
             # An adopted blob keeps the time of its recording: its journal tells when it became a partial.
             times = [path.stat().st_mtime for path in pair if path.exists()]
             if len(times) < len(pair) or max(times) < oldest:
@@ -92,6 +97,13 @@ class Ingest:
 
     def resume(self) -> tuple[int, Intervals] | None:
         """(size, what is present) of the partial an earlier recording left; None if there is none to be used."""
+        if self._stranger is not None:
+            try:
+                self.adopt(self.partial_path.parent, self.digest, self._stranger)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise StoreUnwritable(f"recording {self.digest}: {error}") from error
         found = self._read_journal()
         if found is None:
             return None

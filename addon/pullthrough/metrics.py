@@ -81,7 +81,7 @@ class Metrics(Collector):
 
     def _upstreams(self) -> Iterator[Metric]:
         counters = self._recorder.counters
-        yield _gauge("recordings", "Blobs that are being recorded.", len(self._recorder.running()))
+        yield _gauge("recordings", "Blobs that are being recorded.", len(self._recorder.recordings()))
         ended = (((result,), counters.ended[result]) for result in ENDINGS)
         yield _counters("recordings_ended", "Recordings by how they ended.", ended, "result")
         errors = (((_snake(kind.__name__),), self._upstream.errors[kind]) for kind in _kinds())

@@ -4,6 +4,7 @@ Invariant: there is at most one recording per digest, whoever asks. Knows no HTT
 """
 
 import asyncio
+from collections.abc import KeysView
 
 from pullthrough.datastream import DataStream, Source
 from pullthrough.digest import Digest
@@ -25,9 +26,14 @@ class Recorder:
         """The recording of `digest` that runs now."""
         return self._recordings.get(digest)
 
-    def running(self) -> list[Recording]:
+    def recordings(self) -> list[Recording]:
         """All that run now."""
         return list(self._recordings.values())
+
+    @property
+    def running(self) -> KeysView[Digest]:
+        """What is being recorded, at any time one looks."""
+        return self._recordings.keys()
 
     def open(
         self,

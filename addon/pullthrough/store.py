@@ -14,12 +14,13 @@ because its `check(fix=True)` deletes files that it does not know (5.6.3). Knows
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,10 +30,12 @@ from pullthrough import platform
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, StoreError, StoreUnwritable
 from pullthrough.index import Index
-from pullthrough.ingest import Ingest, SharedFile
+from pullthrough.ingest import JOURNAL, PARTIAL, Ingest, SharedFile
 from pullthrough.ledger import Ledger
 from pullthrough.records import BlobRecord, ManifestRecord, Name
 from pullthrough.storefolder import load_secret, prepare, take_lock
+
+_log = logging.getLogger(__name__)
 
 TOLD_S: Final = 600.0
 """How far the index may lag behind with the time of a manifest's last pull."""
@@ -47,7 +50,8 @@ STAGING: Final = ".import-"
 class Store:
     """Blobs and manifests on disk. Made by `open`; one per folder and process.
 
-    `publish` and `quarantine` may wait for the disk: the daemon calls them in a thread. The rest does not.
+    `place`, `quarantine`, `partials`, `quarantined` and `remove_files` wait for the disk and change nothing that is
+    resident: the daemon calls them in a thread. The rest is for the one thread that owns the store.
     """
 
     def __init__(self, folder: Path, lock: BinaryIO, index: Index, secret: bytes) -> None:
@@ -66,7 +70,7 @@ class Store:
         self._manifests = contents.manifests
         self._pairs = contents.pairs
         self._listed: dict[tuple[str, str], set[Digest]] = {}
-        self._by_digest: dict[tuple[str, str, str], ManifestRecord] = {}
+        self._by_digest: dict[tuple[str, str], dict[str, ManifestRecord]] = {}
         for name, record in self._manifests.items():
             self._list(name, record)
         self._open: dict[Digest, SharedFile] = {}
@@ -100,17 +104,17 @@ class Store:
         Ingest.sweep(self.folder / "ingest", oldest=oldest)
         for path in list((self.folder / "ingest").glob(f"{STAGING}*")):
             shutil.rmtree(path, ignore_errors=True)
-        for path in list((self.folder / "quarantine").glob("sha256-*")):
-            if path.stat().st_mtime < oldest:
-                path.unlink()
+        self.remove_files(path for path, (_, changed) in self.quarantined().items() if changed < oldest)
 
     def _adopt_orphans(self) -> None:
-        """Blob files that the index does not know become complete partials: hashed again before they are hits."""
-        known = {digest.file_name: record for digest, record in self._blobs.items() if record.held}
-        with os.scandir(self.folder / "blobs") as entries:
-            # A Path for each of many blobs costs seconds, and an entry's own `stat` has no inode on Windows.
-            strangers = [entry.name for entry in entries if not _is_same(os.stat(entry), known.get(entry.name))]  # noqa: PTH116
-        for name in strangers:
+        """Blob files that the index does not know become complete partials: hashed again before they are hits.
+
+        Only names are looked at: a file that is not the one that was verified is adopted when it is asked for.
+        """
+        known = {digest.file_name for digest, record in self._blobs.items() if record.held}
+        with os.scandir(self.folder / "blobs") as entries:  # a Path for each of many blobs costs seconds
+            names = {entry.name for entry in entries}
+        for name in names - known:
             with contextlib.suppress(InvalidRequest):  # whatever it is, it is not ours to touch
                 Ingest.adopt(self.folder / "ingest", Digest.parse(name), self.folder / "blobs" / name)
 
@@ -138,7 +142,7 @@ class Store:
             status = self.blob_path(digest).stat()
         except OSError:
             return None
-        return record if _is_same(status, record) else None
+        return record if record.is_file(status.st_size, status.st_mtime_ns, status.st_ino) else None
 
     def blob_path(self, digest: Digest) -> Path:
         return self.folder / "blobs" / digest.file_name
@@ -161,7 +165,7 @@ class Store:
         """The blob's file cannot be read any more: it is no hit from now on, and recorded anew when asked for."""
         record = self._blobs.get(digest)
         if record is not None and record.held:
-            self._put_blob(digest, replace(record, held=False))
+            self._put_blob(digest, record._replace(held=False))
             with contextlib.suppress(OSError):
                 self.blob_path(digest).unlink()
 
@@ -170,7 +174,7 @@ class Store:
         for digest in digests:
             self.evicted += 1
             self.evicted_bytes += self._blobs[digest].size or 0
-            self._put_blob(digest, replace(self._blobs[digest], held=False))
+            self._put_blob(digest, self._blobs[digest]._replace(held=False))
         return [self.blob_path(digest) for digest in digests]
 
     def is_open(self, digest: Digest) -> bool:
@@ -180,41 +184,54 @@ class Store:
     def partials(self) -> dict[Digest, tuple[int, float]]:
         """What recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
         found = {}
-        for path in (self.folder / "ingest").glob("*.partial"):
+        for path in (self.folder / "ingest").glob(f"*{PARTIAL}"):
             with contextlib.suppress(InvalidRequest, FileNotFoundError):
-                status = path.stat()
-                found[Digest.parse(path.stem)] = (platform.allocated(status), status.st_mtime)
+                found[Digest.parse(path.stem)] = _taken(path)
         return found
+
+    def quarantined(self) -> dict[Path, tuple[int, float]]:
+        """The same of the bytes that did not hash to their name."""
+        return {path: _taken(path) for path in (self.folder / "quarantine").glob("sha256-*")}
+
+    def remove_files(self, paths: Iterable[Path]) -> None:
+        """Remove blobs' files, quarantined bytes, and partials with their journals; what the disk refuses is logged."""
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+                if path.suffix == PARTIAL:
+                    path.with_suffix(JOURNAL).unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("removing %s: %s", path, error)
 
     def ingest(self, digest: Digest) -> Ingest:
         """The ingest of `digest`: a new one, or the partial that an earlier recording left."""
-        return Ingest(self.folder / "ingest", digest)
+        return Ingest(self.folder / "ingest", digest, self.blob_path(digest))
 
-    def publish(self, ingest: Ingest, *, now: float) -> BlobRecord:
-        """Move a verified ingest among the blobs. The caller has hashed it; its bytes are already durable.
+    def place(self, digest: Digest, verified: Path) -> os.stat_result:
+        """Move a file among the blobs; it is no hit before `publish`.
 
-        StoreUnwritable if the disk refuses.
+        The caller has hashed it; its bytes are already durable. StoreUnwritable if the disk refuses.
         """
-        digest = ingest.digest
         path = self.blob_path(digest)
         try:
             # Readable bytes under the final name first, then the index: a crash between leaves an orphan, which is
             # hashed again, never an index entry without its file.
-            os.replace(ingest.partial_path, path)
+            os.replace(verified, path)
             platform.sync_folder(path.parent)
-            status = path.stat()
+            return path.stat()
         except OSError as error:
             raise StoreUnwritable(f"publishing {digest}: {error}") from error
-        record = replace(
-            self._blobs.get(digest, BlobRecord()),
-            size=status.st_size,
+
+    def publish(self, digest: Digest, placed: os.stat_result, *, now: float) -> BlobRecord:
+        """The blob is a hit from now on, as long as its file is the one that was placed."""
+        record = self._blobs.get(digest, BlobRecord())._replace(
+            size=placed.st_size,
             held=True,
-            mtime_ns=status.st_mtime_ns,
-            inode=status.st_ino,
+            mtime_ns=placed.st_mtime_ns,
+            inode=placed.st_ino,
             recorded=now,
         )
         self._put_blob(digest, record)
-        ingest.forget()
         return record
 
     def quarantine(self, ingest: Ingest) -> Path:
@@ -247,7 +264,7 @@ class Store:
         """Upstream granted the blob of this repository to an anonymous request."""
         known = self._blobs.get(digest, BlobRecord())
         if not known.public:
-            self._put_blob(digest, replace(known, public=True))
+            self._put_blob(digest, known._replace(public=True))
         if (host, repository, digest) not in self._pairs:
             self._pairs.add((host, repository, digest))
             self._index.put_pair(host, repository, digest)
@@ -268,7 +285,7 @@ class Store:
             if (name.host, name.repository) == where and not record.denied
         ]
         self._listed.pop(where, None)
-        self._by_digest = {key: record for key, record in self._by_digest.items() if key[:2] != where}
+        self._by_digest.pop(where, None)
         digests = {digest for _, _, digest in pairs}
         for name in names:
             record = self._manifests[name]
@@ -279,7 +296,7 @@ class Store:
             self._index.delete_pair(*pair)
         for digest in digests - {digest for _, _, digest in self._pairs}:
             if (known := self._blobs.get(digest)) is not None and known.public:
-                self._put_blob(digest, replace(known, public=False))
+                self._put_blob(digest, known._replace(public=False))
         return bool(pairs or names)
 
     def denials(self, host: str, repository: str) -> int:
@@ -293,7 +310,7 @@ class Store:
 
     def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
         """The manifest of the repository whose bytes have this digest, whatever it was asked for by."""
-        return self._by_digest.get((host, repository, digest.hex))
+        return self._by_digest.get((host, repository), {}).get(digest.hex)
 
     def drop_manifest(self, name: Name) -> None:
         """Forget the manifest; its blobs stay, and so do those that other manifests list."""
@@ -302,7 +319,7 @@ class Store:
         shared = any(other.body == record.body for other in self._manifests.values())
         self._index.delete_manifest(name, None if shared else record.digest)
         self._listed.pop((name.host, name.repository), None)
-        self._by_digest.pop((name.host, name.repository, record.digest), None)
+        self._by_digest.get((name.host, name.repository), {}).pop(record.digest, None)
         for other, stored in self._manifests.items():
             if (other.host, other.repository) == (name.host, name.repository):
                 self._list(other, stored)
@@ -327,11 +344,11 @@ class Store:
     def _list(self, name: Name, record: ManifestRecord) -> None:
         if not record.denied:
             self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
-            self._by_digest[name.host, name.repository, record.digest] = record
+            self._by_digest.setdefault((name.host, name.repository), {})[record.digest] = record
 
     def manifests_of(self, host: str, repository: str) -> list[ManifestRecord]:
         """The repository's manifests, without those that are private by now."""
-        return [record for (where, what, _), record in self._by_digest.items() if (where, what) == (host, repository)]
+        return list(self._by_digest.get((host, repository), {}).values())
 
     def manifests(self) -> Mapping[Name, ManifestRecord]:
         """All stored manifests, those that are private by now too."""
@@ -346,7 +363,6 @@ class Store:
         return {digest: record for digest, record in self._blobs.items() if record.held}
 
 
-def _is_same(status: os.stat_result, record: BlobRecord | None) -> bool:
-    if record is None:
-        return False
-    return (status.st_size, status.st_mtime_ns, status.st_ino) == (record.size, record.mtime_ns, record.inode)
+def _taken(path: Path) -> tuple[int, float]:
+    status = path.stat()
+    return platform.allocated(status), status.st_mtime

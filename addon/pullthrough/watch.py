@@ -122,7 +122,7 @@ class Watch:
         return Sight(
             time.time(),
             await self._progress(),
-            len(self._recorder.running()),
+            len(self._recorder.recordings()),
             self._holdings,
             disk,
             self._store.held_bytes,
@@ -136,7 +136,7 @@ class Watch:
         )
 
     async def _progress(self) -> tuple[Progress, ...]:
-        running = self._recorder.running()[:SHOWN]
+        running = self._recorder.recordings()[:SHOWN]
         if unknown := {recording.digest for recording in running} - self._names.keys():
             self._names |= await asyncio.to_thread(_find_names, dict(self._store.manifests()), unknown)
         now, before, self._rates = time.monotonic(), self._rates, {}
