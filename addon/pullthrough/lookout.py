@@ -5,6 +5,7 @@ nobody does. Knows HTTP and which part tells what.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class Frame:
     """As of StatusPage."""
     change: bytes
     """Events of what differs from the frame before."""
+    made: float
+    """Monotonic seconds."""
 
 
 class Lookout:
@@ -42,8 +45,7 @@ class Lookout:
         self._vitals = vitals
         self._watch = watch
         self._page = StatusPage()
-        self._frame = Frame(0, {}, b"")
-        self._made = -INTERVAL_S
+        self._frame = Frame(0, {}, b"", -math.inf)
         self._making: asyncio.Task[Frame] | None = None
 
     def enter(self, pages: Pages) -> None:
@@ -59,7 +61,7 @@ class Lookout:
     # --- for people
 
     async def _show(self, _: web.BaseRequest) -> web.Response:
-        is_fresh = time.monotonic() - self._made < INTERVAL_S and self._frame.parts
+        is_fresh = time.monotonic() - self._frame.made < INTERVAL_S
         frame = self._frame if is_fresh else await self._next()
         fields = {"Content-Security-Policy": self._page.policy}
         return web.Response(text=self._page.page(frame.parts), content_type="text/html", headers=fields)
@@ -85,11 +87,11 @@ class Lookout:
         return await asyncio.shield(self._making)
 
     async def _make(self) -> Frame:
-        await asyncio.sleep(self._made + INTERVAL_S - time.monotonic())
-        self._made = time.monotonic()
+        before = self._frame
+        await asyncio.sleep(before.made + INTERVAL_S - time.monotonic())
         parts = self._page.parts(await self._watch.look())
-        changed = {name: part for name, part in parts.items() if part != self._frame.parts.get(name)}
-        self._frame = Frame(self._frame.number + 1, parts, _encode(changed))
+        changed = {name: part for name, part in parts.items() if part != before.parts.get(name)}
+        self._frame = Frame(before.number + 1, parts, _encode(changed), time.monotonic())
         return self._frame
 
     # --- for programs

@@ -41,10 +41,13 @@ class StatusPage:
 
     def __init__(self) -> None:
         templates = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(SHARE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+            loader=jinja2.FileSystemLoader(SHARE),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
-        )  # fmt: skip
-        templates.filters.update(size=size_text, ago=ago_text, span=span_text)
+        )
+        templates.filters.update(size=size_text, ago=ago_text, span=span_text, bars=bars)
         self._style = (SHARE / "status.css").read_text(encoding="utf-8")
         self._script = (SHARE / "status.js").read_text(encoding="utf-8")
         self._page = templates.get_template("status.html")
@@ -65,9 +68,7 @@ class StatusPage:
 
     def parts(self, sight: Sight) -> dict[str, str]:
         """The parts that change, as HTML."""
-        made = {name: getattr(self._parts, name) for name in PARTS}
-        return {name: part(sight, bars(sight.holdings.sums["days"]) if name == "saved" else ())
-                for name, part in made.items()}  # fmt: skip
+        return {name: getattr(self._parts, name)(sight) for name in PARTS}
 
     def page(self, parts: dict[str, str]) -> str:
         """The whole page."""

@@ -181,7 +181,7 @@ def test_manifest(origin: Origin, proxy: Proxy) -> None:
         ("PATCH", "/v2/library/x/blobs/uploads/1", 405),
         ("DELETE", "/v2/library/x/manifests/latest", 405),
         ("OPTIONS", "*", 405),
-        ("GET", "/", 404),
+        ("GET", "/status", 404),
         ("GET", "/v2/", 404),
         ("GET", "/v2/_catalog", 404),
         ("GET", "/v2/library/x/tags/list", 404),

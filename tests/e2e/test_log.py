@@ -5,12 +5,15 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from tests.e2e.conftest import MB, add_model, to_registry, unique
 from tests.support.a2 import A2Client
 from tests.support.origin import Origin
 from tests.support.proxy import Proxy
 
 
+@pytest.mark.long
 def test_json(origin: Origin, start_proxy: Callable[..., Proxy], new_client: Callable[..., A2Client]) -> None:
     """Each line is an object, each request and recording has one, with the same fields; no secret is in any."""
     proxy = start_proxy(ollama_cache_log="json")
