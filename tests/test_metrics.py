@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from pullthrough.budget import Budget
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.errors import UpstreamTimeout
+from pullthrough.fetcher import Ending
 from pullthrough.keeper import Keeper
 from pullthrough.looplag import LoopLag
 from pullthrough.metrics import Metrics
@@ -76,7 +77,7 @@ def test_numbers(tmp_path: Path) -> None:
         daemon.requests.answer("a", "GET", "/v2/x", 304, CacheStatus(Outcome.MISS))
         counters = daemon.recorder.counters
         counters.upstream_bytes, counters.retries, counters.mismatches, counters.restarts = 5, 4, 3, 2
-        counters.ended["stored"] += 1
+        counters.ended[Ending.STORED] += 1
         daemon.upstream.errors[UpstreamTimeout] += 6
         daemon.upstream.mark_down("registry.ollama.ai", 60)
         return [fresh, await daemon.scrape()]

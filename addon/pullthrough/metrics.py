@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from pullthrough.cachestatus import Outcome
 from pullthrough.errors import UpstreamError
+from pullthrough.fetcher import Ending
 from pullthrough.looplag import LoopLag
 from pullthrough.recorder import Recorder
 from pullthrough.requestlog import RequestLog
@@ -25,7 +26,6 @@ from pullthrough.upstream import Upstream
 from pullthrough.vitals import Disk, Vitals
 
 PREFIX: Final = "ollama_cache_"
-ENDINGS: Final = ("stored", "failed", "left", "unkept")
 
 Values = Iterable[tuple[Sequence[str], float]]
 """(the values of the labels, the number)."""
@@ -82,7 +82,7 @@ class Metrics(Collector):
     def _upstreams(self) -> Iterator[Metric]:
         counters = self._recorder.counters
         yield _gauge("recordings", "Blobs that are being recorded.", len(self._recorder.recordings()))
-        ended = (((result,), counters.ended[result]) for result in ENDINGS)
+        ended = (((result,), counters.ended[result]) for result in Ending)
         yield _counters("recordings_ended", "Recordings by how they ended.", ended, "result")
         errors = (((_snake(kind.__name__),), self._upstream.errors[kind]) for kind in _kinds())
         yield _counters("upstream_errors", "What upstream did wrong, by kind.", errors, "kind")

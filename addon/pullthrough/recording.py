@@ -17,7 +17,7 @@ from pullthrough.cursor import Cursor
 from pullthrough.datastream import DataStream
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, DigestMismatch, StoreError, StoreUnwritable, UpstreamUnreachable
-from pullthrough.fetcher import Fetcher
+from pullthrough.fetcher import Ending, Fetcher
 from pullthrough.ingest import SharedFile
 from pullthrough.relay import Relay, Relays
 from pullthrough.scheduler import FIRST_SLICE, Demand, Slice, next_slice
@@ -209,7 +209,7 @@ class Recording:
 
     def _give_up_keeping(self, size: int, error: StoreUnwritable) -> None:
         """Clients are told the size and served past the disk; after UNKEPT_S the disk is tried again."""
-        _log.warning("%s; passing through", error, extra=self._ending("unkept", error))
+        _log.warning("%s; passing through", error, extra=self._ending(Ending.UNKEPT, error))
         self._error = error
         self.assembly = Assembly(size)
         self._ready.set_result(size)
@@ -229,7 +229,7 @@ class Recording:
             100 * sealed.unhashed / size if size else 0,
             sealed.commit_s,
             sealed.fsync_s,
-            extra=self._ending("stored"),
+            extra=self._ending(Ending.STORED),
         )
         self._end()
 
@@ -277,7 +277,7 @@ class Recording:
             "recording %s: left by all clients with %s",
             self.digest.short,
             self._extent(),
-            extra=self._ending("left"),
+            extra=self._ending(Ending.LEFT),
         )
         self._end()
 
@@ -289,7 +289,7 @@ class Recording:
             self.digest.short,
             self._extent(),
             error,
-            extra=self._ending("failed", error),
+            extra=self._ending(Ending.FAILED, error),
         )
         self._error = error
         if not self._ready.done():
@@ -298,7 +298,7 @@ class Recording:
             self._ready.exception()
         self._end()
 
-    def _ending(self, result: str, error: CacheError | None = None) -> dict[str, object]:
+    def _ending(self, result: Ending, error: CacheError | None = None) -> dict[str, object]:
         """Count how the recording ends; the fields of its line."""
         self._room.counters.ended[result] += 1
         fields = {
