@@ -17,12 +17,12 @@ ROWS: Final = {
     " conditional requestlog options loopguard wording",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
-    " storefolder copying inventory modeltree bundle ledger asking housekeeping",
+    " storefolder copying inventory modeltree bundle ledger asking housekeeping clientsetup",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
     "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages"
-    " cli_models cli_progress cli_transfer meter",
+    " cli_models cli_progress cli_transfer meter clientpages",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -47,6 +47,7 @@ SIDEWAYS: Final = {
     "storefolder": {"platform"},
     "ledger": {"index"},
     "store": {"index", "ingest", "ledger", "platform", "storefolder"},
+    "clientsetup": {"platform"},
     "control": {"asking"},
     "housekeeping": {"platform", "store"},
     "threads": {"platform"},
@@ -69,11 +70,12 @@ SIDEWAYS: Final = {
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"pages", "sender"},
+    "clientpages": {"pages"},
     "cli_models": {"cli_progress"},
     "cli_transfer": {"meter"},
     "cli": {"cli_models", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
-    "addon": {"blobserver", "desk", "flows", "gate", "modes", "parentleg", "streamlayer"},
+    "addon": {"blobserver", "clientpages", "desk", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }
 
 PURE_ROWS: Final = {"L0", "L1"}

@@ -4,6 +4,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
 
     L4   addon  flows  messages  gate  parentleg  streamlayer
          modes  opening  blobserver  sender  desk  pages
+         clientpages
          cli  cli_models  cli_progress  cli_transfer  meter  edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
          refresh  direct  warm  verbs                        request value -> answer: status, headers and what to send
@@ -14,7 +15,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L2a  store  storefolder  index  ingest  upstream  datastream  resolver  collapse
          ca  threads  places  looplag  platform
          ledger  control  asking  housekeeping
-         copying  inventory  modeltree  bundle               disk, sockets, tasks, keys
+         copying  inventory  modeltree  bundle  clientsetup  disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  trials
          traffic  catalogue  pruning                         state and policy, no I/O; `now` is a parameter

@@ -18,10 +18,11 @@ from typing import Final, NoReturn
 from mitmproxy import addonmanager, ctx, exceptions
 from mitmproxy.proxy.mode_specs import ProxyMode
 
-from pullthrough import places, platform
+from pullthrough import clientpages, places, platform
 from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
+from pullthrough.clientsetup import DEFAULT_PORT, clients_host, documents
 from pullthrough.desk import Desk
 from pullthrough.errors import CacheError
 from pullthrough.flows import Flows
@@ -34,7 +35,7 @@ from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
-from pullthrough.settings import PREFIX, Settings
+from pullthrough.settings import PREFIX, Endpoint, Settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Transfers, check_internals
 from pullthrough.threads import Threads
@@ -193,6 +194,9 @@ class OllamaCache:
         self._forbid_reload()
         self._gate.open(settings, self._parents, self._upstream.loop)
         self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._desk.serve)
+        proxy = Endpoint("http", clients_host(settings), ctx.options.listen_port or DEFAULT_PORT)
+        given = documents([self._authority.certificate], self._authority.permitted, proxy.origin)
+        clientpages.add(self._blob_server.pages, given)
         await self._blob_server.open(self._registry, self._gate.admits, self._desk.serve)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
