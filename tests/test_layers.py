@@ -22,7 +22,7 @@ ROWS: Final = {
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
     "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages"
-    " cli_models cli_progress cli_transfer meter clientpages",
+    " cli_models cli_progress cli_transfer meter clientpages cli_setup",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -73,7 +73,8 @@ SIDEWAYS: Final = {
     "clientpages": {"pages"},
     "cli_models": {"cli_progress"},
     "cli_transfer": {"meter"},
-    "cli": {"cli_models", "cli_transfer"},
+    "cli_setup": {"cli_models"},
+    "cli": {"cli_models", "cli_setup", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
     "addon": {"blobserver", "clientpages", "desk", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }

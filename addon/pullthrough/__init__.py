@@ -4,7 +4,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
 
     L4   addon  flows  messages  gate  parentleg  streamlayer
          modes  opening  blobserver  sender  desk  pages
-         clientpages
+         clientpages  cli_setup
          cli  cli_models  cli_progress  cli_transfer  meter  edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
          refresh  direct  warm  verbs                        request value -> answer: status, headers and what to send

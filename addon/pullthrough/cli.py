@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 import pullthrough
-from pullthrough import cli_models, cli_transfer, places
+from pullthrough import cli_models, cli_setup, cli_transfer, places
 from pullthrough.errors import CacheError
 from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
 
@@ -26,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_models.app)
+app.add_typer(cli_setup.app)
 cli_transfer.register(app)
 
 
