@@ -41,7 +41,11 @@ def connect(
     kind: Annotated[Kind, typer.Option("--for", help="What the client is.")] = Kind.LINUX,
     address: Annotated[
         str,
-        typer.Option(metavar="HOST[:PORT]", help="Where clients find the proxy.", show_default="this machine, 8080"),
+        typer.Option(
+            metavar="HOST[:PORT]",
+            help="Where clients find the proxy, if not at port 8080 of this machine.",
+            show_default=False,
+        ),
     ] = "",
     dir: Folder = None,  # noqa: A002 -- the option's name
 ) -> None:
