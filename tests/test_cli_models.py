@@ -53,7 +53,8 @@ def put(store: Store, data: bytes, now: float) -> None:
     ingest.begin(len(data))
     ingest.write_at(0, data)
     ingest.close()
-    store.publish(ingest, now=now)
+    store.publish(ingest.digest, store.place(ingest.digest, ingest.partial_path), now=now)
+    ingest.forget()
 
 
 def digest(data: bytes) -> Digest:

@@ -31,7 +31,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
     ingest.begin(len(DATA))
     ingest.write_at(0, DATA)
     ingest.close()
-    store.publish(ingest, now=1.0)
+    store.publish(ingest.digest, store.place(ingest.digest, ingest.partial_path), now=1.0)
+    ingest.forget()
     body = json.dumps({"layers": [{"mediaType": "x", "digest": str(digest), "size": len(DATA)}]}).encode()
     record = ManifestRecord.parse(body, "application/json", now=1.0)
     assert record is not None
@@ -65,7 +66,7 @@ def test_the_refresher(store: Store, tmp_path: Path) -> None:
     """A pinned model is looked at however long ago it was pulled, until the pin is taken back."""
     settings = parse_settings({}, dir=tmp_path, certs=tmp_path)
     nobody = cast(Any, None)
-    refresher = Refresher(settings, store, nobody, nobody, nobody, nobody)
+    refresher = Refresher(settings, store, nobody, nobody, nobody)
     now = 1e9
     assert list(refresher._due(10, now)) == []
     store.ledger.pin("llama3.2:latest")

@@ -17,12 +17,14 @@ ROWS: Final = {
     " conditional requestlog options loopguard wording",
     "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
-    " storefolder copying inventory modeltree bundle ledger asking housekeeping clientsetup",
-    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor",
+    " storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
+    " clientsetup",
+    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
     "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages"
-    " cli_models cli_progress cli_transfer meter clientpages cli_setup",
+    " clientpages cli_setup"
+    " cli_base cli_models cli_progress cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -49,7 +51,8 @@ SIDEWAYS: Final = {
     "store": {"index", "ingest", "ledger", "platform", "storefolder"},
     "clientsetup": {"platform"},
     "control": {"asking"},
-    "housekeeping": {"platform", "store"},
+    "housekeeping": {"store"},
+    "admission": {"store"},
     "threads": {"platform"},
     "copying": {"platform"},
     "inventory": {"index", "storefolder"},
@@ -61,6 +64,7 @@ SIDEWAYS: Final = {
     "workroom": {"fetcher", "keeper"},
     "recording": {"cursor", "fetcher", "relay", "sealer", "supply", "workroom"},
     "recorder": {"recording", "supply", "workroom"},
+    "ahead": {"recorder", "recording"},
     "manifests": {"exchange"},
     "refresh": {"manifests"},
     "direct": {"exchange"},
@@ -71,10 +75,10 @@ SIDEWAYS: Final = {
     "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"pages", "sender"},
     "clientpages": {"pages"},
-    "cli_models": {"cli_progress"},
-    "cli_transfer": {"meter"},
-    "cli_setup": {"cli_models"},
-    "cli": {"cli_models", "cli_setup", "cli_transfer"},
+    "cli_setup": {"cli_base"},
+    "cli_models": {"cli_base", "cli_progress"},
+    "cli_transfer": {"cli_base", "meter"},
+    "cli": {"cli_base", "cli_models", "cli_setup", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
     "addon": {"blobserver", "clientpages", "desk", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }

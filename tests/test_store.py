@@ -35,7 +35,8 @@ def record(store: Store, data: bytes) -> Digest:
     ingest.begin(len(data))
     ingest.write_at(0, data)
     ingest.sync()
-    store.publish(ingest, now=1.0)
+    store.publish(ingest.digest, store.place(ingest.digest, ingest.partial_path), now=1.0)
+    ingest.forget()
     ingest.close()
     return digest
 

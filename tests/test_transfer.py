@@ -9,20 +9,23 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pullthrough import bundle, modeltree, platform
+from pullthrough.admission import DOCKER_TYPE, Fate, Outcome
 from pullthrough.bundle import END, SUMS, header, padding, sums
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreUnwritable, TransferRefused
 from pullthrough.exporting import export_bundle, export_bundle_file, export_tree, select
-from pullthrough.importing import DOCKER_TYPE, Bounds, Fate, Outcome, import_bundle, import_tree
+from pullthrough.importing import Bounds
 from pullthrough.inventory import Inventory
 from pullthrough.records import Name
 from pullthrough.store import STAGING, Store
+from tests.support.carrying import import_into
 from tests.support.modelsfolder import manifest_of, read_models, sha256, write_model
 
 HOST = "registry.ollama.ai"
@@ -38,16 +41,16 @@ def opened(folder: Path) -> Iterator[Store]:
         yield store
 
 
-def take_tree(store: Path, tree: Path, *, public: bool = True, now: float = 9.0, **options: object) -> list[Outcome]:
+def take_tree(store: Path, tree: Path, **options: Any) -> list[Outcome]:
     with opened(store) as opened_store:
-        return import_tree(opened_store, tree, public=public, now=now, **options)  # type: ignore[arg-type]
+        return import_into(opened_store, tree, **options)
 
 
 def take_bundle(store: Path, data: bytes) -> list[Outcome]:
     path = store.with_name("bundle.tar")
     path.write_bytes(data)
     with opened(store) as opened_store:
-        return import_bundle(opened_store, path, public=True, now=9.0)
+        return import_into(opened_store, path)
 
 
 def exported(store: Path, *models: str) -> bytes:
@@ -392,7 +395,7 @@ def test_any_damage_is_refused_whole(receiving: tuple[Store, bytes], data: st.Da
     path = store.folder.with_name("bundle.tar")
     path.write_bytes(bad)
     with pytest.raises(TransferRefused, match="expected"):
-        import_bundle(store, path, public=True, now=9.0)
+        import_into(store, path)
     assert (dict(store.manifests()), store.blobs()) == ({}, {})
     assert not any(list((store.folder / name).iterdir()) for name in ("blobs", "ingest", "quarantine"))
 

@@ -5,17 +5,19 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L4   addon  flows  messages  gate  parentleg  streamlayer
          modes  opening  blobserver  sender  desk  pages
          clientpages  cli_setup
-         cli  cli_models  cli_progress  cli_transfer  meter  edges: mitmproxy, our port, the terminal
+         cli  cli_base  cli_models  cli_progress
+         cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
          refresh  direct  warm  verbs                        request value -> answer: status, headers and what to send
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  cursor  relay  fetcher
-         supply  sealer  keeper  workroom                    the ones that talk to the CDN and keep what it says
+         supply  sealer  keeper  workroom  ahead             the ones that talk to the CDN and keep what it says
          verifying  importing  exporting                     the ones that check the store and carry models in and out
     L2a  store  storefolder  index  ingest  upstream  datastream  resolver  collapse
          ca  threads  places  looplag  platform
          ledger  control  asking  housekeeping
-         copying  inventory  modeltree  bundle  clientsetup  disk, sockets, tasks, keys
+         copying  inventory  modeltree  bundle  admission
+         clientsetup                                         disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  trials
          traffic  catalogue  pruning                         state and policy, no I/O; `now` is a parameter

@@ -30,7 +30,7 @@ from pullthrough.gate import Gate, own_ports
 from pullthrough.keeper import Keeper
 from pullthrough.looplag import LoopLag
 from pullthrough.modes import check_modes
-from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
+from pullthrough.options import OPTIONS, environment_texts, parse_settings
 from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
@@ -101,9 +101,9 @@ class OllamaCache:
             check_internals()
         except CacheError as error:
             _stop(error)
+        texts = environment_texts(os.environ)
         for option in OPTIONS:
-            default = os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}", option.default)
-            loader.add_option(f"{PREFIX}{option.name}", str, default, option.help)
+            loader.add_option(f"{PREFIX}{option.name}", str, texts.get(option.name, option.default), option.help)
         ctx.options.update(**MITMPROXY_OPTIONS)
 
     def configure(self, updated: AbstractSet[str]) -> None:
@@ -261,10 +261,10 @@ def _stop(error: CacheError) -> NoReturn:
 def _origins(settings: Settings) -> list[dict[str, str]]:
     """Each option as it stands, and where that comes from."""
     places_of = {"dir": str(settings.dir), "certs": str(settings.certs)}
+    texts = environment_texts(os.environ)
     rows = []
     for option in OPTIONS:
-        by_environment = bool(os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}"))
-        source = "environment" if by_environment else "default"
+        source = "environment" if option.name in texts else "default"
         if ctx.options.has_changed(f"{PREFIX}{option.name}"):
             source = "command line"
         value = places_of.get(option.name, getattr(ctx.options, f"{PREFIX}{option.name}"))

@@ -1,4 +1,4 @@
-"""The command line: `ollama-cache run` and `ollama-cache ca`, and the verbs of `cli_models`.
+"""The command line: `ollama-cache run` and `ollama-cache ca`, and the verbs of the other `cli_` modules.
 
 Invariant: a verb either does what it says and exits 0, or says on standard error what was expected and what was got
 and exits 1 (2 when it was called wrongly). Knows mitmdump only as a program to start.
@@ -9,15 +9,13 @@ import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import pullthrough
-from pullthrough import cli_models, cli_setup, cli_transfer, places
-from pullthrough.errors import CacheError
-from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
+from pullthrough import cli_models, cli_setup, cli_transfer
+from pullthrough.cli_base import fail, own_settings, print_lines, refusals
 
 app = typer.Typer(
     help="A pull-through cache for the Ollama registry.",
@@ -27,7 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_models.app)
 app.add_typer(cli_setup.app)
-cli_transfer.register(app)
+app.add_typer(cli_transfer.app)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -36,7 +34,7 @@ def run(context: typer.Context) -> None:
     beside = Path(sys.executable).with_name("mitmdump.exe" if sys.platform == "win32" else "mitmdump")
     program = str(beside) if beside.exists() else shutil.which("mitmdump")
     if program is None:
-        _fail("expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2,<13")
+        fail("expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2,<13")
     script = Path(pullthrough.__file__).resolve().parent.with_name("ollama_cache.py")
     os.execv(program, [program, "-s", str(script), *context.args])  # noqa: S606 -- no shell
 
@@ -50,32 +48,20 @@ def ca(
     """Make the certificate authority if there is none, and show what clients have to trust."""
     from pullthrough.ca import Authority  # cryptography takes longer to load than most verbs to run
 
-    texts = {
-        option.name: value
-        for option in OPTIONS
-        if (value := os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}"))
-    }
-    if certs is not None:
-        texts["certs"] = str(certs)
-    try:
-        settings = parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
+    with refusals():
+        settings = own_settings(certs=certs)
         authority = Authority.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
-    except (CacheError, OSError) as error:
-        _fail(str(error))
-    console = Console(emoji=False, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"certificate (PEM)    {authority.certificate_file}")
-    console.print(f"certificate (DER)    {authority.certificate_file.with_suffix('.cer')}")
-    console.print(f"SHA-256 fingerprint  {authority.fingerprint}")
-    console.print(f"signs only           {', '.join(authority.permitted)} (and names below them)")
-    console.print(f"valid until          {authority.not_after:%Y-%m-%d}")
+    print_lines(
+        [
+            f"certificate (PEM)    {authority.certificate_file}",
+            f"certificate (DER)    {authority.certificate_file.with_suffix('.cer')}",
+            f"SHA-256 fingerprint  {authority.fingerprint}",
+            f"signs only           {', '.join(authority.permitted)} (and names below them)",
+            f"valid until          {authority.not_after:%Y-%m-%d}",
+        ]
+    )
 
 
 def main() -> None:
     """The console script."""
     app()
-
-
-def _fail(message: str) -> NoReturn:
-    console = Console(stderr=True, emoji=False, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"ollama-cache: {message}")
-    raise typer.Exit(1)

@@ -5,33 +5,32 @@ locks nothing. Standard output is the answer (plain columns, or JSON whose keys 
 wrong: exit 1, or 2 when called wrongly. Imports nothing heavy before it is needed.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping
-from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import humanfriendly
 import typer
 
-from pullthrough import places
 from pullthrough.asking import ask
 from pullthrough.catalogue import View, detail, listing, statistics
+from pullthrough.cli_base import (
+    AsJson,
+    Folder,
+    fail,
+    folder_of,
+    own_options,
+    own_settings,
+    print_json,
+    print_lines,
+    refusals,
+)
 from pullthrough.errors import CacheError, NoDaemon, StoreError
-from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
-from pullthrough.settings import Settings
 from pullthrough.wording import ago_text, columns, size_text
 
 app = typer.Typer()
 
-Folder = Annotated[
-    Path | None,
-    typer.Option(
-        "--dir", envvar="OLLAMA_CACHE_DIR", help="The store; as the option ollama_cache_dir.", show_default=False
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON, for scripts.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.", show_default=False)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="As for `ollama pull`.", show_default=False)]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for `ollama pull`.", show_default=False)]
@@ -42,14 +41,14 @@ def ls(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002 -- the o
     """List the stored models."""
     rows = _look(dir, "ls", {}, listing)
     if json:
-        return _print_json(rows)
+        return print_json(rows)
     now = time.time()
     table = [("NAME", "ID", "SIZE", "HELD", "PULLED", "PINNED")]
     for row in rows:
         pulled = ago_text(now - row["pulled"] if row["pulled"] else None)
         pinned = "yes" if row["pinned"] else ""
         table.append((row["name"], row["id"], size_text(row["size"]), row["held"], pulled, pinned))
-    return _print(columns(table))
+    return print_lines(columns(table))
 
 
 @app.command()
@@ -57,7 +56,7 @@ def show(model: Model, dir: Folder = None, json: AsJson = False) -> None:  # noq
     """Show one model: its layers, times, and who may have it."""
     found = _look(dir, "show", {"model": model}, lambda view: detail(view, model))
     if json:
-        return _print_json(found)
+        return print_json(found)
     now = time.time()
     facts = [
         ("name", found["name"]),
@@ -74,14 +73,14 @@ def show(model: Model, dir: Folder = None, json: AsJson = False) -> None:  # noq
     for layer in found["layers"]:
         held = "yes" if layer["held"] else "no"
         layers.append((layer["digest"][7:19], size_text(layer["size"]), held, layer["media_type"]))
-    return _print([*columns(facts), "", *columns(layers)])
+    return print_lines([*columns(facts), "", *columns(layers)])
 
 
 @app.command()
 def rm(models: Models, dir: Folder = None) -> None:  # noqa: A002
     """Remove models, and the blobs that no other model needs."""
     done = _change(dir, "rm", {"models": models}, lambda keeping: keeping.remove(models))
-    _print([*(f"removed {name}" for name in done["models"]), f"{size_text(done['freed'])} freed"])
+    print_lines([*(f"removed {name}" for name in done["models"]), f"{size_text(done['freed'])} freed"])
 
 
 @app.command()
@@ -91,7 +90,7 @@ def pin(
 ) -> None:
     """Keep a model, or all that a pattern such as 'llama3*' names."""
     done = _change(dir, "pin", {"model": model}, lambda keeping: _at_once(keeping.pin, model))
-    _print([f"pinned {done['pattern']}", *(f"    {name}" for name in done["models"])])
+    print_lines([f"pinned {done['pattern']}", *(f"    {name}" for name in done["models"])])
 
 
 @app.command()
@@ -101,7 +100,7 @@ def unpin(
 ) -> None:
     """Take a pin back."""
     done = _change(dir, "unpin", {"model": model}, lambda keeping: _at_once(keeping.unpin, model))
-    _print([f"unpinned {done['pattern']}", *(f"    {name} is kept by another pin" for name in done["still"])])
+    print_lines([f"unpinned {done['pattern']}", *(f"    {name} is kept by another pin" for name in done["still"])])
 
 
 @app.command()
@@ -109,7 +108,7 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
     """Count models and bytes: what is stored, and what was saved."""
     found = _look(dir, "stats", {}, statistics)
     if json:
-        return _print_json(found)
+        return print_json(found)
     ratio = f" ({100 * found['ratio']:.0f} % of what was served)" if found["ratio"] is not None else ""
     facts = [
         ("models", str(found["models"])),
@@ -122,21 +121,21 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
     days = [("DAY (UTC)", "SERVED", "FETCHED")]
     for day in found["days"][:14]:
         days.append((day["day"], size_text(day["served"]), size_text(day["fetched"])))
-    return _print([*columns(facts), *(["", *columns(days)] if found["days"] else [])])
+    return print_lines([*columns(facts), *(["", *columns(days)] if found["days"] else [])])
 
 
 @app.command()
 def config(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
     """Show the options in force, and where each comes from."""
-    try:
-        rows = ask(_folder(dir), "config", {})
-    except NoDaemon:
-        rows = _own_options(dir)
-    except CacheError as error:
-        _fail(error)
+    with refusals():
+        try:
+            rows = ask(folder_of(dir), "config", {})
+        except NoDaemon:
+            rows = own_options(dir)
     if json:
-        return _print_json(rows)
-    return _print(columns([("OPTION", "FROM", "VALUE"), *((row["name"], row["source"], row["value"]) for row in rows)]))
+        return print_json(rows)
+    table = [(row["name"], row["source"], row["value"]) for row in rows]
+    return print_lines(columns([("OPTION", "FROM", "VALUE"), *table]))
 
 
 @app.command()
@@ -158,7 +157,7 @@ def prune(
         lambda keeping: keeping.prune(age_s=age_s, every=all, dry_run=dry_run),
     )
     word = "would remove" if dry_run else "removed"
-    _print(
+    print_lines(
         [
             *(f"{word} {name}" for name in done["models"]),
             f"{word} {done['blobs']} blobs and {done['leftovers']} leftovers, {size_text(done['freed'])}",
@@ -184,13 +183,13 @@ def warm(
     from pullthrough.cli_progress import Layers
 
     failed = False
-    with Layers() as layers:
+    with refusals(), Layers() as layers:
         for model in wanted:
             arguments = {"models": [model], "dry_run": dry_run}
             try:
-                (done,) = ask(_folder(dir), "warm", arguments, on_progress=layers.show)
+                (done,) = ask(folder_of(dir), "warm", arguments, on_progress=layers.show)
             except NoDaemon as error:
-                _fail(f"{error}; start it with `ollama-cache run`")
+                fail(f"{error}; start it with `ollama-cache run`")
             except CacheError as error:
                 done = {"model": model, "error": str(error)}
             failed = failed or "error" in done
@@ -205,33 +204,28 @@ def warm(
 # --- how a verb is done
 
 
-def _folder(given: Path | None) -> Path:
-    return given.expanduser() if given is not None else places.default_store()
-
-
 def _look(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[View], Any]) -> Any:
-    folder = _folder(given)
-    try:
+    folder = folder_of(given)
+    with refusals():
         try:
             return ask(folder, verb, arguments)
         except NoDaemon:
-            from pullthrough import index
+            from pullthrough.inventory import Inventory
 
-            contents = index.look(folder / "index")
-            pins = (*_settings(given).pins, *sorted(contents.pins))
-            return local(View(contents.manifests, contents.blobs, pins, contents.days))
-    except CacheError as error:
-        _fail(error)
+            held = Inventory.read(folder)
+            pins = (*own_settings(given).pins, *sorted(held.pins))
+            return local(View(held.manifests, held.blobs, pins, held.days))
 
 
 def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[Any], Any]) -> Any:
     """`local` is a coroutine function of a Housekeeping."""
-    folder = _folder(given)
-    try:
+    folder = folder_of(given)
+    with refusals():
         try:
             return ask(folder, verb, arguments)
         except NoDaemon:
             import asyncio
+            from contextlib import closing
 
             from pullthrough.housekeeping import Housekeeping
             from pullthrough.store import Store
@@ -239,55 +233,18 @@ def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: 
 
             if not (folder / MARKER).exists():
                 raise StoreError(f"expected a store in {folder}, got none; see --dir") from None
-            pins = _settings(given).pins
-            store = Store.open(folder)
-            try:
-                return asyncio.run(local(Housekeeping(store, pins, lambda _: False)))
-            finally:
-                store.close()
-    except CacheError as error:
-        _fail(error)
+            pins = own_settings(given).pins
+            with closing(Store.open(folder)) as store:
+                return asyncio.run(local(Housekeeping(store, pins, ())))
 
 
 async def _at_once(work: Callable[[str], Any], text: str) -> Any:
     return work(text)
 
 
-def _settings(given: Path | None) -> Settings:
-    texts = {row["name"]: row["value"] for row in _own_options(given) if row["name"] not in ("dir", "certs")}
-    return parse_settings(texts, dir=_folder(given), certs=places.default_certs())
-
-
-def _own_options(given: Path | None) -> list[dict[str, str]]:
-    """The options as a cache that is started from here would have them."""
-    rows = []
-    own = {"dir": str(_folder(given)), "certs": str(places.default_certs())}
-    for option in OPTIONS:
-        text = os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}", "")
-        value = text or own.get(option.name, option.default)
-        source = "environment" if text else "default"
-        if option.name == "dir" and given is not None and str(given) != text:
-            value, source = own["dir"], "command line"
-        rows.append({"name": option.name, "value": value, "source": source})
-    return rows
-
-
 def _listed(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        _fail(f"expected a list of models in {file}, got {error}")
+        fail(f"expected a list of models in {file}, got {error}")
     return [text for line in lines if (text := line.partition("#")[0].strip())]
-
-
-def _print(lines: list[str]) -> None:
-    typer.echo("\n".join(lines))
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(dumps(value, indent=2))
-
-
-def _fail(error: object) -> NoReturn:
-    typer.echo(f"ollama-cache: {error}", err=True)
-    raise typer.Exit(1)

@@ -8,18 +8,13 @@ import ipaddress
 import re
 from datetime import UTC, datetime
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from pullthrough import places
-from pullthrough.asking import ask
-from pullthrough.cli_models import Folder, _fail, _folder, _own_options
-from pullthrough.errors import CacheError, NoDaemon
-from pullthrough.options import parse_settings
+from pullthrough.cli_base import Folder, fail, refusals, settings_in_force
 from pullthrough.platform import own_addresses
-from pullthrough.settings import Endpoint, Settings
+from pullthrough.settings import Endpoint
 
 app = typer.Typer()
 
@@ -57,11 +52,9 @@ def connect(
     given = _ADDRESS.fullmatch(address)
     if address and given is None:
         raise typer.BadParameter(f"expected a host or host:port, got {address!r}")
-    try:
-        settings = effective_settings(dir)
+    with refusals():
+        settings = settings_in_force(dir)
         authority = Authority.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
-    except (CacheError, OSError) as error:
-        _fail(error)
     host = (given["v6"] or given["host"]) if given else clients_host(settings)
     proxy = Endpoint("http", host, int(given["port"] or DEFAULT_PORT) if given else DEFAULT_PORT)
     made = documents([authority.certificate], authority.permitted, proxy.origin)
@@ -69,23 +62,12 @@ def connect(
         typer.echo(made[f"/connect/{kind}.yaml"].body.decode(), nl=False)
         return
     if not settings.listen:
-        _fail("expected a port to fetch the script from, got ollama_cache_listen=off; the README has the way by hand")
+        fail("expected a port to fetch the script from, got ollama_cache_listen=off; the README has the way by hand")
     server = Endpoint("http", host, settings.listen[0][1])
     typer.echo("To be run on the client; the script's --undo (on Windows -Undo) takes it back:", err=True)
     typer.echo(command(kind, made[f"/connect/{SYSTEMS[kind]}"], server=server.origin, proxy=proxy.origin))
     if not given and (others := sorted(filter(_is_reachable, own_addresses() - {host}))):
         typer.echo(f"For --address, this machine also has {', '.join(others)}", err=True)
-
-
-def effective_settings(given: Path | None) -> Settings:
-    """Those of the cache that runs on the store, else what one would have that is started from here."""
-    folder = _folder(given)
-    try:
-        rows = ask(folder, "config", {})
-    except NoDaemon:
-        rows = _own_options(given)
-    texts = {row["name"]: row["value"] for row in rows}
-    return parse_settings(texts, dir=folder, certs=places.default_certs())
 
 
 def _is_reachable(address: str) -> bool:

@@ -1,95 +1,86 @@
 """The verbs `verify`, `import` and `export` of the command line.
 
 Invariant: results are on standard output, progress and errors on standard error, and the exit code is 0 only if all
-was done and nothing was wrong; 130 after Ctrl-C. Knows no layout and no format.
+was done and nothing was wrong. What enters the store or leaves it goes through the daemon that holds it, or under its
+lock; bytes are hashed here, on all cores. Knows no layout and no format.
 """
 
-import contextlib
-import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from pullthrough import places
-from pullthrough.errors import CacheError, StoreError, TransferRefused
-from pullthrough.exporting import export_bundle, export_bundle_file, export_tree, select
-from pullthrough.importing import Bounds, Fate, Outcome, import_bundle, import_tree
-from pullthrough.inventory import Inventory
-from pullthrough.meter import Meter
-from pullthrough.modeltree import default_tree
-from pullthrough.options import ENVIRONMENT_PREFIX, OPTIONS, parse_settings
-from pullthrough.settings import Settings
-from pullthrough.store import Store
-from pullthrough.verifying import Finding, check, mend
+from pullthrough.asking import ask
+from pullthrough.cli_base import AsJson, Folder, folder_of, print_json, refusals, settings_in_force
+from pullthrough.errors import NoDaemon, TransferRefused
 
-Dir = Annotated[
-    Path | None, typer.Option("--dir", help="The store; as the option ollama_cache_dir.", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]
+if TYPE_CHECKING:
+    from pullthrough.admission import Model, Outcome, Terms
+    from pullthrough.verifying import Finding
+
+app = typer.Typer()
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command."""
-    app.command("verify")(verify)
-    app.command("import")(import_models)
-    app.command("export")(export)
-
-
+@app.command()
 def verify(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models to check; none: everything.")
     ] = None,
-    dir: Dir = None,  # noqa: A002 -- the option's name
-    as_json: Json = False,
+    dir: Folder = None,  # noqa: A002 -- the option's name
+    json: AsJson = False,
 ) -> None:
     """Hash every blob again and hold the store against its index; what is wrong is no hit any more."""
-    with _refusals("; the same command goes on from here"):
-        folder = _settings(dir).dir
+    from pullthrough.meter import Meter
+    from pullthrough.verifying import check
+
+    with refusals("; the same command goes on from here"):
+        folder = folder_of(dir)
         with Meter("verified") as meter:
             report = check(folder, models or (), now=time.time(), on_total=meter.expect, on_bytes=meter.advance)
-        mended, problem = _mend(folder, report.findings)
-    if as_json:
-        findings = [
-            {**asdict(finding), "digest": str(finding.digest or ""), "done": mended.get(finding, "")}
-            for finding in report.findings
-        ]
-        _print_json(
-            checked=report.checked,
-            bytes=report.size,
-            remembered=report.remembered,
-            seconds=round(meter.seconds, 3),
-            findings=findings,
+        mended = _mend(folder, report.findings)
+    if json:
+        print_json(
+            {
+                "checked": report.checked,
+                "bytes": report.size,
+                "remembered": report.remembered,
+                "seconds": round(meter.seconds, 3),
+                "findings": [
+                    {**finding.fields(), "done": done} for finding, done in zip(report.findings, mended, strict=True)
+                ],
+            }
         )
     else:
-        for finding in report.findings:
-            typer.echo(f"{finding}{'; ' if mended.get(finding) else ''}{mended.get(finding, '')}")
+        for finding, done in zip(report.findings, mended, strict=True):
+            typer.echo(f"{finding}{'; ' if done else ''}{done}")
         earlier = f", {report.remembered} by the run before" if report.remembered else ""
         typer.echo(f"{report.checked} blobs checked{earlier}, {len(report.findings)} things wrong; {meter.summary()}")
-    if problem:
-        _fail(f"what was found stays as it is: {problem}; stop the cache and run verify again")
     if report.findings:
         raise typer.Exit(1)
 
 
-def _mend(folder: Path, findings: list[Finding]) -> tuple[dict[Finding, str], str]:
-    """(what was done, why nothing could be)."""
+def _mend(folder: Path, findings: list["Finding"]) -> list[str]:
+    """What was done about each."""
     if not findings:
-        return {}, ""
+        return []
     try:
+        done: list[str] = ask(folder, "mend", {"findings": [finding.fields() for finding in findings]})
+    except NoDaemon:
+        from pullthrough.store import Store
+        from pullthrough.verifying import mend
+
         with closing(Store.open(folder)) as store:
-            return dict(mend(store, findings, now=time.time())), ""
-    except (StoreError, OSError) as error:
-        return {}, str(error)
+            return [mend(store, finding, now=time.time()) for finding in findings]
+    return done
 
 
+@app.command("import")
 def import_models(
     source: Annotated[
         Path | None,
@@ -106,50 +97,35 @@ def import_models(
     link: Annotated[
         bool, typer.Option("--link", help="Hard links, no copies, of files that only our own user can write to.")
     ] = False,
-    dir: Dir = None,  # noqa: A002 -- the option's name
-    as_json: Json = False,
+    dir: Folder = None,  # noqa: A002 -- the option's name
+    json: AsJson = False,
 ) -> None:
     """Take in models from a folder or bundle; everybody may pull them then, unless --private says otherwise."""
-    with _refusals(), Meter("imported") as meter:
-        settings = _settings(dir)
+    from pullthrough.admission import Fate, Terms
+    from pullthrough.importing import Bounds, Staging, take
+    from pullthrough.inventory import Inventory
+    from pullthrough.meter import Meter
+    from pullthrough.modeltree import default_tree
+
+    with refusals(), Meter("imported") as meter:
+        settings = settings_in_force(dir)
         source = source or default_tree(os.environ)
         if not source.exists():
             raise TransferRefused(f"expected a folder or file, got no {source}")
-        try:
-            store = Store.open(settings.dir)
-        except StoreError as error:
-            raise StoreError(f"{error}; an import needs the store for itself: stop the cache meanwhile") from error
-        bounds = Bounds(settings.max_size, settings.min_free)
-        with closing(store):
-            if source.is_dir():
-                outcomes = import_tree(
-                    store,
-                    source,
-                    public=not private,
-                    replace_confirmed=replace,
-                    now=time.time(),
-                    bounds=bounds,
-                    link=link,
-                    on_total=meter.expect,
-                    on_bytes=meter.advance,
-                )
-            else:
-                outcomes = import_bundle(
-                    store,
-                    source,
-                    public=not private,
-                    replace_confirmed=replace,
-                    now=time.time(),
-                    bounds=bounds,
-                    on_total=meter.expect,
-                    on_bytes=meter.advance,
-                )
-    _tell(outcomes, meter, as_json)
-
-
-def _tell(outcomes: list[Outcome], meter: Meter, as_json: bool) -> None:
-    if as_json:
-        _print_json(models=[asdict(outcome) for outcome in outcomes], bytes=meter.size, seconds=round(meter.seconds, 3))
+        with _door(settings.dir, Terms(public=not private, replace_confirmed=replace)) as admit:
+            staging = Staging(
+                settings.dir,
+                held=Inventory.read(settings.dir).held_sizes(),
+                bounds=Bounds(settings.max_size, settings.min_free),
+                link=link,
+                on_total=meter.expect,
+                on_bytes=meter.advance,
+            )
+            with staging:
+                outcomes = take(source, staging, partial(admit, staging.folder))
+    if json:
+        models = [{"model": outcome.model, "fate": outcome.fate, "why": outcome.why} for outcome in outcomes]
+        print_json({"models": models, "bytes": meter.size, "seconds": round(meter.seconds, 3)})
     else:
         for outcome in outcomes:
             typer.echo(f"{outcome.model}: {outcome.fate}{': ' if outcome.why else ''}{outcome.why}")
@@ -158,16 +134,51 @@ def _tell(outcomes: list[Outcome], meter: Meter, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
+@contextmanager
+def _door(folder: Path, terms: "Terms") -> Iterator[Callable[[Path, "Model"], "Outcome"]]:
+    """What admits a staged model: the daemon that has the store, or we, if it is free."""
+    from pullthrough.admission import MANIFEST, Fate, Outcome, admit
+
+    def by_daemon(staging: Path, model: "Model") -> Outcome:
+        (staging / MANIFEST).write_bytes(model.record.body)
+        answer = ask(
+            folder,
+            "admit",
+            {
+                "staging": staging.name,
+                "model": str(model.name),
+                "public": terms.public,
+                "replace_confirmed": terms.replace_confirmed,
+            },
+        )
+        return Outcome(answer["model"], Fate(answer["fate"]), answer["why"])
+
+    try:
+        ask(folder, "config", {})
+    except NoDaemon:
+        from pullthrough.store import Store
+
+        with closing(Store.open(folder)) as store:
+            yield lambda staging, model: admit(store, staging, model, terms, now=time.time())
+    else:
+        yield by_daemon
+
+
+@app.command()
 def export(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names as they are typed, or patterns.")],
     to: Annotated[str, typer.Option("--to", metavar="DIR|FILE.tar|-", help="A models folder, a bundle, or - .")],
-    dir: Dir = None,  # noqa: A002 -- the option's name
+    dir: Folder = None,  # noqa: A002 -- the option's name
 ) -> None:
     """Carry models out: to a folder that serves as OLLAMA_MODELS, or to a bundle; - is standard output."""
-    with _refusals(), Meter("exported") as meter:
+    from pullthrough.exporting import export_bundle, export_bundle_file, export_tree, select
+    from pullthrough.inventory import Inventory
+    from pullthrough.meter import Meter
+
+    with refusals(), Meter("exported") as meter:
         if to == "-" and sys.stdout.isatty():
             raise TransferRefused("expected standard output to be a file or pipe, got a terminal")
-        inventory = Inventory.read(_settings(dir).dir)
+        inventory = Inventory.read(folder_of(dir))
         cargo = select(inventory, models)
         meter.expect(cargo.size)
         if to == "-":
@@ -177,36 +188,3 @@ def export(
         else:
             export_tree(inventory, cargo, Path(to), on_bytes=meter.advance)
     typer.echo(f"{len(cargo.manifests)} models, {len(cargo.blobs)} blobs; {meter.summary()}", err=True)
-
-
-def _settings(folder: Path | None) -> Settings:
-    texts = {
-        option.name: value
-        for option in OPTIONS
-        if (value := os.environ.get(f"{ENVIRONMENT_PREFIX}{option.name.upper()}"))
-    }
-    if folder is not None:
-        texts["dir"] = str(folder)
-    return parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
-
-
-def _print_json(**document: object) -> None:
-    typer.echo(json.dumps(document, indent=2))
-
-
-@contextlib.contextmanager
-def _refusals(hint: str = "") -> Iterator[None]:
-    """What cannot be done is said in one line, and so is Ctrl-C."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"ollama-cache: interrupted{hint}", err=True)
-        raise typer.Exit(130) from None
-    except (CacheError, OSError) as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    console = Console(stderr=True, emoji=False, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"ollama-cache: {message}")
-    raise typer.Exit(1)

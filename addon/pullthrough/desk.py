@@ -31,7 +31,7 @@ class Desk:
         self._store = store
         self._recorder = recorder
         self._traffic = Traffic(store.ledger.days)
-        housekeeping = Housekeeping(store, settings.pins, lambda digest: recorder.find(digest) is not None)
+        housekeeping = Housekeeping(store, settings.pins, recorder.running)
         verbs = Verbs(store, housekeeping, registry.warmer, pins=settings.pins, options=options, count=self.count)
         self._control = Control(settings.dir, verbs.table())
         self._task: asyncio.Task[None] | None = None

@@ -9,11 +9,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Final
 
-from pullthrough import platform
 from pullthrough.catalogue import JSON, find
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, NoSuchModel
@@ -30,8 +28,8 @@ STEP: Final = 100
 class Housekeeping:
     """The changes of one store."""
 
-    def __init__(self, store: Store, pins: Sequence[str], recording: Callable[[Digest], bool]) -> None:
-        """`pins` are the option's; `recording` says whether a blob is being recorded."""
+    def __init__(self, store: Store, pins: Sequence[str], recording: Collection[Digest]) -> None:
+        """`pins` are the option's; `recording` is a live view of what is being recorded."""
         self._store = store
         self._pins = pins
         self._recording = recording
@@ -49,8 +47,11 @@ class Housekeeping:
         """Clean up what is older than `age_s` seconds."""
         async with self._turn:
             manifests, blobs = dict(self._store.manifests()), self._store.blobs()
-            leftovers = await asyncio.to_thread(_leftovers, self._store.folder)
-            idle = {path: facts for path, facts in leftovers.items() if not self._is_written(path)}
+            partials = await asyncio.to_thread(self._store.partials)
+            idle = await asyncio.to_thread(self._store.quarantined)
+            for digest, facts in partials.items():
+                if digest not in self._recording:
+                    idle[self._store.ingest(digest).partial_path] = facts
             plan = await asyncio.to_thread(
                 plan_prune,
                 manifests,
@@ -95,13 +96,7 @@ class Housekeeping:
         }
 
     def _is_busy(self, digest: Digest) -> bool:
-        return self._store.is_open(digest) or self._recording(digest)
-
-    def _is_written(self, path: Path) -> bool:
-        try:
-            return path.suffix == ".partial" and self._recording(Digest.parse(path.stem))
-        except InvalidRequest:
-            return False
+        return self._store.is_open(digest) or digest in self._recording
 
     async def _carry_out(self, plan: Plan) -> JSON:
         store = self._store
@@ -115,9 +110,9 @@ class Housekeeping:
             # A client may have come since: what it reads or needs stays.
             held = [digest for digest in step if (record := store.blob(digest)) is not None and record.held]
             free = [digest for digest in held if digest not in listed and not self._is_busy(digest)]
-            await asyncio.to_thread(_remove, store.evict(free))
-        idle = [path for path in plan.files if not self._is_written(path)]
-        await asyncio.to_thread(_remove, [*idle, *(path.with_suffix(".journal") for path in idle if path.suffix)])
+            await asyncio.to_thread(store.remove_files, store.evict(free))
+        resumed = {store.ingest(digest).partial_path for digest in self._recording}
+        await asyncio.to_thread(store.remove_files, [path for path in plan.files if path not in resumed])
         _log.info("removed %d models, %d blobs, %d leftovers", len(plan.names), len(plan.blobs), len(plan.files))
         return _told(plan)
 
@@ -129,20 +124,3 @@ def _told(plan: Plan) -> JSON:
         "leftovers": len(plan.files),
         "freed": plan.freed,
     }
-
-
-def _leftovers(folder: Path) -> dict[Path, tuple[int, float]]:
-    """Partials and quarantined bytes: what they take of the disk, and when they last changed."""
-    found = {}
-    for path in [*(folder / "ingest").glob("sha256-*.partial"), *(folder / "quarantine").glob("sha256-*")]:
-        status = path.stat()
-        found[path] = (platform.allocated(status), status.st_mtime)
-    return found
-
-
-def _remove(paths: Sequence[Path]) -> None:
-    for path in paths:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            _log.warning("removing %s: %s", path, error)

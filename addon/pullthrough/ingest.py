@@ -26,6 +26,9 @@ from pullthrough.intervals import Intervals
 
 FORMAT: Final = 1
 
+PARTIAL: Final = ".partial"
+JOURNAL: Final = ".journal"
+
 
 class SharedFile:
     """A counted descriptor: it stays open for whoever reads it, whatever happens to the file's name."""
@@ -58,8 +61,8 @@ class Ingest:
 
     def __init__(self, folder: Path, digest: Digest) -> None:
         self.digest = digest
-        self.partial_path = folder / f"{digest.file_name}.partial"
-        self.journal_path = folder / f"{digest.file_name}.journal"
+        self.partial_path = folder / f"{digest.file_name}{PARTIAL}"
+        self.journal_path = folder / f"{digest.file_name}{JOURNAL}"
         self.file: SharedFile | None = None
         self._journal: int | None = None
         self._journal_size = 0
@@ -83,7 +86,7 @@ class Ingest:
         for path in list(folder.glob(".sha256-*")):
             path.unlink()
         for name in {path.stem for path in folder.glob("sha256-*")}:
-            pair = [folder / f"{name}.journal", folder / f"{name}.partial"]
+            pair = [folder / f"{name}{JOURNAL}", folder / f"{name}{PARTIAL}"]
             # An adopted blob keeps the time of its recording: its journal tells when it became a partial.
             times = [path.stat().st_mtime for path in pair if path.exists()]
             if len(times) < len(pair) or max(times) < oldest:

@@ -4,42 +4,49 @@ Invariant: nothing is changed and no lock is taken, so it is true of one moment 
 Knows no bytes of blobs.
 """
 
-import json
+import contextlib
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from pullthrough.digest import Digest
-from pullthrough.errors import StoreError, TransferRefused
-from pullthrough.index import Index
+from pullthrough.errors import TransferRefused
+from pullthrough.index import look
 from pullthrough.records import BlobRecord, ManifestRecord, Name
-from pullthrough.storefolder import FORMAT, MARKER
+from pullthrough.storefolder import check_marker
+from pullthrough.traffic import Totals
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """Blobs and manifests of the store in `folder`."""
+    """What is known in the store in `folder`."""
 
     folder: Path
     blobs: Mapping[Digest, BlobRecord]
+    """Those that are not here, too."""
     manifests: Mapping[Name, ManifestRecord]
+    pins: frozenset[str]
+    days: Mapping[int, Totals]
 
     @classmethod
     def read(cls, folder: Path) -> "Inventory":
         """StoreError where there is no sound store."""
-        try:
-            found = json.loads((folder / MARKER).read_text())["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"expected an ollama-cache store in {folder}, got none") from error
-        if found != FORMAT:
-            raise StoreError(f"store {folder}: expected format {FORMAT} in {MARKER}, got {found!r}")
-        with closing(Index(folder / "index")) as index:
-            contents = index.load()
-        return cls(folder, contents.blobs, contents.manifests)
+        check_marker(folder)
+        contents = look(folder / "index")
+        return cls(folder, contents.blobs, contents.manifests, frozenset(contents.pins), contents.days)
 
     def blob_path(self, digest: Digest) -> Path:
         return self.folder / "blobs" / digest.file_name
+
+    def held_sizes(self) -> dict[Digest, int]:
+        """The blobs whose files are still those that were verified, with their sizes."""
+        found = {}
+        for digest, record in self.blobs.items():
+            with contextlib.suppress(FileNotFoundError):
+                status = self.blob_path(digest).stat()
+                if record.is_file(status.st_size, status.st_mtime_ns, status.st_ino):
+                    found[digest] = status.st_size
+        return found
 
     def select(self, model: str) -> dict[Name, ManifestRecord]:
         """The models of that name, as it is typed, or pattern; `latest` where it has no tag. TransferRefused for none.

@@ -79,16 +79,21 @@ class Keeper:
                 f"({bound}min_free {_text(self._min_free)}), got {_text(free)} of free disk and nothing left to evict"
             )
         for holding in choice.holdings:
-            if holding.name is not None:
+            # A model may have gone, and a blob may be read, since the survey.
+            if holding.name is not None and self._store.manifest(holding.name) is not None:
                 age_d = (time.time() - holding.used) / 86400
                 _log.info(
                     "evicting %s, last pulled %.1f days ago, to make room for %s", holding.name, age_d, digest.short
                 )
                 self._store.drop_manifest(holding.name)
-        blobs = [part for part in choice.parts if isinstance(part, Digest)]
+        blobs = [part for part in choice.parts if isinstance(part, Digest) and self._is_free(part)]
         paths = [*self._store.evict(blobs), *(part for part in choice.parts if isinstance(part, Path))]
-        await self._threads.disk(_remove, paths)
+        await self._threads.disk(self._store.remove_files, paths)
         _log.info("evicted %d blobs, %s", len(paths), _text(choice.freed))
+
+    def _is_free(self, digest: Digest) -> bool:
+        record = self._store.blob(digest)
+        return record is not None and record.held and not self._store.is_open(digest)
 
     def _survey(
         self, digest: Digest, partials: dict[Digest, tuple[int, float]]
@@ -113,14 +118,6 @@ class Keeper:
                 sizes[path] = size
         busy = frozenset([digest, *self._reserved, *(held for held in blobs if self._store.is_open(held))])
         return holdings, sizes, busy
-
-
-def _remove(paths: Sequence[Path]) -> None:
-    for path in paths:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            _log.warning("removing %s: %s", path, error)
 
 
 def _text(size: int | None) -> str:

@@ -29,7 +29,7 @@ from pullthrough.settings import (
     Withdrawn,
 )
 
-ENVIRONMENT_PREFIX: Final = "OLLAMA_CACHE_"
+_ENVIRONMENT: Final = "OLLAMA_CACHE_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +337,12 @@ OPTIONS: Final = (
     ),
     Option("log_level", "info", "How much the cache logs: debug, info, warning or error.", _parse_level),
 )
+
+
+def environment_texts(environ: Mapping[str, str]) -> dict[str, str]:
+    """The option texts that the environment has, by bare name; an empty one is none."""
+    names = {option.name: f"{_ENVIRONMENT}{option.name.upper()}" for option in OPTIONS}
+    return {name: environ[variable] for name, variable in names.items() if environ.get(variable)}
 
 
 def parse_settings(texts: Mapping[str, str], *, dir: Path, certs: Path) -> Settings:  # noqa: A002 -- as the option

@@ -4,6 +4,7 @@ Invariant: there is at most one recording per digest, whoever asks. Knows no HTT
 """
 
 import asyncio
+from collections.abc import KeysView
 
 from pullthrough.datastream import DataStream, Source
 from pullthrough.digest import Digest
@@ -24,6 +25,11 @@ class Recorder:
     def find(self, digest: Digest) -> Recording | None:
         """The recording of `digest` that runs now."""
         return self._recordings.get(digest)
+
+    @property
+    def running(self) -> KeysView[Digest]:
+        """What is being recorded, at any time one looks."""
+        return self._recordings.keys()
 
     def open(
         self,

@@ -34,6 +34,10 @@ class BlobRecord:
     recorded: float = 0.0
     """When it was verified, Unix seconds."""
 
+    def is_file(self, size: int, mtime_ns: int, inode: int) -> bool:
+        """Whether these are of the file that was verified."""
+        return self.held and (size, mtime_ns, inode) == (self.size, self.mtime_ns, self.inode)
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Name:

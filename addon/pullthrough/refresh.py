@@ -8,16 +8,14 @@ Knows no client: one that asks after the tag's lifetime is answered by upstream'
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Final
 
-from pullthrough.datastream import Source
+from pullthrough.ahead import Ahead
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError
 from pullthrough.freshness import DOWN_S, Heard
 from pullthrough.manifests import Manifests
-from pullthrough.recorder import Recorder
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.settings import Settings
 from pullthrough.store import Store
@@ -40,17 +38,14 @@ class Refresher:
         settings: Settings,
         store: Store,
         upstream: Upstream,
-        recorder: Recorder,
+        ahead: Ahead,
         manifests: Manifests,
-        source: Callable[[str, str, Digest], Awaitable[Source]],
     ) -> None:
-        """`source` obtains a blob's public source from (host, repository)."""
         self._settings = settings
         self._store = store
         self._upstream = upstream
-        self._recorder = recorder
+        self._ahead = ahead
         self._manifests = manifests
-        self._source = source
         self._tried: dict[Name, float] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -78,10 +73,13 @@ class Refresher:
 
     def _due(self, interval_s: float, now: float) -> Iterator[Name]:
         for name, record in self._store.manifests().items():
-            pinned = self._store.ledger.keeps(name, self._settings.pins)
-            wanted = pinned or (now - record.pulled < IN_USE_S and self._is_whole(record))
             looked = max(record.confirmed, self._tried.get(name, 0.0))
-            if ":" not in name.reference and wanted and not record.denied and now - looked >= interval_s:
+            if record.denied or ":" in name.reference or now - looked < interval_s:
+                continue
+            # Last, because it asks the disk for each blob.
+            if self._store.ledger.keeps(name, self._settings.pins) or (
+                now - record.pulled < IN_USE_S and self._is_whole(record)
+            ):
                 yield name
 
     def _is_whole(self, record: ManifestRecord) -> bool:
@@ -109,11 +107,6 @@ class Refresher:
 
     async def _record(self, name: Name, digest: Digest) -> bool:
         """Whether the blob is here and public in the end."""
-        known = self._store.blob(digest)
-        if self._store.held(digest) is None:
-            obtain = partial(self._source, name.host, name.repository, digest)
-            recording = self._recorder.find(digest) or self._recorder.open(digest, obtain=obtain, wanted=True)
+        if (recording := await self._ahead.begin(name.host, name.repository, digest)) is not None:
             await recording.over.wait()
-        elif known is None or not known.public:
-            await self._source(name.host, name.repository, digest)
         return self._store.held(digest) is not None

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Final
 
 from pullthrough import capability, chunksums
+from pullthrough.ahead import Ahead
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.conditional import Precondition, evaluate
@@ -67,8 +68,9 @@ class Registry:
         self._grants = Grants(settings, store, upstream)
         self._manifests = Manifests(settings, store, upstream)
         self._prefetcher = Prefetcher(store, recorder, self._grants.source)
-        self._refresher = Refresher(settings, store, upstream, recorder, self._manifests, self._grants.public_source)
-        self.warmer = Warmer(settings, store, recorder, self._manifests, self._grants.public_source)
+        ahead = Ahead(store, recorder, self._grants.public_source)
+        self._refresher = Refresher(settings, store, upstream, ahead, self._manifests)
+        self.warmer = Warmer(settings, store, ahead, self._manifests)
 
     def open(self) -> None:
         """Begin what is done by itself."""

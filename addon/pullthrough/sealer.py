@@ -150,5 +150,7 @@ class Sealer:
             raise DigestMismatch(str(digest), f"sha256:{actual}")
         await self._threads.disk(self._ingest.sync)
         synced = time.monotonic()
-        await self._threads.disk(self._store.publish, self._ingest, now=time.time())
+        placed = await self._threads.disk(self._store.place, digest, self._ingest.partial_path)
+        self._store.publish(digest, placed, now=time.time())
+        await self._threads.disk(self._ingest.forget)
         return Sealed(time.monotonic() - began, synced - began, self._unhashed)

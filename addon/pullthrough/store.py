@@ -14,12 +14,13 @@ because its `check(fix=True)` deletes files that it does not know (5.6.3). Knows
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,10 +30,12 @@ from pullthrough import platform
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, StoreError, StoreUnwritable
 from pullthrough.index import Index
-from pullthrough.ingest import Ingest, SharedFile
+from pullthrough.ingest import JOURNAL, PARTIAL, Ingest, SharedFile
 from pullthrough.ledger import Ledger
 from pullthrough.records import BlobRecord, ManifestRecord, Name
 from pullthrough.storefolder import load_secret, prepare, take_lock
+
+_log = logging.getLogger(__name__)
 
 TOLD_S: Final = 600.0
 """How far the index may lag behind with the time of a manifest's last pull."""
@@ -47,7 +50,8 @@ STAGING: Final = ".import-"
 class Store:
     """Blobs and manifests on disk. Made by `open`; one per folder and process.
 
-    `publish` and `quarantine` may wait for the disk: the daemon calls them in a thread. The rest does not.
+    `place`, `quarantine`, `partials`, `quarantined` and `remove_files` wait for the disk and change nothing that is
+    resident: the daemon calls them in a thread. The rest is for the one thread that owns the store.
     """
 
     def __init__(self, folder: Path, lock: BinaryIO, index: Index, secret: bytes) -> None:
@@ -97,13 +101,11 @@ class Store:
         Ingest.sweep(self.folder / "ingest", oldest=oldest)
         for path in list((self.folder / "ingest").glob(f"{STAGING}*")):
             shutil.rmtree(path, ignore_errors=True)
-        for path in list((self.folder / "quarantine").glob("sha256-*")):
-            if path.stat().st_mtime < oldest:
-                path.unlink()
+        self.remove_files(path for path, (_, changed) in self.quarantined().items() if changed < oldest)
 
     def _adopt_orphans(self) -> None:
         """Blob files that the index does not know become complete partials: hashed again before they are hits."""
-        known = {digest.file_name: record for digest, record in self._blobs.items() if record.held}
+        known = {digest.file_name: record for digest, record in self._blobs.items()}
         with os.scandir(self.folder / "blobs") as entries:
             # A Path for each of many blobs costs seconds, and an entry's own `stat` has no inode on Windows.
             strangers = [entry.name for entry in entries if not _is_same(os.stat(entry), known.get(entry.name))]  # noqa: PTH116
@@ -175,41 +177,55 @@ class Store:
     def partials(self) -> dict[Digest, tuple[int, float]]:
         """What recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
         found = {}
-        for path in (self.folder / "ingest").glob("*.partial"):
+        for path in (self.folder / "ingest").glob(f"*{PARTIAL}"):
             with contextlib.suppress(InvalidRequest, FileNotFoundError):
-                status = path.stat()
-                found[Digest.parse(path.stem)] = (platform.allocated(status), status.st_mtime)
+                found[Digest.parse(path.stem)] = _taken(path)
         return found
+
+    def quarantined(self) -> dict[Path, tuple[int, float]]:
+        """The same of the bytes that did not hash to their name."""
+        return {path: _taken(path) for path in (self.folder / "quarantine").glob("sha256-*")}
+
+    def remove_files(self, paths: Iterable[Path]) -> None:
+        """Remove blobs' files, quarantined bytes, and partials with their journals; what the disk refuses is logged."""
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+                if path.suffix == PARTIAL:
+                    path.with_suffix(JOURNAL).unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("removing %s: %s", path, error)
 
     def ingest(self, digest: Digest) -> Ingest:
         """The ingest of `digest`: a new one, or the partial that an earlier recording left."""
         return Ingest(self.folder / "ingest", digest)
 
-    def publish(self, ingest: Ingest, *, now: float) -> BlobRecord:
-        """Move a verified ingest among the blobs. The caller has hashed it; its bytes are already durable.
+    def place(self, digest: Digest, verified: Path) -> os.stat_result:
+        """Move a file among the blobs; it is no hit before `publish`.
 
-        StoreUnwritable if the disk refuses.
+        The caller has hashed it; its bytes are already durable. StoreUnwritable if the disk refuses.
         """
-        digest = ingest.digest
         path = self.blob_path(digest)
         try:
             # Readable bytes under the final name first, then the index: a crash between leaves an orphan, which is
             # hashed again, never an index entry without its file.
-            os.replace(ingest.partial_path, path)
+            os.replace(verified, path)
             platform.sync_folder(path.parent)
-            status = path.stat()
+            return path.stat()
         except OSError as error:
             raise StoreUnwritable(f"publishing {digest}: {error}") from error
+
+    def publish(self, digest: Digest, placed: os.stat_result, *, now: float) -> BlobRecord:
+        """The blob is a hit from now on, as long as its file is the one that was placed."""
         record = replace(
             self._blobs.get(digest, BlobRecord()),
-            size=status.st_size,
+            size=placed.st_size,
             held=True,
-            mtime_ns=status.st_mtime_ns,
-            inode=status.st_ino,
+            mtime_ns=placed.st_mtime_ns,
+            inode=placed.st_ino,
             recorded=now,
         )
         self._put_blob(digest, record)
-        ingest.forget()
         return record
 
     def quarantine(self, ingest: Ingest) -> Path:
@@ -337,7 +353,10 @@ class Store:
         return {digest: record for digest, record in self._blobs.items() if record.held}
 
 
+def _taken(path: Path) -> tuple[int, float]:
+    status = path.stat()
+    return platform.allocated(status), status.st_mtime
+
+
 def _is_same(status: os.stat_result, record: BlobRecord | None) -> bool:
-    if record is None:
-        return False
-    return (status.st_size, status.st_mtime_ns, status.st_ino) == (record.size, record.mtime_ns, record.inode)
+    return record is not None and record.is_file(status.st_size, status.st_mtime_ns, status.st_ino)

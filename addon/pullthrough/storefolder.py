@@ -25,28 +25,35 @@ def prepare(folder: Path) -> None:
         raise StoreError(f"store {folder}: expected a folder, got a file")
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / MARKER
-    try:
-        text = marker.read_text()
-    except FileNotFoundError:
+    if marker.exists():
+        check_marker(folder)
+    else:
         # A fresh file system has lost+found; a crash while the marker was written leaves its temporary.
         names = [path.name for path in folder.iterdir()]
         if names := sorted(name for name in names if name != "lost+found" and not name.startswith(f".{MARKER}")):
             raise StoreError(
                 f"store {folder}: expected an ollama-cache store or an empty folder, "
                 f"got a folder with {names[0]!r} in it"
-            ) from None
+            )
         _write_new(marker, json.dumps({"format": FORMAT}).encode() + b"\n", mode=0o644)
-    else:
-        try:
-            found = json.loads(text)["format"]
-        except (ValueError, KeyError, TypeError):
-            found = text[:40]
-        if found != FORMAT:
-            raise StoreError(f"store {folder}: expected format {FORMAT} in {MARKER}, got {found!r}")
     for name in _FOLDERS:
         (folder / name).mkdir(exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as probe:
         probe.write(b"x")
+
+
+def check_marker(folder: Path) -> None:
+    """See that `folder` is a store, of the format that we know. StoreError."""
+    try:
+        text = (folder / MARKER).read_text()
+    except OSError as error:
+        raise StoreError(f"expected an ollama-cache store in {folder}, got none; see --dir") from error
+    try:
+        found = json.loads(text)["format"]
+    except (ValueError, KeyError, TypeError):
+        found = text[:40]
+    if found != FORMAT:
+        raise StoreError(f"store {folder}: expected format {FORMAT} in {MARKER}, got {found!r}")
 
 
 def take_lock(folder: Path) -> BinaryIO:

@@ -5,14 +5,19 @@ socket.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
+from pullthrough.admission import MANIFEST, Model, Terms, enter, place, refusal
 from pullthrough.catalogue import JSON, View, detail, listing, statistics
 from pullthrough.control import Tell, Verb
-from pullthrough.errors import CacheError
+from pullthrough.errors import CacheError, InvalidRequest
 from pullthrough.housekeeping import Housekeeping
-from pullthrough.store import Store
+from pullthrough.records import Name
+from pullthrough.store import STAGING, Store
+from pullthrough.verifying import Finding, mend
 from pullthrough.warm import Warmer
 
 
@@ -48,6 +53,8 @@ class Verbs:
             "unpin": self._unpin,
             "prune": self._prune,
             "warm": self._warm,
+            "admit": self._admit,
+            "mend": self._mend,
         }
 
     def _view(self) -> View:
@@ -89,4 +96,29 @@ class Verbs:
                 done.append(await self._warmer.warm(str(text), tell, dry_run=bool(arguments["dry_run"])))
             except CacheError as error:
                 done.append({"model": str(text), "error": str(error)})
+        return done
+
+    async def _admit(self, arguments: Mapping[str, Any], _: Tell) -> Any:
+        folder = str(arguments["staging"])
+        if not folder.startswith(STAGING) or "/" in folder:
+            raise InvalidRequest(f"expected a folder {STAGING}… of the store, got {folder!r}")
+        staging = self._store.folder / "ingest" / folder
+        terms = Terms(bool(arguments["public"]), bool(arguments["replace_confirmed"]))
+        name = Name.parse(str(arguments["model"]))
+        try:
+            body = await asyncio.to_thread((staging / MANIFEST).read_bytes)
+        except OSError as error:
+            raise InvalidRequest(f"expected a staged manifest of {name}, got {error}") from error
+        model = Model.parse(name, body)
+        outcome = refusal(self._store, model, terms)
+        if outcome is None:
+            placed = await asyncio.to_thread(place, self._store, staging, model)
+            outcome = enter(self._store, model, terms, placed, now=time.time())
+        return asdict(outcome)
+
+    async def _mend(self, arguments: Mapping[str, Any], _: Tell) -> Any:
+        done = []
+        for finding in map(Finding.parse, arguments["findings"]):
+            done.append(mend(self._store, finding, now=time.time()))
+            await asyncio.sleep(0)
         return done

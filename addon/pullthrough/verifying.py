@@ -10,15 +10,16 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Self
 
 from pullthrough import platform
 from pullthrough.copying import Crew, Extent
 from pullthrough.digest import Digest
+from pullthrough.errors import InvalidRequest
 from pullthrough.ingest import Ingest
 from pullthrough.inventory import Inventory
 from pullthrough.modeltree import BLOBS, parse_blob_path
@@ -59,6 +60,29 @@ class Finding:
     digest: Digest | None = None
     identity: Identity | None = None
     """Of the file when it was read."""
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> Self:
+        """What `fields` has made. InvalidRequest."""
+        try:
+            identity = None
+            if fields["identity"] is not None:
+                size, mtime_ns, inode = map(int, fields["identity"])
+                identity = (size, mtime_ns, inode)
+            return cls(
+                Problem(fields["problem"]),
+                str(fields["name"]),
+                str(fields["expected"]),
+                str(fields["got"]),
+                Digest.parse(fields["digest"]) if fields["digest"] else None,
+                identity,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"expected a finding of verify, got {fields!r:.200}") from error
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {**asdict(self), "digest": str(self.digest or "")}
 
     def __str__(self) -> str:
         return f"{self.name}: {self.problem}: expected {self.expected}, got {self.got}"
@@ -222,7 +246,7 @@ def _compare(inventory: Inventory, digest: Digest, identity: Identity) -> Findin
     record = inventory.blobs.get(digest)
     if record is None or not record.held:
         return Finding(Problem.UNKNOWN, digest.file_name, "only what the index knows", "a blob", digest, identity)
-    expected = (record.size or 0, record.mtime_ns, record.inode)
+    expected = (record.size, record.mtime_ns, record.inode)
     for what, wanted, found in zip(("size", "mtime", "inode"), expected, identity, strict=True):
         if wanted != found:
             return Finding(Problem.ALTERED, digest.file_name, f"{what} {wanted}", f"{what} {found}", digest, identity)
@@ -248,20 +272,14 @@ def _stands(finding: Finding, inventory: Inventory) -> bool:
     return finding.identity is None or _identity(status) == finding.identity
 
 
-def mend(store: Store, findings: Collection[Finding], *, now: float) -> list[tuple[Finding, str]]:
-    """Let no hit come of what was found: (finding, what was done) of each that could be mended.
+def mend(store: Store, finding: Finding, *, now: float) -> str:
+    """Let no hit come of what was found; what was done, "" where nothing could be.
 
     Damaged files go to quarantine, rows without files are disowned, right files enter the index as they are by now.
-    For whoever holds the store; may wait for the disk.
+    For whoever holds the store; a rename or two, and a flush of a folder.
     """
-    done = []
-    for finding in findings:
-        if finding.digest is not None and (what := _mend(store, finding, finding.digest, now)):
-            done.append((finding, what))
-    return done
-
-
-def _mend(store: Store, finding: Finding, digest: Digest, now: float) -> str:
+    if (digest := finding.digest) is None:
+        return ""
     path = store.blob_path(digest)
     ingest = store.ingest(digest)
     # The opening of the store makes partials of the files that its index does not know.
@@ -282,7 +300,8 @@ def _mend(store: Store, finding: Finding, digest: Digest, now: float) -> str:
         return f"quarantined as {moved.name}"
     if place == path:
         Ingest.adopt(store.folder / "ingest", digest, path)
-    store.publish(ingest, now=now)
+    store.publish(digest, store.place(digest, ingest.partial_path), now=now)
+    ingest.forget()
     return "entered into the index"
 
 

@@ -6,17 +6,14 @@ to everybody. One model and one blob at a time, in the manifest's order. Knows n
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, Final
 
+from pullthrough.ahead import Ahead
 from pullthrough.control import Tell
-from pullthrough.datastream import Source
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, InvalidRequest, UpstreamRefused
 from pullthrough.freshness import Heard
 from pullthrough.manifests import Manifests
-from pullthrough.recorder import Recorder
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.settings import Settings
 from pullthrough.store import Store
@@ -32,16 +29,13 @@ class Warmer:
         self,
         settings: Settings,
         store: Store,
-        recorder: Recorder,
+        ahead: Ahead,
         manifests: Manifests,
-        source: Callable[[str, str, Digest], Awaitable[Source]],
     ) -> None:
-        """`source` obtains a blob's public source from (host, repository)."""
         self._settings = settings
         self._store = store
-        self._recorder = recorder
+        self._ahead = ahead
         self._manifests = manifests
-        self._source = source
 
     async def warm(self, text: str, tell: Tell, *, dry_run: bool) -> dict[str, Any]:
         """Record one model; {model, size, missing}: bytes of it, and of what was not here. CacheError if it fails.
@@ -74,9 +68,7 @@ class Warmer:
 
     async def _record(self, name: Name, digest: Digest, size: int, tell: Tell) -> None:
         progress = {"model": name.typed, "layer": digest.short, "size": size}
-        if self._store.held(digest) is None:
-            obtain = partial(self._source, name.host, name.repository, digest)
-            recording = self._recorder.find(digest) or self._recorder.open(digest, obtain=obtain, wanted=True)
+        if (recording := await self._ahead.begin(name.host, name.repository, digest)) is not None:
             while not recording.over.is_set():
                 await tell({**progress, "done": recording.assembly.present.size if recording.size is not None else 0})
                 try:
@@ -86,6 +78,4 @@ class Warmer:
                     continue
             if self._store.held(digest) is None:
                 raise CacheError(f"expected {digest} to be recorded, got a failure; the cache's log has more")
-        elif (known := self._store.blob(digest)) is None or not known.public:
-            await self._source(name.host, name.repository, digest)
         await tell({**progress, "done": size})

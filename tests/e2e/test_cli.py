@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from pullthrough.asking import SOCKET
+from pullthrough.asking import SOCKET, ask
 from pullthrough.digest import Digest
+from pullthrough.errors import ControlError
 from pullthrough.index import look
 from pullthrough.store import Store
 from tests.e2e.conftest import MB, add_model, unique
@@ -133,6 +134,40 @@ def test_a_held_index_blocks_nobody(origin: Origin, proxy: Proxy, new_client: Ca
         database.execute("ROLLBACK")
     finally:
         database.close()
+
+
+def test_import_and_verify_beside_the_daemon(
+    origin: Origin, proxy: Proxy, new_client: Callable[..., A2Client], tmp_path: Path
+) -> None:
+    """What is imported is pulled at once and without the CDN; what is damaged is mended while the cache runs."""
+    model = add_model(origin, unique(2 * MB), unique(1000))
+    direct = A2Client(None, origin.ca_file, tmp_path / "direct", resolve=origin.resolve)
+    direct.pull(model.name)
+    done = cli(proxy, "import", str(direct.directory), "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    name = f"registry.ollama.ai/{model.repository}:latest"
+    assert json.loads(done.stdout)["models"] == [{"model": name, "fate": "imported", "why": ""}]
+    assert list((proxy.store / "ingest").iterdir()) == []
+    fetched = origin.counters.cdn_bytes
+    new_client(proxy).pull(model.name)
+    assert origin.counters.cdn_bytes == fetched
+
+    path = proxy.store / "blobs" / Digest.parse(model.layer).file_name
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    done = cli(proxy, "verify", model.name)
+    assert done.returncode == 1
+    assert "damaged: " in done.stdout and "; quarantined as " in done.stdout
+    assert not path.exists()
+    new_client(proxy).pull(model.name)
+    assert cli(proxy, "verify", model.name).returncode == 0
+
+
+@pytest.mark.parametrize("staging", ["../blobs", ".import-x/../../blobs", "blobs", ".import-none"])
+def test_the_daemon_admits_from_staging_folders_only(proxy: Proxy, staging: str) -> None:
+    """Whoever may write to the store may ask; a folder beside it is none all the same."""
+    arguments = {"staging": staging, "model": "tiny", "public": True, "replace_confirmed": False}
+    with pytest.raises(ControlError, match=r"expected a folder|expected a staged manifest"):
+        ask(proxy.store, "admit", arguments)
 
 
 @pytest.mark.long

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from pullthrough.admission import Fate
 from pullthrough.exporting import export_bundle_file, export_tree, select
-from pullthrough.importing import Fate, import_bundle, import_tree
 from pullthrough.inventory import Inventory
 from pullthrough.store import Store
 from tests.e2e.conftest import MB, add_model, get, to_registry, unique
 from tests.support.a2 import A2Client
+from tests.support.carrying import import_into
 from tests.support.origin import Origin
 from tests.support.proxy import Proxy
 
@@ -35,7 +36,7 @@ def test_across_an_air_gap(
         pulled[each.name].pull(each.name)
     with closing(Store.open(tmp_path / "proxy" / "store")) as store:
         for each, public in ((model, True), (private, False)):
-            (outcome,) = import_tree(store, pulled[each.name].directory, public=public, now=1.0)
+            (outcome,) = import_into(store, pulled[each.name].directory, public=public, now=1.0)
             assert outcome.fate is Fate.IMPORTED
     origin.stop()
 
@@ -59,7 +60,7 @@ def test_across_an_air_gap(
     export_bundle_file(inventory, cargo, tmp_path / "carried.tar")
     proxy.stop()
     with closing(Store.open(tmp_path / "far")) as store:
-        (outcome,) = import_bundle(store, tmp_path / "carried.tar", public=True, now=1.0)
+        (outcome,) = import_into(store, tmp_path / "carried.tar", now=1.0)
         assert outcome.fate is Fate.IMPORTED
     proxy.options["ollama_cache_dir"] = tmp_path / "far"
     proxy.options["ollama_cache_offline"] = True

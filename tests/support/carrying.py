@@ -1,0 +1,24 @@
+"""Import into a store that a test has open."""
+
+from pathlib import Path
+
+from pullthrough.admission import Outcome, Terms, admit
+from pullthrough.importing import Bounds, Staging, take
+from pullthrough.store import Store
+
+
+def import_into(
+    store: Store,
+    source: Path,
+    *,
+    now: float = 9.0,
+    public: bool = True,
+    replace_confirmed: bool = False,
+    bounds: Bounds | None = None,
+    link: bool = False,
+) -> list[Outcome]:
+    """What `ollama-cache import` does without a daemon."""
+    held = {digest: record.size or 0 for digest, record in store.blobs().items() if store.held(digest) is not None}
+    with Staging(store.folder, held=held, bounds=bounds or Bounds(), link=link) as staging:
+        terms = Terms(public=public, replace_confirmed=replace_confirmed)
+        return take(source, staging, lambda model: admit(store, staging.folder, model, terms, now=now))
