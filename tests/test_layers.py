@@ -15,11 +15,13 @@ PACKAGE: Final = ADDON / "pullthrough"
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
     " conditional requestlog options loopguard wording",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning",
+    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning"
+    " diagnosis",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
     " storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
     " clientsetup",
-    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead",
+    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
+    " examining ollamadaemon",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
     "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages"
@@ -43,6 +45,8 @@ SIDEWAYS: Final = {
     "coding": {"errors"},
     "access": {"tunnel"},
     "parent": {"tunnel"},
+    "diagnosis": {"parent"},
+    "ollamadaemon": {"examining"},
     "catalogue": {"traffic"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},

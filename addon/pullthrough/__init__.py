@@ -13,6 +13,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L2b  recorder  recording  cursor  relay  fetcher
          supply  sealer  keeper  workroom  ahead             the ones that talk to the CDN and keep what it says
          verifying  importing  exporting                     the ones that check the store and carry models in and out
+         examining  ollamadaemon                             the ones that look for what is wrong
     L2a  store  storefolder  index  ingest  upstream  datastream  resolver  collapse
          ca  threads  places  looplag  platform
          ledger  control  asking  housekeeping
@@ -20,7 +21,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          clientsetup                                         disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  trials
-         traffic  catalogue  pruning                         state and policy, no I/O; `now` is a parameter
+         traffic  catalogue  pruning  diagnosis              state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
          conditional  requestlog  settings  options  loopguard  wording
 """

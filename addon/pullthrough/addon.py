@@ -10,10 +10,11 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from mitmproxy import addonmanager, ctx, exceptions
 from mitmproxy.proxy.mode_specs import ProxyMode
@@ -22,9 +23,11 @@ from pullthrough import clientpages, places, platform
 from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Authority, Leaf, is_due
-from pullthrough.clientsetup import DEFAULT_PORT, clients_host, documents
+from pullthrough.clientsetup import clients_host, documents
+from pullthrough.control import Tell
 from pullthrough.desk import Desk
 from pullthrough.errors import CacheError
+from pullthrough.examining import look_out
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
 from pullthrough.keeper import Keeper
@@ -35,7 +38,7 @@ from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
-from pullthrough.settings import PREFIX, Endpoint, Settings
+from pullthrough.settings import PREFIX, PROXY_PORT, Endpoint, Settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Transfers, check_internals
 from pullthrough.threads import Threads
@@ -46,6 +49,8 @@ _log = logging.getLogger(__name__)
 
 REMINT_S: Final = 3600.0
 DESCRIPTORS: Final = 65_536
+PROXIES: Final = ("regular", "upstream")
+"""Those of mitmproxy's modes whose clients know that they have a proxy."""
 
 MITMPROXY_OPTIONS: Final = {
     # A hit must not dial upstream first (mitmproxy#4775).
@@ -187,14 +192,15 @@ class OllamaCache:
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder)
         self._registry.open()
-        self._desk = Desk(settings, self._store, self._recorder, self._registry, _origins(settings))
+        others = {"proxy": _tell_address, "look out": self._look_out}
+        self._desk = Desk(settings, self._store, self._recorder, self._registry, _origins(settings), others)
         await self._desk.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
         self._forbid_reload()
         self._gate.open(settings, self._parents, self._upstream.loop)
         self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._desk.serve)
-        proxy = Endpoint("http", clients_host(settings), ctx.options.listen_port or DEFAULT_PORT)
+        proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
         given = documents([self._authority.certificate], self._authority.permitted, proxy.origin)
         clientpages.add(self._blob_server.pages, given)
         await self._blob_server.open(self._registry, self._gate.admits, self._desk.serve)
@@ -238,6 +244,11 @@ class OllamaCache:
             self._confdir.cleanup()
             self._confdir = None
 
+    async def _look_out(self, _: Mapping[str, Any], __: Tell) -> Any:
+        """For the doctor: how the registry answers the client that pulls use."""
+        assert self._settings and self._upstream
+        return (await look_out(self._upstream, self._settings, _now())).as_json()
+
     async def _remint(self) -> None:
         while True:
             await asyncio.sleep(REMINT_S)
@@ -270,6 +281,18 @@ def _origins(settings: Settings) -> list[dict[str, str]]:
         value = places_of.get(option.name, getattr(ctx.options, f"{PREFIX}{option.name}"))
         rows.append({"name": option.name, "value": value, "source": source})
     return rows
+
+
+def _proxy_address() -> tuple[str, int]:
+    """The first listener that speaks as a proxy; host "" for all addresses."""
+    servers = ctx.master.addons.get("proxyserver").servers
+    found = [address[:2] for server in servers if server.mode.type_name in PROXIES for address in server.listen_addrs]
+    return found[0] if found else ("", ctx.options.listen_port or PROXY_PORT)
+
+
+async def _tell_address(_: Mapping[str, Any], __: Tell) -> Any:
+    host, port = _proxy_address()
+    return {"host": host, "port": port}
 
 
 def _ports() -> set[int]:

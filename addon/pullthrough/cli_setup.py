@@ -1,20 +1,38 @@
-"""The verbs of the command line that are about clients and trust: what sets up a client.
+"""The verbs of the command line that set up a client and find out what is wrong.
 
-Invariant: standard output is what is to be run or applied elsewhere, and nothing else; what is to be known besides is
-on standard error. Reads the options of the cache that runs, else those of the environment.
+Invariant: standard output is what is to be run or applied elsewhere, or the findings, and nothing else. Uses the
+options of the cache that runs, else those of the environment.
 """
 
 import ipaddress
+import os
 import re
+import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from pullthrough.cli_base import Folder, fail, refusals, settings_in_force
+from pullthrough.asking import ask
+from pullthrough.cli_base import (
+    AsJson,
+    Folder,
+    fail,
+    folder_of,
+    print_json,
+    print_lines,
+    refusals,
+    settings_in_force,
+)
+from pullthrough.errors import NoDaemon
 from pullthrough.platform import own_addresses
-from pullthrough.settings import Endpoint
+from pullthrough.settings import PROXY_PORT, Endpoint
+
+if TYPE_CHECKING:
+    from pullthrough.diagnosis import ServerFacts
 
 app = typer.Typer()
 
@@ -38,7 +56,7 @@ def connect(
         str,
         typer.Option(
             metavar="HOST[:PORT]",
-            help="Where clients find the proxy, if not at port 8080 of this machine.",
+            help="Where clients find the proxy, if not at this machine's own port.",
             show_default=False,
         ),
     ] = "",
@@ -47,7 +65,7 @@ def connect(
     """Print the command that sets up a client, to be run there."""
     # Cryptography takes longer to load than most verbs to run.
     from pullthrough.ca import Authority
-    from pullthrough.clientsetup import DEFAULT_PORT, SYSTEMS, clients_host, command, documents
+    from pullthrough.clientsetup import SYSTEMS, clients_host, command, documents
 
     given = _ADDRESS.fullmatch(address)
     if address and given is None:
@@ -56,7 +74,7 @@ def connect(
         settings = settings_in_force(dir)
         authority = Authority.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
     host = (given["v6"] or given["host"]) if given else clients_host(settings)
-    proxy = Endpoint("http", host, int(given["port"] or DEFAULT_PORT) if given else DEFAULT_PORT)
+    proxy = Endpoint("http", host, int(given["port"]) if given and given["port"] else _proxy_port(dir))
     made = documents([authority.certificate], authority.permitted, proxy.origin)
     if kind not in SYSTEMS:
         typer.echo(made[f"/connect/{kind}.yaml"].body.decode(), nl=False)
@@ -68,6 +86,68 @@ def connect(
     typer.echo(command(kind, made[f"/connect/{SYSTEMS[kind]}"], server=server.origin, proxy=proxy.origin))
     if not given and (others := sorted(filter(_is_reachable, own_addresses() - {host}))):
         typer.echo(f"For --address, this machine also has {', '.join(others)}", err=True)
+
+
+@app.command()
+def doctor(
+    client: Annotated[
+        bool, typer.Option("--client", help="Look at this machine's Ollama, not at the cache.", show_default=False)
+    ] = False,
+    json: AsJson = False,
+    dir: Folder = None,  # noqa: A002 -- the option's name
+) -> None:
+    """Find out what is wrong, and say what mends it."""
+    from pullthrough import diagnosis
+
+    with refusals():
+        if client:
+            from pullthrough.ollamadaemon import client_facts
+
+            findings = diagnosis.of_client(client_facts(settings_in_force(dir).intercepted))
+        else:
+            findings = diagnosis.of_server(_server_facts(dir))
+    if json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            print_lines([f"{finding.what}: {finding.why}", f"    {finding.mend}"])
+        if not findings:
+            print_lines(["nothing is wrong"])
+    raise typer.Exit(int(any(finding.grave for finding in findings)))
+
+
+def _proxy_port(given: Path | None) -> int:
+    """That of the cache that runs."""
+    try:
+        return int(ask(folder_of(given), "proxy", {})["port"])
+    except NoDaemon:
+        return PROXY_PORT
+
+
+def _server_facts(given: Path | None) -> "ServerFacts":
+    """By the daemon's own client where one runs, which knows its parent proxies and whom it trusts."""
+    import asyncio
+
+    from pullthrough.examining import Outlook, look_out, server_facts
+    from pullthrough.parent import Parents
+    from pullthrough.upstream import Upstream
+
+    settings, proxy, running = settings_in_force(given), Endpoint("http", "", PROXY_PORT), True
+
+    async def look() -> Outlook:
+        upstream = Upstream(settings, own_addresses=own_addresses, parents=Parents.parse(os.environ))
+        await upstream.open()
+        try:
+            return await look_out(upstream, settings, datetime.now(UTC))
+        finally:
+            await upstream.close()
+
+    try:
+        proxy = Endpoint("http", **ask(folder_of(given), "proxy", {}))
+        outlook = Outlook(**ask(folder_of(given), "look out", {}))
+    except NoDaemon:
+        running, outlook = sys.platform == "win32", asyncio.run(look())
+    return server_facts(settings, proxy, outlook, running=running, now=datetime.now(UTC))
 
 
 def _is_reachable(address: str) -> bool:

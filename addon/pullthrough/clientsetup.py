@@ -22,8 +22,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from pullthrough import platform
 from pullthrough.settings import Settings
 
-DEFAULT_PORT: Final = 8080
-"""Of mitmproxy."""
 TEXT: Final = "text/plain; charset=utf-8"
 YAML: Final = "application/yaml"
 """RFC 9512."""
