@@ -48,7 +48,7 @@ REFUSED: Final = Leg(address=CACHE, reached="Connection refused")
 
 SERVER_FAULTS: Final[dict[str, tuple[dict[str, Any], str, str]]] = {
     "CA permits too little": (
-        {"authority": "expected a CA that permits hf.co, got one that permits x", "leg": Leg(address=CACHE, issuer="")},
+        {"authority": "expected a CA that permits hf.co, got one that permits x", "issuer": ""},
         "the certificate authority cannot be used",
         "ollama-cache ca renew",
     ),
