@@ -5,6 +5,7 @@ and `running`, released in `done`. Knows how mitmproxy works and nothing of how 
 """
 
 import asyncio
+import gc
 import logging
 import os
 import sys
@@ -148,6 +149,8 @@ class OllamaCache:
             ) from error
         self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
         self._store = Store.open(settings.dir)
+        # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
+        gc.freeze()
         platform.allow_descriptors(DESCRIPTORS)
         self._blob_server = BlobServer(settings)
         self._settings = settings

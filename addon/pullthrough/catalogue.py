@@ -72,13 +72,14 @@ def listing(view: View) -> list[JSON]:
 
 
 def _row(view: View, name: Name, record: ManifestRecord) -> JSON:
+    digest = record.digest
     return {
         "name": name.typed,
         "host": name.host,
         "repository": name.repository,
         "reference": name.reference,
-        "id": record.digest[:12],
-        "digest": f"sha256:{record.digest}",
+        "id": digest[:12],
+        "digest": f"sha256:{digest}",
         "size": sum(record.sizes.values()),
         "held": "complete" if all(view.holds(digest) for digest in record.sizes) else "partial",
         "pulled": record.pulled or None,

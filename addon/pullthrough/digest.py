@@ -5,21 +5,31 @@ Knows no bytes: hashing and comparing is the store's work.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Self
 
 from pullthrough.errors import InvalidRequest
 
 # Ollama sends `sha256:` on the wire and uses `sha256-` in file names; clients accept both with either case of
 # hexadecimal (server/modelpath.go, types/model; v0.33).
+_MANY = re.compile(r"(?:sha256:[0-9a-f]{64})*")
 _FORM = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Digest:
-    """The sha256 of a blob, normalised."""
+class Digest(str):
+    """The sha256 of a blob, normalised: the text `sha256:<64 hex>`.
 
-    hex: str
+    A text, because digests are hashed and compared by the hundred thousand.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, hexadecimal: str) -> Self:
+        """Of 64 lower-case hexadecimal digits."""
+        return super().__new__(cls, f"sha256:{hexadecimal}")
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self.hex,)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -29,12 +39,18 @@ class Digest:
             raise InvalidRequest(f"expected sha256:<64 hexadecimal digits>, got {text[:100]!r}")
         return cls(match[1].lower())
 
-    def __hash__(self) -> int:
-        # The generated one makes a tuple first, and digests are looked up by the hundred thousand.
-        return hash(self.hex)
+    @classmethod
+    def parse_all(cls, texts: Iterable[str]) -> list[Self]:
+        """The digests of many normalised texts at once; InvalidRequest if one is none."""
+        found = list(texts)
+        if not _MANY.fullmatch("".join(found)) or any(len(text) != 71 for text in found):
+            raise InvalidRequest("expected sha256:<64 lower-case hexadecimal digits> throughout, got something else")
+        return [str.__new__(cls, text) for text in found]
 
-    def __str__(self) -> str:
-        return f"sha256:{self.hex}"
+    @property
+    def hex(self) -> str:
+        """Bare, as hashlib gives it."""
+        return self[7:]
 
     @property
     def file_name(self) -> str:
@@ -44,4 +60,4 @@ class Digest:
     @property
     def short(self) -> str:
         """The twelve digits that `ollama pull` shows in its progress lines."""
-        return self.hex[:12]
+        return self[7:19]

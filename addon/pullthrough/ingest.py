@@ -59,8 +59,10 @@ class Ingest:
     their intervals do not overlap.
     """
 
-    def __init__(self, folder: Path, digest: Digest) -> None:
+    def __init__(self, folder: Path, digest: Digest, stranger: Path | None = None) -> None:
+        """`stranger` is where a file of this name may lie that is no hit: `resume` adopts it."""
         self.digest = digest
+        self._stranger = stranger
         self.partial_path = folder / f"{digest.file_name}{PARTIAL}"
         self.journal_path = folder / f"{digest.file_name}{JOURNAL}"
         self.file: SharedFile | None = None
@@ -95,6 +97,13 @@ class Ingest:
 
     def resume(self) -> tuple[int, Intervals] | None:
         """(size, what is present) of the partial an earlier recording left; None if there is none to be used."""
+        if self._stranger is not None:
+            try:
+                self.adopt(self.partial_path.parent, self.digest, self._stranger)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise StoreUnwritable(f"recording {self.digest}: {error}") from error
         found = self._read_journal()
         if found is None:
             return None

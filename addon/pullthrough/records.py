@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest
@@ -19,9 +19,8 @@ Version = tuple[int, ...]
 """An Ollama's, as its User-Agent tells it."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlobRecord:
-    """What is known of one digest."""
+class BlobRecord(NamedTuple):
+    """What is known of one digest. A tuple, because a start reads them by the hundred thousand."""
 
     size: int | None = None
     """None until upstream or its bytes have told."""

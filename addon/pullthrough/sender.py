@@ -18,7 +18,7 @@ from pullthrough import platform
 from pullthrough.errors import CacheError
 from pullthrough.reader import CLIENT_STALL_S, WAIT_S, FileSpan, Memory, Pending, Reader, read_span
 
-SPAN: Final = 8 << 20
+SPAN: Final = 16 << 20
 """Bytes per call: small enough that a client which takes them slowly is not taken for one that takes none. Each call
 costs Python a quarter of a millisecond."""
 PIECE: Final = 1 << 20

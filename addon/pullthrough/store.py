@@ -67,7 +67,7 @@ class Store:
         self._manifests = contents.manifests
         self._pairs = contents.pairs
         self._listed: dict[tuple[str, str], set[Digest]] = {}
-        self._by_digest: dict[tuple[str, str, str], ManifestRecord] = {}
+        self._by_digest: dict[tuple[str, str], dict[str, ManifestRecord]] = {}
         for name, record in self._manifests.items():
             self._list(name, record)
         self._open: dict[Digest, SharedFile] = {}
@@ -104,12 +104,14 @@ class Store:
         self.remove_files(path for path, (_, changed) in self.quarantined().items() if changed < oldest)
 
     def _adopt_orphans(self) -> None:
-        """Blob files that the index does not know become complete partials: hashed again before they are hits."""
-        known = {digest.file_name: record for digest, record in self._blobs.items()}
-        with os.scandir(self.folder / "blobs") as entries:
-            # A Path for each of many blobs costs seconds, and an entry's own `stat` has no inode on Windows.
-            strangers = [entry.name for entry in entries if not _is_same(os.stat(entry), known.get(entry.name))]  # noqa: PTH116
-        for name in strangers:
+        """Blob files that the index does not know become complete partials: hashed again before they are hits.
+
+        Only names are looked at: a file that is not the one that was verified is adopted when it is asked for.
+        """
+        known = {digest.file_name for digest, record in self._blobs.items() if record.held}
+        with os.scandir(self.folder / "blobs") as entries:  # a Path for each of many blobs costs seconds
+            names = {entry.name for entry in entries}
+        for name in names - known:
             with contextlib.suppress(InvalidRequest):  # whatever it is, it is not ours to touch
                 Ingest.adopt(self.folder / "ingest", Digest.parse(name), self.folder / "blobs" / name)
 
@@ -137,7 +139,7 @@ class Store:
             status = self.blob_path(digest).stat()
         except OSError:
             return None
-        return record if _is_same(status, record) else None
+        return record if record.is_file(status.st_size, status.st_mtime_ns, status.st_ino) else None
 
     def blob_path(self, digest: Digest) -> Path:
         return self.folder / "blobs" / digest.file_name
@@ -160,14 +162,14 @@ class Store:
         """The blob's file cannot be read any more: it is no hit from now on, and recorded anew when asked for."""
         record = self._blobs.get(digest)
         if record is not None and record.held:
-            self._put_blob(digest, replace(record, held=False))
+            self._put_blob(digest, record._replace(held=False))
             with contextlib.suppress(OSError):
                 self.blob_path(digest).unlink()
 
     def evict(self, digests: Sequence[Digest]) -> list[Path]:
         """Their blobs are no hits from now on; the files that are returned are the caller's to remove."""
         for digest in digests:
-            self._put_blob(digest, replace(self._blobs[digest], held=False))
+            self._put_blob(digest, self._blobs[digest]._replace(held=False))
         return [self.blob_path(digest) for digest in digests]
 
     def is_open(self, digest: Digest) -> bool:
@@ -198,7 +200,7 @@ class Store:
 
     def ingest(self, digest: Digest) -> Ingest:
         """The ingest of `digest`: a new one, or the partial that an earlier recording left."""
-        return Ingest(self.folder / "ingest", digest)
+        return Ingest(self.folder / "ingest", digest, self.blob_path(digest))
 
     def place(self, digest: Digest, verified: Path) -> os.stat_result:
         """Move a file among the blobs; it is no hit before `publish`.
@@ -217,8 +219,7 @@ class Store:
 
     def publish(self, digest: Digest, placed: os.stat_result, *, now: float) -> BlobRecord:
         """The blob is a hit from now on, as long as its file is the one that was placed."""
-        record = replace(
-            self._blobs.get(digest, BlobRecord()),
+        record = self._blobs.get(digest, BlobRecord())._replace(
             size=placed.st_size,
             held=True,
             mtime_ns=placed.st_mtime_ns,
@@ -258,7 +259,7 @@ class Store:
         """Upstream granted the blob of this repository to an anonymous request."""
         known = self._blobs.get(digest, BlobRecord())
         if not known.public:
-            self._put_blob(digest, replace(known, public=True))
+            self._put_blob(digest, known._replace(public=True))
         if (host, repository, digest) not in self._pairs:
             self._pairs.add((host, repository, digest))
             self._index.put_pair(host, repository, digest)
@@ -279,7 +280,7 @@ class Store:
             if (name.host, name.repository) == where and not record.denied
         ]
         self._listed.pop(where, None)
-        self._by_digest = {key: record for key, record in self._by_digest.items() if key[:2] != where}
+        self._by_digest.pop(where, None)
         digests = {digest for _, _, digest in pairs}
         for name in names:
             record = self._manifests[name]
@@ -290,7 +291,7 @@ class Store:
             self._index.delete_pair(*pair)
         for digest in digests - {digest for _, _, digest in self._pairs}:
             if (known := self._blobs.get(digest)) is not None and known.public:
-                self._put_blob(digest, replace(known, public=False))
+                self._put_blob(digest, known._replace(public=False))
         return bool(pairs or names)
 
     def denials(self, host: str, repository: str) -> int:
@@ -304,7 +305,7 @@ class Store:
 
     def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
         """The manifest of the repository whose bytes have this digest, whatever it was asked for by."""
-        return self._by_digest.get((host, repository, digest.hex))
+        return self._by_digest.get((host, repository), {}).get(digest.hex)
 
     def drop_manifest(self, name: Name) -> None:
         """Forget the manifest; its blobs stay, and so do those that other manifests list."""
@@ -313,7 +314,7 @@ class Store:
         shared = any(other.body == record.body for other in self._manifests.values())
         self._index.delete_manifest(name, None if shared else record.digest)
         self._listed.pop((name.host, name.repository), None)
-        self._by_digest.pop((name.host, name.repository, record.digest), None)
+        self._by_digest.get((name.host, name.repository), {}).pop(record.digest, None)
         for other, stored in self._manifests.items():
             if (other.host, other.repository) == (name.host, name.repository):
                 self._list(other, stored)
@@ -338,11 +339,11 @@ class Store:
     def _list(self, name: Name, record: ManifestRecord) -> None:
         if not record.denied:
             self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
-            self._by_digest[name.host, name.repository, record.digest] = record
+            self._by_digest.setdefault((name.host, name.repository), {})[record.digest] = record
 
     def manifests_of(self, host: str, repository: str) -> list[ManifestRecord]:
         """The repository's manifests, without those that are private by now."""
-        return [record for (where, what, _), record in self._by_digest.items() if (where, what) == (host, repository)]
+        return list(self._by_digest.get((host, repository), {}).values())
 
     def manifests(self) -> Mapping[Name, ManifestRecord]:
         """All stored manifests, those that are private by now too."""
@@ -356,7 +357,3 @@ class Store:
 def _taken(path: Path) -> tuple[int, float]:
     status = path.stat()
     return platform.allocated(status), status.st_mtime
-
-
-def _is_same(status: os.stat_result, record: BlobRecord | None) -> bool:
-    return record is not None and record.is_file(status.st_size, status.st_mtime_ns, status.st_ino)

@@ -22,6 +22,8 @@ from tests.support.origin import MODEL_TYPE, R2_HOST, REGISTRY_HOST, Origin, Syn
 from tests.support.proxy import Proxy, free_port
 
 SIZE: Final = 512 << 20
+PLAIN_SIZE: Final = 2 << 30
+"""So that each of 16 parts is 128 MiB: Ollama's are 100 MB at least (server/download.go, minDownloadPartSize)."""
 STREAMS: Final = (1, 16)
 MANIFEST: Final = "/v2/library/tiny/manifests/latest"
 _PIECE: Final = 8 << 20
@@ -150,7 +152,7 @@ def hit(bench: Bench) -> Iterator[Figure]:
 
 def plain(bench: Bench) -> Iterator[Figure]:
     """A stored blob by plain HTTP from the cache's own port, against nginx with sendfile."""
-    size = bench.size(SIZE)
+    size = bench.size(PLAIN_SIZE)
     with _scene(size) as scene:
         ours = f"http://127.0.0.1:{scene.proxy.front_port}{scene.path}?{scene.query}"
         theirs = f"http://127.0.0.1:{scene.plain_port}{scene.path}"

@@ -6,7 +6,6 @@ Knows the index's rows, so that ten thousand models cost a second and not minute
 import json
 import os
 import sqlite3
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def fill(folder: Path, *, models: int, layers: int, day: float) -> None:
             os.truncate(file.fileno(), 1000)
         status = path.stat()
         blob = BlobRecord(1000, True, True, status.st_mtime_ns, status.st_ino, 0.0)
-        rows.append((f"blob {digest}", json.dumps(asdict(blob))))
+        rows.append((f"blob {digest}", json.dumps(blob)))
     with sqlite3.connect(folder / "index" / "cache.db") as connection:
         connection.executemany(
             "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, value) VALUES (?, 1, 0, 0, 0, 1, ?)",

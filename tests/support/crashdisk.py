@@ -27,6 +27,7 @@ import pytest
 
 from pullthrough import index, platform, storefolder
 from pullthrough.digest import Digest
+from pullthrough.records import BlobRecord
 
 FOLDERS = ("ingest", "blobs", "quarantine")
 
@@ -161,10 +162,10 @@ class Disk[P]:
             (folder / path).write_bytes(files[file])
             self._by_inode[(folder / path).stat().st_ino] = file
         for row in (change for change in changes if isinstance(change, Row)):
-            record = json.loads(row.value)
+            record = BlobRecord._make(json.loads(row.value))
             for path in (path for path, file in names.items() if file == row.file):
                 status = (folder / path).stat()
-                record |= {"inode": status.st_ino, "mtime_ns": status.st_mtime_ns}
+                record = record._replace(inode=status.st_ino, mtime_ns=status.st_mtime_ns)
             dict.__setitem__(self.rows, row.key, json.dumps(record))
 
     def install(self, patch: pytest.MonkeyPatch, boot_id: str) -> None:
