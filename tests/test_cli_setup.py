@@ -9,7 +9,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from pullthrough import cli, cli_setup
+from pullthrough import cli
 
 README: Final = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 Run = Callable[..., Result]
@@ -65,9 +65,9 @@ def test_refused(run: Run, arguments: str, env: dict[str, str], expected: str) -
     assert expected in re.sub(r"\s+", " ", result.stderr)
 
 
-@pytest.mark.parametrize("verb", [command.callback.__name__ for command in cli_setup.app.registered_commands])
+@pytest.mark.parametrize("verb", ["connect", "doctor", "ca renew"])
 def test_help(run: Run, verb: str) -> None:
     """It fits 80 columns, and the README has it as it is."""
-    text = run(verb, "--help").stdout
+    text = run(*verb.split(), "--help").stdout
     assert max(map(len, text.splitlines())) <= 80
     assert "".join(f"    {line}".rstrip() + "\n" for line in text.splitlines()) in README

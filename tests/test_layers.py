@@ -19,13 +19,13 @@ ROWS: Final = {
     " diagnosis",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
     " storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
-    " clientsetup",
+    " authorities clientsetup",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " examining ollamadaemon",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
     "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages"
-    " clientpages cli_setup"
+    " clientpages cli_ca cli_setup"
     " cli_base cli_models cli_progress cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
@@ -53,6 +53,7 @@ SIDEWAYS: Final = {
     "storefolder": {"platform"},
     "ledger": {"index"},
     "store": {"index", "ingest", "ledger", "platform", "storefolder"},
+    "authorities": {"ca"},
     "clientsetup": {"platform"},
     "control": {"asking"},
     "housekeeping": {"store"},
@@ -79,10 +80,11 @@ SIDEWAYS: Final = {
     "gate": {"opening", "parentleg", "streamlayer"},
     "blobserver": {"pages", "sender"},
     "clientpages": {"pages"},
+    "cli_ca": {"cli_base"},
     "cli_setup": {"cli_base"},
     "cli_models": {"cli_base", "cli_progress"},
     "cli_transfer": {"cli_base", "meter"},
-    "cli": {"cli_base", "cli_models", "cli_setup", "cli_transfer"},
+    "cli": {"cli_base", "cli_ca", "cli_models", "cli_setup", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
     "addon": {"blobserver", "clientpages", "desk", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }

@@ -4,7 +4,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
 
     L4   addon  flows  messages  gate  parentleg  streamlayer
          modes  opening  blobserver  sender  desk  pages
-         clientpages  cli_setup
+         clientpages  cli_ca  cli_setup
          cli  cli_base  cli_models  cli_progress
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
@@ -18,7 +18,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          ca  threads  places  looplag  platform
          ledger  control  asking  housekeeping
          copying  inventory  modeltree  bundle  admission
-         clientsetup                                         disk, sockets, tasks, keys
+         authorities  clientsetup                            disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  trials
          traffic  catalogue  pruning  diagnosis              state and policy, no I/O; `now` is a parameter

@@ -21,9 +21,10 @@ from mitmproxy import addonmanager, ctx, exceptions
 from mitmproxy.proxy.mode_specs import ProxyMode
 
 from pullthrough import clientpages, places, platform
+from pullthrough.authorities import Authorities
 from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
-from pullthrough.ca import Authority, Leaf, is_due
+from pullthrough.ca import Leaf, is_due
 from pullthrough.clientsetup import clients_host, documents
 from pullthrough.control import Tell
 from pullthrough.desk import Desk
@@ -82,7 +83,7 @@ class OllamaCache:
     def __init__(self) -> None:
         self._settings: Settings | None = None
         self._store: Store | None = None
-        self._authority: Authority | None = None
+        self._authorities: Authorities | None = None
         self._leaves: list[Leaf] = []
         self._confdir: tempfile.TemporaryDirectory[str] | None = None
         self._parents = Parents()
@@ -133,7 +134,7 @@ class OllamaCache:
         quiet = logging.DEBUG if settings.log_level == "debug" else logging.WARNING
         logging.getLogger("mitmproxy.proxy.server").setLevel(quiet)
         logging.getLogger("mitmproxy.proxy.layers").setLevel(quiet)
-        self._authority = Authority.load_or_create(settings.certs, settings.intercepted, now=_now())
+        self._authorities = Authorities.load_or_create(settings.certs, settings.intercepted, now=_now())
         self._parents = ways_out(os.environ, _ports())
         try:
             self._upstream = Upstream(
@@ -158,9 +159,9 @@ class OllamaCache:
 
     def _mint(self) -> None:
         """Give mitmproxy a leaf for each intercepted host; its own CA is a throw-away that nobody trusts."""
-        assert self._settings and self._authority and self._confdir
+        assert self._settings and self._authorities and self._confdir
         folder = Path(self._confdir.name)
-        self._leaves = [self._authority.issue(host, now=_now()) for host in self._settings.intercepted]
+        self._leaves = [self._authorities.issue(host, now=_now()) for host in self._settings.intercepted]
         specs = []
         for leaf in self._leaves:
             # A new name each time: mitmproxy reads the files again only when the option changes.
@@ -172,7 +173,7 @@ class OllamaCache:
 
     async def running(self) -> None:
         """Open what needs the event loop; from here on clients are served."""
-        assert self._settings and self._store and self._authority and self._upstream and self._blob_server
+        assert self._settings and self._store and self._authorities and self._upstream and self._blob_server
         settings = self._settings
         await self._upstream.open()
         self._threads = Threads()
@@ -204,7 +205,7 @@ class OllamaCache:
         self._gate.open(settings, self._parents, self._upstream.loop)
         self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._desk.serve)
         proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
-        given = documents([self._authority.certificate], self._authority.permitted, proxy.origin)
+        given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)
         clientpages.add(self._blob_server.pages, given)
         await self._blob_server.open(self._registry, self._gate.admits, self._desk.serve)
         _log.info(
@@ -212,8 +213,8 @@ class OllamaCache:
             settings.dir,
             len(self._store.blobs()),
             len(self._store.manifests()),
-            self._authority.certificate_file,
-            self._authority.fingerprint,
+            self._authorities.current.certificate_file,
+            self._authorities.current.fingerprint,
             self._blob_server,
         )
 

@@ -64,7 +64,7 @@ def connect(
 ) -> None:
     """Print the command that sets up a client, to be run there."""
     # Cryptography takes longer to load than most verbs to run.
-    from pullthrough.ca import Authority
+    from pullthrough.authorities import Authorities
     from pullthrough.clientsetup import SYSTEMS, clients_host, command, documents
 
     given = _ADDRESS.fullmatch(address)
@@ -72,10 +72,10 @@ def connect(
         raise typer.BadParameter(f"expected a host or host:port, got {address!r}")
     with refusals():
         settings = settings_in_force(dir)
-        authority = Authority.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
+        authorities = Authorities.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
     host = (given["v6"] or given["host"]) if given else clients_host(settings)
     proxy = Endpoint("http", host, int(given["port"]) if given and given["port"] else _proxy_port(dir))
-    made = documents([authority.certificate], authority.permitted, proxy.origin)
+    made = documents(authorities.certificates, authorities.permitted, proxy.origin)
     if kind not in SYSTEMS:
         typer.echo(made[f"/connect/{kind}.yaml"].body.decode(), nl=False)
         return

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from pullthrough.ca import CERTIFICATE_NAME, KEY_NAME, Authority
+from pullthrough.authorities import Authorities
+from pullthrough.ca import CERTIFICATE_NAME, KEY_NAME
 from pullthrough.diagnosis import Leg, ServerFacts
 from pullthrough.digest import Digest
 from pullthrough.errors import AuthorityError, CacheError, StoreError
@@ -74,23 +76,23 @@ async def look_out(upstream: Upstream, settings: Settings, now: datetime) -> Out
 
 def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: bool, now: datetime) -> ServerFacts:
     """`proxy` is where the proxy listens, or would; `running` as in the facts."""
-    authority, problem = None, ""
+    authorities, problem = None, ""
     try:
         # Before the first start there is none, and nothing is wrong with that.
         if running or any((settings.certs / name).exists() for name in (KEY_NAME, CERTIFICATE_NAME)):
-            authority = Authority.load(settings.certs, settings.intercepted, now=now)
+            authorities = Authorities.load_or_create(settings.certs, settings.intercepted, now=now)
     except AuthorityError as error:
         problem = str(error)
     door = Endpoint("http", *settings.listen[0]) if settings.listen else None
     return ServerFacts(
         authority=problem,
-        expires_s=(authority.not_after - now).total_seconds() if authority else math.inf,
-        issuer=common_name(authority.certificate.subject) if authority else "",
+        expires_s=(authorities.all[-1].not_after - now).total_seconds() if authorities else math.inf,
+        issuer=common_name(authorities.of(settings.registries[0]).certificate.subject) if authorities else "",
         store=_store_problem(settings.dir),
         quarantined=_count(settings.dir / "quarantine"),
         running=running,
         leg=try_leg(proxy, settings.registries[0]),
-        port=_port_problem(door, authority) if door else "",
+        port=_port_problem(door, authorities) if door else "",
         taken=door is not None and not _reach(door),
         upstream=out.upstream,
         ranges=out.ranges,
@@ -149,7 +151,7 @@ def _local(host: str) -> str:
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- not listened on
 
 
-def _port_problem(door: Endpoint, authority: Authority | None) -> str:
+def _port_problem(door: Endpoint, authorities: Authorities | None) -> str:
     connection = http.client.HTTPConnection(_local(door.host), door.port, timeout=PATIENCE_S)
     with contextlib.closing(connection):
         try:
@@ -158,7 +160,8 @@ def _port_problem(door: Endpoint, authority: Authority | None) -> str:
             body = response.read(1 << 20)
         except (OSError, http.client.HTTPException) as error:
             return f"{door.authority}: {error}"
-    if authority is not None and (response.status != 200 or authority.certificate_file.read_bytes() not in body):
+    pem = authorities.current.certificate.public_bytes(Encoding.PEM) if authorities else b""
+    if response.status != 200 or pem not in body:
         return f"{door.authority}: expected our certificate at /ca.crt, got another answer ({response.status})"
     return ""
 
