@@ -34,9 +34,16 @@ class Authorities:
 
     @classmethod
     def load_or_create(cls, directory: Path, names: Sequence[str], *, now: datetime) -> "Authorities":
-        """Those of `directory`, of which one permits each of `names`; made where there is none. AuthorityError."""
-        if not (directory / NEXT / KEY_NAME).exists():
+        """As `load`, but made where there is none."""
+        if not _has_next(directory):
             return cls(Authority.load_or_create(directory, names, now=now), None)
+        return cls.load(directory, names, now=now)
+
+    @classmethod
+    def load(cls, directory: Path, names: Sequence[str], *, now: datetime) -> "Authorities":
+        """Those of `directory`, of which one permits each of `names`. AuthorityError."""
+        if not _has_next(directory):
+            return cls(Authority.load(directory, names, now=now), None)
         current = Authority.load(directory, (), now=now)
         beyond = [name for name in names if not current.permits(name)]
         return cls(current, Authority.load(directory / NEXT, beyond, now=now))
@@ -76,7 +83,7 @@ def renew(directory: Path, names: Sequence[str], *, now: datetime) -> Authority:
 
 def switch(directory: Path, *, now: datetime) -> Authority:
     """Let the next authority be the one in use, and keep the former in a folder of its own. AuthorityError, OSError."""
-    if not (directory / NEXT / KEY_NAME).exists():
+    if not _has_next(directory):
         raise AuthorityError(
             f"expected an authority in {directory / NEXT}, got none; make it with `ollama-cache ca renew`"
         )
@@ -92,3 +99,7 @@ def switch(directory: Path, *, now: datetime) -> Authority:
     os.replace(directory / NEXT / KEY_NAME, directory / KEY_NAME)
     shutil.rmtree(directory / NEXT)
     return Authority.load(directory, (), now=now)
+
+
+def _has_next(directory: Path) -> bool:
+    return (directory / NEXT / KEY_NAME).exists()

@@ -80,7 +80,7 @@ def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: 
     try:
         # Before the first start there is none, and nothing is wrong with that.
         if running or any((settings.certs / name).exists() for name in (KEY_NAME, CERTIFICATE_NAME)):
-            authorities = Authorities.load_or_create(settings.certs, settings.intercepted, now=now)
+            authorities = Authorities.load(settings.certs, settings.intercepted, now=now)
     except AuthorityError as error:
         problem = str(error)
     door = Endpoint("http", *settings.listen[0]) if settings.listen else None

@@ -119,12 +119,13 @@ def new_machine(world: World) -> None:
     with world.cache("regular@0.0.0.0:8080", ollama_cache_listen=":9200") as proxy:
         with world.at("cache"):
             env = {"OLLAMA_CACHE_DIR": str(proxy.store)}
-            printed = CliRunner().invoke(cli.app, ["connect", "--address", CACHE], env=env)
+            printed = CliRunner().invoke(cli.app, ["connect", "--address", f"{CACHE}:8080"], env=env)
         assert printed.exit_code == 0, printed.output
         machine = NewMachine(world.folder)
         before = machine.files()
 
-        assert f"ollama.service pulls through http://{CACHE}:8080" in machine.sh(printed.stdout)
+        said = machine.sh(printed.stdout)
+        assert f"ollama.service pulls through http://{CACHE}:8080" in said, said
         assert machine.daemon == {"HTTPS_PROXY": f"http://{CACHE}:8080"}
         machine.pull(models[0], world.folder / "by the system's list")
         assert "nothing to change" in machine.sh(printed.stdout)
