@@ -33,7 +33,7 @@ ADDRESSES: Final = {
     "given": ("--address 10.9.8.7", {}, "10.9.8.7:9200", "10.9.8.7:8080"),
     "given with a port": ("--address cache.lan:3128", {}, "cache.lan:9200", "cache.lan:3128"),
     "IPv6": ("--address [fd00::1]:3128", {}, "[fd00::1]:9200", "[fd00::1]:3128"),
-    "advertised": ("", {"OLLAMA_CACHE_ADVERTISE": "cache.lan:9300"}, "cache.lan:9200", "cache.lan:8080"),
+    "advertised": ("", {"OLLAMA_CACHE_ADVERTISE": "cache.lan:9300"}, "cache.lan:9300", "cache.lan:8080"),
     "own": ("", {}, "10.0.0.1:9200", "10.0.0.1:8080"),
     "another port": ("", {"OLLAMA_CACHE_LISTEN": ":9999", "OLLAMA_CACHE_FRONT": ""}, "10.0.0.1:9999", "10.0.0.1:8080"),
 }

@@ -70,6 +70,9 @@ def made(request: pytest.FixtureRequest, authorities: list[Authority]) -> dict[s
     return dict(documents(certificates, NAMES, PROXY))
 
 
+of_two = pytest.mark.parametrize("made", [2], indirect=True, ids=["two"])
+
+
 @pytest.fixture
 def script(authorities: list[Authority]) -> Document:
     """That for Linux, of one authority."""
@@ -157,6 +160,7 @@ def test_linux(machine: Machine, made: dict[str, Document]) -> None:
     assert machine.calls.read_text() == ""
 
 
+@of_two
 def test_linux_without_the_system_store(machine: Machine, made: dict[str, Document]) -> None:
     """A list for the service alone, the system's roots in it; each way replaces the other, and undo ends both."""
     before = machine.files()
@@ -287,6 +291,7 @@ def test_macos_keeps_another_proxy(machine: Machine, authorities: list[Authority
 # --- what can be read only
 
 
+@of_two
 @pytest.mark.parametrize("name", ["linux.sh", "macos.sh"])
 def test_shellcheck(made: dict[str, Document], tmp_path: Path, name: str) -> None:
     """What a client is asked to run is clean POSIX shell."""
@@ -313,6 +318,7 @@ def test_documents_have_no_holes(made: dict[str, Document]) -> None:
         assert certificates.strip() in plain, path
 
 
+@of_two
 def test_compose(made: dict[str, Document]) -> None:
     """The container has the proxy, and trusts the file that comes with the description."""
     document = yaml.safe_load(made["/connect/compose.yaml"].body)
@@ -322,6 +328,7 @@ def test_compose(made: dict[str, Document]) -> None:
     assert document["configs"][config["source"]]["content"] == made["/ca.crt"].body.decode()
 
 
+@of_two
 def test_kubernetes(made: dict[str, Document]) -> None:
     """The pod has the proxy, and trusts the file of the map beside it."""
     config, deployment = yaml.safe_load_all(made["/connect/kubernetes.yaml"].body)
@@ -337,6 +344,7 @@ def test_kubernetes(made: dict[str, Document]) -> None:
     assert config["data"] == {"ca.pem": made["/ca.crt"].body.decode()}
 
 
+@of_two
 def test_command(made: dict[str, Document], tmp_path: Path) -> None:
     """It fetches from the server, goes on only with the right bytes, and names the proxy."""
     for system, name in SYSTEMS.items():

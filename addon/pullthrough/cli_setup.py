@@ -28,7 +28,6 @@ from pullthrough.cli_base import (
     settings_in_force,
 )
 from pullthrough.errors import NoDaemon
-from pullthrough.platform import own_addresses
 from pullthrough.settings import PROXY_PORT, Endpoint
 
 if TYPE_CHECKING:
@@ -66,6 +65,7 @@ def connect(
     # Cryptography takes longer to load than most verbs to run.
     from pullthrough.authorities import Authorities
     from pullthrough.clientsetup import SYSTEMS, clients_host, command, documents
+    from pullthrough.platform import own_addresses
 
     given = _ADDRESS.fullmatch(address)
     if address and given is None:
@@ -81,7 +81,8 @@ def connect(
         return
     if not settings.listen:
         fail("expected a port to fetch the script from, got ollama_cache_listen=off; the README has the way by hand")
-    server = Endpoint("http", host, settings.listen[0][1])
+    published = settings.advertise.port if settings.advertise is not None else 0
+    server = Endpoint("http", host, published or settings.listen[0][1])
     typer.echo("To be run on the client; the script's --undo (on Windows -Undo) takes it back:", err=True)
     typer.echo(command(kind, made[f"/connect/{SYSTEMS[kind]}"], server=server.origin, proxy=proxy.origin))
     if not given and (others := sorted(filter(_is_reachable, own_addresses() - {host}))):
@@ -130,6 +131,7 @@ def _server_facts(given: Path | None) -> "ServerFacts":
 
     from pullthrough.examining import Outlook, look_out, server_facts
     from pullthrough.parent import Parents
+    from pullthrough.platform import own_addresses
     from pullthrough.upstream import Upstream
 
     settings, proxy, running = settings_in_force(given), Endpoint("http", "", PROXY_PORT), True
