@@ -324,7 +324,11 @@ def test_compose(made: dict[str, Document]) -> None:
     document = yaml.safe_load(made["/connect/compose.yaml"].body)
     service = document["services"]["ollama"]
     (config,) = service["configs"]
-    assert service["environment"] == {"HTTPS_PROXY": PROXY, "SSL_CERT_FILE": config["target"]}
+    assert service["environment"] == {
+        "OLLAMA_MODELS": "/models",
+        "HTTPS_PROXY": PROXY,
+        "SSL_CERT_FILE": config["target"],
+    }
     assert document["configs"][config["source"]]["content"] == made["/ca.crt"].body.decode()
 
 
@@ -336,7 +340,11 @@ def test_kubernetes(made: dict[str, Document]) -> None:
     assert pod["metadata"]["labels"].items() >= deployment["spec"]["selector"]["matchLabels"].items()
     (container,) = pod["spec"]["containers"]
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
-    assert environment == {"HTTPS_PROXY": PROXY, "SSL_CERT_FILE": "/etc/ollama-cache/ca.pem"}
+    assert environment == {
+        "OLLAMA_MODELS": "/models",
+        "HTTPS_PROXY": PROXY,
+        "SSL_CERT_FILE": "/etc/ollama-cache/ca.pem",
+    }
     volume = next(volume for volume in pod["spec"]["volumes"] if "configMap" in volume)
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounted[volume["name"]] == "/etc/ollama-cache"

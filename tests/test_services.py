@@ -20,7 +20,7 @@ CONTAINERFILE: Final = (SERVICES / "Containerfile").read_text()
 def install(root: Path, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [SERVICES / "install", *arguments],
-        env={"PATH": os.environ["PATH"], "DESTDIR": str(root), "HOME": "/home/me", "SUDO_USER": "me"},
+        env={"PATH": os.environ["PATH"], "DESTDIR": str(root), "HOME": "/srv/me", "SUDO_USER": "me"},
         capture_output=True,
         text=True,
         check=False,
