@@ -45,7 +45,7 @@ def test_address(run: Run, line: str, env: dict[str, str], server: str, proxy: s
     result = run("connect", *line.split(), env=env)
     assert result.exit_code == 0, result.output
     (command,) = result.stdout.splitlines()
-    assert f"curl -fsSO http://{server}/connect/linux.sh " in command
+    assert f"curl -fsSO --noproxy '*' http://{server}/connect/linux.sh " in command
     assert command.endswith(f"sudo sh linux.sh http://{proxy}")
 
 

@@ -52,7 +52,7 @@ STUBS: Final = {
                 for file do :; done
                 openssl x509 -in "$file" -noout -fingerprint -sha256 |
                     sed 's/.*=//; s/://g; s/^/SHA-256 hash: /' >>"$keychain" ;;
-            delete-certificate) grep -v "$4" "$keychain" >"$keychain.new"; mv "$keychain.new" "$keychain" ;;
+            delete-certificate) grep -v "$3" "$keychain" >"$keychain.new"; mv "$keychain.new" "$keychain" ;;
         esac""",
 }  # fmt: skip
 
@@ -363,7 +363,7 @@ def test_command(made: dict[str, Document], tmp_path: Path) -> None:
         assert line.count("\n") == 0 and f" {PROXY}" in line
     tools = tmp_path / "bin"
     tools.mkdir()
-    for stub, body in {"curl": 'cp "$SOURCE" "${2##*/}"', "sudo": 'echo "ran $*"'}.items():
+    for stub, body in {"curl": 'for url do :; done; cp "$SOURCE" "${url##*/}"', "sudo": 'echo "ran $*"'}.items():
         (tools / stub).write_text(f"#!/bin/sh\n{body}\n")
         (tools / stub).chmod(0o755)
     (tmp_path / "right").write_bytes(made["/connect/linux.sh"].body)

@@ -24,8 +24,8 @@ ROWS: Final = {
     " examining ollamadaemon",
     "L3a": "reader",
     "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
-    "L4": "addon streamlayer blobserver cli gate modes opening sender parentleg flows messages desk pages"
-    " clientpages cli_ca cli_setup"
+    "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
+    " pages clientpages cli_ca cli_setup"
     " cli_base cli_models cli_progress cli_transfer meter",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
@@ -77,7 +77,7 @@ SIDEWAYS: Final = {
     "warm": {"manifests"},
     "verbs": {"warm"},
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
-    "gate": {"opening", "parentleg", "streamlayer"},
+    "gate": {"opening", "parentleg", "streamlayer", "widetls"},
     "blobserver": {"pages", "sender"},
     "clientpages": {"pages"},
     "cli_ca": {"cli_base"},
@@ -86,7 +86,7 @@ SIDEWAYS: Final = {
     "cli_transfer": {"cli_base", "meter"},
     "cli": {"cli_base", "cli_ca", "cli_models", "cli_setup", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
-    "addon": {"blobserver", "clientpages", "desk", "flows", "gate", "modes", "parentleg", "streamlayer"},
+    "addon": {"blobserver", "clientpages", "desk", "dispatch", "flows", "gate", "modes", "parentleg", "streamlayer"},
 }
 
 PURE_ROWS: Final = {"L0", "L1"}
@@ -104,7 +104,9 @@ OUTSIDE_CALLS: Final = {
     *("cwd", "exists", "glob", "home", "is_dir", "is_file", "iterdir", "lstat", "resolve", "rglob", "stat"),
     *("mkdir", "rmdir", "unlink"),
 }
-MITMPROXY_HOMES: Final = {"addon", "flows", "gate", "messages", "modes", "opening", "parentleg", "streamlayer"}
+MITMPROXY_HOMES: Final = {
+    *("addon", "dispatch", "flows", "gate", "messages", "modes", "opening", "parentleg", "streamlayer", "widetls"),
+}
 LONGEST: Final = 400  # lines; past that a module has two jobs
 
 

@@ -3,7 +3,8 @@
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
     L4   addon  flows  messages  gate  parentleg  streamlayer
-         modes  opening  blobserver  sender  desk  pages
+         dispatch  widetls  modes  opening
+         blobserver  sender  desk  pages
          clientpages  cli_ca  cli_setup
          cli  cli_base  cli_models  cli_progress
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal

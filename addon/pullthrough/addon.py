@@ -28,6 +28,7 @@ from pullthrough.ca import Leaf, is_due
 from pullthrough.clientsetup import clients_host, documents
 from pullthrough.control import Tell
 from pullthrough.desk import Desk
+from pullthrough.dispatch import Dispatch
 from pullthrough.errors import CacheError
 from pullthrough.examining import look_out
 from pullthrough.flows import Flows
@@ -94,6 +95,7 @@ class OllamaCache:
         self._lag = LoopLag()
         self._blob_server: BlobServer | None = None
         self._desk: Desk | None = None
+        self._dispatch: Dispatch | None = None
         self._minting: asyncio.Task[None] | None = None
         transfers: Transfers = {}
         self._gate = Gate(transfers)
@@ -202,6 +204,8 @@ class OllamaCache:
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
         self._forbid_reload()
+        self._dispatch = Dispatch(ctx.master.addons)
+        self._dispatch.install()
         self._gate.open(settings, self._parents, self._upstream.loop)
         self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._desk.serve)
         proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
@@ -221,6 +225,8 @@ class OllamaCache:
     async def done(self) -> None:
         """Let go of everything; recordings keep what they have."""
         self._gate.close()
+        if self._dispatch is not None:
+            self._dispatch.remove()
         self._lag.close()
         _log.info("event loop lag: %s", self._lag)
         if self._minting is not None:

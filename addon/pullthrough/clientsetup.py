@@ -37,11 +37,11 @@ SYSTEMS: Final = {"linux": "linux.sh", "macos": "macos.sh", "windows": "windows.
 """Those with a script."""
 
 _FETCH_AND_RUN: Final = {
-    "linux": """cd "$(mktemp -d)" && curl -fsSO {url} \
+    "linux": """cd "$(mktemp -d)" && curl -fsSO --noproxy '*' {url} \
 && echo "{sum}  linux.sh" | sha256sum -c && sudo sh linux.sh {proxy}""",
-    "macos": """cd "$(mktemp -d)" && curl -fsSO {url} \
+    "macos": """cd "$(mktemp -d)" && curl -fsSO --noproxy '*' {url} \
 && echo "{sum}  macos.sh" | shasum -a 256 -c && sh macos.sh {proxy}""",
-    "windows": """$f = "$(New-TemporaryFile).ps1"; curl.exe -fsSo $f {url}; \
+    "windows": """$f = "$(New-TemporaryFile).ps1"; curl.exe -fsSo $f --noproxy '*' {url}; \
 if ((Get-FileHash $f).Hash -eq '{sum}') {{ powershell -ExecutionPolicy Bypass -File $f {proxy} }} \
 else {{ 'expected the script of this cache, got another' }}""",
 }

@@ -13,7 +13,7 @@ import socket
 from mitmproxy import connection, ctx, http, tls
 from mitmproxy.proxy import commands, events, layer, server_hooks
 from mitmproxy.proxy.context import Context
-from mitmproxy.proxy.layers import ClientTLSLayer, ServerTLSLayer
+from mitmproxy.proxy.layers import ServerTLSLayer
 from mitmproxy.proxy.layers.http import HTTPMode, HttpStream
 from mitmproxy.proxy.layers.modes import ReverseProxy, TransparentProxy
 
@@ -28,6 +28,7 @@ from pullthrough.settings import Settings, Tunnel
 from pullthrough.streamlayer import CachingLayer, Transfers, replace_http_layer
 from pullthrough.tunnel import LegPolicy, check_elsewhere
 from pullthrough.upstream import exempt_hosts
+from pullthrough.widetls import WideTLSLayer, widen
 
 _log = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class Gate:
         ctx.master.addons.get("nextlayer").next_layer(nextlayer)
         if nextlayer.layer is not None:
             nextlayer.layer = replace_http_layer(nextlayer.layer, self._transfers)
+            widen(nextlayer.layer)
 
     def _captured(self, context: Context, data: bytes) -> layer.Layer | None:
         """The layer for a connection whose client takes us for the server; None while `data` does not say for which.
@@ -149,7 +151,7 @@ class Gate:
             if not opening.encrypted:
                 return CachingLayer(context, HTTPMode.transparent, self._transfers)
             top = ServerTLSLayer(context)
-            top.child_layer = ClientTLSLayer(context)
+            top.child_layer = WideTLSLayer(context)
             return top
         if reverse:
             peer = context.client.peername[0]

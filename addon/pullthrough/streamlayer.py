@@ -21,9 +21,11 @@ from typing import Final, Protocol
 
 from mitmproxy import flow as mitmflow
 from mitmproxy import http, version
+from mitmproxy.addonmanager import AddonManager
 from mitmproxy.connection import ConnectionState
 from mitmproxy.proxy import commands, events, layer
 from mitmproxy.proxy.context import Context
+from mitmproxy.proxy.layers import ClientTLSLayer
 from mitmproxy.proxy.layers.http import DropStream, HttpLayer, HTTPMode, HttpStream, SendHttp
 from mitmproxy.proxy.layers.http._events import ErrorCode, ResponseData, ResponseHeaders, ResponseProtocolError
 from mitmproxy.proxy.layers.http._hooks import HttpErrorHook, HttpResponseHook
@@ -278,6 +280,10 @@ def check_internals() -> None:
         HttpLayer.__init__: ["self", "context", "mode"],
         HttpLayer.make_stream: ["self", "stream_id"],
         HttpLayer.event_to_child: ["self", "child", "event"],
+        ClientTLSLayer.tls_interact: ["self"],
+        AddonManager.trigger_event: ["self", "event"],
+        AddonManager.trigger: ["self", "event"],
+        AddonManager._iter_hooks: ["self", "addon", "event"],
         HttpUpstreamProxy.make: ["ctx", "send_connect"],
         HttpUpstreamProxy.on_handshake_error: ["self", "err"],
     }

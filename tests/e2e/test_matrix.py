@@ -173,16 +173,6 @@ def test_matrix(
     assert origin.counters.cdn_bytes_by_digest[model.layer] == expected
 
 
-def test_skopeo(origin: Origin, proxy: Proxy, tmp_path: Path) -> None:
-    """`skopeo inspect --raw` shows upstream's very manifest."""
-    model = add_model(origin, unique(100))
-    order = Order(model.name, model.layer, tmp_path)
-    with foreign.SKOPEO.running(proxy, order) as process:
-        output, _ = process.communicate(timeout=foreign.PATIENCE_S)
-    assert process.returncode == 0, output
-    assert output.encode() == model.manifest
-
-
 @pytest.mark.parametrize(
     "client",
     [

@@ -160,10 +160,6 @@ def _curl(program: Path, proxy: Proxy, order: Order) -> list[str | Path]:
     return [program, "-sSfL", "-C", "-", "--proxy", proxy.url, "-o", order.layer[7:], url]
 
 
-def _skopeo(program: Path, _proxy: Proxy, order: Order) -> list[str | Path]:
-    return [program, "inspect", "--raw", f"docker://{REGISTRY}/library/{order.model}:latest"]
-
-
 CLIENTS: Final = (
     Foreign("ramalama", "ramalama", _ramalama, lambda _proxy, _order: {"RAMALAMA_IN_CONTAINER": "false"}),
     Foreign(
@@ -175,4 +171,3 @@ CLIENTS: Final = (
     Foreign("oras (Python)", "python", _oras),
     Foreign("curl -L -C -", "curl", _curl),
 )
-SKOPEO: Final = Foreign("skopeo inspect --raw", "skopeo", _skopeo)

@@ -32,6 +32,11 @@ tell() {
     say "$1"
 }
 
+# certificate NUMBER: one of ours, as a file.
+certificate() {
+    printf '%s\n' "$certificates" | awk -v n="$1" '/-BEGIN/ { at++ } at == n' >"$scratch/ca.pem"
+}
+
 is_trusted() { security find-certificate -a -Z "$keychain" | grep -q "SHA-256 hash: $1"; }
 
 proxy='' undo='' changed=''
@@ -46,6 +51,9 @@ done
 [ -n "$undo$proxy" ] || die "expected http://CACHE:PORT, the proxy's address, got nothing"
 command -v launchctl >/dev/null || die "expected macOS, got a system without launchctl"
 [ "$(id -u)" != 0 ] || [ -n "$root" ] || die "expected to run as the user of the Ollama app, got root"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+number=0
 
 if [ -n "$undo" ]; then
     if [ -e "$agent" ]; then
@@ -54,8 +62,11 @@ if [ -n "$undo" ]; then
         changed=yes
     fi
     for fingerprint in $fingerprints; do
+        number=$((number + 1))
         is_trusted "$fingerprint" || continue
-        sudo security delete-certificate -t -Z "$fingerprint" "$keychain"
+        certificate "$number"
+        sudo security remove-trusted-cert -d "$scratch/ca.pem"
+        sudo security delete-certificate -Z "$fingerprint" "$keychain"
         changed=yes
     done
     tell "undone; quit Ollama and open it again" "nothing to undo"
@@ -65,14 +76,11 @@ fi
 set_proxy=$(launchctl getenv HTTPS_PROXY || :)
 [ -e "$agent" ] || [ -z "$set_proxy" ] || [ "$set_proxy" = "$proxy" ] ||
     die "expected no HTTPS_PROXY of another kind, got one: launchctl unsetenv HTTPS_PROXY, and make it the cache's own"
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
 
-number=0
 for fingerprint in $fingerprints; do
     number=$((number + 1))
     is_trusted "$fingerprint" && continue
-    printf '%s\n' "$certificates" | awk -v n="$number" '/-BEGIN/ { at++ } at == n' >"$scratch/ca.pem"
+    certificate "$number"
     sudo security add-trusted-cert -d -r trustRoot -k "$keychain" "$scratch/ca.pem"
     changed=yes
 done

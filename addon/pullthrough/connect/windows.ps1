@@ -27,13 +27,13 @@ if (-not $Undo -and $set -and $set -ne $Proxy -and $set -ne (Get-Setting $ours))
 }
 
 $changed = $false
-$store = New-Object Security.Cryptography.X509Certificates.X509Store('Root', 'CurrentUser')
+$store = [Security.Cryptography.X509Certificates.X509Store]::new('Root', 'CurrentUser')
 $store.Open('ReadWrite')
 try {
     foreach ($match in [regex]::Matches($certificates, '(?s)-----BEGIN CERTIFICATE-----(.+?)-----END')) {
         $raw = [Convert]::FromBase64String($match.Groups[1].Value)
-        $certificate = New-Object Security.Cryptography.X509Certificates.X509Certificate2(, $raw)
-        if ($store.Certificates.Contains($certificate) -ne $Undo) { continue }
+        $certificate = [Security.Cryptography.X509Certificates.X509Certificate2]::new([byte[]]$raw)
+        if ($store.Certificates.Contains($certificate) -ne $Undo.IsPresent) { continue }
         if ($Undo) { $store.Remove($certificate) } else { $store.Add($certificate) }
         $changed = $true
     }
