@@ -1,5 +1,6 @@
 """cli_setup without a cache that runs: what is printed for a client, and what is refused."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,21 @@ def test_refused(run: Run, arguments: str, env: dict[str, str], expected: str) -
     result = run("connect", *arguments.split(), env=env)
     assert result.exit_code in (1, 2) and result.stdout == ""
     assert expected in re.sub(r"\s+", " ", result.stderr)
+
+
+def test_doctor(run: Run, tmp_path: Path) -> None:
+    """Where nothing runs it says what to start, in words and as JSON, and makes nothing."""
+    env = {"OLLAMA_CACHE_OFFLINE": "true", "OLLAMA_CACHE_MIN_FREE": "0"}
+    told = run("doctor", "--json", env=env)
+    (finding,) = json.loads(told.stdout)
+    assert told.exit_code == 1
+    assert list(finding) == ["what", "why", "mend", "grave"]
+    # Somebody else may use mitmproxy's port on this machine.
+    assert finding["what"] in ("the cache does not run", "another program has the port")
+    told = run("doctor", env=env)
+    assert told.exit_code == 1
+    assert told.stdout == f"{finding['what']}: {finding['why']}\n    {finding['mend']}\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("verb", ["connect", "doctor", "ca renew"])

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -257,7 +258,7 @@ class OllamaCache:
     async def _look_out(self, _: Mapping[str, Any], __: Tell) -> Any:
         """For the doctor: how the registry answers the client that pulls use."""
         assert self._settings and self._upstream
-        return (await look_out(self._upstream, self._settings, _now())).as_json()
+        return asdict(await look_out(self._upstream, self._settings, _now()))
 
     async def _remint(self) -> None:
         while True:

@@ -12,11 +12,11 @@ import math
 import shutil
 import socket
 import ssl
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -44,9 +44,6 @@ class Outlook:
     upstream: str = ""
     ranges: str = ""
     skew_s: float = 0.0
-
-    def as_json(self) -> Mapping[str, Any]:
-        return asdict(self)
 
 
 async def look_out(upstream: Upstream, settings: Settings, now: datetime) -> Outlook:
@@ -121,7 +118,7 @@ def try_leg(proxy: Endpoint, host: str) -> Leg:
 
 
 @contextlib.contextmanager
-def tunnel(proxy: Endpoint, host: str, context: ssl.SSLContext) -> Any:
+def tunnel(proxy: Endpoint, host: str, context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
     """TLS with `host` through `proxy`. OSError, of which ssl.SSLError is one; HTTPException."""
     connection = http.client.HTTPConnection(_local(proxy.host), proxy.port, timeout=PATIENCE_S)
     with contextlib.closing(connection):
