@@ -20,10 +20,10 @@ ROWS: Final = {
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
     " storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
     " authorities clientsetup",
-    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
-    " examining ollamadaemon",
+    "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs",
+    "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs"
+    " examining ollamadaemon",
     "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
     " pages clientpages cli_ca cli_setup"
     " cli_base cli_models cli_progress cli_transfer meter",
@@ -46,6 +46,7 @@ SIDEWAYS: Final = {
     "access": {"tunnel"},
     "parent": {"tunnel"},
     "diagnosis": {"parent"},
+    "examining": {"manifests"},
     "ollamadaemon": {"examining"},
     "catalogue": {"traffic"},
     "scheduler": {"assembly"},

@@ -10,11 +10,11 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
          refresh  direct  warm  verbs                        request value -> answer: status, headers and what to send
+         examining  ollamadaemon                             the ones that look for what is wrong
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  cursor  relay  fetcher
          supply  sealer  keeper  workroom  ahead             the ones that talk to the CDN and keep what it says
          verifying  importing  exporting                     the ones that check the store and carry models in and out
-         examining  ollamadaemon                             the ones that look for what is wrong
     L2a  store  storefolder  index  ingest  upstream  datastream  resolver  collapse
          ca  threads  places  looplag  platform
          ledger  control  asking  housekeeping

@@ -1,7 +1,7 @@
 """Finding out about a cache what `diagnosis` judges: its ports, its authority, the registry, the store, the disk.
 
-Invariant: nothing is changed, here or elsewhere, and every attempt ends within seconds; what cannot be done is a fact
-and not an error. Does not know what is wrong.
+Invariant: nothing is changed, here or elsewhere, but that missing copies of a certificate are written again; every
+attempt ends within seconds; what cannot be done is a fact and not an error. Does not know what is wrong.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from pullthrough.ca import CERTIFICATE_NAME, KEY_NAME
 from pullthrough.diagnosis import Leg, ServerFacts
 from pullthrough.digest import Digest
 from pullthrough.errors import AuthorityError, CacheError, StoreError
+from pullthrough.manifests import ACCEPT
 from pullthrough.settings import Endpoint, Settings
 from pullthrough.storefolder import check_marker
 from pullthrough.upstream import Upstream
@@ -34,7 +35,6 @@ from pullthrough.upstream import Upstream
 SAMPLE: Final = "library/all-minilm"
 """A small public model: its config is what is asked for in parts."""
 PATIENCE_S: Final = 5.0
-_ACCEPT: Final = {"Accept": "application/vnd.docker.distribution.manifest.v2+json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ async def look_out(upstream: Upstream, settings: Settings, now: datetime) -> Out
     host = settings.registries[0]
     try:
         target = f"/v2/{SAMPLE}/manifests/latest"
-        response = await upstream.ask("GET", host, target, _ACCEPT, timeout_s=PATIENCE_S)
+        response = await upstream.ask("GET", host, target, {"Accept": ACCEPT}, timeout_s=PATIENCE_S)
     except CacheError as error:
         return Outlook(upstream=f"{host}: {error}")
     skew_s = 0.0
