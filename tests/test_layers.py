@@ -14,19 +14,18 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options loopguard wording",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning"
+    " conditional requestlog options loopguard wording jsonlog",
+    "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning"
     " diagnosis",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
     " storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
     " authorities clientsetup",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs"
+    "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants direct warm verbs"
     " examining ollamadaemon",
     "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
-    " pages clientpages cli_ca cli_setup"
-    " cli_base cli_models cli_progress cli_transfer meter",
+    " pages lookout door cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -39,6 +38,7 @@ SIDEWAYS: Final = {
     "capability": {"digest", "errors"},
     "settings": {"records"},
     "options": {"errors", "settings"},
+    "requestlog": {"cachestatus"},
     "records": {"digest", "errors"},
     "datacheck": {"byterange", "errors"},
     "chunksums": {"digest", "errors"},
@@ -77,9 +77,12 @@ SIDEWAYS: Final = {
     "grants": {"exchange"},
     "warm": {"manifests"},
     "verbs": {"warm"},
+    "metrics": {"vitals"},
+    "watch": {"vitals"},
+    "statuspage": {"watch"},
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "gate": {"opening", "parentleg", "streamlayer", "widetls"},
-    "blobserver": {"pages", "sender"},
+    "blobserver": {"door", "pages", "sender"},
     "clientpages": {"pages"},
     "cli_ca": {"cli_base"},
     "cli_setup": {"cli_base"},
@@ -87,7 +90,19 @@ SIDEWAYS: Final = {
     "cli_transfer": {"cli_base", "meter"},
     "cli": {"cli_base", "cli_ca", "cli_models", "cli_setup", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
-    "addon": {"blobserver", "clientpages", "desk", "dispatch", "flows", "gate", "modes", "parentleg", "streamlayer"},
+    "lookout": {"pages"},
+    "addon": {
+        "blobserver",
+        "clientpages",
+        "desk",
+        "dispatch",
+        "flows",
+        "gate",
+        "lookout",
+        "modes",
+        "parentleg",
+        "streamlayer",
+    },
 }
 
 PURE_ROWS: Final = {"L0", "L1"}

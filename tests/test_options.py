@@ -7,7 +7,7 @@ import pytest
 
 from pullthrough.errors import SettingsError
 from pullthrough.options import OPTIONS, parse_settings
-from pullthrough.settings import R2_HOST, Direct, Endpoint, Finish, Lifetimes, Settings, Tunnel, Withdrawn
+from pullthrough.settings import R2_HOST, Direct, Endpoint, Finish, Lifetimes, Log, Settings, Tunnel, Withdrawn
 
 
 def parse(**texts: str) -> Settings:
@@ -39,6 +39,7 @@ def test_defaults() -> None:
         prefetch=True,
         upstream_connections=16,
         upstream_rate=None,
+        log=Log.TEXT,
         log_level="info",
     )
 
@@ -140,6 +141,7 @@ def test_values() -> None:
         ("upstream_connections", "four"),
         ("upstream_rate", "fast"),
         ("upstream_rate", "10"),
+        ("log", "xml"),
         ("log_level", "loud"),
     ],
 )

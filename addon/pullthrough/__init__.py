@@ -4,12 +4,13 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
 
     L4   addon  flows  messages  gate  parentleg  streamlayer
          dispatch  widetls  modes  opening
-         blobserver  sender  desk  pages
+         blobserver  door  sender  desk  pages  lookout
          clientpages  cli_ca  cli_setup
          cli  cli_base  cli_models  cli_progress
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
-         refresh  direct  warm  verbs                        request value -> answer: status, headers and what to send
+         refresh  direct  warm  verbs  metrics  vitals
+         watch  statuspage                                   request value -> answer: status, headers and what to send
          examining  ollamadaemon                             the ones that look for what is wrong
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  cursor  relay  fetcher
@@ -25,4 +26,5 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          traffic  catalogue  pruning  diagnosis              state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
          conditional  requestlog  settings  options  loopguard  wording
+         jsonlog
 """

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from mitmproxy import addonmanager, ctx, exceptions
+from mitmproxy.addons.termlog import TermLogHandler
 from mitmproxy.proxy.mode_specs import ProxyMode
 
 from pullthrough import clientpages, places, platform
@@ -34,19 +35,25 @@ from pullthrough.errors import CacheError
 from pullthrough.examining import look_out
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
+from pullthrough.jsonlog import JsonLines
 from pullthrough.keeper import Keeper
+from pullthrough.lookout import Lookout
 from pullthrough.looplag import LoopLag
+from pullthrough.metrics import Metrics
 from pullthrough.modes import check_modes
 from pullthrough.options import OPTIONS, environment_texts, parse_settings
 from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
-from pullthrough.settings import PREFIX, PROXY_PORT, Endpoint, Settings
+from pullthrough.requestlog import RequestLog
+from pullthrough.settings import PREFIX, PROXY_PORT, Endpoint, Log, Settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Transfers, check_internals
 from pullthrough.threads import Threads
 from pullthrough.upstream import Upstream
+from pullthrough.vitals import Vitals
+from pullthrough.watch import Watch
 from pullthrough.workroom import Workroom
 
 _log = logging.getLogger(__name__)
@@ -93,7 +100,9 @@ class OllamaCache:
         self._threads: Threads | None = None
         self._recorder: Recorder | None = None
         self._registry: Registry | None = None
+        self._requests = RequestLog()
         self._lag = LoopLag()
+        self._vitals: Vitals | None = None
         self._blob_server: BlobServer | None = None
         self._desk: Desk | None = None
         self._dispatch: Dispatch | None = None
@@ -132,6 +141,10 @@ class OllamaCache:
         texts |= {name.removeprefix(PREFIX): "" for name in ctx.options.deferred if name.startswith(PREFIX)}
         settings = parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
         check_modes(ctx.options.mode, settings.intercepted)
+        if settings.log is Log.JSON:
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, TermLogHandler):
+                    handler.setFormatter(JsonLines())
         logging.getLogger("pullthrough").setLevel(settings.log_level.upper())
         # One line per connect and disconnect of every client drowns what the cache has to say.
         quiet = logging.DEBUG if settings.log_level == "debug" else logging.WARNING
@@ -153,6 +166,7 @@ class OllamaCache:
             ) from error
         self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
         self._store = Store.open(settings.dir)
+        self._vitals = Vitals(settings.dir, self._certificates)
         # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
         gc.freeze()
         platform.allow_descriptors(DESCRIPTORS)
@@ -174,9 +188,15 @@ class OllamaCache:
             specs.append(f"{leaf.host}={path}")
         ctx.options.update(confdir=self._confdir.name, certs=specs)
 
+    def _certificates(self) -> dict[str, datetime]:
+        """Until when our certificates are valid."""
+        assert self._authorities
+        return {"CA": self._authorities.current.not_after, **{leaf.host: leaf.not_after for leaf in self._leaves}}
+
     async def running(self) -> None:
         """Open what needs the event loop; from here on clients are served."""
         assert self._settings and self._store and self._authorities and self._upstream and self._blob_server
+        assert self._vitals
         settings = self._settings
         await self._upstream.open()
         self._threads = Threads()
@@ -200,7 +220,8 @@ class OllamaCache:
         self._registry = Registry(settings, self._store, self._upstream, self._recorder)
         self._registry.open()
         others = {"proxy": _tell_address, "look out": self._look_out}
-        self._desk = Desk(settings, self._store, self._recorder, self._registry, _origins(settings), others)
+        options = _origins(settings)
+        self._desk = Desk(settings, self._store, self._recorder, self._registry, self._requests, options, others)
         await self._desk.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
@@ -208,11 +229,16 @@ class OllamaCache:
         self._dispatch = Dispatch(ctx.master.addons)
         self._dispatch.install()
         self._gate.open(settings, self._parents, self._upstream.loop)
-        self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._desk.serve)
+        self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._requests)
+        metrics = Metrics(
+            settings, self._store, self._recorder, self._upstream, self._requests, self._lag, self._vitals
+        )
+        watch = Watch(settings, self._store, self._recorder, self._upstream, self._vitals, self._desk.view)
+        Lookout(metrics, self._vitals, watch).enter(self._blob_server.pages)
         proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
         given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)
         clientpages.add(self._blob_server.pages, given)
-        await self._blob_server.open(self._registry, self._gate.admits, self._desk.serve)
+        await self._blob_server.open(self._registry, self._gate.admits, self._requests)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
@@ -225,6 +251,8 @@ class OllamaCache:
 
     async def done(self) -> None:
         """Let go of everything; recordings keep what they have."""
+        if self._vitals is not None:
+            self._vitals.draining = True
         self._gate.close()
         if self._dispatch is not None:
             self._dispatch.remove()

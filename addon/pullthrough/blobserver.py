@@ -9,7 +9,6 @@ a request is looked at. An address that is handed out is made from the connectio
 what the client says. Knows sockets and HTTP, and nothing of how a request is answered.
 """
 
-import asyncio
 import errno
 import ipaddress
 import json
@@ -18,19 +17,20 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from pullthrough import platform
 from pullthrough.cachestatus import CACHE_NAME, CacheStatus, Outcome
+from pullthrough.door import Door
 from pullthrough.errors import CacheError, SettingsError
 from pullthrough.exchange import Answer, Request, failure
 from pullthrough.pages import Pages
 from pullthrough.reader import WAIT_S, Reader
 from pullthrough.registry import Registry
-from pullthrough.requestlog import log_answer, log_transfer
+from pullthrough.requestlog import RequestLog
 from pullthrough.route import parse_canonical_target
 from pullthrough.sender import Sending, send
 from pullthrough.settings import PREFIX, Direct, Endpoint, Settings
@@ -60,7 +60,7 @@ class BlobServer:
         self._registry: Registry | None = None
         self.pages = Pages(settings.advertise)
         """What this port gives besides models."""
-        self._served: Callable[[int], None] = lambda _: None
+        self._requests = RequestLog()
         self._runner: web.ServerRunner | None = None
         self._sockets: list[socket.socket] = []
         try:
@@ -102,11 +102,9 @@ class BlobServer:
                 return blob_origin(address, port) or None
         return None
 
-    async def open(
-        self, registry: Registry, admits: Callable[[str], bool], served: Callable[[int], None] = lambda _: None
-    ) -> None:
-        """Serve from now on those whose address `admits`; `served` is told the bytes of each blob's body."""
-        self._served = served
+    async def open(self, registry: Registry, admits: Callable[[str], bool], requests: RequestLog) -> None:
+        """Serve from now on those whose address `admits`; `requests` is told of each answer."""
+        self._requests = requests
         self._registry = registry
         door = Door(self._handle, admits, access_log=None, keepalive_timeout=IDLE_S)
         self._runner = web.ServerRunner(door, shutdown_timeout=SHUTDOWN_S)
@@ -149,12 +147,12 @@ class BlobServer:
         response.headers["Cache-Status"] = str(answer.cache)
         response.headers["Server"] = CACHE_NAME
         response.content_length = answer.length
-        line = (request.remote or "", request.method, request.raw_path, answer.status, str(answer.cache))
+        line = (request.remote or "", request.method, request.raw_path, answer.status, answer.cache)
         if not isinstance(answer.body, Reader):
             await response.prepare(request)
             if answer.body and request.method != "HEAD":
                 await response.write(answer.body)
-            log_answer(*line)
+            self._requests.answer(*line)
             return response
         sending = Sending()
         try:
@@ -162,9 +160,8 @@ class BlobServer:
             await send(request, response, answer.body, sending)
         finally:
             answer.body.close()
-            self._served(sending.sent)
             seconds = time.monotonic() - began
-            log_transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)
+            self._requests.transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)
         if sending.problem:
             response.force_close()
         if sending.stalled and request.transport is not None:
@@ -199,29 +196,6 @@ class BlobServer:
         if canonical:
             return Answer(403, CacheStatus(Outcome.BYPASS))
         return _refusal(404, f"nothing is served at this address but the models of {host or 'a named registry'}")
-
-
-class Door(web.Server):
-    """aiohttp's server, which says no before a stranger's first byte."""
-
-    def __init__(self, handler: Callable[..., Any], admits: Callable[[str], bool], **options: Any) -> None:
-        super().__init__(handler, logger=Brief(_log), **options)
-        self._admits = admits
-
-    def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        # So that a writer is drained when nothing is left: sendfile goes past the transport's buffer.
-        transport.set_write_buffer_limits(0)
-        peer = transport.get_extra_info("peername")
-        if peer is None or not self._admits(peer[0]):
-            transport.close()
-
-
-class Brief(logging.LoggerAdapter[logging.Logger]):
-    """What aiohttp says of requests that are no HTTP, without the traceback: it quotes the request line."""
-
-    def log(self, level: int, msg: object, *args: object, **_: Any) -> None:
-        self.logger.log(min(level, logging.WARNING), msg, *args)
 
 
 async def _gathered(request: web.BaseRequest, answer: Answer, reader: Reader) -> Answer:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -60,6 +61,8 @@ class Counters:
     retries: int = 0
     mismatches: int = 0
     restarts: int = 0
+    ended: Counter[str] = field(default_factory=Counter)
+    """Recordings by how they ended: `stored`, `failed`, `left` by all clients, or `unkept` for want of room."""
 
 
 @dataclass(eq=False)

@@ -23,6 +23,7 @@ from pullthrough.settings import (
     Endpoint,
     Finish,
     Lifetimes,
+    Log,
     Network,
     Settings,
     Tunnel,
@@ -335,6 +336,7 @@ OPTIONS: Final = (
         "The most that comes in from blob sources, all together: bytes per second such as 20MB; empty for no limit.",
         _parse_rate,
     ),
+    Option("log", Log.TEXT, "How the cache logs: text, or json (an object a line).", _parse_word(Log)),
     Option("log_level", "info", "How much the cache logs: debug, info, warning or error.", _parse_level),
 )
 

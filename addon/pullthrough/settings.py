@@ -55,6 +55,13 @@ class Direct(StrEnum):
     OFF = "off"
 
 
+class Log(StrEnum):
+    """How lines of the log are written."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a host is really reached."""
@@ -120,6 +127,7 @@ class Settings:
     prefetch: bool
     upstream_connections: int
     upstream_rate: float | None
+    log: Log
     log_level: str
 
     @property

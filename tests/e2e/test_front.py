@@ -184,7 +184,7 @@ def test_manifest(origin: Origin, proxy: Proxy) -> None:
         ("PATCH", "/v2/library/x/blobs/uploads/1", 405),
         ("DELETE", "/v2/library/x/manifests/latest", 405),
         ("OPTIONS", "*", 405),
-        ("GET", "/", 404),
+        ("GET", "/status", 404),
         ("GET", "/v2/", 404),
         ("GET", "/v2/_catalog", 404),
         ("GET", "/v2/library/x/tags/list", 404),
@@ -517,3 +517,29 @@ def test_documents_for_clients(proxy: Proxy, tmp_path: Path, monkeypatch: pytest
         for path in ("/ca.crt", "/connect/linux.sh", "/connect/compose.yaml"):
             status, _, body = get(connection, path, Host="evil.example")
             assert status == 421 and b"CERTIFICATE" not in body
+
+
+# --- pages
+
+
+def test_pages_of_the_daemon(origin: Origin, proxy: Proxy) -> None:
+    """Beside the models: health, metrics, and what a Prometheus and a Grafana want; by our names only."""
+    told = {"/healthz": "text/plain", "/readyz": "text/plain", "/metrics": "text/plain"}
+    files = {"/alerts.yml": "text/yaml", "/dashboard.json": "application/json"}
+    with to_front(proxy) as connection:
+        for path, kind in {**told, **files}.items():
+            status, headers, body = get(connection, path)
+            assert (status, headers["content-type"].partition(";")[0], bool(body)) == (200, kind, True)
+            assert headers["x-content-type-options"] == "nosniff"
+            status, headers, _ = get(connection, path, Host="evil.example")
+            assert (status, "etag" in headers) == (421, False)
+        assert get(connection, "/readyz", Host=f"{socket.gethostname()}:9200")[2] == b"ok\n"
+    proxy.store.rename(away := proxy.store.with_name("away"))
+    try:
+        with to_front(proxy) as connection:
+            deadline = time.monotonic() + 20
+            while (told_now := get(connection, "/readyz")[::2]) != (503, b"store: No such file or directory\n"):
+                assert time.monotonic() < deadline, told_now
+            assert get(connection, "/healthz")[0] == 200
+    finally:
+        away.rename(proxy.store)
