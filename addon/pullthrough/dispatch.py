@@ -55,17 +55,19 @@ class Dispatch:
         return found
 
     async def _trigger_event(self, event: hooks.Hook) -> None:
+        arguments = event.args()
         for handlers in self._handlers(event):
             try:
                 with safecall():
                     for function in handlers:
-                        result = function(*event.args())
+                        result = function(*arguments)
                         if result is not None and inspect.isawaitable(result):
                             await result
             except exceptions.AddonHalt:
                 return
 
     def _trigger(self, event: hooks.Hook) -> None:
+        arguments = event.args()
         for handlers in self._handlers(event):
             try:
                 with safecall():
@@ -74,6 +76,6 @@ class Dispatch:
                             raise exceptions.AddonManagerError(
                                 f"Async handler {event.name} ({function}) cannot be called from sync context"
                             )
-                        function(*event.args())
+                        function(*arguments)
             except exceptions.AddonHalt:
                 return

@@ -5,9 +5,8 @@ blocking hook per piece instead: the hook (answered by `Mouth`) waits until the 
 takes the next piece from the reader and returns it. Memory stays at a few pieces per client.
 
 Invariant: a body is either sent whole, or the connection is closed with FIN short of its Content-Length (a held one:
-before its head), which lets
-Ollama keep what it has (server/download.go: an unexpected EOF keeps progress, a reset does not). Leans on mitmproxy
-internals that `check_internals` looks at. Knows no registry and no store.
+before its head), which lets Ollama keep what it has (server/download.go: an unexpected EOF keeps progress, a reset does
+not). Leans on mitmproxy internals that `check_internals` looks at. Knows no registry and no store.
 """
 
 import asyncio

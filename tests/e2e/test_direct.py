@@ -29,7 +29,7 @@ PARTS: Final[dict[str, Any]] = {"min_part": LARGE, "max_part": LARGE, "backoff_u
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Origin, Proxy]]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Origin, Proxy]]:
     """An origin, and a cache that advertises where its blob server is: in a container it would not try otherwise."""
     folder = tmp_path_factory.mktemp("direct")
     with (
@@ -37,20 +37,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Origin, Pro
         Proxy(folder, origin, front=True, ollama_cache_advertise=ADDRESS) as proxy,
     ):
         yield origin, proxy
-
-
-@pytest.fixture
-def origin(pair: tuple[Origin, Proxy]) -> Iterator[Origin]:
-    origin, _ = pair
-    yield origin
-    origin.restore()
-
-
-@pytest.fixture
-def proxy(pair: tuple[Origin, Proxy], origin: Origin) -> Proxy:
-    _, proxy = pair
-    proxy.forget_lines()
-    return proxy
 
 
 @pytest.fixture

@@ -33,25 +33,11 @@ PARTS: Final[dict[str, Any]] = {"min_part": MB, "max_part": 10 * MB, "backoff_un
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Origin, Proxy]]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Origin, Proxy]]:
     """An origin, and a cache with its port without a proxy."""
     folder = tmp_path_factory.mktemp("front")
     with Origin(folder / "origin") as origin, Proxy(folder, origin, front=True) as proxy:
         yield origin, proxy
-
-
-@pytest.fixture
-def origin(pair: tuple[Origin, Proxy]) -> Iterator[Origin]:
-    origin, _ = pair
-    yield origin
-    origin.restore()
-
-
-@pytest.fixture
-def proxy(pair: tuple[Origin, Proxy], origin: Origin) -> Proxy:
-    _, proxy = pair
-    proxy.forget_lines()
-    return proxy
 
 
 def to_front(proxy: Proxy, host: str = ADDRESS) -> Connection:

@@ -75,6 +75,7 @@ def gateway(world: World) -> None:
     assert_fetched_once(origin, model, tensors)
 
 
+@pytest.mark.long
 def test_gateway(tmp_path: Path) -> None:
     """A2 and x/transfer pull through their gateway without knowing, and each byte crosses the line once."""
     play(gateway, tmp_path)
