@@ -15,14 +15,17 @@ PACKAGE: Final = ADDON / "pullthrough"
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
     " conditional requestlog options loopguard wording jsonlog",
-    "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning",
+    "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning"
+    " diagnosis",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
-    " storefolder copying inventory modeltree bundle ledger asking housekeeping admission",
+    " storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
+    " authorities clientsetup",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead",
     "L3a": "reader",
-    "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants direct warm verbs",
+    "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants direct warm verbs"
+    " examining ollamadaemon",
     "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
-    " pages lookout door cli_base cli_models cli_progress cli_transfer meter",
+    " pages lookout door cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -42,12 +45,17 @@ SIDEWAYS: Final = {
     "coding": {"errors"},
     "access": {"tunnel"},
     "parent": {"tunnel"},
+    "diagnosis": {"parent"},
+    "examining": {"manifests"},
+    "ollamadaemon": {"examining"},
     "catalogue": {"traffic"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},
     "storefolder": {"platform"},
     "ledger": {"index"},
     "store": {"index", "ingest", "ledger", "platform", "storefolder"},
+    "authorities": {"ca"},
+    "clientsetup": {"platform"},
     "control": {"asking"},
     "housekeeping": {"store"},
     "admission": {"store"},
@@ -75,12 +83,26 @@ SIDEWAYS: Final = {
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "gate": {"opening", "parentleg", "streamlayer", "widetls"},
     "blobserver": {"door", "pages", "sender"},
+    "clientpages": {"pages"},
+    "cli_ca": {"cli_base"},
+    "cli_setup": {"cli_base"},
     "cli_models": {"cli_base", "cli_progress"},
     "cli_transfer": {"cli_base", "meter"},
-    "cli": {"cli_base", "cli_models", "cli_transfer"},
+    "cli": {"cli_base", "cli_ca", "cli_models", "cli_setup", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
     "lookout": {"pages"},
-    "addon": {"blobserver", "desk", "dispatch", "flows", "gate", "lookout", "modes", "parentleg", "streamlayer"},
+    "addon": {
+        "blobserver",
+        "clientpages",
+        "desk",
+        "dispatch",
+        "flows",
+        "gate",
+        "lookout",
+        "modes",
+        "parentleg",
+        "streamlayer",
+    },
 }
 
 PURE_ROWS: Final = {"L0", "L1"}

@@ -5,11 +5,13 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L4   addon  flows  messages  gate  parentleg  streamlayer
          dispatch  widetls  modes  opening
          blobserver  door  sender  desk  pages  lookout
+         clientpages  cli_ca  cli_setup
          cli  cli_base  cli_models  cli_progress
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
          refresh  direct  warm  verbs  metrics  vitals
          watch  statuspage                                   request value -> answer: status, headers and what to send
+         examining  ollamadaemon                             the ones that look for what is wrong
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  cursor  relay  fetcher
          supply  sealer  keeper  workroom  ahead             the ones that talk to the CDN and keep what it says
@@ -17,10 +19,11 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L2a  store  storefolder  index  ingest  upstream  datastream  resolver  collapse
          ca  threads  places  looplag  platform
          ledger  control  asking  housekeeping
-         copying  inventory  modeltree  bundle  admission    disk, sockets, tasks, keys
+         copying  inventory  modeltree  bundle  admission
+         authorities  clientsetup                            disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  trials
-         traffic  catalogue  pruning                         state and policy, no I/O; `now` is a parameter
+         traffic  catalogue  pruning  diagnosis              state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
          conditional  requestlog  settings  options  loopguard  wording
          jsonlog

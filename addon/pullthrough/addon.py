@@ -11,22 +11,28 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from mitmproxy import addonmanager, ctx, exceptions
 from mitmproxy.addons.termlog import TermLogHandler
 from mitmproxy.proxy.mode_specs import ProxyMode
 
-from pullthrough import places, platform
+from pullthrough import clientpages, places, platform
+from pullthrough.authorities import Authorities
 from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
-from pullthrough.ca import Authority, Leaf, is_due
+from pullthrough.ca import Leaf, is_due
+from pullthrough.clientsetup import clients_host, documents
+from pullthrough.control import Tell
 from pullthrough.desk import Desk
 from pullthrough.dispatch import Dispatch
 from pullthrough.errors import CacheError
+from pullthrough.examining import look_out
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
 from pullthrough.jsonlog import JsonLines
@@ -41,7 +47,7 @@ from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
 from pullthrough.requestlog import RequestLog
-from pullthrough.settings import PREFIX, Log, Settings
+from pullthrough.settings import PREFIX, PROXY_PORT, Endpoint, Log, Settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Transfers, check_internals
 from pullthrough.threads import Threads
@@ -54,6 +60,8 @@ _log = logging.getLogger(__name__)
 
 REMINT_S: Final = 3600.0
 DESCRIPTORS: Final = 65_536
+PROXIES: Final = ("regular", "upstream")
+"""Those of mitmproxy's modes whose clients know that they have a proxy."""
 
 MITMPROXY_OPTIONS: Final = {
     # A hit must not dial upstream first (mitmproxy#4775).
@@ -84,7 +92,7 @@ class OllamaCache:
     def __init__(self) -> None:
         self._settings: Settings | None = None
         self._store: Store | None = None
-        self._authority: Authority | None = None
+        self._authorities: Authorities | None = None
         self._leaves: list[Leaf] = []
         self._confdir: tempfile.TemporaryDirectory[str] | None = None
         self._parents = Parents()
@@ -142,7 +150,7 @@ class OllamaCache:
         quiet = logging.DEBUG if settings.log_level == "debug" else logging.WARNING
         logging.getLogger("mitmproxy.proxy.server").setLevel(quiet)
         logging.getLogger("mitmproxy.proxy.layers").setLevel(quiet)
-        self._authority = Authority.load_or_create(settings.certs, settings.intercepted, now=_now())
+        self._authorities = Authorities.load_or_create(settings.certs, settings.intercepted, now=_now())
         self._parents = ways_out(os.environ, _ports())
         try:
             self._upstream = Upstream(
@@ -168,9 +176,9 @@ class OllamaCache:
 
     def _mint(self) -> None:
         """Give mitmproxy a leaf for each intercepted host; its own CA is a throw-away that nobody trusts."""
-        assert self._settings and self._authority and self._confdir
+        assert self._settings and self._authorities and self._confdir
         folder = Path(self._confdir.name)
-        self._leaves = [self._authority.issue(host, now=_now()) for host in self._settings.intercepted]
+        self._leaves = [self._authorities.issue(host, now=_now()) for host in self._settings.intercepted]
         specs = []
         for leaf in self._leaves:
             # A new name each time: mitmproxy reads the files again only when the option changes.
@@ -182,12 +190,12 @@ class OllamaCache:
 
     def _certificates(self) -> dict[str, datetime]:
         """Until when our certificates are valid."""
-        assert self._authority
-        return {"CA": self._authority.not_after, **{leaf.host: leaf.not_after for leaf in self._leaves}}
+        assert self._authorities
+        return {"CA": self._authorities.current.not_after, **{leaf.host: leaf.not_after for leaf in self._leaves}}
 
     async def running(self) -> None:
         """Open what needs the event loop; from here on clients are served."""
-        assert self._settings and self._store and self._authority and self._upstream and self._blob_server
+        assert self._settings and self._store and self._authorities and self._upstream and self._blob_server
         assert self._vitals
         settings = self._settings
         await self._upstream.open()
@@ -211,8 +219,9 @@ class OllamaCache:
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder)
         self._registry.open()
+        others = {"proxy": _tell_address, "look out": self._look_out}
         options = _origins(settings)
-        self._desk = Desk(settings, self._store, self._recorder, self._registry, self._requests, options)
+        self._desk = Desk(settings, self._store, self._recorder, self._registry, self._requests, options, others)
         await self._desk.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
@@ -226,14 +235,17 @@ class OllamaCache:
         )
         watch = Watch(settings, self._store, self._recorder, self._upstream, self._vitals, self._desk.view)
         Lookout(metrics, self._vitals, watch).enter(self._blob_server.pages)
+        proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
+        given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)
+        clientpages.add(self._blob_server.pages, given)
         await self._blob_server.open(self._registry, self._gate.admits, self._requests)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
             len(self._store.blobs()),
             len(self._store.manifests()),
-            self._authority.certificate_file,
-            self._authority.fingerprint,
+            self._authorities.current.certificate_file,
+            self._authorities.current.fingerprint,
             self._blob_server,
         )
 
@@ -271,6 +283,11 @@ class OllamaCache:
             self._confdir.cleanup()
             self._confdir = None
 
+    async def _look_out(self, _: Mapping[str, Any], __: Tell) -> Any:
+        """For the doctor: how the registry answers the client that pulls use."""
+        assert self._settings and self._upstream
+        return asdict(await look_out(self._upstream, self._settings, _now()))
+
     async def _remint(self) -> None:
         while True:
             await asyncio.sleep(REMINT_S)
@@ -303,6 +320,18 @@ def _origins(settings: Settings) -> list[dict[str, str]]:
         value = places_of.get(option.name, getattr(ctx.options, f"{PREFIX}{option.name}"))
         rows.append({"name": option.name, "value": value, "source": source})
     return rows
+
+
+def _proxy_address() -> tuple[str, int]:
+    """The first listener that speaks as a proxy; host "" for all addresses."""
+    servers = ctx.master.addons.get("proxyserver").servers
+    found = [address[:2] for server in servers if server.mode.type_name in PROXIES for address in server.listen_addrs]
+    return found[0] if found else ("", ctx.options.listen_port or PROXY_PORT)
+
+
+async def _tell_address(_: Mapping[str, Any], __: Tell) -> Any:
+    host, port = _proxy_address()
+    return {"host": host, "port": port}
 
 
 def _ports() -> set[int]:

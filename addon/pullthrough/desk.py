@@ -6,10 +6,11 @@ need, and nothing of flows.
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Final
 
 from pullthrough.catalogue import JSON, View
-from pullthrough.control import Control
+from pullthrough.control import Control, Verb
 from pullthrough.housekeeping import Housekeeping
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
@@ -33,15 +34,16 @@ class Desk:
         registry: Registry,
         requests: RequestLog,
         options: list[JSON],
+        others: Mapping[str, Verb],
     ) -> None:
-        """`options` are what `config` tells."""
+        """`options` are what `config` tells; `others` are verbs that are not about the store."""
         self._store = store
         self._recorder = recorder
         self._requests = requests
         self._traffic = Traffic(store.ledger.days)
         housekeeping = Housekeeping(store, settings.pins, recorder.running)
         self._verbs = Verbs(store, housekeeping, registry.warmer, pins=settings.pins, options=options, count=self.count)
-        self._control = Control(settings.dir, self._verbs.table())
+        self._control = Control(settings.dir, {**self._verbs.table(), **others})
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:

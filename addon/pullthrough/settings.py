@@ -14,6 +14,9 @@ from pullthrough.records import Name
 
 PREFIX: Final = "ollama_cache_"
 
+PROXY_PORT: Final = 8080
+"""Where mitmproxy listens unless it is told otherwise."""
+
 R2_HOST: Final = "dd20bb891979d25aebc8bec07b2b3bbc.r2.cloudflarestorage.com"
 """The object-store account that registry.ollama.ai has redirected blobs to since 2023-11."""
 
