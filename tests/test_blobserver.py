@@ -1,17 +1,15 @@
 """blobserver: names and addresses, and where it listens; how it answers is in e2e/test_front."""
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from aiohttp import web
 
 from pullthrough import platform
-from pullthrough.blobserver import BlobServer, Door, blob_origin, is_name
+from pullthrough.blobserver import BlobServer, blob_origin, is_name
 from pullthrough.errors import SettingsError
 from pullthrough.options import parse_settings
 from tests.support.proxy import free_port
@@ -131,33 +129,6 @@ def test_a_port_in_use_frees_the_others() -> None:
         with pytest.raises(SettingsError, match=message), server(listen=f"127.0.0.1:{first},{taken}", front=""):
             pass
     socket.create_server(("127.0.0.1", first)).close()
-
-
-def test_strangers_get_nothing() -> None:
-    """A connection of one who is not admitted ends before its request is looked at."""
-    asked = []
-
-    async def handle(_: web.BaseRequest) -> web.StreamResponse:
-        asked.append(1)
-        return web.Response()
-
-    async def ask(peer: str) -> bytes:
-        runner = web.ServerRunner(Door(handle, lambda address: address == peer))
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        try:
-            reader, writer = await asyncio.open_connection(*runner.addresses[0])
-            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            with contextlib.suppress(ConnectionError):
-                return await asyncio.wait_for(reader.read(), 20)
-            return b""
-        finally:
-            writer.close()
-            await runner.cleanup()
-
-    assert asyncio.run(ask("192.0.2.1")) == b""
-    assert asked == []
-    assert asyncio.run(ask("127.0.0.1")).startswith(b"HTTP/1.1 200")
 
 
 def test_an_unknown_host() -> None:

@@ -121,16 +121,15 @@ def test_a_model_that_nobody_pulled_is_as_old_as_its_manifest() -> None:
 
 
 def test_traffic_by_day() -> None:
-    """Totals go on from what was left, each day is told once, and a total from upstream is counted by its growth."""
+    """Totals go on from what was left, each day is told once, and what is counted is the growth."""
     traffic = Traffic({0: Totals(1, 1)})
     assert traffic.take() == {}
-    traffic.serve(0, now=5.0)
+    traffic.count_up_to(served=0, fetched=0, now=5.0)
     assert traffic.take() == {}
-    traffic.serve(10, now=5.0)
-    traffic.fetch_up_to(4, now=5.0)
-    traffic.fetch_up_to(9, now=DAY_S + 1.0)
+    traffic.count_up_to(served=10, fetched=4, now=5.0)
+    traffic.count_up_to(served=10, fetched=9, now=DAY_S + 1.0)
     assert traffic.take() == {0: Totals(11, 5), 1: Totals(0, 5)}
-    traffic.fetch_up_to(9, now=DAY_S + 2.0)
+    traffic.count_up_to(served=10, fetched=9, now=DAY_S + 2.0)
     assert traffic.take() == {}
 
 

@@ -101,7 +101,7 @@ def test_no_arguments(run: Run) -> None:
         pytest.param(["--verbose"], "No such option: --verbose", id="unknown option"),
         pytest.param(["ca", "--cert", "x"], "No such option: --cert", id="unknown option of a verb"),
         pytest.param(["ca", "--certs"], "Option '--certs' requires an argument", id="option without its value"),
-        pytest.param(["ca", "here"], "Got unexpected extra argument", id="argument too many"),
+        pytest.param(["ca", "here"], "No such command 'here'", id="argument too many"),
     ],
 )
 def test_bad_usage(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -14,17 +14,19 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options loopguard wording fleet addressing",
-    "L1": "assembly scheduler freshness retention access tunnel metrics budget parent trials traffic catalogue pruning"
-    " breaker returns lease",
+    " conditional requestlog options loopguard wording jsonlog fleet addressing",
+    "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning"
+    " diagnosis breaker returns lease",
     "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
-    " storefolder copying inventory modeltree bundle ledger asking housekeeping admission objectstore",
+    " storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
+    " authorities clientsetup objectstore",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
-    "L3b": "registry statuspage manifests exchange prefetch refresh grants direct warm verbs tierverbs",
+    "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants direct warm verbs"
+    " examining ollamadaemon tierverbs",
     "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
-    " cli_base cli_tier cli_models cli_progress cli_transfer meter",
+    " pages lookout door cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -38,6 +40,7 @@ SIDEWAYS: Final = {
     "settings": {"records"},
     "addressing": {"settings"},
     "options": {"addressing", "errors", "settings"},
+    "requestlog": {"cachestatus"},
     "records": {"digest", "errors"},
     "fleet": {"digest", "errors", "records"},
     "datacheck": {"byterange", "errors"},
@@ -45,12 +48,17 @@ SIDEWAYS: Final = {
     "coding": {"errors"},
     "access": {"tunnel"},
     "parent": {"tunnel"},
+    "diagnosis": {"parent"},
+    "examining": {"manifests"},
+    "ollamadaemon": {"examining"},
     "catalogue": {"traffic"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},
     "storefolder": {"platform"},
     "ledger": {"index"},
     "store": {"index", "ingest", "ledger", "platform", "storefolder"},
+    "authorities": {"ca"},
+    "clientsetup": {"platform"},
     "control": {"asking"},
     "housekeeping": {"store"},
     "admission": {"store"},
@@ -77,15 +85,33 @@ SIDEWAYS: Final = {
     "warm": {"manifests"},
     "verbs": {"warm"},
     "tierverbs": {"warm"},
+    "metrics": {"vitals"},
+    "watch": {"vitals"},
+    "statuspage": {"watch"},
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
     "gate": {"opening", "parentleg", "streamlayer", "widetls"},
-    "blobserver": {"sender"},
+    "blobserver": {"door", "pages", "sender"},
+    "clientpages": {"pages"},
+    "cli_ca": {"cli_base"},
+    "cli_setup": {"cli_base"},
     "cli_tier": {"cli_base"},
     "cli_models": {"cli_base", "cli_progress", "cli_tier"},
     "cli_transfer": {"cli_base", "cli_tier", "meter"},
-    "cli": {"cli_base", "cli_models", "cli_transfer"},
+    "cli": {"cli_base", "cli_ca", "cli_models", "cli_setup", "cli_transfer"},
     "flows": {"blobserver", "gate", "messages", "streamlayer"},
-    "addon": {"blobserver", "desk", "dispatch", "flows", "gate", "modes", "parentleg", "streamlayer"},
+    "lookout": {"pages"},
+    "addon": {
+        "blobserver",
+        "clientpages",
+        "desk",
+        "dispatch",
+        "flows",
+        "gate",
+        "lookout",
+        "modes",
+        "parentleg",
+        "streamlayer",
+    },
 }
 
 PURE_ROWS: Final = {"L0", "L1"}

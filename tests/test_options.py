@@ -7,7 +7,7 @@ import pytest
 
 from pullthrough.errors import SettingsError
 from pullthrough.options import OPTIONS, parse_settings
-from pullthrough.settings import R2_HOST, Direct, Endpoint, Finish, Lifetimes, Settings, Tunnel, Withdrawn
+from pullthrough.settings import R2_HOST, Direct, Endpoint, Finish, Lifetimes, Log, Settings, Tunnel, Withdrawn
 
 
 def parse(**texts: str) -> Settings:
@@ -41,6 +41,7 @@ def test_defaults() -> None:
         upstream_rate=None,
         object_store=None,
         fleet_secret_file=None,
+        log=Log.TEXT,
         log_level="info",
     )
 
@@ -147,6 +148,7 @@ def test_values() -> None:
         ("object_store", "s3://bucket?region=x"),
         ("object_store", "s3://without-a-secret-beside-it"),
         ("direct", "object-store"),
+        ("log", "xml"),
         ("log_level", "loud"),
     ],
 )

@@ -41,6 +41,7 @@ from pullthrough.upstream import (
     MAX_CONTROL_BODY,
     MAX_HOPS,
     DataStream,
+    Errors,
     Source,
     Upstream,
     exempt_hosts,
@@ -830,7 +831,29 @@ async def test_bytes_are_counted(pieces: list[bytes], kind: type[UpstreamError],
     content = SimpleNamespace(readany=readany, read_nowait=lambda: b"")
     response = SimpleNamespace(headers={}, content=content, close=lambda: None)
     with refused(kind, f"^{message}$"):
-        await read(DataStream(cast(aiohttp.ClientResponse, response), Extent(4, 8, 16)))
+        await read(DataStream(cast(aiohttp.ClientResponse, response), Extent(4, 8, 16), Errors()))
+
+
+@on_loop
+async def test_failures_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each, wherever they are met; a refusal that a client is meant to see is none."""
+    monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0))
+    async with world() as at:
+        at.registry.answers[MANIFEST_TARGET] = reply(404)
+        await at.ask()
+        assert at.upstream.errors == {}
+        at.registry.answers[MANIFEST_TARGET] = reply(503)
+        await at.ask()
+        at.registry.answers[MANIFEST_TARGET] = CLOSE
+        with refused(UpstreamUnreachable):
+            await at.ask()
+        at.cdn.answers[DATA_TARGET] = reply(403)
+        with refused(SourceExpired):
+            await at.open()
+        at.cdn.answers[DATA_TARGET] = part(4, 8)[:-2] + CLOSE
+        with refused(UpstreamUnreachable):
+            await read(await at.open())
+        assert at.upstream.errors == {UpstreamRefused: 1, UpstreamUnreachable: 2, SourceExpired: 1}
 
 
 # --- redirects of a source

@@ -4,11 +4,14 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
 
     L4   addon  flows  messages  gate  parentleg  streamlayer
          dispatch  widetls  modes  opening
-         blobserver  sender  desk
-         cli  cli_base  cli_tier  cli_models  cli_progress
+         blobserver  door  sender  desk  pages  lookout
+         clientpages  cli_ca  cli_setup  cli_tier
+         cli  cli_base  cli_models  cli_progress
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
-         refresh  direct  warm  verbs  tierverbs             request value -> answer: status, headers and what to send
+         refresh  direct  warm  verbs  metrics  vitals
+         watch  statuspage  tierverbs                        request value -> answer: status, headers and what to send
+         examining  ollamadaemon                             the ones that look for what is wrong
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  cursor  relay  fetcher
          supply  sealer  keeper  workroom  ahead             the ones that talk to the CDN and keep what it says
@@ -18,11 +21,12 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          ca  threads  places  looplag  platform
          ledger  control  asking  housekeeping
          copying  inventory  modeltree  bundle  admission
-         objectstore                                         disk, sockets, tasks, keys
+         authorities  clientsetup  objectstore               disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  trials
-         traffic  catalogue  pruning  breaker  returns  lease
-                                                             state and policy, no I/O; `now` is a parameter
+         traffic  catalogue  pruning  diagnosis
+         breaker  returns  lease                             state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
-         conditional  requestlog  settings  options  addressing  loopguard  wording  fleet
+         conditional  requestlog  settings  options  addressing  loopguard  wording
+         jsonlog  fleet
 """

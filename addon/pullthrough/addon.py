@@ -11,26 +11,36 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from mitmproxy import addonmanager, ctx, exceptions
+from mitmproxy.addons.termlog import TermLogHandler
 from mitmproxy.proxy.mode_specs import ProxyMode
 
-from pullthrough import places, platform
+from pullthrough import clientpages, places, platform
+from pullthrough.authorities import Authorities
 from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
-from pullthrough.ca import Authority, Leaf, is_due
+from pullthrough.ca import Leaf, is_due
+from pullthrough.clientsetup import clients_host, documents
+from pullthrough.control import Tell
 from pullthrough.desk import Desk
 from pullthrough.dispatch import Dispatch
 from pullthrough.errors import CacheError, TierError
+from pullthrough.examining import look_out
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
+from pullthrough.jsonlog import JsonLines
 from pullthrough.keeper import Keeper
 from pullthrough.leaseholder import Leaseholder
+from pullthrough.lookout import Lookout
 from pullthrough.looplag import LoopLag
+from pullthrough.metrics import Metrics
 from pullthrough.modes import check_modes
 from pullthrough.objectstore import ObjectStore, endpoint
 from pullthrough.options import OPTIONS, environment_texts, parse_settings
@@ -38,19 +48,24 @@ from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
-from pullthrough.settings import PREFIX, Settings
+from pullthrough.requestlog import RequestLog
+from pullthrough.settings import PREFIX, PROXY_PORT, Endpoint, Log, Settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Transfers, check_internals
 from pullthrough.threads import Threads
 from pullthrough.tier import Tier, load_secret
 from pullthrough.uploader import Uploader
 from pullthrough.upstream import Upstream
+from pullthrough.vitals import Vitals
+from pullthrough.watch import Watch
 from pullthrough.workroom import Workroom
 
 _log = logging.getLogger(__name__)
 
 REMINT_S: Final = 3600.0
 DESCRIPTORS: Final = 65_536
+PROXIES: Final = ("regular", "upstream")
+"""Those of mitmproxy's modes whose clients know that they have a proxy."""
 
 MITMPROXY_OPTIONS: Final = {
     # A hit must not dial upstream first (mitmproxy#4775).
@@ -81,7 +96,7 @@ class OllamaCache:
     def __init__(self) -> None:
         self._settings: Settings | None = None
         self._store: Store | None = None
-        self._authority: Authority | None = None
+        self._authorities: Authorities | None = None
         self._leaves: list[Leaf] = []
         self._confdir: tempfile.TemporaryDirectory[str] | None = None
         self._parents = Parents()
@@ -92,7 +107,9 @@ class OllamaCache:
         self._leases: Leaseholder | None = None
         self._recorder: Recorder | None = None
         self._registry: Registry | None = None
+        self._requests = RequestLog()
         self._lag = LoopLag()
+        self._vitals: Vitals | None = None
         self._blob_server: BlobServer | None = None
         self._desk: Desk | None = None
         self._dispatch: Dispatch | None = None
@@ -131,12 +148,16 @@ class OllamaCache:
         texts |= {name.removeprefix(PREFIX): "" for name in ctx.options.deferred if name.startswith(PREFIX)}
         settings = parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
         check_modes(ctx.options.mode, settings.intercepted)
+        if settings.log is Log.JSON:
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, TermLogHandler):
+                    handler.setFormatter(JsonLines())
         logging.getLogger("pullthrough").setLevel(settings.log_level.upper())
         # One line per connect and disconnect of every client drowns what the cache has to say.
         quiet = logging.DEBUG if settings.log_level == "debug" else logging.WARNING
         logging.getLogger("mitmproxy.proxy.server").setLevel(quiet)
         logging.getLogger("mitmproxy.proxy.layers").setLevel(quiet)
-        self._authority = Authority.load_or_create(settings.certs, settings.intercepted, now=_now())
+        self._authorities = Authorities.load_or_create(settings.certs, settings.intercepted, now=_now())
         self._parents = ways_out(os.environ, _ports())
         try:
             self._upstream = Upstream(
@@ -154,6 +175,7 @@ class OllamaCache:
             self._fleet = ObjectStore(settings.object_store), load_secret(settings.fleet_secret_file)
         self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
         self._store = Store.open(settings.dir)
+        self._vitals = Vitals(settings.dir, self._certificates)
         # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
         gc.freeze()
         platform.allow_descriptors(DESCRIPTORS)
@@ -163,9 +185,9 @@ class OllamaCache:
 
     def _mint(self) -> None:
         """Give mitmproxy a leaf for each intercepted host; its own CA is a throw-away that nobody trusts."""
-        assert self._settings and self._authority and self._confdir
+        assert self._settings and self._authorities and self._confdir
         folder = Path(self._confdir.name)
-        self._leaves = [self._authority.issue(host, now=_now()) for host in self._settings.intercepted]
+        self._leaves = [self._authorities.issue(host, now=_now()) for host in self._settings.intercepted]
         specs = []
         for leaf in self._leaves:
             # A new name each time: mitmproxy reads the files again only when the option changes.
@@ -175,9 +197,15 @@ class OllamaCache:
             specs.append(f"{leaf.host}={path}")
         ctx.options.update(confdir=self._confdir.name, certs=specs)
 
+    def _certificates(self) -> dict[str, datetime]:
+        """Until when our certificates are valid."""
+        assert self._authorities
+        return {"CA": self._authorities.current.not_after, **{leaf.host: leaf.not_after for leaf in self._leaves}}
+
     async def running(self) -> None:
         """Open what needs the event loop; from here on clients are served."""
-        assert self._settings and self._store and self._authority and self._upstream and self._blob_server
+        assert self._settings and self._store and self._authorities and self._upstream and self._blob_server
+        assert self._vitals
         settings = self._settings
         await self._upstream.open()
         self._threads = Threads()
@@ -203,8 +231,12 @@ class OllamaCache:
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder, tier)
         self._registry.open()
+        others = {"proxy": _tell_address, "look out": self._look_out}
+        options = _origins(settings)
         shared = await self._share(*fleet) if fleet is not None else None
-        self._desk = Desk(settings, self._store, self._recorder, self._registry, _origins(settings), shared)
+        self._desk = Desk(
+            settings, self._store, self._recorder, self._registry, self._requests, options, others, shared
+        )
         await self._desk.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
@@ -212,15 +244,23 @@ class OllamaCache:
         self._dispatch = Dispatch(ctx.master.addons)
         self._dispatch.install()
         self._gate.open(settings, self._parents, self._upstream.loop)
-        self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._desk.serve)
-        await self._blob_server.open(self._registry, self._gate.admits, self._desk.serve)
+        self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._requests)
+        metrics = Metrics(
+            settings, self._store, self._recorder, self._upstream, self._requests, self._lag, self._vitals
+        )
+        watch = Watch(settings, self._store, self._recorder, self._upstream, self._vitals, self._desk.view)
+        Lookout(metrics, self._vitals, watch).enter(self._blob_server.pages)
+        proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
+        given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)
+        clientpages.add(self._blob_server.pages, given)
+        await self._blob_server.open(self._registry, self._gate.admits, self._requests)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
             len(self._store.blobs()),
             len(self._store.manifests()),
-            self._authority.certificate_file,
-            self._authority.fingerprint,
+            self._authorities.current.certificate_file,
+            self._authorities.current.fingerprint,
             self._blob_server,
         )
 
@@ -249,6 +289,8 @@ class OllamaCache:
 
     async def done(self) -> None:
         """Let go of everything; recordings keep what they have."""
+        if self._vitals is not None:
+            self._vitals.draining = True
         self._gate.close()
         if self._dispatch is not None:
             self._dispatch.remove()
@@ -283,6 +325,11 @@ class OllamaCache:
             self._confdir.cleanup()
             self._confdir = None
 
+    async def _look_out(self, _: Mapping[str, Any], __: Tell) -> Any:
+        """For the doctor: how the registry answers the client that pulls use."""
+        assert self._settings and self._upstream
+        return asdict(await look_out(self._upstream, self._settings, _now()))
+
     async def _remint(self) -> None:
         while True:
             await asyncio.sleep(REMINT_S)
@@ -315,6 +362,18 @@ def _origins(settings: Settings) -> list[dict[str, str]]:
         value = places_of.get(option.name, getattr(ctx.options, f"{PREFIX}{option.name}"))
         rows.append({"name": option.name, "value": value, "source": source})
     return rows
+
+
+def _proxy_address() -> tuple[str, int]:
+    """The first listener that speaks as a proxy; host "" for all addresses."""
+    servers = ctx.master.addons.get("proxyserver").servers
+    found = [address[:2] for server in servers if server.mode.type_name in PROXIES for address in server.listen_addrs]
+    return found[0] if found else ("", ctx.options.listen_port or PROXY_PORT)
+
+
+async def _tell_address(_: Mapping[str, Any], __: Tell) -> Any:
+    host, port = _proxy_address()
+    return {"host": host, "port": port}
 
 
 def _ports() -> set[int]:

@@ -6,10 +6,9 @@ asked by name is sent to this server's address, and who asked by address gets th
 
 Invariant: nothing is forwarded, and only what an anonymous caller may have is given: Authorization is dropped before
 a request is looked at. An address that is handed out is made from the connection's own local address, never from
-what the client says. Knows sockets and HTTP, and nothing of how a request is answered.
+what the client says. Knows sockets and HTTP, and nothing of how a request is answered or what its pages show.
 """
 
-import asyncio
 import errno
 import ipaddress
 import json
@@ -18,18 +17,20 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from pullthrough import platform
 from pullthrough.cachestatus import CACHE_NAME, CacheStatus, Outcome
+from pullthrough.door import Door
 from pullthrough.errors import CacheError, SettingsError
 from pullthrough.exchange import Answer, Request, failure
+from pullthrough.pages import Pages
 from pullthrough.reader import WAIT_S, Reader
 from pullthrough.registry import Registry
-from pullthrough.requestlog import log_answer, log_transfer
+from pullthrough.requestlog import RequestLog
 from pullthrough.route import parse_canonical_target
 from pullthrough.sender import Sending, send
 from pullthrough.settings import PREFIX, Direct, Endpoint, Settings
@@ -57,7 +58,9 @@ class BlobServer:
         self._advertise = settings.advertise
         self._enclosed = settings.direct is Direct.AUTO and settings.advertise is None and platform.in_container()
         self._registry: Registry | None = None
-        self._served: Callable[[int], None] = lambda _: None
+        self.pages = Pages(settings.advertise)
+        """What this port gives besides models."""
+        self._requests = RequestLog()
         self._runner: web.ServerRunner | None = None
         self._sockets: list[socket.socket] = []
         try:
@@ -103,11 +106,9 @@ class BlobServer:
                 return blob_origin(address, port) or None
         return None
 
-    async def open(
-        self, registry: Registry, admits: Callable[[str], bool], served: Callable[[int], None] = lambda _: None
-    ) -> None:
-        """Serve from now on those whose address `admits`; `served` is told the bytes of each blob's body."""
-        self._served = served
+    async def open(self, registry: Registry, admits: Callable[[str], bool], requests: RequestLog) -> None:
+        """Serve from now on those whose address `admits`; `requests` is told of each answer."""
+        self._requests = requests
         self._registry = registry
         door = Door(self._handle, admits, access_log=None, keepalive_timeout=IDLE_S)
         self._runner = web.ServerRunner(door, shutdown_timeout=SHUTDOWN_S)
@@ -133,6 +134,9 @@ class BlobServer:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         began = time.monotonic()
         try:
+            if (page := await self.pages.answer(request)) is not None:
+                page.headers["Server"] = CACHE_NAME
+                return page
             answer = await self._answer(request)
             if answer.held and isinstance(answer.body, Reader):
                 answer = await _gathered(request, answer, answer.body)
@@ -147,12 +151,12 @@ class BlobServer:
         response.headers["Cache-Status"] = str(answer.cache)
         response.headers["Server"] = CACHE_NAME
         response.content_length = answer.length
-        line = (request.remote or "", request.method, request.raw_path, answer.status, str(answer.cache))
+        line = (request.remote or "", request.method, request.raw_path, answer.status, answer.cache)
         if not isinstance(answer.body, Reader):
             await response.prepare(request)
             if answer.body and request.method != "HEAD":
                 await response.write(answer.body)
-            log_answer(*line)
+            self._requests.answer(*line)
             return response
         sending = Sending()
         try:
@@ -160,9 +164,8 @@ class BlobServer:
             await send(request, response, answer.body, sending)
         finally:
             answer.body.close()
-            self._served(sending.sent)
             seconds = time.monotonic() - began
-            log_transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)
+            self._requests.transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)
         if sending.problem:
             response.force_close()
         if sending.stalled and request.transport is not None:
@@ -197,29 +200,6 @@ class BlobServer:
         if canonical:
             return Answer(403, CacheStatus(Outcome.BYPASS))
         return _refusal(404, f"nothing is served at this address but the models of {host or 'a named registry'}")
-
-
-class Door(web.Server):
-    """aiohttp's server, which says no before a stranger's first byte."""
-
-    def __init__(self, handler: Callable[..., Any], admits: Callable[[str], bool], **options: Any) -> None:
-        super().__init__(handler, logger=Brief(_log), **options)
-        self._admits = admits
-
-    def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        # So that a writer is drained when nothing is left: sendfile goes past the transport's buffer.
-        transport.set_write_buffer_limits(0)
-        peer = transport.get_extra_info("peername")
-        if peer is None or not self._admits(peer[0]):
-            transport.close()
-
-
-class Brief(logging.LoggerAdapter[logging.Logger]):
-    """What aiohttp says of requests that are no HTTP, without the traceback: it quotes the request line."""
-
-    def log(self, level: int, msg: object, *args: object, **_: Any) -> None:
-        self.logger.log(min(level, logging.WARNING), msg, *args)
 
 
 async def _gathered(request: web.BaseRequest, answer: Answer, reader: Reader) -> Answer:

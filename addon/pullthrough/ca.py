@@ -137,7 +137,7 @@ class Authority:
             if not authority.permits(_parse_host(name)):
                 raise AuthorityError(
                     f"{certificate_file}: expected a CA that permits {name}, got one that permits "
-                    f"{', '.join(authority.permitted)}; {_MEND}"
+                    f"{', '.join(authority.permitted)}; `ollama-cache ca renew {name}` makes one beside it"
                 )
         return authority
 

@@ -6,7 +6,8 @@ an address, which may be signed. Knows neither what is asked for nor what become
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -38,14 +39,37 @@ class Source:
         return URL(self.url, encoded=True).host or ""
 
 
+class Errors(Counter[type[UpstreamError]]):
+    """How often upstream has failed us since the start, by what it was."""
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the failure that leaves the block."""
+        try:
+            yield
+        except UpstreamError as error:
+            self[type(error)] += 1
+            raise
+
+
 class DataStream:
     """A checked data response: the bytes `[start, stop)` of a blob of `length` bytes, in order."""
 
     def __init__(
-        self, response: aiohttp.ClientResponse, extent: Extent, source: Source | None = None, *, ranged: bool = True
+        self,
+        response: aiohttp.ClientResponse,
+        extent: Extent,
+        errors: Errors,
+        source: Source | None = None,
+        *,
+        ranged: bool = True,
     ) -> None:
-        """`source` is where the bytes came from, behind all redirects; `ranged` says that a Range was asked for."""
+        """`source` is where the bytes came from, behind all redirects; `ranged` says that a Range was asked for.
+
+        `errors` counts how the body fails.
+        """
         self.source = source
+        self._errors = errors
         self.ranged = ranged
         self.start = extent.start
         self.stop = extent.stop
@@ -72,25 +96,26 @@ class DataStream:
         """The body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
         content = self._response.content
         left = self.stop - self.start
-        try:
-            while left:
-                data = await content.readany()
-                if not data:
-                    raise UpstreamUnreachable(f"expected {left} more bytes, got the end of the response")
-                if len(data) < min(BATCH, left):
-                    await asyncio.sleep(BATCH_WAIT_S)
-                    # A failure while we waited is for the next read: these bytes are here.
-                    with contextlib.suppress(*FAILURES):
-                        data += content.read_nowait()
-                if len(data) > left:
-                    raise UnexpectedResponse(f"expected {left} more bytes, got {len(data)}")
-                left -= len(data)
-                yield data
-            # The end of the message gives the connection back for the next slice.
-            if await content.readany():
-                raise UnexpectedResponse(f"expected {self.stop - self.start} bytes, got more")
-        except FAILURES as error:
-            raise translate(error) from None
+        with self._errors.counted():
+            try:
+                while left:
+                    data = await content.readany()
+                    if not data:
+                        raise UpstreamUnreachable(f"expected {left} more bytes, got the end of the response")
+                    if len(data) < min(BATCH, left):
+                        await asyncio.sleep(BATCH_WAIT_S)
+                        # A failure while we waited is for the next read: these bytes are here.
+                        with contextlib.suppress(*FAILURES):
+                            data += content.read_nowait()
+                    if len(data) > left:
+                        raise UnexpectedResponse(f"expected {left} more bytes, got {len(data)}")
+                    left -= len(data)
+                    yield data
+                # The end of the message gives the connection back for the next slice.
+                if await content.readany():
+                    raise UnexpectedResponse(f"expected {self.stop - self.start} bytes, got more")
+            except FAILURES as error:
+                raise translate(error) from None
 
 
 def translate(error: BaseException) -> UpstreamError:

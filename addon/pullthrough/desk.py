@@ -6,13 +6,15 @@ need, and nothing of flows.
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Final
 
-from pullthrough.catalogue import JSON
-from pullthrough.control import Control
+from pullthrough.catalogue import JSON, View
+from pullthrough.control import Control, Verb
 from pullthrough.housekeeping import Housekeeping
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
+from pullthrough.requestlog import RequestLog
 from pullthrough.settings import Settings
 from pullthrough.store import Store
 from pullthrough.tier import Tier
@@ -33,16 +35,19 @@ class Desk:
         store: Store,
         recorder: Recorder,
         registry: Registry,
+        requests: RequestLog,
         options: list[JSON],
+        others: Mapping[str, Verb],
         fleet: tuple[Tier, Uploader] | None = None,
     ) -> None:
-        """`options` are what `config` tells."""
+        """`options` are what `config` tells; `others` are verbs that are not about the store."""
         self._store = store
         self._recorder = recorder
+        self._requests = requests
         self._traffic = Traffic(store.ledger.days)
         housekeeping = Housekeeping(store, settings.pins, recorder.running)
         shared = TierVerbs(*fleet, store, housekeeping, registry.warmer, recorder.counters) if fleet else None
-        verbs = Verbs(
+        self._verbs = Verbs(
             store,
             housekeeping,
             registry.warmer,
@@ -51,7 +56,7 @@ class Desk:
             count=self.count,
             tier=shared.state if shared else None,
         )
-        self._control = Control(settings.dir, verbs.table() | (shared.table() if shared else {}))
+        self._control = Control(settings.dir, {**self._verbs.table(), **(shared.table() if shared else {}), **others})
         self._task: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -65,13 +70,15 @@ class Desk:
             await asyncio.wait([self._task])
         await self._control.close()
 
-    def serve(self, count: int) -> None:
-        """A client has been sent so many bytes of a blob."""
-        self._traffic.serve(count, now=time.time())
+    def view(self) -> View:
+        """What is stored and was counted, now."""
+        self.count()
+        return self._verbs.view()
 
     def count(self) -> None:
         """Bring the store's days up to date."""
-        self._traffic.fetch_up_to(self._recorder.counters.upstream_bytes, now=time.time())
+        fetched = self._recorder.counters.upstream_bytes
+        self._traffic.count_up_to(served=self._requests.sent, fetched=fetched, now=time.time())
         self._store.ledger.put_days(self._traffic.take())
 
     async def _run(self) -> None:

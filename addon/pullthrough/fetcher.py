@@ -10,8 +10,10 @@ import contextlib
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Final
 
 from pullthrough.assembly import Assembly
@@ -52,6 +54,17 @@ RETRY_AFTER_LIMIT_S: Final = 10.0
 RATE_WEIGHT: Final = 0.3
 
 
+class Ending(StrEnum):
+    """How a recording ends."""
+
+    STORED = "stored"
+    FAILED = "failed"
+    LEFT = "left"
+    """By all clients."""
+    UNKEPT = "unkept"
+    """For want of room."""
+
+
 @dataclass
 class Counters:
     """What recordings have done since the start of the daemon."""
@@ -62,6 +75,7 @@ class Counters:
     retries: int = 0
     mismatches: int = 0
     restarts: int = 0
+    ended: Counter[Ending] = field(default_factory=Counter)
 
     def take(self, stream: DataStream, count: int) -> None:
         """So many bytes of the stream have come."""

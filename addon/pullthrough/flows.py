@@ -6,11 +6,12 @@ response, never upstream's bytes by accident. Knows how mitmproxy works and noth
 
 import logging
 import time
-from collections.abc import Callable
+from typing import Final
 
 from mitmproxy import ctx, http
 
 from pullthrough.blobserver import BlobServer
+from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.errors import AddressRefused, CacheError, LoopDetected, Misdirected, Offline
 from pullthrough.exchange import Answer, Request, failure
 from pullthrough.gate import Gate, normal, refuse
@@ -18,11 +19,14 @@ from pullthrough.loopguard import CDN_LOOP, LoopGuard
 from pullthrough.messages import has_body, is_reverse, request_of, response_of
 from pullthrough.reader import Reader
 from pullthrough.registry import Registry
-from pullthrough.requestlog import log_answer, log_transfer
+from pullthrough.requestlog import RequestLog
 from pullthrough.settings import Settings
 from pullthrough.streamlayer import Mouth, Transfer, Transfers
 
 _log = logging.getLogger(__name__)
+
+ANSWERED: Final = "ollama_cache_status"
+"""Where a flow's metadata say how we have answered it."""
 
 
 class Flows:
@@ -38,7 +42,7 @@ class Flows:
         self._registry: Registry | None = None
         self._blob_server: BlobServer | None = None
         self._loop = LoopGuard("")
-        self._served: Callable[[int], None] = lambda _: None
+        self._requests = RequestLog()
 
     def open(
         self,
@@ -46,13 +50,13 @@ class Flows:
         registry: Registry,
         blob_server: BlobServer,
         loop: LoopGuard,
-        served: Callable[[int], None] = lambda _: None,
+        requests: RequestLog,
     ) -> None:
         """From now on requests are answered by the registry's core, and large parts sent on to the blob server.
 
-        `served` is told the bytes of each blob's body.
+        `requests` is told how each request ended.
         """
-        self._served = served
+        self._requests = requests
         self._settings = settings
         self._blob_server = blob_server
         self._registry = registry
@@ -103,7 +107,7 @@ class Flows:
         except Exception:
             # Never upstream's bytes by accident, never text that ends in a model file.
             _log.exception("answering %s failed", flow.request.path.partition("?")[0])
-            flow.response = response_of(502, [], b"", 0)
+            self._apply(flow, Answer(502, CacheStatus(Outcome.MISS)))
             return
         if answer is None:
             self._reroute(flow)
@@ -128,26 +132,28 @@ class Flows:
         body = answer.body if isinstance(answer.body, bytes) else b""
         headers = [*answer.headers, ("Cache-Status", str(answer.cache))]
         flow.response = response_of(answer.status, headers, body, answer.length)
+        flow.metadata[ANSWERED] = answer.cache
         if isinstance(answer.body, Reader):
             self._transfers[flow.id] = Transfer(flow, answer.body, held=answer.held)
-        else:
-            log_answer(
-                flow.client_conn.peername[0], flow.request.method, flow.request.path, answer.status, str(answer.cache)
-            )
 
     def _finish(self, flow: http.HTTPFlow) -> None:
         transfer = self._transfers.pop(flow.id, None)
-        if transfer is None:
+        if transfer is not None:
+            transfer.close()
+        if flow.response is None:
             return
-        transfer.close()
-        self._served(transfer.sent)
-        assert flow.response
-        log_transfer(
-            flow.client_conn.peername[0],
-            flow.request.method,
-            flow.request.path,
-            flow.response.status_code,
-            flow.response.headers.get("Cache-Status", ""),
+        client, request, status = flow.client_conn.peername[0], flow.request, flow.response.status_code
+        # What nobody here has answered was passed through, or refused.
+        cache = flow.metadata.get(ANSWERED, CacheStatus(Outcome.BYPASS))
+        if transfer is None:
+            self._requests.answer(client, request.method, request.path, status, cache)
+            return
+        self._requests.transfer(
+            client,
+            request.method,
+            request.path,
+            status,
+            cache,
             sent=transfer.sent,
             seconds=time.monotonic() - transfer.began,
             problem=flow.error.msg if flow.error else "",

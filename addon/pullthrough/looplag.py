@@ -33,13 +33,13 @@ class LoopLag:
             self._task.cancel()
             self._task = None
 
-    def quantile(self, part: float) -> float:
-        """The lag that this part of the samples does not exceed; 0 where there are none."""
-        ordered = sorted(self._samples)
-        return ordered[min(len(ordered) - 1, int(len(ordered) * part))] if ordered else 0.0
+    def quantiles(self, *parts: float) -> list[float]:
+        """The lags that these parts of the samples do not exceed; 0 where there are none."""
+        ordered = sorted(self._samples) or [0.0]
+        return [ordered[min(len(ordered) - 1, int(len(ordered) * part))] for part in parts]
 
     def __str__(self) -> str:
-        median, late, worst = (1000 * self.quantile(part) for part in (0.5, 0.99, 1.0))
+        median, late, worst = (1000 * seconds for seconds in self.quantiles(0.5, 0.99, 1.0))
         return f"median {median:.1f} ms, p99 {late:.1f} ms, worst {worst:.1f} ms"
 
     async def _watch(self) -> None:

@@ -29,6 +29,7 @@ from pullthrough.settings import (
     Direct,
     Finish,
     Lifetimes,
+    Log,
     Settings,
     Tunnel,
     Withdrawn,
@@ -268,6 +269,7 @@ OPTIONS: Final = (
         "each.",
         _parse_file,
     ),
+    Option("log", Log.TEXT, "How the cache logs: text, or json (an object a line).", _parse_word(Log)),
     Option("log_level", "info", "How much the cache logs: debug, info, warning or error.", _parse_level),
 )
 

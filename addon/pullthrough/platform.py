@@ -235,6 +235,16 @@ def own_addresses() -> frozenset[str]:
     )
 
 
+def lan_address() -> str:
+    """Our address towards other networks, else loopback: of the interface that a packet to one would leave by."""
+    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        # Nothing is sent to these, which are for documentation (RFC 5737, RFC 3849).
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((elsewhere, 9))
+            return str(sock.getsockname()[0])
+    return "127.0.0.1"
+
+
 def local_networks() -> tuple[Network, ...]:
     """The networks this machine's interfaces are on, without point-to-point and malformed entries."""
     networks: list[Network] = []

@@ -26,6 +26,10 @@ class Recorder:
         """The recording of `digest` that runs now."""
         return self._recordings.get(digest)
 
+    def recordings(self) -> list[Recording]:
+        """All that run now."""
+        return list(self._recordings.values())
+
     @property
     def running(self) -> KeysView[Digest]:
         """What is being recorded, at any time one looks."""

@@ -17,7 +17,7 @@ from pullthrough.cursor import Cursor
 from pullthrough.datastream import DataStream
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, DigestMismatch, StoreError, StoreUnwritable, UpstreamUnreachable
-from pullthrough.fetcher import Fetcher
+from pullthrough.fetcher import Ending, Fetcher
 from pullthrough.ingest import SharedFile
 from pullthrough.relay import Relay, Relays
 from pullthrough.scheduler import FIRST_SLICE, Demand, Slice, next_slice
@@ -83,6 +83,16 @@ class Recording:
         """The blob's size, None while nothing has told it."""
         told = self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
         return self._ready.result() if told else None
+
+    @property
+    def present(self) -> int:
+        """How many of its bytes are here."""
+        return self.assembly.present.size if hasattr(self, "assembly") else 0
+
+    @property
+    def readers(self) -> int:
+        """How many read it now."""
+        return len(self._cursors)
 
     def attach(self, start: int, stop: int) -> Cursor:
         """A cursor for a reader of `[start, stop)`. The recording must be ready; it may have ended meanwhile.
@@ -199,7 +209,7 @@ class Recording:
 
     def _give_up_keeping(self, size: int, error: StoreUnwritable) -> None:
         """Clients are told the size and served past the disk; after UNKEPT_S the disk is tried again."""
-        _log.warning("%s; passing through", error)
+        _log.warning("%s; passing through", error, extra=self._ending(Ending.UNKEPT, error))
         self._error = error
         self.assembly = Assembly(size)
         self._ready.set_result(size)
@@ -219,6 +229,7 @@ class Recording:
             100 * sealed.unhashed / size if size else 0,
             sealed.commit_s,
             sealed.fsync_s,
+            extra=self._ending(Ending.STORED),
         )
         self._end()
 
@@ -262,19 +273,44 @@ class Recording:
         if self._fetcher.busy or self.assembly.complete:
             self._watch_idleness()
             return
-        _log.info("recording %s: left by all clients with %s", self.digest.short, self._extent())
+        _log.info(
+            "recording %s: left by all clients with %s",
+            self.digest.short,
+            self._extent(),
+            extra=self._ending(Ending.LEFT),
+        )
         self._end()
 
     def _fail(self, error: CacheError) -> None:
         if self._ended:
             return
-        _log.warning("recording %s failed with %s: %s", self.digest.short, self._extent(), error)
+        _log.warning(
+            "recording %s failed with %s: %s",
+            self.digest.short,
+            self._extent(),
+            error,
+            extra=self._ending(Ending.FAILED, error),
+        )
         self._error = error
         if not self._ready.done():
             self._ready.set_exception(error)
             # Perhaps nobody waits: then it has been logged, which is all there is to do.
             self._ready.exception()
         self._end()
+
+    def _ending(self, result: Ending, error: CacheError | None = None) -> dict[str, object]:
+        """Count how the recording ends; the fields of its line."""
+        self._room.counters.ended[result] += 1
+        fields = {
+            "event": "recording",
+            "digest": str(self.digest),
+            "result": result,
+            "bytes": self.present,
+            "fetched": self._fetcher.fetched if hasattr(self, "_fetcher") else 0,
+            "seconds": round(time.monotonic() - self._started, 3),
+            "problem": str(error or ""),
+        }
+        return {"fields": fields}
 
     def _extent(self) -> str:
         if not self._ready.done() or self._ready.exception() is not None:

@@ -14,6 +14,9 @@ from pullthrough.records import Name
 
 PREFIX: Final = "ollama_cache_"
 
+PROXY_PORT: Final = 8080
+"""Where mitmproxy listens unless it is told otherwise."""
+
 R2_HOST: Final = "dd20bb891979d25aebc8bec07b2b3bbc.r2.cloudflarestorage.com"
 """The object-store account that registry.ollama.ai has redirected blobs to since 2023-11."""
 
@@ -52,6 +55,13 @@ class Direct(StrEnum):
     """Not there, but to the fleet's object store."""
     ON = "on"
     OFF = "off"
+
+
+class Log(StrEnum):
+    """How lines of the log are written."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +133,7 @@ class Settings:
     """The URL of a folder that the caches of a fleet share."""
     fleet_secret_file: Path | None
     """What they sign with."""
+    log: Log
     log_level: str
 
     @property

@@ -26,25 +26,20 @@ class Traffic:
         """`days` are the totals that earlier runs have left."""
         self.days: dict[int, Totals] = dict(days or {})
         self._changed: set[int] = set()
-        self._fetched = 0
+        self._counted = Totals()
 
-    def serve(self, count: int, *, now: float) -> None:
-        """A client has been sent so many bytes."""
-        if count:
-            self._day(now).served += count
-
-    def fetch_up_to(self, total: int, *, now: float) -> None:
-        """Since the start so many bytes have come from upstream."""
-        if count := total - self._fetched:
-            self._fetched = total
-            self._day(now).fetched += count
+    def count_up_to(self, *, served: int, fetched: int, now: float) -> None:
+        """Since the start so many bytes have gone to clients and come from upstream; what is new is this day's."""
+        if (served, fetched) == (self._counted.served, self._counted.fetched):
+            return
+        day = int(now // DAY_S)
+        totals = self.days.setdefault(day, Totals())
+        totals.served += served - self._counted.served
+        totals.fetched += fetched - self._counted.fetched
+        self._counted = Totals(served, fetched)
+        self._changed.add(day)
 
     def take(self) -> dict[int, Totals]:
         """The days that have changed since the last call."""
         changed, self._changed = self._changed, set()
         return {day: self.days[day] for day in changed}
-
-    def _day(self, now: float) -> Totals:
-        day = int(now // DAY_S)
-        self._changed.add(day)
-        return self.days.setdefault(day, Totals())

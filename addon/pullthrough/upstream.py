@@ -24,7 +24,7 @@ from yarl import URL
 from pullthrough.byterange import format_range
 from pullthrough.coding import decode
 from pullthrough.datacheck import check_data, relayable
-from pullthrough.datastream import FAILURES, DataStream, Source, translate
+from pullthrough.datastream import FAILURES, DataStream, Errors, Source, translate
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
@@ -69,6 +69,8 @@ LOOP_DETECTED: Final = 508
 PROXY_AUTHENTICATION_REQUIRED: Final = 407
 """Never a registry's own word, which goes through a tunnel (RFC 9110 section 15.5.8)."""
 
+TOO_MANY_REQUESTS: Final = 429
+
 MAX_HOPS: Final = 5
 
 
@@ -95,6 +97,7 @@ class Upstream:
     ) -> None:
         """`trusted_ca` is a PEM file that replaces certifi's; the addresses are this machine's, the ports ours."""
         self.loop = LoopGuard(f"ollama-cache-{secrets.token_hex(8)}")
+        self.errors = Errors()
         self._settings = settings
         self._parents = parents
         ways_out = {(proxy.host, proxy.port) for proxy in parents.all}
@@ -135,6 +138,10 @@ class Upstream:
     def down_until(self, host: str) -> float:
         """Until when (monotonic seconds) the registry counts as down; 0 when it does not."""
         return self._down_until.get(host, 0.0)
+
+    def is_up(self, host: str) -> bool:
+        """Whether the registry does not count as down."""
+        return self.down_until(host) <= time.monotonic()
 
     def mark_down(self, host: str, seconds: float) -> None:
         self._down_until[host] = time.monotonic() + seconds
@@ -197,7 +204,7 @@ class Upstream:
         if response.status == 200 or (asked and response.status in (206, 416)):
             with _closing_on_error(response):
                 extent = check_data(response.status, response.headers, asked=asked, length=None)
-                return source, DataStream(response, extent, source, ranged=asked is not None)
+                return source, DataStream(response, extent, self.errors, source, ranged=asked is not None)
         with contextlib.closing(response):
             location = response.headers.get("Location")
             if response.status in REDIRECTS and location:
@@ -213,23 +220,26 @@ class Upstream:
 
         The limit is for all tries together.
         """
-        try:
-            async with asyncio.timeout(timeout_s):
-                for pause in PAUSES_S:
-                    try:
-                        response = await once()
-                    except (aiohttp.ClientError, OSError):
-                        pass
+        with self.errors.counted():
+            try:
+                async with asyncio.timeout(timeout_s):
+                    for pause in PAUSES_S:
+                        try:
+                            response = await once()
+                        except (aiohttp.ClientError, OSError):
+                            pass
+                        else:
+                            if response.status < 500 or response.status == LOOP_DETECTED:
+                                break
+                            if isinstance(response, aiohttp.ClientResponse):
+                                response.close()
+                        await asyncio.sleep(pause)
                     else:
-                        if response.status < 500 or response.status == LOOP_DETECTED:
-                            break
-                        if isinstance(response, aiohttp.ClientResponse):
-                            response.close()
-                    await asyncio.sleep(pause)
-                else:
-                    response = await once()
-        except FAILURES as error:
-            raise translate(error) from None
+                        response = await once()
+            except FAILURES as error:
+                raise translate(error) from None
+        if response.status >= 500 or response.status == TOO_MANY_REQUESTS:
+            self.errors[UpstreamRefused] += 1
         self._down_until.pop(host, None)
         return response
 
@@ -248,14 +258,15 @@ class Upstream:
         The stream may be the whole blob from byte 0, when the source ignores Range. SourceExpired if the address is
         no longer good; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
         """
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
-                response, source = await self._follow(source, {"Range": format_range(start, stop)})
-        except FAILURES as error:
-            raise translate(error) from None
-        with _closing_on_error(response):
+        with self.errors.counted():
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
+                    response, source = await self._follow(source, {"Range": format_range(start, stop)})
+            except FAILURES as error:
+                raise translate(error) from None
+        with self.errors.counted(), _closing_on_error(response):
             extent = check_data(response.status, response.headers, asked=(start, stop), length=expected_length)
-            stream = DataStream(response, extent, source)
+            stream = DataStream(response, extent, self.errors, source)
             if validator is not None and stream.validator != validator:
                 raise ValidatorChanged(validator, stream.validator)
         return stream

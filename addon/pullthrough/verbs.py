@@ -59,20 +59,21 @@ class Verbs:
             "mend": self._mend,
         }
 
-    def _view(self) -> View:
+    def view(self) -> View:
+        """What is stored now."""
         ledger = self._store.ledger
         pins = (*self._pins, *sorted(ledger.pins))
-        return View(dict(self._store.manifests()), self._store.blobs(), pins, dict(ledger.days))
+        return View(dict(self._store.manifests()), self._store.known_blobs(), pins, dict(ledger.days))
 
     async def _ls(self, _: Mapping[str, Any], __: Tell) -> Any:
-        return await asyncio.to_thread(listing, self._view())
+        return await asyncio.to_thread(listing, self.view())
 
     async def _show(self, arguments: Mapping[str, Any], _: Tell) -> Any:
-        return await asyncio.to_thread(detail, self._view(), str(arguments["model"]))
+        return await asyncio.to_thread(detail, self.view(), str(arguments["model"]))
 
     async def _stats(self, _: Mapping[str, Any], __: Tell) -> Any:
         self._count()
-        sums = await asyncio.to_thread(statistics, self._view())
+        sums = await asyncio.to_thread(statistics, self.view())
         return sums | {"tier": self._tier()} if self._tier is not None else sums
 
     async def _config(self, _: Mapping[str, Any], __: Tell) -> Any:

@@ -2,15 +2,18 @@
 
 import contextlib
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from typer.testing import CliRunner
 
-from pullthrough import platform
+from pullthrough import cli, platform
 from pullthrough.byterange import ByteRange, Unsatisfiable, parse_range
 from tests.e2e.conftest import MB, Model, add_model, get, to_cdn, unique
 from tests.e2e.test_start import refused
@@ -167,7 +170,7 @@ def test_manifest(origin: Origin, proxy: Proxy) -> None:
         ("PATCH", "/v2/library/x/blobs/uploads/1", 405),
         ("DELETE", "/v2/library/x/manifests/latest", 405),
         ("OPTIONS", "*", 405),
-        ("GET", "/", 404),
+        ("GET", "/status", 404),
         ("GET", "/v2/", 404),
         ("GET", "/v2/_catalog", 404),
         ("GET", "/v2/library/x/tags/list", 404),
@@ -471,3 +474,58 @@ def test_an_address_of_another_machine_stops_the_start(tmp_path: Path) -> None:
     """An address that this machine has not."""
     line = refused(tmp_path, ollama_cache_listen=f"192.0.2.1:{free_port()}", ollama_cache_front="")
     assert "expected a free address of this machine, got 192.0.2.1:" in line
+
+
+# --- what sets up a client
+
+
+def test_documents_for_clients(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is served is what `connect` vouches for, whatever Host says; a stranger's name gets nothing."""
+    monkeypatch.setenv("COLUMNS", "300")
+    env = {"OLLAMA_CACHE_DIR": str(proxy.store)}
+    with to_front(proxy) as connection:
+        status, headers, certificate = get(connection, "/ca.crt")
+        assert (status, certificate) == (200, proxy.ca_file.read_bytes())
+        assert headers["content-type"] == "application/pem-certificate-chain"
+        assert get(connection, "/ca.cer")[2] == proxy.ca_file.with_suffix(".cer").read_bytes()
+        for kind, name in {"linux": "linux.sh", "macos": "macos.sh", "windows": "windows.ps1"}.items():
+            printed = CliRunner().invoke(cli.app, ["connect", "--for", kind, "--address", "10.0.0.1"], env=env)
+            assert f"http://10.0.0.1:{proxy.front_port}/connect/{name}" in printed.stdout
+            for host in (ADDRESS, "localhost", "192.168.7.7:9200"):
+                status, _, body = get(connection, f"/connect/{name}", Host=host)
+                assert status == 200 and sha256(body).hexdigest() in printed.stdout
+        for kind in ("compose", "kubernetes"):
+            served = get(connection, f"/connect/{kind}.yaml")[2].decode()
+            printed = CliRunner().invoke(cli.app, ["connect", "--for", kind, "--address", "cache.lan:3128"], env=env)
+            assert printed.stdout.splitlines() == [
+                re.sub(r'"http://[^"]*"', '"http://cache.lan:3128"', line) for line in served.splitlines()
+            ]
+        for path in ("/ca.crt", "/connect/linux.sh", "/connect/compose.yaml"):
+            status, _, body = get(connection, path, Host="evil.example")
+            assert status == 421 and b"CERTIFICATE" not in body
+
+
+# --- pages
+
+
+def test_pages_of_the_daemon(origin: Origin, proxy: Proxy) -> None:
+    """Beside the models: health, metrics, and what a Prometheus and a Grafana want; by our names only."""
+    told = {"/healthz": "text/plain", "/readyz": "text/plain", "/metrics": "text/plain"}
+    files = {"/alerts.yml": "text/yaml", "/dashboard.json": "application/json"}
+    with to_front(proxy) as connection:
+        for path, kind in {**told, **files}.items():
+            status, headers, body = get(connection, path)
+            assert (status, headers["content-type"].partition(";")[0], bool(body)) == (200, kind, True)
+            assert headers["x-content-type-options"] == "nosniff"
+            status, headers, _ = get(connection, path, Host="evil.example")
+            assert (status, "etag" in headers) == (421, False)
+        assert get(connection, "/readyz", Host=f"{socket.gethostname()}:9200")[2] == b"ok\n"
+    proxy.store.rename(away := proxy.store.with_name("away"))
+    try:
+        with to_front(proxy) as connection:
+            deadline = time.monotonic() + 20
+            while (told_now := get(connection, "/readyz")[::2]) != (503, b"store: No such file or directory\n"):
+                assert time.monotonic() < deadline, told_now
+            assert get(connection, "/healthz")[0] == 200
+    finally:
+        away.rename(proxy.store)

@@ -1214,7 +1214,9 @@ class Origin:
         def fault(mode: Mode, applies: Callable[[Fault], bool]) -> Fault | None:
             return self._fault(connection, request, mode, applies)
 
-        head = [f"HTTP/1.1 {response.status} {_phrase(response.status)}", f"Date: {formatdate(usegmt=True)}"]
+        head = [f"HTTP/1.1 {response.status} {_phrase(response.status)}"]
+        if not any(name == "Date" for name, _ in response.headers):
+            head.append(f"Date: {formatdate(usegmt=True)}")
         head += [f"{name}: {value}" for name, value in response.headers]
         if response.chunked:
             head.append("Transfer-Encoding: chunked")

@@ -26,7 +26,7 @@ CA_NAME: Final = "ollama-cache-ca-cert.pem"
 ADDON: Final = Path(__file__).resolve().parents[2] / "addon" / "ollama_cache.py"
 PROGRAM: Final = (Path(sys.executable).parent / "mitmdump", "-s", ADDON)
 
-_LISTENING: Final = re.compile(r"proxy listening at \S*?:(?P<port>\d+)\.?\s*$")
+_LISTENING: Final = re.compile(r'proxy listening at \S*?:(?P<port>\d+)\.?(?:"|\s*$)')
 _START_S: Final = 30.0
 _STOP_S: Final = 30.0
 _SAMPLE_S: Final = 0.05

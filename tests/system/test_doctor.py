@@ -1,0 +1,165 @@
+"""The doctor beside real faults: each is planted, found, and its mend named."""
+
+import contextlib
+import email.utils
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pullthrough import cli
+from pullthrough.ca import Authority
+from tests.e2e.conftest import add_model
+from tests.support.origin import R2_HOST, REGISTRY_HOST, Fault, Mode
+from tests.support.proxy import environment
+from tests.support.world import CACHE, World, play
+
+pytestmark = pytest.mark.long
+
+
+class Doctor:
+    """Runs it for one store, and for the Ollama daemon of this process's machine."""
+
+    def __init__(self, folder: Path, store: Path, certs: Path) -> None:
+        self._folder = folder
+        self._env = {"OLLAMA_CACHE_DIR": str(store), "OLLAMA_CACHE_CERTS": str(certs), "OLLAMA_CACHE_MIN_FREE": "0"}
+
+    def findings(self, *arguments: str, **env: str) -> dict[str, str]:
+        """What is wrong, and what mends it."""
+        told = CliRunner().invoke(cli.app, ["doctor", "--json", *arguments], env={**self._env, **env})
+        found = json.loads(told.stdout)
+        assert told.exit_code == int(any(finding["grave"] for finding in found)), told.output
+        return {finding["what"]: finding["mend"] for finding in found}
+
+    @contextlib.contextmanager
+    def ollama(self, **variables: str) -> Iterator[None]:
+        """A process that looks like `ollama serve`, with these variables."""
+        program = self._folder / "ollama"
+        program.write_text("#!/bin/sh\nread _\n")
+        program.chmod(0o755)
+        process = subprocess.Popen(
+            [program, "serve"], env={**environment(self._folder / "home"), **variables}, stdin=subprocess.PIPE
+        )
+        try:
+            yield
+        finally:
+            process.communicate()
+
+
+@contextlib.contextmanager
+def bare_mitmdump(folder: Path, port: int) -> Iterator[None]:
+    """A proxy that knows nothing of us."""
+    program = Path(sys.executable).with_name("mitmdump")
+    with subprocess.Popen(
+        [program, "--listen-port", str(port), "--set", f"confdir={folder / 'bare'}", "--ssl-insecure"],
+        env=environment(folder / "home"),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if "listening" in line:
+                    break
+            yield
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def moved_away(path: Path) -> Iterator[None]:
+    """The file or folder is not there meanwhile."""
+    away = path.with_name(f"{path.name} away")
+    path.rename(away)
+    try:
+        yield
+    finally:
+        if path.is_dir():
+            shutil.rmtree(path)
+        away.rename(path)
+
+
+def server(world: World) -> None:
+    origin, folder = world.origin, world.folder
+    add_model(origin, b"x", repository="library/all-minilm")
+    with world.at("cache"):
+        doctor = Doctor(folder, folder / "store", folder / "certs")
+        assert set(doctor.findings()) == {"the cache does not run", "the registry cannot be reached"}
+        # Nobody knows of the origin's CA but the cache that is to run.
+        assert "ssl_verify_upstream_trusted_ca" in doctor.findings()["the registry cannot be reached"]
+        full = doctor.findings(OLLAMA_CACHE_MIN_FREE="100PB", OLLAMA_CACHE_OFFLINE="true")
+        assert full.keys() == {"the cache does not run", "the disk is full"}
+        with bare_mitmdump(folder, 8080):
+            found = doctor.findings(OLLAMA_CACHE_OFFLINE="true")
+            assert found == {"another program has the port": "stop it, or ollama-cache run --listen-port and listen="}
+    with world.cache("regular@0.0.0.0:8080", ollama_cache_listen=":9200") as proxy, world.at("cache"):
+        doctor = Doctor(folder, proxy.store, proxy.ca_file.parent)
+        assert doctor.findings() == {}
+        origin.faults.append(Fault(Mode.IGNORE_RANGE))
+        assert doctor.findings().keys() == {"blobs cannot be had in parts"}
+        late = {"Date": email.utils.formatdate(time.time() - 3600, usegmt=True)}
+        origin.faults.append(Fault(Mode.STATUS, where="registry", status=404, headers=late))
+        assert doctor.findings() == {"the clock is wrong": "timedatectl set-ntp true"}
+        (proxy.store / "quarantine/x").touch()
+        assert doctor.findings() == {"bytes in quarantine": "ollama-cache verify"}
+        (proxy.store / "quarantine/x").unlink()
+        marker = proxy.store / "ollama-cache.json"
+        with moved_away(marker):
+            assert doctor.findings().keys() == {"the store cannot be used"}
+        with moved_away(proxy.ca_file.parent):
+            assert doctor.findings().keys() == {"the certificate authority cannot be used"}
+            Authority.load_or_create(proxy.ca_file.parent, (REGISTRY_HOST, R2_HOST), now=datetime.now(UTC))
+            found = doctor.findings()
+            assert found.keys() == {"what listens there is not this cache", "the blob server's port does not serve"}
+            assert "restart the cache" in found["the blob server's port does not serve"]
+        with world.at("internet"):
+            origin.stop()
+        assert "DNS" in doctor.findings()["the registry cannot be reached"]
+        with world.at("internet"):
+            origin.start()
+        assert doctor.findings() == {}
+
+
+def client(world: World) -> None:
+    with world.cache("regular@0.0.0.0:8080", ollama_cache_listen=":9200") as proxy:
+        doctor = Doctor(world.folder, world.folder / "none", world.folder / "none")
+        well = {"HTTPS_PROXY": f"http://{CACHE}:8080", "SSL_CERT_FILE": str(proxy.ca_file)}
+        assert doctor.findings("--client") == {"no Ollama daemon was found": "systemctl start ollama"}
+        faults: dict[str, dict[str, str]] = {
+            "the daemon has no HTTPS_PROXY": {"HTTPS_PROXY": ""},
+            "HTTPS_PROXY is no address of a proxy": {"HTTPS_PROXY": "socks5://x:1"},
+            "the daemon has HTTP_PROXY": {"HTTP_PROXY": f"http://{CACHE}:8080"},
+            "NO_PROXY covers what is cached": {"NO_PROXY": "registry.ollama.ai"},
+            "the cache cannot be reached": {"HTTPS_PROXY": f"http://{CACHE}:8999"},
+            "the cache does not let us in": {"HTTPS_PROXY": f"http://{CACHE}:9200"},
+            "the proxy is no ollama-cache": {"HTTPS_PROXY": f"http://{CACHE}:8088"},
+            "the daemon does not trust the cache": {"SSL_CERT_FILE": ""},
+            "SSL_CERT_FILE cannot be read": {"SSL_CERT_FILE": "/absent.pem"},
+        }
+        with contextlib.ExitStack() as stack:
+            with world.at("cache"):
+                stack.enter_context(bare_mitmdump(world.folder, 8088))
+            with doctor.ollama(**well):
+                assert doctor.findings("--client") == {}
+            for what, variables in faults.items():
+                with doctor.ollama(**{**well, **variables}):
+                    found = doctor.findings("--client")
+                assert list(found) == [what], f"expected {what}, got {found}"
+                assert found[what]
+
+
+def test_server(tmp_path: Path) -> None:
+    """Ten faults of a cache, and a cache that is well."""
+    play(server, tmp_path)
+
+
+def test_client(tmp_path: Path) -> None:
+    """Ten faults of a client, and a client that is well."""
+    play(client, tmp_path)

@@ -1,0 +1,126 @@
+"""scripts/services: what runs the cache as a service has the fields that it needs, and no right that it does not."""
+
+import fnmatch
+import os
+import plistlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+ROOT: Final = Path(__file__).parents[1]
+SERVICES: Final = ROOT / "scripts/services"
+CONTAINERFILE: Final = (SERVICES / "Containerfile").read_text()
+
+
+def install(root: Path, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [SERVICES / "install", *arguments],
+        env={"PATH": os.environ["PATH"], "DESTDIR": str(root), "HOME": "/srv/me", "SUDO_USER": "me"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: it looks for systemd there")
+def test_install(tmp_path: Path) -> None:
+    """The unit gets the program's real path; again for another; what the service could not run is refused."""
+    program = tmp_path / "opt/bin/ollama-cache"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    assert "expected a program, got" in install(tmp_path, program).stderr
+    program.chmod(0o755)
+    (tmp_path / "link").symlink_to("opt")
+    unit = tmp_path / "etc/systemd/system/ollama-cache.service"
+    for _ in range(2):
+        done = install(tmp_path, tmp_path / "link/bin/ollama-cache")
+        assert done.returncode == 0, done.stderr
+        assert f"\nExecStart={program} run $MITMDUMP_OPTIONS\n" in unit.read_text()
+    assert "@" not in unit.read_text().replace("@PROGRAM@", "", 1).replace("@system-service", "").replace("@priv", "")
+    program.rename(program.with_name("ollama cache"))
+    assert "letters, digits" in install(tmp_path, program.with_name("ollama cache")).stderr
+    assert install(tmp_path, "--undo").returncode == 0
+    assert not unit.exists()
+    assert "got none" in install(tmp_path, "--undo").stderr
+
+
+def test_launchd() -> None:
+    """It is no root's, starts with the machine and again after a crash."""
+    job = plistlib.loads((SERVICES / "ollama-cache.plist").read_bytes())
+    assert job["ProgramArguments"] == ["@PROGRAM@", "run"]
+    assert (job["UserName"], job["RunAtLoad"], job["KeepAlive"]) == ("@USER@", True, {"SuccessfulExit": False})
+    assert job["EnvironmentVariables"]["HOME"] == "@HOME@"
+    assert job["Umask"] == 0o027
+
+
+def test_containerfile() -> None:
+    """No root, a health check, and of the checkout only what the image needs."""
+    *_, image = CONTAINERFILE.split("\nFROM ")
+    assert re.search(r"^USER 10001:10001$", image, re.MULTILINE)
+    assert image.index("USER ") < image.index("ENTRYPOINT ")
+    assert "/healthz" in image.split("HEALTHCHECK")[1]
+    wanted = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    copied = [
+        word for line in re.findall(r"^COPY (?!--)(.*) \S+$", CONTAINERFILE, re.MULTILINE) for word in line.split()
+    ]
+    assert sorted(copied) == sorted(wanted)
+    for path in copied:
+        assert (ROOT / path).exists(), path
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert any(fnmatch.fnmatch("addon/x.pem", line.removeprefix("**/")) for line in ignored)
+
+
+def test_compose() -> None:
+    """The ports, one folder to write to, and nothing more to be had."""
+    (service,) = yaml.safe_load((SERVICES / "compose.yaml").read_text())["services"].values()
+    assert service["ports"] == ["8080:8080", "9200:9200"]
+    assert (service["read_only"], service["cap_drop"], service["user"]) == (True, ["ALL"], "10001:10001")
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert [volume.partition(":")[2] for volume in service["volumes"]] == ["/data"]
+    assert (SERVICES / service["build"]["context"]).resolve() == ROOT
+    assert (ROOT / service["build"]["dockerfile"]).is_file()
+
+
+def test_kubernetes() -> None:
+    """One cache on one volume, found by its labels, probed, and without rights."""
+    documents = list(yaml.safe_load_all((SERVICES / "kubernetes.yaml").read_text()))
+    kinds: dict[str, Any] = {document["kind"]: document for document in documents}
+    assert all({"apiVersion", "kind", "metadata", "spec"} <= document.keys() for document in documents)
+    deployment = kinds["Deployment"]["spec"]
+    template = deployment["template"]
+    labels = template["metadata"]["labels"]
+    assert deployment["selector"]["matchLabels"] == labels == kinds["Service"]["spec"]["selector"]
+    assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
+    pod = template["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] and pod["automountServiceAccountToken"] is False
+    (container,) = pod["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {port["name"]: port["port"] for port in kinds["Service"]["spec"]["ports"]}
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] == "/healthz"
+        assert container[probe]["httpGet"]["port"] in ports
+    rights = container["securityContext"]
+    assert rights["readOnlyRootFilesystem"] and rights["capabilities"] == {"drop": ["ALL"]}
+    assert rights["allowPrivilegeEscalation"] is False
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    claim = next(
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in pod["volumes"]
+        if len(volume) > 1 and "persistentVolumeClaim" in volume
+    )
+    assert claim == kinds["PersistentVolumeClaim"]["metadata"]["name"]
+
+
+def test_what_the_image_sets_exists() -> None:
+    """Variables of ours name options."""
+    from pullthrough.options import OPTIONS
+
+    names = {f"OLLAMA_CACHE_{option.name.upper()}" for option in OPTIONS}
+    for path in SERVICES.iterdir():
+        assert set(re.findall(r"OLLAMA_CACHE_[A-Z_]+", path.read_text())) - {"OLLAMA_CACHE_NAME"} <= names, path
