@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from pullthrough.datastream import Source
-from pullthrough.errors import UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from pullthrough.errors import SourceExpired, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from pullthrough.nearby import Nearby
 from pullthrough.supply import SILENT_S, Supply
 from pullthrough.upstream import Upstream
@@ -32,13 +32,16 @@ class FakeNearby:
 
 
 class FakeUpstream:
-    """Remembers the validators that responses were held against."""
+    """Remembers the validators that responses were held against; what has expired is refused."""
 
     def __init__(self) -> None:
         self.validators: list[str | None] = []
+        self.expired: list[Source] = []
 
     async def open_range(self, source: Source, start: int, stop: int, **asked: Any) -> Any:
         self.validators.append(asked["validator"])
+        if source in self.expired:
+            raise SourceExpired(403)
 
         class Stream:
             validator = None if source.near else '"v1"'
@@ -121,5 +124,27 @@ def test_sources_of_the_fleet_are_held_against_no_validator() -> None:
         await supply.open(GIVEN, 1, 2, length=None)
         await supply.open(NEAR, 2, 3, length=None)
         assert upstream.validators == [None, None, '"v1"', None]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_eager", [False, True])
+@pytest.mark.parametrize("nearby", [None, FakeNearby])
+def test_what_was_given_and_has_expired_is_obtained_again(nearby: type[FakeNearby] | None, is_eager: bool) -> None:
+    """Also where the loop runs a new task at once, as mitmproxy's: the task is over before anybody has its name."""
+
+    async def run() -> None:
+        if is_eager:
+            asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        near = nearby() if nearby is not None else None
+        supply, upstream, asked = supply_of(near)
+        if near is not None:
+            near.failures = 1
+        source = await supply.source()
+        assert (source, asked) == (GIVEN, [])
+        upstream.expired.append(GIVEN)
+        with pytest.raises(SourceExpired):
+            await supply.open(source, 0, 1, length=None)
+        assert (await supply.source(), asked) == (OBTAINED, ["upstream"])
 
     asyncio.run(run())

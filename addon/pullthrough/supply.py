@@ -40,7 +40,8 @@ class Supply:
         self._obtain = obtain
         self._nearby = nearby
         self._source = source if nearby is None else None
-        self._given = source
+        self._given = source if nearby is not None else None
+        """Of upstream's, for when the fleet has none."""
         self._obtaining: asyncio.Task[Source] | None = None
         self._validator: str | None = None
 
@@ -56,27 +57,25 @@ class Supply:
         """The source now; UpstreamError if none can be had."""
         if self._source is not None:
             return self._source
-        if self._obtaining is None:
+        # Where tasks start eagerly it may be done before it is named.
+        if self._obtaining is None or self._obtaining.done():
             self._obtaining = asyncio.get_running_loop().create_task(self._obtain_once(), name="obtain source")
         return await asyncio.shield(self._obtaining)
 
     async def _obtain_once(self) -> Source:
-        try:
-            near: Source | None = None
-            if self._nearby is not None:
-                if not self._nearby.is_public:
-                    # Obtaining it from upstream may show that it is.
-                    self._given = self._given or await self._obtain()
-                if self._nearby.is_public:
-                    near = await self._nearby.source()
-            if near is not None:
-                self._source = near
-            else:
-                given, self._given = self._given, None
-                self._source = given or await self._obtain()
-            return self._source
-        finally:
-            self._obtaining = None
+        near: Source | None = None
+        if self._nearby is not None:
+            if not self._nearby.is_public:
+                # Obtaining it from upstream may show that it is.
+                self._given = self._given or await self._obtain()
+            if self._nearby.is_public:
+                near = await self._nearby.source()
+        if near is not None:
+            self._source = near
+        else:
+            given, self._given = self._given, None
+            self._source = given or await self._obtain()
+        return self._source
 
     def expect(self, validator: str | None) -> None:
         """Hold all later responses against this validator."""
