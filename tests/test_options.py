@@ -195,3 +195,15 @@ def test_unknown_options_are_named() -> None:
         SettingsError, match=r"unknown option ollama_cache_max_sise: expected one of .*manifest_lifetime"
     ):
         parse(max_sise="1GB")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("object_store", "s3://key:hunter2@bucket/prefix"), ("upstream", "registry.ollama.ai=https://me:hunter2@mirror")],
+)
+def test_a_refused_password_is_not_told(name: str, text: str) -> None:
+    """The message quotes the rest."""
+    with pytest.raises(SettingsError, match=rf"ollama_cache_{name}: expected .*got .*//\.\.\.@") as refused:
+        parse_settings({name: text}, dir=Path("/d"), certs=Path("/c"))
+    assert "hunter2" not in str(refused.value)
+    assert refused.value.__cause__ is None

@@ -4,6 +4,7 @@ Invariant: `Settings` are made only if every option was understood; a bad value 
 option, what was expected and what was got. Knows neither where option texts come from nor the machine's folders.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -36,6 +37,7 @@ from pullthrough.settings import (
 )
 
 _ENVIRONMENT: Final = "OLLAMA_CACHE_"
+_USER: Final = re.compile(r"//[^/\s,]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +303,9 @@ def parse_settings(texts: Mapping[str, str], *, dir: Path, certs: Path) -> Setti
         try:
             values[option.name] = option.parse(text)
         except ValueError as error:
-            raise SettingsError(f"option {PREFIX}{option.name}: expected {error}, got {text!r}") from error
+            # What does not parse may be a URL with a password, which this is to refuse and not to tell.
+            shown = _USER.sub("//...@", text)
+            raise SettingsError(f"option {PREFIX}{option.name}: expected {error}, got {shown!r}") from None
     settings = Settings(**values)  # type: ignore[arg-type]  # the table above is the typing
     _check_together(settings)
     return settings
