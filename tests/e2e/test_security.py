@@ -305,7 +305,7 @@ def test_no_secret_is_left(
     proxy.wait_for_line("short: ")
 
     capabilities = {address.partition("access=")[2] for address in given}
-    assert len(capabilities) > 10
+    assert len(capabilities) > 3  # those of one blob and one second are one
     assert len(origin.signatures) > 10
     secrets = {*capabilities, *origin.signatures, MISLED, GOOD_TOKEN, EXPIRING, str(TOKENS["wrong"]), "X-Amz-"}
     secrets |= {(proxy.store / "secret").read_bytes().hex()}
