@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from pullthrough.budget import Budget
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.catalogue import JSON
 from pullthrough.errors import UpstreamTimeout
 from pullthrough.fetcher import Ending
 from pullthrough.keeper import Keeper
@@ -44,8 +45,12 @@ class Daemon:
         self.requests = RequestLog()
         self.vitals = Vitals(folder, lambda: {"CA": END})
         self.metrics = Metrics(
-            self.settings, store, self.recorder, self.upstream, self.requests, LoopLag(), self.vitals
+            self.settings, store, self.recorder, self.upstream, self.requests, LoopLag(), self.vitals, self.tier
         )
+
+    def tier(self) -> JSON:
+        counts = ("waiting", "uploaded_bytes", "failures", "forged", "corrupt")
+        return {"state": "in use", **{name: number for number, name in enumerate(counts, 10)}}
 
     async def scrape(self) -> dict[tuple[str, ...], float]:
         """Our samples by name and values of labels."""
@@ -77,6 +82,7 @@ def test_numbers(tmp_path: Path) -> None:
         daemon.requests.answer("a", "GET", "/v2/x", 304, CacheStatus(Outcome.MISS))
         counters = daemon.recorder.counters
         counters.upstream_bytes, counters.retries, counters.mismatches, counters.restarts = 5, 4, 3, 2
+        counters.near_bytes = 8
         counters.ended[Ending.STORED] += 1
         daemon.upstream.errors[UpstreamTimeout] += 6
         daemon.upstream.mark_down("registry.ollama.ai", 60)
@@ -90,12 +96,21 @@ def test_numbers(tmp_path: Path) -> None:
         ("requests_total", "hit", "2xx"): 1,
         ("served_bytes_total",): 7,
         ("upstream_bytes_total",): 5,
+        ("near_bytes_total",): 8,
         ("upstream_retries_total",): 4,
         ("digest_mismatches_total",): 3,
         ("source_changes_total",): 2,
         ("recordings_ended_total", "stored"): 1,
         ("upstream_errors_total", "timeout"): 6,
         ("upstream_up", "registry.ollama.ai"): 0,
+    }
+    assert {key[0]: value for key, value in fresh.items() if key[0].startswith("tier_")} == {
+        "tier_up": 1,
+        "tier_waiting_blobs": 10,
+        "tier_uploaded_bytes_total": 11,
+        "tier_failures_total": 12,
+        "tier_forged_documents_total": 13,
+        "tier_corrupt_blobs_total": 14,
     }
     assert fresh["store_max_bytes",] == 1e9
     assert fresh["disk_min_free_bytes",] == 5 << 30

@@ -245,10 +245,9 @@ class OllamaCache:
         self._dispatch.install()
         self._gate.open(settings, self._parents, self._upstream.loop)
         self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._requests)
-        metrics = Metrics(
-            settings, self._store, self._recorder, self._upstream, self._requests, self._lag, self._vitals
-        )
-        watch = Watch(settings, self._store, self._recorder, self._upstream, self._vitals, self._desk.view)
+        parts = (settings, self._store, self._recorder, self._upstream)
+        metrics = Metrics(*parts, self._requests, self._lag, self._vitals, self._desk.tier)
+        watch = Watch(*parts, self._vitals, self._desk.view, self._desk.tier)
         Lookout(metrics, self._vitals, watch).enter(self._blob_server.pages)
         proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
         given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)

@@ -47,6 +47,8 @@ class Desk:
         self._traffic = Traffic(store.ledger.days)
         housekeeping = Housekeeping(store, settings.pins, recorder.running)
         shared = TierVerbs(*fleet, store, housekeeping, registry.warmer, recorder.counters) if fleet else None
+        self.tier = shared.state if shared else None
+        """Tells the state of the fleet's object store, where there is one."""
         self._verbs = Verbs(
             store,
             housekeeping,
@@ -54,7 +56,7 @@ class Desk:
             pins=settings.pins,
             options=options,
             count=self.count,
-            tier=shared.state if shared else None,
+            tier=self.tier,
         )
         self._control = Control(settings.dir, {**self._verbs.table(), **(shared.table() if shared else {}), **others})
         self._task: asyncio.Task[None] | None = None

@@ -6,7 +6,7 @@ Nothing is counted here: each number is read where it is kept. Knows no HTTP.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from pullthrough.cachestatus import Outcome
+from pullthrough.catalogue import JSON
 from pullthrough.errors import UpstreamError
 from pullthrough.fetcher import Ending
 from pullthrough.looplag import LoopLag
@@ -43,7 +44,10 @@ class Metrics(Collector):
         requests: RequestLog,
         lag: LoopLag,
         vitals: Vitals,
+        tier: Callable[[], JSON] | None = None,
     ) -> None:
+        """`tier` tells the state of the fleet's object store, where there is one."""
+        self._tier = tier
         self._settings = settings
         self._store = store
         self._recorder = recorder
@@ -67,6 +71,8 @@ class Metrics(Collector):
         yield from self._traffic()
         yield from self._upstreams()
         yield from self._storage()
+        if self._tier is not None:
+            yield from _fleet(self._tier())
         yield from self._process()
 
     def _traffic(self) -> Iterator[Metric]:
@@ -78,6 +84,8 @@ class Metrics(Collector):
         yield _counter("served_bytes", "Bytes of blobs that went to clients.", self._requests.sent)
         came = self._recorder.counters.upstream_bytes
         yield _counter("upstream_bytes", "Bytes of blobs that came from upstream.", came)
+        near = self._recorder.counters.near_bytes
+        yield _counter("near_bytes", "Bytes of blobs that came from the fleet's own sources.", near)
 
     def _upstreams(self) -> Iterator[Metric]:
         counters = self._recorder.counters
@@ -111,6 +119,15 @@ class Metrics(Collector):
         yield _gauges("event_loop_lag_seconds", "Lateness of the event loop in ten minutes.", lag, "quantile")
         ends = (((name,), end.timestamp()) for name, end in self._vitals.certificates().items())
         yield _gauges("certificate_expiry_timestamp_seconds", "When a certificate ends.", ends, "name")
+
+
+def _fleet(state: JSON) -> Iterator[Metric]:
+    yield _gauge("tier_up", "0 while the fleet's object store is left alone.", state["state"] == "in use")
+    yield _gauge("tier_waiting_blobs", "Blobs that are still to be uploaded.", state["waiting"])
+    yield _counter("tier_uploaded_bytes", "Bytes of blobs that were uploaded.", state["uploaded_bytes"])
+    yield _counter("tier_failures", "Calls of the object store that failed.", state["failures"])
+    yield _counter("tier_forged_documents", "Documents there that the fleet has not signed.", state["forged"])
+    yield _counter("tier_corrupt_blobs", "Blobs from there that did not hash to their name.", state["corrupt"])
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

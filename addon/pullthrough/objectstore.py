@@ -65,8 +65,8 @@ class ObjectStore:
             from obstore.store import from_url
         except ImportError as error:
             raise SettingsError(
-                f"option {PREFIX}object_store: expected the package obstore, got none; it comes with "
-                "ollama-cache[object-store]"
+                f"option {PREFIX}object_store: expected the package obstore, got none; "
+                "`scripts/setup object-store` installs it, or the extra of that name"
             ) from error
         self._api: Any = obstore
         try:

@@ -81,6 +81,8 @@ class Sight:
     retries: int
     mismatches: int
     problems: tuple[str, ...]
+    tier: JSON | None = None
+    """The fleet's object store, as `stats` tells it."""
 
 
 class Watch:
@@ -94,8 +96,10 @@ class Watch:
         upstream: Upstream,
         vitals: Vitals,
         view: Callable[[], View],
+        tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`view` says what is stored now."""
+        """`view` says what is stored now, `tier` the state of the fleet's object store, where there is one."""
+        self._tier = tier
         self._settings = settings
         self._store = store
         self._recorder = recorder
@@ -133,6 +137,7 @@ class Watch:
             counters.retries,
             counters.mismatches,
             tuple(problems),
+            self._tier() if self._tier is not None else None,
         )
 
     async def _progress(self) -> tuple[Progress, ...]:

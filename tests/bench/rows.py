@@ -32,7 +32,8 @@ ROWS: Final = {
     ),
     "hit": Row(
         warm.hit,
-        "one core: all of mitmproxy is one thread, which encrypts, copies and counts; nginx uses every core",
+        "one core: all of mitmproxy is one thread, of which a fifth encrypts, a sixth copies and the rest is Python's calls; "
+        "nginx uses every core",
     ),
     "plain": Row(warm.plain, "one core and the kernel's copying, with the reader on the other one"),
     "single": Row(
@@ -52,6 +53,6 @@ ROWS: Final = {
     "lag": Row(pulls.lag, "Python's one interpreter lock, which hashing and TLS release only in part"),
     "requests": Row(small.requests, "mitmproxy's Python for each request, one core"),
     "latency": Row(small.latency, "the same, and the generator's 64 threads on the same cores"),
-    "beside": Row(warm.beside, "the pieces of up to 1 MiB that go to the four clients between two turns"),
+    "beside": Row(warm.beside, "the pieces of 512 KiB that go to the four clients between two turns"),
     "model": Row(small.model, "mitmproxy's Python, twice for each blob: the redirect and the blob"),
 }
