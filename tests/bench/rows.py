@@ -32,8 +32,8 @@ ROWS: Final = {
     ),
     "hit": Row(
         warm.hit,
-        "one core: all of mitmproxy is one thread, of which a fifth encrypts, a sixth copies and the rest is Python's calls; "
-        "nginx uses every core",
+        "one core: all of mitmproxy is one thread, of which a fifth encrypts, a sixth copies and the rest is Python's "
+        "calls; nginx uses every core",
     ),
     "plain": Row(warm.plain, "one core and the kernel's copying, with the reader on the other one"),
     "single": Row(
