@@ -6,6 +6,7 @@ Every call is limited, so that a store that fails ends a verb and never the daem
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -105,7 +106,8 @@ class TierVerbs:
 
         Blobs of no manifest and leases; with `all`, manifests that were uploaded so long ago too.
         """
-        oldest = time.time() - float(arguments["age"])
+        # The store's clock may be ahead of ours, and its times are rounded: no age means all, whatever it says.
+        oldest = time.time() - age_s if (age_s := float(arguments["age"])) else math.inf
         models, unlisted, wanted = [], [], set[Digest]()
         for item in await self._list(fleet.MANIFESTS):
             name = fleet.name_of(item.key)
