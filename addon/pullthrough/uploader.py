@@ -8,6 +8,7 @@ model leaves. One blob at a time, part by part. Knows no client and no upstream.
 import asyncio
 import hashlib
 import logging
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from pullthrough import fleet, platform
@@ -15,7 +16,7 @@ from pullthrough.digest import Digest
 from pullthrough.errors import ForgedDocument, TierError
 from pullthrough.ingest import SharedFile
 from pullthrough.objectstore import PART
-from pullthrough.records import ManifestRecord, Name
+from pullthrough.records import BlobRecord, ManifestRecord, Name
 from pullthrough.store import Store
 from pullthrough.threads import Threads
 from pullthrough.tier import Tier
@@ -38,11 +39,8 @@ class Uploader:
         self._done = -1
         """The store's count of changes that was looked at last."""
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def waiting(self) -> int:
-        """How many blobs are still to be uploaded."""
-        return len(self._due())
+        self.waiting = 0
+        """How many blobs are still to be uploaded, by the last look."""
 
     def has_told(self, name: Name) -> bool:
         """Whether nothing is left to do for the manifest."""
@@ -79,19 +77,15 @@ class Uploader:
 
     async def upload(self) -> None:
         """Bring everything that is not there. TierError where the object store fails: the rest is for another time."""
-        for digest in self._due():
+        # Of many blobs in a thread: this is done after each change, and pulls go on meanwhile.
+        due = await asyncio.to_thread(_due, self._store.known_blobs(), self._tier.there - self._tier.suspects)
+        self.waiting = len(due)
+        for digest in due:
             await self._upload_blob(digest)
+            self.waiting -= 1
         for name, record in list(self._store.manifests().items()):
             if self._told.get(name) != (record.body, record.denied):
                 await self._upload_manifest(name, record)
-
-    def _due(self) -> list[Digest]:
-        suspects = self._tier.suspects
-        return [
-            digest
-            for digest, record in self._store.blobs().items()
-            if record.public and (digest not in self._tier.there or digest in suspects)
-        ]
 
     async def _upload_blob(self, digest: Digest) -> None:
         file = self._store.open_blob(digest)
@@ -152,3 +146,7 @@ class Uploader:
     def _has(self, digest: Digest, size: int) -> bool:
         known = self._store.blob(digest)
         return digest in self._tier.there and known is not None and known.public and known.size == size
+
+
+def _due(blobs: Mapping[Digest, BlobRecord], there: Collection[Digest]) -> list[Digest]:
+    return [digest for digest, record in blobs.items() if record.held and record.public and digest not in there]
