@@ -46,10 +46,9 @@ def main() -> None:
             parser.error(f"expected Linux (/proc), got {sys.platform}")
         if shutil.which("nginx") is None:
             parser.error("expected nginx on PATH, got none: install it")
-        document = measure(arguments.rows or list(ROWS), pairs=arguments.pairs, is_quick=arguments.quick)
+        names = arguments.rows or list(ROWS)
+        document = measure(names, pairs=arguments.pairs, is_quick=arguments.quick, file=arguments.json)
     Console(width=max(160, shutil.get_terminal_size().columns)).print(report.table(document), highlight=False)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
     if arguments.plot:
         report.plot(document, arguments.plot)
     if arguments.readme:
@@ -57,8 +56,8 @@ def main() -> None:
         path.write_text(report.readme(path.read_text(encoding="utf-8"), document), encoding="utf-8")
 
 
-def measure(names: list[str], *, pairs: int, is_quick: bool) -> dict[str, Any]:
-    """The document; each figure is also told on the way."""
+def measure(names: list[str], *, pairs: int, is_quick: bool, file: Path | None) -> dict[str, Any]:
+    """The document; each figure is also told on the way, and each row kept in `file`: a run takes half an hour."""
     rows: dict[str, Any] = {}
     pairs = 1 if is_quick else pairs
     document = {"machine": machine(), "pairs": pairs, "quick": is_quick, "rows": rows}
@@ -72,6 +71,8 @@ def measure(names: list[str], *, pairs: int, is_quick: bool) -> dict[str, Any]:
                 row["figures"].append(figure.to_json())
                 shown = next(report.lines({"rows": {name: {"figures": [figure.to_json()]}}}))
                 print("  " + " | ".join(cell for cell in shown[1:] if cell), file=sys.stderr, flush=True)
+            if file is not None:
+                file.write_text(json.dumps(document, indent=2) + "\n")
     return document
 
 
