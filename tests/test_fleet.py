@@ -3,7 +3,6 @@
 import hashlib
 import hmac
 import json
-from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -30,7 +29,7 @@ def test_layout() -> None:
 @given(oldest=st.none() | st.tuples(st.integers(0, 99), st.integers(0, 99), st.integers(0, 99)))
 def test_manifest_survives(oldest: tuple[int, ...] | None) -> None:
     """What one cache seals another one opens, to the byte."""
-    record = replace(RECORD, oldest=oldest)
+    record = RECORD._replace(oldest=oldest)
     assert fleet.unseal_manifest(fleet.seal_manifest(NAME, record, SECRET), NAME, SECRET) == record
 
 
@@ -47,9 +46,9 @@ def test_any_change_is_seen(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("name", "secret"),
     [
-        pytest.param(replace(NAME, reference="old"), SECRET, id="another-tag"),
-        pytest.param(replace(NAME, repository="me/llama3.2"), SECRET, id="another-repository"),
-        pytest.param(replace(NAME, host="hf.co"), SECRET, id="another-host"),
+        pytest.param(NAME._replace(reference="old"), SECRET, id="another-tag"),
+        pytest.param(NAME._replace(repository="me/llama3.2"), SECRET, id="another-repository"),
+        pytest.param(NAME._replace(host="hf.co"), SECRET, id="another-host"),
         pytest.param(NAME, b"t" * 32, id="another-fleet"),
     ],
 )

@@ -14,11 +14,11 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options loopguard wording jsonlog fleet addressing",
+    " conditional requestlog options loopguard wording gcpause jsonlog fleet addressing",
     "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning"
     " diagnosis breaker returns lease",
-    "L2a": "store upstream datastream collapse ca platform control index ingest places threads looplag resolver"
-    " storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
+    "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
+    " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
     " authorities clientsetup objectstore",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
@@ -55,7 +55,8 @@ SIDEWAYS: Final = {
     "scheduler": {"assembly"},
     "ingest": {"platform"},
     "storefolder": {"platform"},
-    "ledger": {"index"},
+    "index": {"contents"},
+    "ledger": {"contents", "index"},
     "store": {"index", "ingest", "ledger", "platform", "storefolder"},
     "authorities": {"ca"},
     "clientsetup": {"platform"},
@@ -64,7 +65,7 @@ SIDEWAYS: Final = {
     "admission": {"store"},
     "threads": {"platform"},
     "copying": {"platform"},
-    "inventory": {"index", "storefolder"},
+    "inventory": {"contents", "storefolder"},
     "modeltree": {"platform"},
     "bundle": {"modeltree"},
     "upstream": {"datastream", "resolver"},

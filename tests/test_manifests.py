@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -124,14 +123,14 @@ class FakeStore:
 
     def touch(self, name: Name, now: float) -> None:
         if name in self.kept:
-            self.kept[name] = replace(self.kept[name], pulled=now)
+            self.kept[name] = self.kept[name]._replace(pulled=now)
 
     def deny(self, host: str, repository: str) -> bool:
         self.denied += 1
         changed = False
         for name, record in self.kept.items():
             if (name.host, name.repository) == (host, repository) and not record.denied:
-                self.kept[name] = replace(record, denied=True)
+                self.kept[name] = record._replace(denied=True)
                 changed = True
         return changed
 
@@ -151,7 +150,7 @@ class World:
         if stored_ago is not None:
             record = ManifestRecord.parse(OLD, TYPE, now=NOW - stored_ago)
             assert record is not None
-            self.store.put_manifest(NAME, replace(record, oldest=oldest))
+            self.store.put_manifest(NAME, record._replace(oldest=oldest))
         settings = parse_settings({"manifest_lifetime": "5m", **options}, dir=Path("/d"), certs=Path("/c"))
         self.manifests = Manifests(settings, cast(Store, self.store), cast(Upstream, self.upstream))
 

@@ -42,7 +42,13 @@ def encode(**manifest: object) -> bytes:
 )
 def test_a_manifest(body: bytes, sizes: dict[Digest, int]) -> None:
     """Its bytes and type untouched, the time it was confirmed, and the blobs it lists."""
-    assert ManifestRecord.parse(body, "text/plain", now=7.5) == ManifestRecord(body, "text/plain", 7.5, sizes)
+    record = ManifestRecord.parse(body, "text/plain", now=7.5)
+    assert record is not None
+    assert (record.body, record.digest) == (body, hashlib.sha256(body).hexdigest())
+    assert (record.content_type, record.confirmed, record.pulled) == ("text/plain", 7.5, 0.0)
+    assert (record.sizes, sorted(record.digests), record.size) == (sizes, sorted(sizes), sum(sizes.values()))
+    assert all(map(record.lists, sizes))
+    assert not record.lists(Digest("f" * 64))
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,10 @@ def read(store: Store, digest: Digest) -> bytes | None:
 
 
 def manifest(*blobs: bytes, confirmed: float = 5.0) -> ManifestRecord:
-    sizes = {digest_of(blob): len(blob) for blob in blobs}
-    body = json.dumps([str(digest) for digest in sizes]).encode()
-    return ManifestRecord(body, "text/plain", confirmed, sizes)
+    layers = [{"digest": digest_of(blob), "size": len(blob)} for blob in blobs]
+    record = ManifestRecord.parse(json.dumps({"layers": layers}).encode(), "text/plain", now=confirmed)
+    assert record is not None
+    return record
 
 
 def test_reopened_store_is_complete(tmp_path: Path) -> None:
@@ -130,6 +131,26 @@ def test_a_dropped_manifest_is_forgotten(tmp_path: Path) -> None:
         store.close()
         store = Store.open(tmp_path / "store")
     store.close()
+
+
+def test_a_moved_tag(tmp_path: Path) -> None:
+    """What the earlier manifest listed is still given to those who are in the middle of it; its bytes go."""
+    store = Store.open(tmp_path / "store")
+    twin = Name(NAME.host, NAME.repository, "twin")
+    for name, blob in ((NAME, b"first"), (twin, b"first"), (NAME, b"second"), (NAME, b"third")):
+        store.put_manifest(name, manifest(blob))
+    for _ in range(2):
+        assert all(store.is_member(*NAME.place, digest_of(blob)) for blob in (b"first", b"second", b"third"))
+        assert not store.is_member(NAME.host, "library/elsewhere", digest_of(b"second"))
+        assert {record.digest for record in store.manifests_of(*NAME.place)} == {
+            manifest(blob).digest for blob in (b"first", b"third")
+        }
+        store.close()
+        store = Store.open(tmp_path / "store")
+    store.close()
+    with sqlite3.connect(tmp_path / "store" / "index" / "cache.db") as connection:
+        bodies = {key for (key,) in connection.execute("SELECT key FROM Cache WHERE key GLOB 'body *'")}
+    assert bodies == {f"body {manifest(blob).digest}" for blob in (b"first", b"third")}
 
 
 def test_pulls_are_remembered(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import random
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -229,7 +228,7 @@ def test_what_upstream_has_said_counts_more(tmp_path: Path, tree: Path) -> None:
     with opened(tmp_path / "store") as store:
         record = store.manifest(NAME)
         assert record is not None
-        store.put_manifest(NAME, replace(record, confirmed=5.0))
+        store.put_manifest(NAME, record._replace(confirmed=5.0))
     write_model(tree, PATH, BLOBS[:2])
     (outcome,) = take_tree(tmp_path / "store", tree)
     assert outcome.fate is Fate.KEPT
@@ -238,7 +237,7 @@ def test_what_upstream_has_said_counts_more(tmp_path: Path, tree: Path) -> None:
     with opened(tmp_path / "store") as store:
         record = store.manifest(NAME)
         assert record is not None and record.body == manifest_of(*BLOBS[:2])
-        store.put_manifest(NAME, replace(record, confirmed=5.0))
+        store.put_manifest(NAME, record._replace(confirmed=5.0))
         store.deny(HOST, "library/tiny")
     write_model(tree, f"{HOST}/library/tiny/other", BLOBS)
     outcomes = take_tree(tmp_path / "store", tree, replace_confirmed=True)

@@ -1,6 +1,7 @@
 """watch: what is private stays a number, rates and names of recordings, and many models hold nobody up."""
 
 import asyncio
+import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,15 +32,20 @@ def name(number: int) -> Name:
     return Name("registry.ollama.ai", f"library/m{number}", "latest")
 
 
+def manifest(numbers: list[int]) -> ManifestRecord:
+    layers = [{"digest": digest(number), "size": 10} for number in numbers]
+    record = ManifestRecord.parse(json.dumps({"layers": layers}).encode(), "", now=1.0)
+    assert record is not None
+    return record
+
+
 class Daemon:
     """What a Watch looks at."""
 
     def __init__(self, models: int, *, layers: int = 1, private: int = 0) -> None:
         numbers = [[model * layers + layer for layer in range(layers)] for model in range(models)]
         self.manifests = {
-            name(model): ManifestRecord(
-                b"", "", 1.0, {digest(number): 10 for number in listed}, denied=model < private, pulled=float(model)
-            )
+            name(model): manifest(listed)._replace(denied=model < private, pulled=float(model))
             for model, listed in enumerate(numbers)
         }
         self.blobs = {digest(number): BlobRecord(10, True) for listed in numbers for number in listed}

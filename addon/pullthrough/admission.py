@@ -6,7 +6,7 @@ here. Knows neither where the models come from nor a terminal.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from os import stat_result
 from os.path import lexists
@@ -68,10 +68,10 @@ class Model:
         # `confirmed` 0: upstream has said nothing about it here. It is stale from the beginning, and served when
         # upstream cannot be asked.
         record = ManifestRecord.parse(body, DOCKER_TYPE, now=0.0)
-        if record is None or not record.sizes:
+        if record is None or not record.listed:
             raise TransferRefused(f"{name}: expected a manifest that lists blobs, got {body[:60]!r}")
         if re.search(rf'"mediaType"\s*:\s*"{re.escape(_OCI_TYPE)}"', body.decode("utf-8", "replace")):
-            record = replace(record, content_type=_OCI_TYPE)
+            record = record._replace(content_type=_OCI_TYPE)
         return cls(name, record)
 
 
@@ -97,7 +97,7 @@ def place(store: Store, staging: Path, model: Model) -> dict[Digest, stat_result
     nothing that is resident; StoreUnwritable if the disk refuses.
     """
     placed = {}
-    for digest in model.record.sizes:
+    for digest in model.record.digests:
         # What is not there is held, or another model that has it came first.
         if lexists(staging / digest.file_name):
             placed[digest] = store.place(digest, staging / digest.file_name)
@@ -109,16 +109,16 @@ def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, stat
     name, text, stored = model.name, str(model.name), store.manifest(model.name)
     for digest, status in placed.items():
         store.publish(digest, status, now=now)
-    for digest in model.record.sizes:
+    for digest in model.record.digests:
         if store.held(digest) is None:
             return Outcome(text, Fate.REFUSED, f"blob {digest}: expected it in the store, got none: it was evicted")
     same = stored is not None and stored.body == model.record.body
     if not (same and stored is not None and (not stored.denied or not terms.public)):
-        store.put_manifest(name, replace(model.record, denied=not terms.public, pulled=now))
-    elif not placed and (not terms.public or all(_is_public(store, name, each) for each in model.record.sizes)):
+        store.put_manifest(name, model.record._replace(denied=not terms.public, pulled=now))
+    elif not placed and (not terms.public or all(_is_public(store, name, each) for each in model.record.digests)):
         return Outcome(text, Fate.PRESENT)
     if terms.public:
-        for digest in model.record.sizes:
+        for digest in model.record.digests:
             store.confirm_public(name.host, name.repository, digest)
     return Outcome(text, Fate.IMPORTED)
 

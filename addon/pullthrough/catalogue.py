@@ -5,9 +5,12 @@ as scripts read them. Sizes are bytes, times Unix seconds or None for never. Kno
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import cached_property
+from itertools import chain
 from typing import Any, Final
 
 from pullthrough.digest import Digest
@@ -22,7 +25,7 @@ SHOWN: Final = 5
 """How many models an error names at most."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class View:
     """What a store holds at one moment."""
 
@@ -33,11 +36,10 @@ class View:
     """Of the option and of the store."""
     days: Mapping[int, Totals]
 
-    def pinned(self, name: Name) -> bool:
-        return any(name.matches(pattern) for pattern in self.pins)
-
-    def holds(self, digest: Digest) -> bool:
-        return (record := self.blobs.get(digest)) is not None and record.held
+    @cached_property
+    def held(self) -> dict[Digest, int]:
+        """The sizes of the blobs that are here."""
+        return {digest: record.size or 0 for digest, record in self.blobs.items() if record.held}
 
 
 def find(text: str, names: Iterable[Name]) -> Name:
@@ -80,10 +82,10 @@ def _row(view: View, name: Name, record: ManifestRecord) -> JSON:
         "reference": name.reference,
         "id": digest[:12],
         "digest": f"sha256:{digest}",
-        "size": sum(record.sizes.values()),
-        "held": "complete" if all(view.holds(digest) for digest in record.sizes) else "partial",
+        "size": record.size,
+        "held": "complete" if record.is_within(view.held) else "partial",
         "pulled": record.pulled or None,
-        "pinned": view.pinned(name),
+        "pinned": name.is_among(view.pins),
         "visibility": "private" if record.denied else "public",
     }
 
@@ -93,6 +95,7 @@ def detail(view: View, text: str) -> JSON:
     name = find(text, view.manifests)
     record = view.manifests[name]
     manifest = json.loads(record.body)
+    sizes = record.sizes
     descriptors = [*(manifest["layers"] or []), *([manifest["config"]] if manifest.get("config") else [])]
     layers = []
     for item in descriptors:
@@ -101,8 +104,8 @@ def detail(view: View, text: str) -> JSON:
             {
                 "media_type": str(item.get("mediaType", "")),
                 "digest": str(digest),
-                "size": record.sizes[digest],
-                "held": view.holds(digest),
+                "size": sizes[digest],
+                "held": digest in view.held,
             }
         )
     return {**_row(view, name, record), "confirmed": record.confirmed or None, "layers": layers}
@@ -110,17 +113,15 @@ def detail(view: View, text: str) -> JSON:
 
 def statistics(view: View) -> JSON:
     """Sums over everything; `deduplicated_bytes` is what copies for each model would take beyond what is held."""
-    held = {digest: record.size or 0 for digest, record in view.blobs.items() if record.held}
-    copies = sum(held.get(digest, 0) for record in view.manifests.values() for digest in record.sizes)
-    listed = {digest for record in view.manifests.values() for digest in record.sizes}
-    once = sum(size for digest, size in held.items() if digest in listed)
+    listed = Counter(chain.from_iterable(record.digests for record in view.manifests.values()))
+    shared = sum((count - 1) * view.held.get(digest, 0) for digest, count in listed.items() if count > 1)
     served = sum(totals.served for totals in view.days.values())
     fetched = sum(totals.fetched for totals in view.days.values())
     return {
         "models": len(view.manifests),
-        "blobs": len(held),
-        "bytes": sum(held.values()),
-        "deduplicated_bytes": copies - once,
+        "blobs": len(view.held),
+        "bytes": sum(view.held.values()),
+        "deduplicated_bytes": shared,
         "served": served,
         "fetched": fetched,
         "saved": max(0, served - fetched),

@@ -13,7 +13,6 @@ import hashlib
 import hmac
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 from pullthrough.digest import Digest
@@ -101,4 +100,4 @@ def unseal_manifest(data: bytes, name: Name, secret: bytes) -> ManifestRecord:
     record = ManifestRecord.parse(body, document["content_type"], now=document["confirmed"])
     if record is None or f"sha256:{record.digest}" != document["digest"]:
         raise ForgedDocument(f"{name}: expected a manifest with the digest {document['digest']}, got other bytes")
-    return replace(record, oldest=tuple(document["oldest"]) if document["oldest"] is not None else None)
+    return record._replace(oldest=tuple(document["oldest"]) if document["oldest"] is not None else None)

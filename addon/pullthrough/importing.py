@@ -74,11 +74,11 @@ class Staging:
 
     def take_tree(self, tree: ModelTree, models: Sequence[Model], done: Callable[[Model, str], object]) -> None:
         """Stage the models of a folder; `done` gets each, with what is wrong with it or "" as soon as that is known."""
-        users: dict[Digest, list[Model]] = {}
+        users: dict[Digest, list[tuple[Model, int]]] = {}
         for model in models:
-            for digest in model.record.sizes:
-                users.setdefault(digest, []).append(model)
-        missing = {id(model): set(model.record.sizes) for model in models}
+            for digest, size in model.record.sizes.items():
+                users.setdefault(digest, []).append((model, size))
+        missing = {id(model): set(model.record.digests) for model in models}
 
         def work(digest: Digest) -> int:
             with _opened(tree, digest) as source:
@@ -91,13 +91,13 @@ class Staging:
                 size = result()
             except (OSError, TransferRefused) as error:
                 wrong = _told(error, digest)
-            for model in users[digest]:
+            for model, claimed in users[digest]:
                 left = missing.get(id(model))
                 if left is None:
                     continue  # refused for another blob
                 left.discard(digest)
-                if not wrong and size != model.record.sizes[digest]:
-                    wrong = f"blob {digest}: expected {model.record.sizes[digest]} bytes, got {size}"
+                if not wrong and size != claimed:
+                    wrong = f"blob {digest}: expected {claimed} bytes, got {size}"
                 if wrong or not left:
                     del missing[id(model)]
                     done(model, wrong)
@@ -108,7 +108,7 @@ class Staging:
                 arrived(digest, partial(self._held.__getitem__, digest))
             else:
                 todo.append(digest)
-        self._on_total(sum(users[digest][0].record.sizes[digest] for digest in todo))
+        self._on_total(sum(users[digest][0][1] for digest in todo))
         self._crew.each(todo, work, arrived)
 
     def take_bundle(self, path: Path) -> list[Model]:
@@ -117,7 +117,7 @@ class Staging:
             members = read_members(file)
             models = [self._read_model(file.fileno(), member) for member in members if member.name is not None]
             blobs = [member for member in members if member.digest is not None]
-            check_whole((digest for model in models for digest in model.record.sizes), map(_digest_of, blobs))
+            check_whole((digest for model in models for digest in model.record.digests), map(_digest_of, blobs))
             sizes = {_digest_of(member): member.size for member in blobs}
             for model in models:
                 for digest, size in model.record.sizes.items():

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pullthrough.contents import look
 from pullthrough.digest import Digest
 from pullthrough.errors import TransferRefused
-from pullthrough.index import look
 from pullthrough.records import BlobRecord, ManifestRecord, Name
 from pullthrough.storefolder import check_marker
 from pullthrough.traffic import Totals

@@ -5,7 +5,8 @@ Invariant: a pin that was set is in force at once and after a restart. Knows nei
 
 from collections.abc import Iterable, Mapping
 
-from pullthrough.index import Contents, Index
+from pullthrough.contents import Contents
+from pullthrough.index import Index
 from pullthrough.records import Name
 from pullthrough.traffic import Totals
 
@@ -21,7 +22,7 @@ class Ledger:
 
     def keeps(self, name: Name, pins: Iterable[str]) -> bool:
         """Whether the model is pinned, here or by the option's `pins`."""
-        return any(name.matches(pattern) for pattern in (*pins, *self.pins))
+        return name.is_among((*pins, *self.pins))
 
     def pin(self, pattern: str) -> None:
         self.pins.add(pattern)

@@ -205,7 +205,7 @@ class Manifests:
                     head = await self._upstream.ask("HEAD", name.host, target, headers, timeout_s=timeout_s)
                     if head.status == 200 and _digest(head) == confirm.digest:
                         response = Response(200, CIMultiDict({"Content-Type": confirm.content_type}), confirm.body)
-                        return Reply(Heard.MANIFEST, response, replace(confirm, confirmed=time.time()))
+                        return Reply(Heard.MANIFEST, response, confirm._replace(confirmed=time.time()))
                 return _classify(name, await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s))
         except UpstreamError as error:
             return _nothing(error)
@@ -231,7 +231,7 @@ class Manifests:
                     version = min((item for item in (stored.oldest, version) if item is not None), default=None)
                 elif known:
                     _log.info("%s moved: sha256:%s -> sha256:%s", name, stored.digest, reply.record.digest)
-            self._store.put_manifest(name, replace(reply.record, oldest=version, pulled=pulled))
+            self._store.put_manifest(name, reply.record._replace(oldest=version, pulled=pulled))
         elif verdict is Verdict.RELAY_AND_DENY:
             self._deny(name)
         elif stored is not None and verdict is Verdict.RELAY_AND_DROP:

@@ -31,9 +31,9 @@ class Prefetcher:
         """A client has asked for this blob: record what its manifest lists behind it."""
         for record in self._store.manifests_of(host, repository):
             key = (host, repository, record.digest)
-            if digest not in record.sizes or _TENSOR in record.body or key in self._tasks:
+            if not record.lists(digest) or _TENSOR in record.body or key in self._tasks:
                 continue
-            listed = list(record.sizes)
+            listed = record.digests
             task = asyncio.get_running_loop().create_task(self._record(listed[listed.index(digest) + 1 :]))
             self._tasks[key] = task
             task.add_done_callback(partial(self._ended, key))

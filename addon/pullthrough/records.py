@@ -1,15 +1,16 @@
 """What is known of blobs and manifests, as values.
 
-Knows neither how they are stored nor what follows from them.
+Invariant: all are tuples, because a start makes them by the hundred thousand, and names are looked up for each
+request. Knows neither how they are stored nor what follows from them.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Container, Iterable
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from typing import Final, NamedTuple, Self
 
-from pullthrough.digest import Digest
+from pullthrough.digest import Digest, trusted
 from pullthrough.errors import InvalidRequest
 
 DEFAULT_HOST: Final = "registry.ollama.ai"
@@ -20,7 +21,7 @@ Version = tuple[int, ...]
 
 
 class BlobRecord(NamedTuple):
-    """What is known of one digest. A tuple, because a start reads them by the hundred thousand."""
+    """What is known of one digest."""
 
     size: int | None = None
     """None until upstream or its bytes have told."""
@@ -38,8 +39,7 @@ class BlobRecord(NamedTuple):
         return self.held and (size, mtime_ns, inode) == (self.size, self.mtime_ns, self.inode)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Name:
+class Name(NamedTuple):
     """(host, repository, reference): under which a manifest is asked for."""
 
     host: str
@@ -64,6 +64,11 @@ class Name:
         return cls(host, "/".join((*namespace, base)), reference)
 
     @property
+    def place(self) -> tuple[str, str]:
+        """(host, repository)."""
+        return self.host, self.repository
+
+    @property
     def forms(self) -> tuple[str, str, str]:
         """In full, without the host, and without `library/` too."""
         full = str(self)
@@ -73,22 +78,30 @@ class Name:
     @property
     def typed(self) -> str:
         """What a user types for it, and Ollama shows."""
-        return self.forms[2] if self.host == DEFAULT_HOST else self.forms[0]
+        full = str(self)
+        return full.removeprefix(f"{DEFAULT_HOST}/").removeprefix("library/") if self.host == DEFAULT_HOST else full
+
+    def is_among(self, patterns: Iterable[str]) -> bool:
+        """Whether one of the patterns names it."""
+        return any(map(self.matches, patterns))
 
     def matches(self, pattern: str) -> bool:
         """Whether a shell pattern names it: in full, without the host, or as users type it (`llama3.2:*`)."""
         return any(fnmatchcase(form, pattern) for form in self.forms)
 
 
-@dataclass(frozen=True, slots=True)
-class ManifestRecord:
+class ManifestRecord(NamedTuple):
     """A stored manifest: upstream's bytes, untouched, and when upstream last confirmed them (Unix seconds)."""
 
     body: bytes
+    digest: str
+    """The sha256 of the bytes, bare hexadecimal."""
     content_type: str
     confirmed: float
-    sizes: dict[Digest, int]
-    """The blobs it lists, and the sizes it claims for them."""
+    listed: str
+    """The blobs it lists, `<digest> …`: a text, because most are stored and never looked at."""
+    claimed: str
+    """The sizes it claims for them, `<bytes> …`."""
     oldest: Version | None = None
     """The oldest client version that upstream has granted these bytes to; None if nobody has told one."""
     denied: bool = False
@@ -108,9 +121,28 @@ class ManifestRecord:
             return None
         if not isinstance(layers, list) or any(type(size) is not int or size < 0 for size in sizes.values()):
             return None
-        return cls(body, content_type, now, sizes)
+        claimed = " ".join(map(str, sizes.values()))
+        return cls(body, sha256(body).hexdigest(), content_type, now, " ".join(sizes), claimed)
 
     @property
-    def digest(self) -> str:
-        """The sha256 of the bytes, bare hexadecimal."""
-        return sha256(self.body).hexdigest()
+    def sizes(self) -> dict[Digest, int]:
+        """The blobs it lists, and the sizes it claims for them; each call makes them anew."""
+        return dict(zip(self.digests, map(int, self.claimed.split()), strict=True))
+
+    @property
+    def digests(self) -> list[Digest]:
+        """The blobs it lists."""
+        return list(map(trusted, self.listed.split()))
+
+    @property
+    def size(self) -> int:
+        """What they take together, as it claims."""
+        return sum(map(int, self.claimed.split()))
+
+    def is_within(self, digests: Container[str]) -> bool:
+        """Whether all that it lists are among these."""
+        return all(map(digests.__contains__, self.listed.split()))
+
+    def lists(self, digest: Digest) -> bool:
+        """Whether it lists the blob; quick."""
+        return digest in self.listed

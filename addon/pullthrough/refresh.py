@@ -83,7 +83,7 @@ class Refresher:
                 yield name
 
     def _is_whole(self, record: ManifestRecord) -> bool:
-        return all(self._store.held(digest) is not None for digest in record.sizes)
+        return all(self._store.held(digest) is not None for digest in record.digests)
 
     async def refresh(self, name: Name) -> None:
         """Look at one tag, and let it move once all that is new is here."""
@@ -99,7 +99,7 @@ class Refresher:
             return
         if reply.record is not None and reply.record.body != stored.body:
             _log.info("refresh of %s: it has moved; recording what is new", name)
-            for digest in reply.record.sizes:
+            for digest in reply.record.digests:
                 if not await self._record(name, digest):
                     _log.warning("refresh of %s: not all of it could be recorded; the tag stays as it is", name)
                     return

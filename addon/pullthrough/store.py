@@ -21,7 +21,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Final
@@ -29,6 +28,7 @@ from typing import BinaryIO, Final
 from pullthrough import platform
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, StoreError, StoreUnwritable
+from pullthrough.gcpause import gc_paused
 from pullthrough.index import Index
 from pullthrough.ingest import JOURNAL, PARTIAL, Ingest, SharedFile
 from pullthrough.ledger import Ledger
@@ -64,17 +64,21 @@ class Store:
         """How often what is known of a blob or a manifest has changed, but for the time of a pull."""
         self.ledger = Ledger(index, contents)
         self._blobs = contents.blobs
-        self.held_bytes = sum(record.size or 0 for record in self._blobs.values() if record.held)
+        self.held_bytes = sum([record.size or 0 for record in self._blobs.values() if record.held])
         """What all held blobs take together."""
         self.evicted = 0
         """Blobs that have gone since the start, to make room or because somebody said so."""
         self.evicted_bytes = 0
         self._manifests = contents.manifests
-        self._pairs = contents.pairs
-        self._listed: dict[tuple[str, str], set[Digest]] = {}
-        self._by_digest: dict[tuple[str, str], dict[str, ManifestRecord]] = {}
+        self._members = index.load_members()
+        """What upstream has granted of each (host, repository) to an anonymous request, besides the manifests."""
+        self._names: dict[tuple[str, str], set[Name]] = {}
+        """Under which the manifests of each (host, repository) are stored."""
+        self._bodies: Counter[str] = Counter()
+        """Under how many names the bytes of a manifest are stored."""
         for name, record in self._manifests.items():
-            self._list(name, record)
+            self._names.setdefault(name.place, set()).add(name)
+            self._bodies[record.digest] += 1
         self._open: dict[Digest, SharedFile] = {}
         self._denials: Counter[tuple[str, str]] = Counter()
         self._untold: dict[Name, float] = {}
@@ -86,7 +90,7 @@ class Store:
 
         StoreError: a foreign or newer folder, another daemon, an unwritable disk, a corrupt index.
         """
-        with contextlib.ExitStack() as undo:
+        with gc_paused(), contextlib.ExitStack() as undo:
             try:
                 prepare(folder)
                 lock = undo.enter_context(take_lock(folder))
@@ -113,12 +117,12 @@ class Store:
 
         Only names are looked at: a file that is not the one that was verified is adopted when it is asked for.
         """
-        known = {digest.file_name for digest, record in self._blobs.items() if record.held}
-        with os.scandir(self.folder / "blobs") as entries:  # a Path for each of many blobs costs seconds
-            names = {entry.name for entry in entries}
-        for name in names - known:
+        folder = self.folder / "blobs"
+        names = os.listdir(folder)  # noqa: PTH208 -- a Path for each of many blobs costs seconds
+        texts = {name.replace("-", ":", 1): name for name in names}
+        for text in texts.keys() - {digest for digest, record in self._blobs.items() if record.held}:
             with contextlib.suppress(InvalidRequest):  # whatever it is, it is not ours to touch
-                Ingest.adopt(self.folder / "ingest", Digest.parse(name), self.folder / "blobs" / name)
+                Ingest.adopt(self.folder / "ingest", Digest.parse(text), folder / texts[text])
 
     def close(self) -> None:
         """Write out what is pending and give the folder free."""
@@ -178,6 +182,10 @@ class Store:
             self.evicted_bytes += self._blobs[digest].size or 0
             self._put_blob(digest, self._blobs[digest]._replace(held=False))
         return [self.blob_path(digest) for digest in digests]
+
+    def open_blobs(self) -> frozenset[Digest]:
+        """Those that somebody reads now."""
+        return frozenset(self._open)
 
     def is_open(self, digest: Digest) -> bool:
         """Whether somebody reads the blob."""
@@ -254,23 +262,27 @@ class Store:
     # --- membership and visibility
 
     def is_member(self, host: str, repository: str, digest: Digest) -> bool:
-        """A stored manifest of the repository lists it, or upstream confirmed the pair to an anonymous request."""
-        return (host, repository, digest) in self._pairs or digest in self._listed.get((host, repository), ())
+        """A stored manifest of the repository lists it, or upstream granted it there to an anonymous request."""
+        granted = self._members.get((host, repository), ())
+        return digest in granted or any(record.lists(digest) for record in self.manifests_of(host, repository))
 
     def repositories(self, digest: Digest) -> list[tuple[str, str]]:
         """Every (host, repository) that the digest is known to belong to: where a source can be obtained again."""
-        confirmed = [(host, repository) for host, repository, other in self._pairs if other == digest]
-        listed = [pair for pair, digests in self._listed.items() if digest in digests]
-        return list(dict.fromkeys(confirmed + listed))
+        places = dict.fromkeys((*self._members, *self._names))
+        return [place for place in places if self.is_member(*place, digest)]
 
     def confirm_public(self, host: str, repository: str, digest: Digest) -> None:
         """Upstream granted the blob of this repository to an anonymous request."""
         known = self._blobs.get(digest, BlobRecord())
         if not known.public:
             self._put_blob(digest, known._replace(public=True))
-        if (host, repository, digest) not in self._pairs:
-            self._pairs.add((host, repository, digest))
-            self._index.put_pair(host, repository, digest)
+        self._grant(host, repository, {digest})
+
+    def _grant(self, host: str, repository: str, digests: Iterable[Digest]) -> None:
+        members = self._members.setdefault((host, repository), set())
+        if not members.issuperset(digests):
+            members.update(digests)
+            self._index.put_members(host, repository, members)
 
     def adopt(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest of the fleet's: a cache of it has recorded every blob, and each is public."""
@@ -283,11 +295,7 @@ class Store:
 
     def is_denied(self, host: str, repository: str) -> bool:
         """Whether upstream has refused an anonymous request in this repository, and granted none since."""
-        return any(
-            record.denied
-            for name, record in self._manifests.items()
-            if (name.host, name.repository) == (host, repository)
-        )
+        return any(self._manifests[name].denied for name in self._names.get((host, repository), ()))
 
     def deny(self, host: str, repository: str) -> bool:
         """Upstream refuses an anonymous request in this repository: nothing of it is known any more.
@@ -296,28 +304,21 @@ class Store:
         distribution-spec). A blob stays public while another repository is confirmed to have it. The bytes stay, for
         those whom upstream grants them. Returns whether anything was known.
         """
-        where = (host, repository)
-        self._denials[where] += 1
-        pairs = {pair for pair in self._pairs if pair[:2] == where}
-        names = [
-            name
-            for name, record in self._manifests.items()
-            if (name.host, name.repository) == where and not record.denied
-        ]
-        self._listed.pop(where, None)
-        self._by_digest.pop(where, None)
-        digests = {digest for _, _, digest in pairs}
-        for name in names:
+        place = (host, repository)
+        self._denials[place] += 1
+        digests = set(self._members.get(place, ()))
+        granted = [name for name in self._names.get(place, ()) if not self._manifests[name].denied]
+        was_known = bool(digests or granted)
+        for name in granted:
             record = self._manifests[name]
-            digests.update(record.sizes)
-            self.put_manifest(name, replace(record, denied=True))
-        self._pairs -= pairs
-        for pair in pairs:
-            self._index.delete_pair(*pair)
-        for digest in digests - {digest for _, _, digest in self._pairs}:
+            digests.update(record.digests)
+            self.put_manifest(name, record._replace(denied=True))
+        if self._members.pop(place, None) is not None:
+            self._index.delete_members(host, repository)
+        for digest in digests.difference(*self._members.values()):
             if (known := self._blobs.get(digest)) is not None and known.public:
                 self._put_blob(digest, known._replace(public=False))
-        return bool(pairs or names)
+        return was_known
 
     def denials(self, host: str, repository: str) -> int:
         """How often the repository was denied since the start: an older yes than the last denial counts no more."""
@@ -330,26 +331,28 @@ class Store:
 
     def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
         """The manifest of the repository whose bytes have this digest, whatever it was asked for by."""
-        return self._by_digest.get((host, repository), {}).get(digest.hex)
+        return next((record for record in self.manifests_of(host, repository) if record.digest == digest.hex), None)
 
     def drop_manifest(self, name: Name) -> None:
         """Forget the manifest; its blobs stay, and so do those that other manifests list."""
         record = self._manifests.pop(name)
         self._untold.pop(name, None)
-        shared = any(other.body == record.body for other in self._manifests.values())
-        self._index.delete_manifest(name, None if shared else record.digest)
-        self._listed.pop((name.host, name.repository), None)
-        self._by_digest.get((name.host, name.repository), {}).pop(record.digest, None)
-        for other, stored in self._manifests.items():
-            if (other.host, other.repository) == (name.host, name.repository):
-                self._list(other, stored)
+        self._names[name.place].discard(name)
+        self._index.delete_manifest(name)
+        self._drop_body(record.digest)
+
+    def _drop_body(self, digest: str) -> None:
+        self._bodies[digest] -= 1
+        if not self._bodies[digest]:
+            del self._bodies[digest]
+            self._index.delete_body(digest)
 
     def touch(self, name: Name, now: float) -> None:
         """A client has pulled the manifest `now`; on disk only every TOLD_S seconds, and at the end."""
         record = self._manifests.get(name)
         if record is None:
             return
-        self._manifests[name] = record = replace(record, pulled=now)
+        self._manifests[name] = record = record._replace(pulled=now)
         if now - self._untold.setdefault(name, now) >= TOLD_S:
             del self._untold[name]
             self._index.put_manifest(name, record)
@@ -357,19 +360,22 @@ class Store:
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest that an anonymous request got."""
         self.changes += 1
+        before = self._manifests.get(name)
+        if before is not None and not before.denied and before.digest != record.digest:
+            # Clients may be in the middle of what it lists.
+            self._grant(name.host, name.repository, before.digests)
         self._manifests[name] = record
+        self._names.setdefault(name.place, set()).add(name)
         self._untold.pop(name, None)
-        self._list(name, record)
+        self._bodies[record.digest] += 1
         self._index.put_manifest(name, record)
-
-    def _list(self, name: Name, record: ManifestRecord) -> None:
-        if not record.denied:
-            self._listed.setdefault((name.host, name.repository), set()).update(record.sizes)
-            self._by_digest.setdefault((name.host, name.repository), {})[record.digest] = record
+        if before is not None:
+            self._drop_body(before.digest)
 
     def manifests_of(self, host: str, repository: str) -> list[ManifestRecord]:
         """The repository's manifests, without those that are private by now."""
-        return list(self._by_digest.get((host, repository), {}).values())
+        records = (self._manifests[name] for name in self._names.get((host, repository), ()))
+        return [record for record in records if not record.denied]
 
     def manifests(self) -> Mapping[Name, ManifestRecord]:
         """All stored manifests, those that are private by now too."""
@@ -380,7 +386,7 @@ class Store:
         return dict(self._blobs)
 
     def blobs(self) -> dict[Digest, BlobRecord]:
-        """All held blobs."""
+        """All held blobs; walks all that are known."""
         return {digest: record for digest, record in self._blobs.items() if record.held}
 
 

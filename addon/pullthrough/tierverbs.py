@@ -119,7 +119,7 @@ class TierVerbs:
             if record is not None and bool(arguments["all"]) and item.changed < oldest:
                 models.append((name, item))
             elif record is not None:
-                wanted |= record.sizes.keys()
+                wanted.update(record.digests)
         for item in await self._list(fleet.BLOBS):
             digest = fleet.digest_of(item.key)
             if item.changed < oldest and digest is not None and digest not in wanted:
@@ -152,7 +152,7 @@ class TierVerbs:
         record = self._store.manifest(name)
         if record is None or record.denied:
             raise InvalidRequest(f"expected a public model, got {text!r}")
-        while not all(digest in self._tier.there for digest in record.sizes) or not self._uploader.has_told(name):
+        while not all(digest in self._tier.there for digest in record.digests) or not self._uploader.has_told(name):
             if self._tier.is_open:
                 raise TierError("expected the object store to take the model, got failures; it stays here")
             await asyncio.sleep(LOOK_S)

@@ -151,7 +151,7 @@ def check(
     StoreError where there is no store, TransferRefused for a model that is not in it.
     """
     inventory = Inventory.read(folder)
-    wanted = {digest for model in models for record in inventory.select(model).values() for digest in record.sizes}
+    wanted = {digest for model in models for record in inventory.select(model).values() for digest in record.digests}
     report = Report()
     files = _survey(folder, wanted if models else None, report)
     for digest, record in inventory.blobs.items():

@@ -54,7 +54,7 @@ class Warmer:
                 await self._record(name, digest, size, tell)
         if not dry_run:
             self._store.touch(name, time.time())
-        return {"model": name.typed, "size": sum(record.sizes.values()), "missing": sum(missing.values())}
+        return {"model": name.typed, "size": record.size, "missing": sum(missing.values())}
 
     async def _manifest(self, name: Name, *, keep: bool) -> ManifestRecord:
         agent = self._manifests.newest_agent

@@ -159,7 +159,7 @@ class Watch:
 
 def _sum_up(view: View) -> Holdings:
     public = {name: record for name, record in view.manifests.items() if not record.denied}
-    private = [sum(record.sizes.values()) for record in view.manifests.values() if record.denied]
+    private = [record.size for record in view.manifests.values() if record.denied]
     # Rows for all would be so many objects that collecting them holds up the event loop.
     shown = dict(heapq.nlargest(SHOWN, public.items(), key=lambda item: item[1].pulled))
     rows = listing(replace(view, manifests=shown))
@@ -171,5 +171,5 @@ def _find_names(manifests: Mapping[Name, ManifestRecord], digests: AbstractSet[D
     names = dict.fromkeys(digests, "")
     for name, record in manifests.items():
         if not record.denied:
-            names |= dict.fromkeys(digests & record.sizes.keys(), name.typed)
+            names |= dict.fromkeys(filter(record.lists, digests), name.typed)
     return names

@@ -17,7 +17,9 @@ import functools
 import itertools
 import json
 import os
+import sqlite3
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,7 +168,7 @@ class Disk[P]:
             for path in (path for path, file in names.items() if file == row.file):
                 status = (folder / path).stat()
                 record = record._replace(inode=status.st_ino, mtime_ns=status.st_mtime_ns)
-            dict.__setitem__(self.rows, row.key, json.dumps(record))
+            self.rows.put(row.key, json.dumps(record))
 
     def install(self, patch: pytest.MonkeyPatch, boot_id: str) -> None:
         """Stand in the way of the calls."""
@@ -245,29 +247,32 @@ class Disk[P]:
             work()
 
 
-class Rows(dict[str, str]):
-    """In place of diskcache's Cache."""
+class Rows:
+    """In place of diskcache's Cache: its table, of which nothing is on the disk."""
 
     def __init__(self, note: Callable[[str, str], None]) -> None:
-        super().__init__()
         self._note = note
+        connection = sqlite3.connect(":memory:")
+        connection.execute("CREATE TABLE Cache (key BLOB UNIQUE, raw INTEGER, mode INTEGER, value BLOB)")
+        self._sql = connection.execute
+        self.close = connection.close
 
-    def _sql(self, statement: str) -> list[tuple[Any, ...]]:
-        if statement.startswith("PRAGMA"):
-            return [("ok",)]
-        return [(key, 1, diskcache.core.MODE_RAW, value) for key, value in self.items()]
+    def put(self, key: str, value: str) -> None:
+        """Not noted."""
+        self._sql("INSERT OR REPLACE INTO Cache VALUES (?, 1, ?, ?)", (key, diskcache.core.MODE_RAW, value))
 
     def set(self, key: str, value: str, *, retry: bool) -> None:
         self._note(key, value)
-        self[key] = value
-
-    def close(self) -> None:
-        """Nothing is held open."""
+        self.put(key, value)
 
 
 class AtOnce:
     """In place of the index's thread."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self.submit = lambda work, *arguments: work(*arguments)
         self.shutdown = lambda wait: None
+
+    def submit(self, work: Callable[..., object], *arguments: Any) -> Future[object]:
+        done: Future[object] = Future()
+        done.set_result(work(*arguments))
+        return done

@@ -5,7 +5,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -37,7 +36,7 @@ def fill(folder: Path) -> None:
         layer = {"digest": f"sha256:{hashlib.sha256(name.encode()).hexdigest()}", "size": 1000 + number}
         record = ManifestRecord.parse(json.dumps({"layers": [layer]}).encode(), "", now=time.time())
         assert record is not None
-        record = replace(record, denied=name == "secret", pulled=time.time())
+        record = record._replace(denied=name == "secret", pulled=time.time())
         store.put_manifest(Name("registry.ollama.ai", f"library/{name}", "latest"), record)
     store.close()
 

@@ -1,0 +1,181 @@
+"""What an index says: its rows, and what they mean.
+
+    blob <digest>                         JSON of a BlobRecord, as a list
+    manifest <host> <repository> <ref>    JSON of a ManifestRecord's facts
+    body <sha256>                         a manifest's bytes
+    members <host> <repository>           blobs that upstream has granted to an anonymous request there
+    pin <pattern>                         empty: models that stay, besides those that the option names
+    day <day number>                      JSON: bytes served and fetched on that day
+
+Invariant: keys are text, values are text or bytes, and nothing is ever unpickled: a pickle in an index that somebody
+else may write to is code that runs here. A kind comes out of SQLite as one text, because a hundred thousand rows as
+Python objects take five times as long. Knows the table (diskcache 5.6.3's), and neither who writes it nor any file of
+a blob.
+"""
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Final
+
+from pullthrough.digest import LETTERS as DIGEST_LETTERS
+from pullthrough.digest import Digest, trusted
+from pullthrough.errors import CacheError, StoreError
+from pullthrough.gcpause import gc_paused
+from pullthrough.records import BlobRecord, ManifestRecord, Name
+from pullthrough.traffic import Totals
+
+Sql = Callable[..., Iterable[tuple[Any, ...]]]
+"""Runs a statement with its parameters on the index."""
+
+UNSOUND: Final = (sqlite3.Error, CacheError, ValueError, KeyError, TypeError)
+"""What an index that is not ours, or broken, raises when it is read."""
+
+_FOREIGN: Final = """
+    SELECT key, raw, mode FROM Cache NOT INDEXED
+    WHERE raw IS NOT 1 OR mode IS NOT 1 OR NOT (
+        key GLOB 'blob *' OR key GLOB 'manifest *' OR key GLOB 'body *'
+        OR key GLOB 'members *' OR key GLOB 'pin *' OR key GLOB 'day *'
+    ) LIMIT 1
+"""
+"""Rows that are not plain (MODE_RAW is 1: neither in files of their own nor pickled), or of no kind."""
+_TEXTS: Final = """
+    SELECT group_concat(substr(key, length(?1) + 1), char(10)), group_concat(value)
+    FROM Cache WHERE key >= ?1 AND key < ?2
+"""
+_MOST: Final = _TEXTS.replace("FROM Cache", "FROM Cache NOT INDEXED")
+"""The same, faster for a kind that is most of the table."""
+_ROWS: Final = """
+    SELECT substr(key, length(?1) + 1), value FROM Cache WHERE key >= ?1 AND key < ?2
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What is known of a store's blobs and models."""
+
+    blobs: dict[Digest, BlobRecord]
+    """Those that are not here, too."""
+    manifests: dict[Name, ManifestRecord]
+    pins: set[str]
+    days: dict[int, Totals]
+
+
+Members = dict[tuple[str, str], set[Digest]]
+"""By (host, repository), the blobs that upstream has granted to an anonymous request there."""
+
+
+def look(folder: Path) -> Contents:
+    """What the index in `folder` holds at this moment, whoever writes to it. Nothing is made, locked or changed.
+
+    StoreError where there is no sound index.
+    """
+    path = (folder / "cache.db").absolute()
+    try:
+        with gc_paused(), contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+            connection.execute("BEGIN")  # one moment for all that is read
+            return read(connection.execute)
+    except UNSOUND as error:
+        raise StoreError(f"store {folder.parent}: expected an index in {folder}, got: {error}") from error
+
+
+def check(sql: Sql) -> None:
+    """See that the database is whole, and that every row is one of ours. UNSOUND."""
+    for (problem,) in sql("PRAGMA quick_check(1)"):
+        if problem != "ok":
+            raise StoreError(str(problem))
+    for key, raw, mode in sql(_FOREIGN):
+        raise StoreError(f"expected plain rows of known kinds, got {key!r:.80} (raw {raw}, mode {mode})")
+
+
+def read(sql: Sql) -> Contents:
+    """All but the members. UNSOUND."""
+    keys, rows = _texts(sql(_MOST, _range("blob")))
+    if not set(map(len, keys)) <= {DIGEST_LETTERS} or not set(map(len, rows)) <= {len(BlobRecord._fields)}:
+        raise StoreError("expected digests with six facts each, got others")
+    blobs = dict(zip(map(trusted, keys), map(tuple.__new__, repeat(BlobRecord), rows), strict=True))
+    bodies: dict[str, bytes] = dict(sql(_ROWS, _range("body")))
+    manifests = {}
+    for key, fact in zip(*_texts(sql(_TEXTS, _range("manifest"))), strict=True):
+        host, repository, reference = key.split(" ")
+        manifests[Name(host, repository, reference)] = ManifestRecord(
+            bodies[fact["body"]],
+            fact["body"],
+            fact["content_type"],
+            fact["confirmed"],
+            fact["listed"],
+            fact["claimed"],
+            tuple(fact["oldest"]) if fact["oldest"] is not None else None,
+            fact["denied"],
+            fact["pulled"],
+        )
+    days = {int(day): Totals(**totals) for day, totals in zip(*_texts(sql(_TEXTS, _range("day"))), strict=True)}
+    return Contents(blobs, manifests, {pattern for pattern, _ in sql(_ROWS, _range("pin"))}, days)
+
+
+def read_members(sql: Sql) -> Members:
+    """UNSOUND."""
+    members: Members = {}
+    for where, texts in sql(_ROWS, _range("members")):
+        host, repository = where.split(" ")
+        members[host, repository] = set(map(trusted, texts.split()))
+    return members
+
+
+def _range(kind: str) -> tuple[str, str]:
+    """Between which all keys of the kind lie; the first is what they begin with."""
+    return f"{kind} ", f"{kind}!"
+
+
+def _texts(rows: Iterable[tuple[Any, ...]]) -> tuple[list[str], list[Any]]:
+    ((keys, values),) = rows
+    return (keys.split("\n"), json.loads(f"[{values}]")) if keys is not None else ([], [])
+
+
+# --- rows
+
+
+def blob_row(digest: Digest, record: BlobRecord) -> tuple[str, str]:
+    return f"blob {digest}", json.dumps(record)
+
+
+def manifest_key(name: Name) -> str:
+    return f"manifest {name.host} {name.repository} {name.reference}"
+
+
+def manifest_row(name: Name, record: ManifestRecord) -> tuple[str, str]:
+    fact = {
+        "body": record.digest,
+        "content_type": record.content_type,
+        "confirmed": record.confirmed,
+        "oldest": record.oldest,
+        "denied": record.denied,
+        "pulled": record.pulled,
+        "listed": record.listed,
+        "claimed": record.claimed,
+    }
+    return manifest_key(name), json.dumps(fact)
+
+
+def body_key(digest: str) -> str:
+    return f"body {digest}"
+
+
+def members_key(host: str, repository: str) -> str:
+    return f"members {host} {repository}"
+
+
+def members_row(host: str, repository: str, digests: Iterable[Digest]) -> tuple[str, str]:
+    return members_key(host, repository), " ".join(digests)
+
+
+def pin_key(pattern: str) -> str:
+    return f"pin {pattern}"
+
+
+def day_row(day: int, totals: Totals) -> tuple[str, str]:
+    return f"day {day}", json.dumps(asdict(totals))
