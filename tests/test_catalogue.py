@@ -25,7 +25,7 @@ def manifest(*parts: str, pulled: float = 0.0, confirmed: float = 0.0) -> Manife
     layers = [{"mediaType": "x", "digest": str(digest(part)), "size": 10} for part in parts]
     record = ManifestRecord.parse(json.dumps({"layers": layers}).encode(), "application/json", now=confirmed)
     assert record is not None
-    return ManifestRecord(record.body, record.content_type, confirmed, record.sizes, pulled=pulled)
+    return record._replace(pulled=pulled)
 
 
 def held(*parts: str, recorded: float = 0.0) -> dict[Digest, BlobRecord]:
@@ -90,7 +90,7 @@ def test_rows_detail_and_sums() -> None:
 def test_removal_leaves_what_others_need() -> None:
     """The model goes with what is its alone, but for what somebody reads."""
     models = {A: manifest("a", "both", "read"), B: manifest("b", "both")}
-    plan = plan_removal(models, held("a", "b", "both", "read"), [A], busy={digest("read")}.__contains__)
+    plan = plan_removal(models, held("a", "b", "both", "read"), [A], busy={digest("read")})
     assert plan == Plan((A,), (digest("a"),), (), 10)
 
 
@@ -102,9 +102,7 @@ def test_prune() -> None:
     files = {Path("old"): (7, 10.0), Path("new"): (7, 90.0)}
 
     def plan(*, every: bool, busy: frozenset[Digest] = frozenset(), oldest: float = 50.0) -> Plan:
-        return plan_prune(
-            models, blobs, files, oldest=oldest, every=every, pinned=lambda name: name == B, busy=busy.__contains__
-        )
+        return plan_prune(models, blobs, files, oldest=oldest, every=every, pins=[str(B)], busy=busy)
 
     assert plan(every=False) == Plan((), (digest("old"),), (Path("old"),), 17)
     assert plan(every=True).names == (A,)
@@ -116,7 +114,7 @@ def test_prune() -> None:
 def test_a_model_that_nobody_pulled_is_as_old_as_its_manifest() -> None:
     """What was recorded in the background is not swept at once."""
     models = {A: manifest("a", confirmed=90.0)}
-    plan = plan_prune(models, held("a"), {}, oldest=50.0, every=True, pinned=lambda _: False, busy=lambda _: False)
+    plan = plan_prune(models, held("a"), {}, oldest=50.0, every=True, pins=(), busy=())
     assert plan == Plan()
 
 

@@ -15,7 +15,7 @@ from typing import Final
 from pullthrough.catalogue import JSON, find
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, NoSuchModel
-from pullthrough.pruning import Plan, plan_prune, plan_removal
+from pullthrough.pruning import Plan, listed_by, plan_prune, plan_removal
 from pullthrough.records import Name
 from pullthrough.store import Store
 
@@ -39,14 +39,14 @@ class Housekeeping:
         """These models go. NoSuchModel if one is not there: then none goes."""
         async with self._turn:
             names = [find(text, self._store.manifests()) for text in texts]
-            manifests, blobs = dict(self._store.manifests()), self._store.blobs()
-            plan = await asyncio.to_thread(plan_removal, manifests, blobs, names, busy=self._is_busy)
+            manifests, blobs = dict(self._store.manifests()), self._store.known_blobs()
+            plan = await asyncio.to_thread(plan_removal, manifests, blobs, names, busy=self._busy())
             return await self._carry_out(plan)
 
     async def prune(self, *, age_s: float, every: bool, dry_run: bool) -> JSON:
         """Clean up what is older than `age_s` seconds."""
         async with self._turn:
-            manifests, blobs = dict(self._store.manifests()), self._store.blobs()
+            manifests, blobs = dict(self._store.manifests()), self._store.known_blobs()
             partials = await asyncio.to_thread(self._store.partials)
             idle = await asyncio.to_thread(self._store.quarantined)
             for digest, facts in partials.items():
@@ -59,8 +59,8 @@ class Housekeeping:
                 idle,
                 oldest=time.time() - age_s,
                 every=every,
-                pinned=lambda name: self._store.ledger.keeps(name, self._pins),
-                busy=self._is_busy,
+                pins=(*self._pins, *self._store.ledger.pins),
+                busy=self._busy(),
             )
             return _told(plan) if dry_run else await self._carry_out(plan)
 
@@ -95,8 +95,8 @@ class Housekeeping:
             "still": sorted(name.typed for name in matching if ledger.keeps(name, self._pins)),
         }
 
-    def _is_busy(self, digest: Digest) -> bool:
-        return self._store.is_open(digest) or digest in self._recording
+    def _busy(self) -> frozenset[Digest]:
+        return self._store.open_blobs() | frozenset(self._recording)
 
     async def _carry_out(self, plan: Plan) -> JSON:
         store = self._store
@@ -104,12 +104,13 @@ class Housekeeping:
             if store.manifest(name) is not None:
                 store.drop_manifest(name)
                 await asyncio.sleep(0)
-        listed = {digest for record in store.manifests().values() for digest in record.sizes}
+        listed = await asyncio.to_thread(listed_by, list(store.manifests().values()))
         for start in range(0, len(plan.blobs), STEP):
             step = plan.blobs[start : start + STEP]
             # A client may have come since: what it reads or needs stays.
+            busy = self._busy()
             held = [digest for digest in step if (record := store.blob(digest)) is not None and record.held]
-            free = [digest for digest in held if digest not in listed and not self._is_busy(digest)]
+            free = [digest for digest in held if digest not in listed and digest not in busy]
             await asyncio.to_thread(store.remove_files, store.evict(free))
         resumed = {store.ingest(digest).partial_path for digest in self._recording}
         await asyncio.to_thread(store.remove_files, [path for path in plan.files if path not in resumed])

@@ -9,13 +9,14 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import humanfriendly
 
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreUnwritable
+from pullthrough.records import BlobRecord, ManifestRecord, Name
 from pullthrough.retention import Choice, Holding, choose
 from pullthrough.store import Store
 from pullthrough.threads import Threads
@@ -70,8 +71,18 @@ class Keeper:
     async def _evict(
         self, digest: Digest, size: int, excess: int, partials: dict[Digest, tuple[int, float]], free: int
     ) -> None:
-        holdings, sizes, busy = self._survey(digest, partials)
-        choice: Choice | None = await self._threads.disk(choose, holdings, sizes, excess=excess, busy=busy)
+        store = self._store
+        busy = frozenset([digest, *self._reserved, *store.open_blobs()])
+        idle = {store.ingest(part).partial_path: facts for part, facts in partials.items() if part not in busy}
+        choice: Choice | None = await self._threads.disk(
+            _choose,
+            dict(store.manifests()),
+            store.known_blobs(),
+            idle,
+            pins=(*self._pins, *store.ledger.pins),
+            excess=excess,
+            busy=busy,
+        )
         if choice is None:
             bound = f"max_size {_text(self._max_size)}, " if self._max_size is not None else ""
             raise StoreUnwritable(
@@ -95,29 +106,31 @@ class Keeper:
         record = self._store.blob(digest)
         return record is not None and record.held and not self._store.is_open(digest)
 
-    def _survey(
-        self, digest: Digest, partials: dict[Digest, tuple[int, float]]
-    ) -> tuple[list[Holding], dict[Hashable, int], frozenset[Hashable]]:
-        """(what may go, the sizes of its parts, the parts in flight) at this moment."""
-        blobs = self._store.blobs()
-        sizes: dict[Hashable, int] = {held: record.size or 0 for held, record in blobs.items()}
-        holdings = []
-        listed: set[Digest] = set()
-        for name, manifest in self._store.manifests().items():
-            kept = self._store.ledger.keeps(name, self._pins)
-            holdings.append(Holding(name, frozenset(manifest.sizes), manifest.pulled, kept))
-            listed.update(manifest.sizes)
-        # A private model's manifest is never stored: its blobs stand for themselves.
-        for held, record in blobs.items():
-            if held not in listed:
-                holdings.append(Holding(None, frozenset([held]), record.recorded))
-        for partial, (size, changed) in partials.items():
-            if partial not in self._reserved and partial != digest:
-                path = self._store.ingest(partial).partial_path
-                holdings.append(Holding(None, frozenset([path]), changed))
-                sizes[path] = size
-        busy = frozenset([digest, *self._reserved, *(held for held in blobs if self._store.is_open(held))])
-        return holdings, sizes, busy
+
+def _choose(
+    manifests: Mapping[Name, ManifestRecord],
+    blobs: Mapping[Digest, BlobRecord],
+    partials: Mapping[Path, tuple[int, float]],
+    *,
+    pins: Sequence[str],
+    excess: int,
+    busy: frozenset[Digest],
+) -> Choice | None:
+    """What goes of what is known at one moment; it takes long where that is much."""
+    sizes: dict[Hashable, int] = {digest: record.size or 0 for digest, record in blobs.items() if record.held}
+    holdings = [
+        Holding(name, frozenset(record.digests), record.pulled, name.is_among(pins))
+        for name, record in manifests.items()
+    ]
+    listed = frozenset[Hashable]().union(*(holding.parts for holding in holdings))
+    # A private model's manifest is never stored: its blobs stand for themselves.
+    for digest, record in blobs.items():
+        if record.held and digest not in listed:
+            holdings.append(Holding(None, frozenset([digest]), record.recorded))
+    for path, (size, changed) in partials.items():
+        holdings.append(Holding(None, frozenset([path]), changed))
+        sizes[path] = size
+    return choose(holdings, sizes, excess=excess, busy=busy)
 
 
 def _text(size: int | None) -> str:

@@ -4,7 +4,7 @@ Invariant: nothing in flight and nothing pinned is chosen, and no blob that a mo
 what lies on the disk are arguments. Knows no disk.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +29,13 @@ def plan_removal(
     blobs: Mapping[Digest, BlobRecord],
     names: Collection[Name],
     *,
-    busy: Callable[[Digest], bool],
+    busy: Collection[Digest],
 ) -> Plan:
-    """These models go, with the blobs that no other model lists and nobody reads. `blobs` are the held ones."""
+    """These models go, with the held blobs that no other model lists and nobody reads."""
     gone = set(names)
-    stays = _listed(record for name, record in manifests.items() if name not in gone)
-    parts = _listed(manifests[name] for name in gone) - stays
-    chosen = tuple(digest for digest in blobs if digest in parts and not busy(digest))
+    stays = listed_by(record for name, record in manifests.items() if name not in gone)
+    parts = listed_by(manifests[name] for name in gone) - stays
+    chosen = tuple(digest for digest in parts if digest in blobs and blobs[digest].held and digest not in busy)
     return Plan(tuple(sorted(gone)), chosen, freed=sum(blobs[digest].size or 0 for digest in chosen))
 
 
@@ -46,10 +46,10 @@ def plan_prune(
     *,
     oldest: float,
     every: bool,
-    pinned: Callable[[Name], bool],
-    busy: Callable[[Digest], bool],
+    pins: Collection[str],
+    busy: Collection[Digest],
 ) -> Plan:
-    """Blobs without a model, and leftovers, older than `oldest` (Unix seconds); with `every`, models too.
+    """Held blobs without a model, and leftovers, older than `oldest` (Unix seconds); with `every`, models too.
 
     A model is as old as its last pull, a blob as its recording; a model that is in flight in part stays. `leftovers`
     are files that nobody writes: (bytes, when they last changed).
@@ -57,20 +57,21 @@ def plan_prune(
     names = []
     for name, record in manifests.items() if every else ():
         used = max(record.pulled, 0.0) or record.confirmed
-        if used <= oldest and not pinned(name) and not any(map(busy, record.sizes)):
+        if used <= oldest and not name.is_among(pins) and not any(map(busy.__contains__, record.digests)):
             names.append(name)
     gone = set(names)
-    stays = _listed(record for name, record in manifests.items() if name not in gone)
-    parts = _listed(manifests[name] for name in gone)
+    stays = listed_by(record for name, record in manifests.items() if name not in gone)
+    parts = listed_by(manifests[name] for name in gone)
     chosen = tuple(
         digest
         for digest, record in blobs.items()
-        if digest not in stays and not busy(digest) and (digest in parts or record.recorded <= oldest)
+        if record.held and digest not in stays and digest not in busy and (digest in parts or record.recorded <= oldest)
     )
     files = tuple(sorted(path for path, (_, changed) in leftovers.items() if changed <= oldest))
     freed = sum(blobs[digest].size or 0 for digest in chosen) + sum(leftovers[path][0] for path in files)
     return Plan(tuple(sorted(names)), chosen, files, freed)
 
 
-def _listed(records: Iterable[ManifestRecord]) -> set[Digest]:
-    return {digest for record in records for digest in record.sizes}
+def listed_by(records: Iterable[ManifestRecord]) -> set[Digest]:
+    """All blobs that these manifests list."""
+    return {digest for record in records for digest in record.digests}
