@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from pullthrough import cli
 from pullthrough.digest import Digest

@@ -38,7 +38,7 @@ def ca(context: typer.Context, certs: Certs = None) -> None:
 @app.command()
 def renew(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="Permit this name, too.", show_default=False)
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Permit this name, too.", show_default=False)
     ] = None,
     switch: Annotated[bool, typer.Option("--switch", help="Sign with the next one alone.", show_default=False)] = False,
     certs: Certs = None,

@@ -28,12 +28,13 @@ from pullthrough.cli_base import (
     refusals,
 )
 from pullthrough.errors import CacheError, NoDaemon, StoreError
+from pullthrough.gcpause import gc_paused
 from pullthrough.wording import ago_text, columns, size_text
 
 app = typer.Typer()
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.", show_default=False)]
-Models = Annotated[list[str], typer.Argument(metavar="MODEL", help="As for `ollama pull`.", show_default=False)]
+Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="As for `ollama pull`.", show_default=False)]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for `ollama pull`.", show_default=False)]
 
 
@@ -171,7 +172,7 @@ def prune(
 @app.command()
 def warm(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL", help="As for `ollama pull`.", show_default=False)
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="As for `ollama pull`.", show_default=False)
     ] = None,
     file: Annotated[
         Path | None, typer.Option(help="A list of models, one a line; # begins a comment.", show_default=False)
@@ -216,7 +217,7 @@ def warm(
 
 def _look(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[View], Any]) -> Any:
     folder = folder_of(given)
-    with refusals():
+    with refusals(), gc_paused():
         try:
             return ask(folder, verb, arguments)
         except NoDaemon:

@@ -41,5 +41,6 @@ def ago_text(seconds: float | None) -> str:
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """The rows as lines, each column as wide as its widest cell."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [GAP.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    line = GAP.join(f"{{:{width}}}" for width in widths)
+    return [line.format(*row).rstrip() for row in rows]
