@@ -86,7 +86,7 @@ def refusal(store: Store, model: Model, terms: Terms) -> Outcome | None:
     text = str(model.name)
     if terms.public and _is_refused(store, model.name):
         return Outcome(text, Fate.REFUSED, "expected a public model, got one that its registry refuses to everybody")
-    same = stored is not None and stored.body == model.record.body
+    same = stored is not None and stored.digest == model.record.digest
     if stored is not None and stored.confirmed and not same and not terms.replace_confirmed:
         return Outcome(text, Fate.KEPT, f"sha256:{stored.digest} is stored, and its registry has confirmed it")
     return None
@@ -112,7 +112,7 @@ def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, stat
     for digest in model.record.digests:
         if store.held(digest) is None:
             return Outcome(text, Fate.REFUSED, f"blob {digest}: expected it in the store, got none: it was evicted")
-    same = stored is not None and stored.body == model.record.body
+    same = stored is not None and stored.digest == model.record.digest
     if not (same and stored is not None and (not stored.denied or not terms.public)):
         store.put_manifest(name, model.record._replace(denied=not terms.public, pulled=now))
     elif not placed and (not terms.public or all(_is_public(store, name, each) for each in model.record.digests)):
@@ -125,11 +125,7 @@ def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, stat
 
 def _is_refused(store: Store, name: Name) -> bool:
     """Upstream has refused the repository; what was imported as private is denied as well, and never confirmed."""
-    where = (name.host, name.repository)
-    records = store.manifests().items()
-    return any(
-        record.denied and record.confirmed for other, record in records if (other.host, other.repository) == where
-    )
+    return any(record.denied and record.confirmed for record in store.manifests_of(*name.place, private=True))
 
 
 def _is_public(store: Store, name: Name, digest: Digest) -> bool:

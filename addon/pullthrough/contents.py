@@ -139,26 +139,23 @@ def _texts(rows: Iterable[tuple[Any, ...]]) -> tuple[list[str], list[Any]]:
 # --- rows
 
 
-def blob_row(digest: Digest, record: BlobRecord) -> tuple[str, str]:
-    return f"blob {digest}", json.dumps(record)
+def blob_key(digest: Digest) -> str:
+    return f"blob {digest}"
+
+
+def blob_value(record: BlobRecord) -> str:
+    return json.dumps(record)
 
 
 def manifest_key(name: Name) -> str:
     return f"manifest {name.host} {name.repository} {name.reference}"
 
 
-def manifest_row(name: Name, record: ManifestRecord) -> tuple[str, str]:
-    fact = {
-        "body": record.digest,
-        "content_type": record.content_type,
-        "confirmed": record.confirmed,
-        "oldest": record.oldest,
-        "denied": record.denied,
-        "pulled": record.pulled,
-        "listed": record.listed,
-        "claimed": record.claimed,
-    }
-    return manifest_key(name), json.dumps(fact)
+def manifest_value(record: ManifestRecord) -> str:
+    """Its bytes are a row of their own."""
+    facts = record._asdict() | {"body": record.digest}
+    del facts["digest"]
+    return json.dumps(facts)
 
 
 def body_key(digest: str) -> str:
@@ -169,13 +166,17 @@ def members_key(host: str, repository: str) -> str:
     return f"members {host} {repository}"
 
 
-def members_row(host: str, repository: str, digests: Iterable[Digest]) -> tuple[str, str]:
-    return members_key(host, repository), " ".join(digests)
+def members_value(digests: Iterable[Digest]) -> str:
+    return " ".join(digests)
 
 
 def pin_key(pattern: str) -> str:
     return f"pin {pattern}"
 
 
-def day_row(day: int, totals: Totals) -> tuple[str, str]:
-    return f"day {day}", json.dumps(asdict(totals))
+def day_key(day: int) -> str:
+    return f"day {day}"
+
+
+def day_value(totals: Totals) -> str:
+    return json.dumps(asdict(totals))

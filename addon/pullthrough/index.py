@@ -1,14 +1,17 @@
 """The index: what is known of blobs and manifests, in diskcache; `contents` has its rows.
 
-Invariant: all of it is resident in its reader, so reading costs no SQL; writes are queued to one thread, in order,
-because SQLite may wait. `cull_limit=0`, because diskcache's own culling drops ten rows of any size. Knows no files of
-blobs.
+Invariant: all of it is resident in its reader, so reading costs no SQL. Writes are left to one thread, because SQLite
+may wait; what comes while it writes is one transaction, so that the database is always as the store was at one moment.
+`cull_limit=0`, because diskcache's own culling drops ten rows of any size. Knows no files of blobs.
 """
 
 import logging
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,6 +71,9 @@ class Index:
             )
         except sqlite3.DatabaseError as error:
             raise self._unsound(error) from error
+        self._lock = threading.Lock()
+        self._pending: dict[str, Callable[[], str | bytes] | None] = {}
+        """What is not written yet."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ollama-cache-index")
 
     def load(self) -> Contents:
@@ -88,34 +94,34 @@ class Index:
             raise self._unsound(error) from error
 
     def put_blob(self, digest: Digest, record: BlobRecord) -> None:
-        self._put(*contents.blob_row(digest, record))
+        self._put(contents.blob_key(digest), partial(contents.blob_value, record))
 
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
-        self._put(contents.body_key(record.digest), record.body)
-        self._put(*contents.manifest_row(name, record))
+        self._put(contents.body_key(record.digest), lambda: record.body)
+        self._put(contents.manifest_key(name), partial(contents.manifest_value, record))
 
     def delete_manifest(self, name: Name) -> None:
         """Its bytes stay."""
-        self._delete(contents.manifest_key(name))
+        self._put(contents.manifest_key(name), None)
 
     def delete_body(self, digest: str) -> None:
         """Those bytes, which no manifest has any more."""
-        self._delete(contents.body_key(digest))
+        self._put(contents.body_key(digest), None)
 
     def put_pin(self, pattern: str) -> None:
-        self._put(contents.pin_key(pattern), "")
+        self._put(contents.pin_key(pattern), str)
 
     def delete_pin(self, pattern: str) -> None:
-        self._delete(contents.pin_key(pattern))
+        self._put(contents.pin_key(pattern), None)
 
     def put_day(self, day: int, totals: Totals) -> None:
-        self._put(*contents.day_row(day, totals))
+        self._put(contents.day_key(day), partial(contents.day_value, replace(totals)))
 
     def put_members(self, host: str, repository: str, digests: Iterable[Digest]) -> None:
-        self._put(*contents.members_row(host, repository, digests))
+        self._put(contents.members_key(host, repository), partial(contents.members_value, tuple(digests)))
 
     def delete_members(self, host: str, repository: str) -> None:
-        self._delete(contents.members_key(host, repository))
+        self._put(contents.members_key(host, repository), None)
 
     def flush(self) -> None:
         """Wait until every write so far is in the database."""
@@ -128,21 +134,28 @@ class Index:
         self._writer.shutdown(wait=True)
         self.cache.close()
 
-    def _put(self, key: str, value: str | bytes) -> None:
-        self._write_later(self.cache.set, key, value)
+    def _put(self, key: str, value: Callable[[], str | bytes] | None) -> None:
+        """The row's value from now on, None for no row. It is made in the writer's thread, and only the last one."""
+        with self._lock:
+            is_first = not self._pending
+            self._pending[key] = value
+        if is_first:
+            self._writer.submit(self._write)
 
-    def _delete(self, key: str) -> None:
-        self._write_later(self.cache.delete, key)
-
-    def _write_later(self, change: Callable[..., object], key: str, *value: str | bytes) -> None:
-        self._writer.submit(self._write, change, key, *value)
-
-    def _write(self, change: Callable[..., object], key: str, *value: str | bytes) -> None:
+    def _write(self) -> None:
+        """Write what has come since the last time, all of it or nothing."""
+        with self._lock:
+            pending, self._pending = self._pending, {}
         try:
-            change(key, *value, retry=True)
+            with self.cache.transact(retry=True):
+                for key, value in pending.items():
+                    if value is None:
+                        self.cache.delete(key, retry=True)
+                    else:
+                        self.cache.set(key, value(), retry=True)
         except (sqlite3.Error, OSError, diskcache.Timeout):
             # What is resident stays right; it is only forgotten at the next start, and then learnt again.
-            _log.exception("index write of %s failed", key)
+            _log.exception("index write of %d rows failed, the first is %s", len(pending), next(iter(pending)))
 
     def _unsound(self, error: Exception) -> StoreError:
         return StoreError(

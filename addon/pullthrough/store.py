@@ -295,7 +295,7 @@ class Store:
 
     def is_denied(self, host: str, repository: str) -> bool:
         """Whether upstream has refused an anonymous request in this repository, and granted none since."""
-        return any(self._manifests[name].denied for name in self._names.get((host, repository), ()))
+        return any(record.denied for record in self.manifests_of(host, repository, private=True))
 
     def deny(self, host: str, repository: str) -> bool:
         """Upstream refuses an anonymous request in this repository: nothing of it is known any more.
@@ -372,10 +372,10 @@ class Store:
         if before is not None:
             self._drop_body(before.digest)
 
-    def manifests_of(self, host: str, repository: str) -> list[ManifestRecord]:
-        """The repository's manifests, without those that are private by now."""
+    def manifests_of(self, host: str, repository: str, *, private: bool = False) -> list[ManifestRecord]:
+        """The repository's manifests; those that are private by now only if asked for."""
         records = (self._manifests[name] for name in self._names.get((host, repository), ()))
-        return [record for record in records if not record.denied]
+        return [record for record in records if private or not record.denied]
 
     def manifests(self) -> Mapping[Name, ManifestRecord]:
         """All stored manifests, those that are private by now too."""

@@ -9,7 +9,15 @@ import sqlite3
 from hashlib import sha256
 from pathlib import Path
 
-from pullthrough.contents import blob_row, body_key, manifest_row, members_row
+from pullthrough.contents import (
+    blob_key,
+    blob_value,
+    body_key,
+    manifest_key,
+    manifest_value,
+    members_key,
+    members_value,
+)
 from pullthrough.digest import Digest
 from pullthrough.records import BlobRecord, ManifestRecord, Name
 from pullthrough.store import Store
@@ -30,15 +38,16 @@ def fill(folder: Path, *, models: int, layers: int, day: float) -> None:
         assert record is not None
         digests.update(record.digests)
         name = Name("registry.ollama.ai", f"library/m{number}", "latest")
-        rows += [(body_key(record.digest), body.encode()), manifest_row(name, record._replace(pulled=number * day))]
-        rows.append(members_row(name.host, name.repository, record.digests))
+        value = manifest_value(record._replace(pulled=number * day))
+        rows += [(body_key(record.digest), body.encode()), (manifest_key(name), value)]
+        rows.append((members_key(*name.place), members_value(record.digests)))
     for digest in digests:
         path = folder / "blobs" / digest.file_name
         with path.open("wb") as file:
             os.truncate(file.fileno(), 1000)
         status = path.stat()
         blob = BlobRecord(1000, True, True, status.st_mtime_ns, status.st_ino, 0.0)
-        rows.append(blob_row(digest, blob))
+        rows.append((blob_key(digest), blob_value(blob)))
     with sqlite3.connect(folder / "index" / "cache.db") as connection:
         connection.executemany(
             "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, value) VALUES (?, 1, 0, 0, 0, 1, ?)",
