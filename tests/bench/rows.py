@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from tests.bench import cold, pulls, small, warm
+from tests.bench import cold, keep, pulls, small, warm
 from tests.bench.figures import Bench, Figure
 
 
@@ -54,5 +54,11 @@ ROWS: Final = {
     "requests": Row(small.requests, "mitmproxy's Python for each request, one core"),
     "latency": Row(small.latency, "the same, and the generator's 64 threads on the same cores"),
     "beside": Row(warm.beside, "the pieces of 512 KiB that go to the four clients between two turns"),
+    "keep": Row(
+        keep.keep,
+        "Python: a third of a second before a verb begins, and without a cache that has it in memory the whole index "
+        "is read",
+    ),
+    "hashed": Row(keep.hashed, "the cores' sha256, and for `import` the disk"),
     "model": Row(small.model, "mitmproxy's Python, twice for each blob: the redirect and the blob"),
 }
