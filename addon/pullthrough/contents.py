@@ -65,8 +65,8 @@ class Contents:
     days: dict[int, Totals]
 
 
-Members = dict[tuple[str, str], set[Digest]]
-"""By (host, repository), the blobs that upstream has granted to an anonymous request there."""
+Members = dict[tuple[str, str], str]
+"""By (host, repository), the blobs that upstream has granted to an anonymous request there, `<digest> …`."""
 
 
 def look(folder: Path) -> Contents:
@@ -120,9 +120,9 @@ def read(sql: Sql) -> Contents:
 def read_members(sql: Sql) -> Members:
     """UNSOUND."""
     members: Members = {}
-    for where, texts in sql(_ROWS, _range("members")):
+    for where, text in sql(_ROWS, _range("members")):
         host, repository = where.split(" ")
-        members[host, repository] = set(map(trusted, texts.split()))
+        members[host, repository] = text
     return members
 
 
@@ -164,10 +164,6 @@ def body_key(digest: str) -> str:
 
 def members_key(host: str, repository: str) -> str:
     return f"members {host} {repository}"
-
-
-def members_value(digests: Iterable[Digest]) -> str:
-    return " ".join(digests)
 
 
 def pin_key(pattern: str) -> str:

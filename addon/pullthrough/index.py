@@ -8,7 +8,7 @@ may wait; what comes while it writes is one transaction, so that the database is
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -117,8 +117,8 @@ class Index:
     def put_day(self, day: int, totals: Totals) -> None:
         self._put(contents.day_key(day), partial(contents.day_value, replace(totals)))
 
-    def put_members(self, host: str, repository: str, digests: Iterable[Digest]) -> None:
-        self._put(contents.members_key(host, repository), partial(contents.members_value, tuple(digests)))
+    def put_members(self, host: str, repository: str, digests: str) -> None:
+        self._put(contents.members_key(host, repository), lambda: digests)
 
     def delete_members(self, host: str, repository: str) -> None:
         self._put(contents.members_key(host, repository), None)

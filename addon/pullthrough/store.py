@@ -21,12 +21,13 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Final
 
 from pullthrough import platform
-from pullthrough.digest import Digest
+from pullthrough.digest import Digest, trusted
 from pullthrough.errors import InvalidRequest, StoreError, StoreUnwritable
 from pullthrough.gcpause import gc_paused
 from pullthrough.index import Index
@@ -96,9 +97,11 @@ class Store:
                 lock = undo.enter_context(take_lock(folder))
                 index = Index(folder / "index")
                 undo.callback(index.close)
+                beside = undo.enter_context(ThreadPoolExecutor(1))
+                names = beside.submit(os.listdir, folder / "blobs")  # a Path for each of many costs seconds
                 store = cls(folder, lock, index, load_secret(folder))
                 store._sweep(oldest=time.time() - KEPT_S)
-                store._adopt_orphans()
+                store._adopt_orphans(names.result())
             except OSError as error:
                 reason = error.strerror or error
                 raise StoreError(f"store {folder}: expected a writable folder, got {reason}") from error
@@ -112,13 +115,13 @@ class Store:
             shutil.rmtree(path, ignore_errors=True)
         self.remove_files(path for path, (_, changed) in self.quarantined().items() if changed < oldest)
 
-    def _adopt_orphans(self) -> None:
+    def _adopt_orphans(self, names: Sequence[str]) -> None:
         """Blob files that the index does not know become complete partials: hashed again before they are hits.
 
-        Only names are looked at: a file that is not the one that was verified is adopted when it is asked for.
+        `names` are those of the folder. Only they are looked at: a file that is not the one that was verified is
+        adopted when it is asked for.
         """
         folder = self.folder / "blobs"
-        names = os.listdir(folder)  # noqa: PTH208 -- a Path for each of many blobs costs seconds
         texts = {name.replace("-", ":", 1): name for name in names}
         for text in texts.keys() - {digest for digest, record in self._blobs.items() if record.held}:
             with contextlib.suppress(InvalidRequest):  # whatever it is, it is not ours to touch
@@ -263,7 +266,7 @@ class Store:
 
     def is_member(self, host: str, repository: str, digest: Digest) -> bool:
         """A stored manifest of the repository lists it, or upstream granted it there to an anonymous request."""
-        granted = self._members.get((host, repository), ())
+        granted = self._members.get((host, repository), "")
         return digest in granted or any(record.lists(digest) for record in self.manifests_of(host, repository))
 
     def repositories(self, digest: Digest) -> list[tuple[str, str]]:
@@ -279,9 +282,9 @@ class Store:
         self._grant(host, repository, {digest})
 
     def _grant(self, host: str, repository: str, digests: Iterable[Digest]) -> None:
-        members = self._members.setdefault((host, repository), set())
-        if not members.issuperset(digests):
-            members.update(digests)
+        members = self._members.get((host, repository), "")
+        if new := [digest for digest in digests if digest not in members]:
+            self._members[host, repository] = members = " ".join((members, *new)).lstrip()
             self._index.put_members(host, repository, members)
 
     def adopt(self, name: Name, record: ManifestRecord) -> None:
@@ -306,7 +309,7 @@ class Store:
         """
         place = (host, repository)
         self._denials[place] += 1
-        digests = set(self._members.get(place, ()))
+        digests = set(map(trusted, self._members.get(place, "").split()))
         granted = [name for name in self._names.get(place, ()) if not self._manifests[name].denied]
         was_known = bool(digests or granted)
         for name in granted:
@@ -315,7 +318,7 @@ class Store:
             self.put_manifest(name, record._replace(denied=True))
         if self._members.pop(place, None) is not None:
             self._index.delete_members(host, repository)
-        for digest in digests.difference(*self._members.values()):
+        for digest in digests.difference(" ".join(self._members.values()).split()):
             if (known := self._blobs.get(digest)) is not None and known.public:
                 self._put_blob(digest, known._replace(public=False))
         return was_known

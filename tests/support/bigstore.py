@@ -16,7 +16,6 @@ from pullthrough.contents import (
     manifest_key,
     manifest_value,
     members_key,
-    members_value,
 )
 from pullthrough.digest import Digest
 from pullthrough.records import BlobRecord, ManifestRecord, Name
@@ -40,7 +39,7 @@ def fill(folder: Path, *, models: int, layers: int, day: float) -> None:
         name = Name("registry.ollama.ai", f"library/m{number}", "latest")
         value = manifest_value(record._replace(pulled=number * day))
         rows += [(body_key(record.digest), body.encode()), (manifest_key(name), value)]
-        rows.append((members_key(*name.place), members_value(record.digests)))
+        rows.append((members_key(*name.place), " ".join(record.digests)))
     for digest in digests:
         path = folder / "blobs" / digest.file_name
         with path.open("wb") as file:
