@@ -26,14 +26,19 @@ class Prefetcher:
         self._recorder = recorder
         self._source = source
         self._tasks: dict[tuple[str, str, str], asyncio.Task[None]] = {}
+        self._whole: dict[tuple[str, str, str], int] = {}
+        """The manifests of which every blob was here, and how often the store had changed then."""
 
     def follow(self, host: str, repository: str, digest: Digest) -> None:
         """A client has asked for this blob: record what its manifest lists behind it."""
         for record in self._store.manifests_of(host, repository):
             key = (host, repository, record.digest)
-            if not record.lists(digest) or _TENSOR in record.body or key in self._tasks:
+            if key in self._tasks or self._whole.get(key) == self._store.changes or not record.lists(digest):
                 continue
             listed = record.digests
+            if _TENSOR in record.body or all(map(self._store.held, listed)):
+                self._whole[key] = self._store.changes
+                continue
             task = asyncio.get_running_loop().create_task(self._record(listed[listed.index(digest) + 1 :]))
             self._tasks[key] = task
             task.add_done_callback(partial(self._ended, key))

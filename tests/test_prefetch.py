@@ -1,0 +1,97 @@
+"""prefetch: what is recorded ahead, and how little a request for a model that is all here costs."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any, cast
+
+from pullthrough.datastream import Source
+from pullthrough.digest import Digest
+from pullthrough.prefetch import Prefetcher
+from pullthrough.recorder import Recorder
+from pullthrough.records import ManifestRecord
+from pullthrough.store import Store
+
+PLACE = ("registry.ollama.ai", "library/m")
+A, B, C, D = (Digest(letter * 64) for letter in "abcd")
+
+
+def manifest(media_type: str = "application/vnd.ollama.image.model") -> ManifestRecord:
+    layers = [{"mediaType": media_type, "digest": digest, "size": 1} for digest in (A, B, C)]
+    record = ManifestRecord.parse(json.dumps({"layers": layers}).encode(), "", now=1.0)
+    assert record is not None
+    return record
+
+
+class Scene:
+    """A store with one manifest, and a recorder whose recordings are over at once."""
+
+    def __init__(self, record: ManifestRecord, *here: Digest) -> None:
+        self.here = set(here)
+        self.looks = 0
+        self.recorded: list[Digest] = []
+        self.store = SimpleNamespace(manifests_of=lambda *_: [record], held=self._held, changes=0)
+        recorder = SimpleNamespace(find=lambda _: None, open=self._open)
+        self.prefetcher = Prefetcher(cast(Store, self.store), cast(Recorder, recorder), self._source)
+
+    def _held(self, digest: Digest) -> tuple[int] | None:
+        self.looks += 1
+        return (1,) if digest in self.here else None
+
+    def _open(self, digest: Digest, **_: Any) -> Any:
+        self.recorded.append(digest)
+        self.here.add(digest)
+        self.store.changes += 1
+        over = asyncio.Event()
+        over.set()
+        return SimpleNamespace(over=over)
+
+    async def _source(self, digest: Digest) -> Source:
+        raise AssertionError(f"expected a recording that needs no source, got one of {digest}")
+
+    async def follow(self, digest: Digest) -> None:
+        self.prefetcher.follow(*PLACE, digest)
+        while self.prefetcher._tasks:
+            await asyncio.sleep(0)
+
+
+def test_what_lies_behind_is_recorded() -> None:
+    """In the manifest's order, and nothing that is here, before it, or of another model."""
+
+    async def run() -> None:
+        scene = Scene(manifest(), B)
+        await scene.follow(D)
+        assert scene.recorded == []
+        await scene.follow(B)
+        assert scene.recorded == [C]
+        await scene.follow(A)
+        assert scene.recorded == [C]
+
+    asyncio.run(run())
+
+
+def test_tensors_are_not_followed() -> None:
+    """They are asked for many at a time."""
+
+    async def run() -> None:
+        scene = Scene(manifest("application/vnd.ollama.image.tensor"))
+        await scene.follow(A)
+        assert scene.recorded == []
+
+    asyncio.run(run())
+
+
+def test_a_model_that_is_all_here_is_looked_at_once() -> None:
+    """Until something changes: a file is asked for in many parts, and a model may have thousands."""
+
+    async def run() -> None:
+        scene = Scene(manifest(), A, B, C)
+        for digest in (A, A, B, C):
+            await scene.follow(digest)
+        assert (scene.looks, scene.recorded) == (3, [])
+        scene.here.discard(C)
+        scene.store.changes += 1
+        await scene.follow(A)
+        assert scene.recorded == [C]
+
+    asyncio.run(run())
