@@ -51,8 +51,8 @@ class Scene:
 
     async def follow(self, digest: Digest) -> None:
         self.prefetcher.follow(*PLACE, digest)
-        while self.prefetcher._tasks:
-            await asyncio.sleep(0)
+        await asyncio.gather(*self.prefetcher._tasks.values())
+        await asyncio.sleep(0)  # what is called when a task is done
 
 
 def test_what_lies_behind_is_recorded() -> None:
