@@ -176,6 +176,34 @@ def test_pulls_are_remembered(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_write_that_fails_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With what comes next, which counts more, and at the end."""
+    store = Store.open(tmp_path / "store")
+    index = store._index
+    refusals = iter([sqlite3.OperationalError("disk I/O error"), OSError("no space left"), None])
+
+    def transact(**options: bool) -> Any:
+        if (refusal := next(refusals)) is not None:
+            raise refusal
+        return type(index.cache).transact(index.cache, **options)
+
+    index.cache.transact = transact
+    first, second = manifest(b"first"), manifest(b"second")
+    store.put_manifest(NAME, first)
+    index.flush()
+    store.put_manifest(NAME, second)
+    index.flush()
+    assert [message.partition(",")[0] for message in caplog.messages] == [
+        "index write of 2 rows failed",
+        "index write of 4 rows failed",
+    ]
+    store.close()
+    store = Store.open(tmp_path / "store")
+    assert store.manifest(NAME) == second
+    assert store.is_member(*NAME.place, digest_of(b"first"))
+    store.close()
+
+
 def test_private_stays_private(tmp_path: Path) -> None:
     """Publishing bytes says nothing about who may read them; upstream's word does."""
     store = Store.open(tmp_path / "store")

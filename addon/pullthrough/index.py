@@ -1,8 +1,8 @@
 """The index: what is known of blobs and manifests, in diskcache; `contents` has its rows.
 
 Invariant: all of it is resident in its reader, so reading costs no SQL. Writes are left to one thread, because SQLite
-may wait; what comes while it writes is one transaction, so that the database is always as the store was at one moment.
-`cull_limit=0`, because diskcache's own culling drops ten rows of any size. Knows no files of blobs.
+may wait; what comes while it writes is one transaction, and what could not be written is tried again with what comes
+next. `cull_limit=0`, because diskcache's own culling drops ten rows of any size. Knows no files of blobs.
 """
 
 import logging
@@ -74,6 +74,8 @@ class Index:
         self._lock = threading.Lock()
         self._pending: dict[str, Callable[[], str | bytes] | None] = {}
         """What is not written yet."""
+        self._is_asked = False
+        """Whether the writer will look at it."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ollama-cache-index")
 
     def load(self) -> Contents:
@@ -128,7 +130,8 @@ class Index:
         self._writer.submit(lambda: None).result()
 
     def close(self) -> None:
-        """Write what is queued, and close."""
+        """Write what is left, and close."""
+        self._writer.submit(self._write)
         # diskcache keeps a connection per thread: each is closed where it was opened.
         self._writer.submit(self.cache.close)
         self._writer.shutdown(wait=True)
@@ -137,15 +140,18 @@ class Index:
     def _put(self, key: str, value: Callable[[], str | bytes] | None) -> None:
         """The row's value from now on, None for no row. It is made in the writer's thread, and only the last one."""
         with self._lock:
-            is_first = not self._pending
             self._pending[key] = value
-        if is_first:
+            was_asked, self._is_asked = self._is_asked, True
+        if not was_asked:
             self._writer.submit(self._write)
 
     def _write(self) -> None:
         """Write what has come since the last time, all of it or nothing."""
         with self._lock:
             pending, self._pending = self._pending, {}
+            self._is_asked = False
+        if not pending:
+            return
         try:
             with self.cache.transact(retry=True):
                 for key, value in pending.items():
@@ -154,8 +160,10 @@ class Index:
                     else:
                         self.cache.set(key, value(), retry=True)
         except (sqlite3.Error, OSError, diskcache.Timeout):
-            # What is resident stays right; it is only forgotten at the next start, and then learnt again.
+            # What is resident stays right; what is never written is forgotten at the next start, and learnt again.
             _log.exception("index write of %d rows failed, the first is %s", len(pending), next(iter(pending)))
+            with self._lock:
+                self._pending = pending | self._pending
 
     def _unsound(self, error: Exception) -> StoreError:
         return StoreError(
