@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from pullthrough.asking import SOCKET, ask
+from pullthrough.contents import look
 from pullthrough.digest import Digest
 from pullthrough.errors import ControlError
-from pullthrough.index import look
 from pullthrough.store import Store
 from tests.e2e.conftest import MB, add_model, unique
 from tests.support.a2 import A2Client
