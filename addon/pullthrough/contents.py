@@ -102,17 +102,20 @@ def read(sql: Sql) -> Contents:
     manifests = {}
     for key, fact in zip(*_texts(sql(_TEXTS, _range("manifest"))), strict=True):
         host, repository, reference = key.split(" ")
-        manifests[Name(host, repository, reference)] = ManifestRecord(
-            bodies[fact["body"]],
-            fact["body"],
-            fact["content_type"],
-            fact["confirmed"],
-            fact["listed"],
-            fact["claimed"],
-            tuple(fact["oldest"]) if fact["oldest"] is not None else None,
-            fact["denied"],
-            fact["pulled"],
-        )
+        try:
+            manifests[Name(host, repository, reference)] = ManifestRecord(
+                bodies[fact["body"]],
+                fact["body"],
+                fact["content_type"],
+                fact["confirmed"],
+                fact["listed"],
+                fact["claimed"],
+                tuple(fact["oldest"]) if fact["oldest"] is not None else None,
+                fact["denied"],
+                fact["pulled"],
+            )
+        except KeyError as error:
+            raise StoreError(f"a manifest of {repository} without {error}") from error
     days = {int(day): Totals(**totals) for day, totals in zip(*_texts(sql(_TEXTS, _range("day"))), strict=True)}
     return Contents(blobs, manifests, {pattern for pattern, _ in sql(_ROWS, _range("pin"))}, days)
 
