@@ -37,6 +37,7 @@ HOST = "registry.ollama.ai"
 REPOSITORIES = ("owner/one", "owner/two", "stranger/three")
 DIGESTS = tuple(Digest(letter * 64) for letter in "abc")
 CALLERS = (None, "Bearer good", "Bearer other")
+NOTHING = b'{"layers": []}'
 REQUESTS = ("GET blobs", "HEAD blobs", "GET chunksums", "GET manifests", "HEAD manifests")
 
 repositories = st.sampled_from(REPOSITORIES)
@@ -57,7 +58,6 @@ class Upstreams:
 
         self.proofs: set[tuple[str, Digest]] = set()
         """Anonymous requests for the bytes that upstream has granted, without those of repositories refused since."""
-        self.listings: dict[str, set[Digest]] = {}
         self.kept: dict[str, bytes] = {}
         """The manifests that an anonymous request got last."""
         self.vouched: dict[tuple[str, str, Digest], float] = {}
@@ -65,7 +65,7 @@ class Upstreams:
     def knows(self, caller: str | None, repository: str, digest: Digest) -> bool:
         """The cache may give the blob unasked."""
         proven = any(digest == other for _, other in self.proofs)
-        listed = (repository, digest) in self.proofs or digest in self.listings.get(repository, ())
+        listed = (repository, digest) in self.proofs or digest in _listed(self.kept.get(repository, NOTHING))
         vouched = caller is not None and self.vouched.get((caller, repository, digest), 0) > self.now
         return vouched or (proven and listed)
 
@@ -84,7 +84,6 @@ class Upstreams:
 
     def _close(self, repository: str) -> None:
         self.proofs = {(name, digest) for name, digest in self.proofs if name != repository}
-        self.listings.pop(repository, None)
         self.kept.pop(repository, None)
 
     def _give(self, caller: str | None, repository: str, digest: Digest) -> None:
@@ -111,7 +110,6 @@ class Upstreams:
                 return Response(404, CIMultiDict(), b"")
             if caller is None:
                 self.kept[repository] = body
-                self.listings.setdefault(repository, set()).update(_listed(body))
             else:
                 self._close(repository)
             return Response(200, CIMultiDict(), body)
@@ -228,11 +226,10 @@ class Access(RuleBasedStateMachine):
     @precondition(lambda self: any(self.upstream.kept))
     @rule()
     def reopen(self) -> None:
-        """Vouchers, and what a tag had listed before it moved, are forgotten; all else is not."""
+        """Vouchers are forgotten; all else is not."""
         self.store.close()
         self._open()
         self.upstream.vouched.clear()
-        self.upstream.listings = {name: _listed(body) for name, body in self.upstream.kept.items()}
 
     @rule(
         request=st.sampled_from(REQUESTS),

@@ -280,12 +280,9 @@ class Store:
         known = self._blobs.get(digest, BlobRecord())
         if not known.public:
             self._put_blob(digest, known._replace(public=True))
-        self._grant(host, repository, {digest})
-
-    def _grant(self, host: str, repository: str, digests: Iterable[Digest]) -> None:
         members = self._members.get((host, repository), "")
-        if new := [digest for digest in digests if digest not in members]:
-            self._members[host, repository] = members = " ".join((members, *new)).lstrip()
+        if digest not in members:
+            self._members[host, repository] = members = f"{members} {digest}".lstrip()
             self._index.put_members(host, repository, members)
 
     def adopt(self, name: Name, record: ManifestRecord) -> None:
@@ -365,9 +362,6 @@ class Store:
         """Store a manifest that an anonymous request got."""
         self.changes += 1
         before = self._manifests.get(name)
-        if before is not None and not before.denied and before.digest != record.digest:
-            # Clients may be in the middle of what it lists.
-            self._grant(name.host, name.repository, before.digests)
         self._manifests[name] = record
         self._names.setdefault(name.place, set()).add(name)
         self._untold.pop(name, None)
