@@ -147,6 +147,15 @@ class World:
         return what
 
 
+def ask(connection: Connection, target: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    """As `get`. ConnectionError where a refusal is cut short: upstream's, passed through, when it went away."""
+    response = connection.request("GET", target, list(headers.items()))
+    body = response.read()
+    if response.status >= 400 and response.closed_short:
+        raise ConnectionError("the refusal ended before its time")
+    return response.status, {name.lower(): value for name, value in response.headers}, body
+
+
 class Client:
     """One of many, who asks for anything in anybody's name."""
 
@@ -173,7 +182,7 @@ class Client:
                 target = chance.choice(
                     [f"manifests/{reference}", f"blobs/{digest}", f"blobs/{digest}", f"chunksums/{digest}"]
                 )
-                status, headers, body = get(registry, f"/v2/{repository}/{target}", **fields)
+                status, headers, body = ask(registry, f"/v2/{repository}/{target}", **fields)
                 self._counts[f"{caller} {'given' if status < 400 else 'refused'}"] += 1
                 address = headers.get("location") or headers.get("content-location")
                 if address is not None:
@@ -188,7 +197,7 @@ class Client:
     def _follow(self, cdn: Connection, caller: str, target: str, digest: str, address: str) -> None:
         size = len(self._known.content[digest])
         start = self._chance.randrange(size)
-        status, _, body = get(cdn, address, Range=f"bytes={start}-")
+        status, _, body = ask(cdn, address, Range=f"bytes={start}-")
         if status == 206 and body != self._known.content[digest][start : start + len(body)]:
             self._problems.append(f"{caller} {target}: wrong bytes from {start}")
         self._counts[f"{caller} read"] += status == 206
@@ -202,7 +211,7 @@ class Client:
         """The blob host's address of something, with no capability or a made-up one."""
         digest = self._chance.choice(list(self._known.content))
         query = self._chance.choice(["", f"?size=1&expires=99999999999&access={'0' * 64}"])
-        status, _, body = get(cdn, canonical_path(Digest.parse(digest)) + query)
+        status, _, body = ask(cdn, canonical_path(Digest.parse(digest)) + query)
         if status < 400:
             self._problems.append(f"{caller} got {status} for a bare canonical address")
         self._look(caller, "canonical", body)
