@@ -91,13 +91,12 @@ class Store:
 
         StoreError: a foreign or newer folder, another daemon, an unwritable disk, a corrupt index.
         """
-        with gc_paused(), contextlib.ExitStack() as undo:
+        with gc_paused(), ThreadPoolExecutor(1) as beside, contextlib.ExitStack() as undo:
             try:
                 prepare(folder)
                 lock = undo.enter_context(take_lock(folder))
                 index = Index(folder / "index")
                 undo.callback(index.close)
-                beside = undo.enter_context(ThreadPoolExecutor(1))
                 names = beside.submit(os.listdir, folder / "blobs")  # a Path for each of many costs seconds
                 store = cls(folder, lock, index, load_secret(folder))
                 store._sweep(oldest=time.time() - KEPT_S)
@@ -272,8 +271,10 @@ class Store:
 
     def repositories(self, digest: Digest) -> list[tuple[str, str]]:
         """Every (host, repository) that the digest is known to belong to: where a source can be obtained again."""
-        places = dict.fromkeys((*self._members, *self._names))
-        return [place for place in places if self.is_member(*place, digest)]
+        granted = [place for place, digests in self._members.items() if digest in digests]
+        records = self._manifests.items()
+        listed = [name.place for name, record in records if not record.denied and record.lists(digest)]
+        return list(dict.fromkeys(granted + listed))
 
     def confirm_public(self, host: str, repository: str, digest: Digest) -> None:
         """Upstream granted the blob of this repository to an anonymous request."""
