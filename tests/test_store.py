@@ -210,6 +210,19 @@ def test_a_write_that_fails_is_tried_again(tmp_path: Path, caplog: pytest.LogCap
     store.close()
 
 
+def test_a_row_that_cannot_be_made_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It stands in nobody's way."""
+    store = Store.open(tmp_path / "store")
+    store._index._put("blob x", lambda: None)  # type: ignore[arg-type,return-value]
+    store._index.flush()
+    assert caplog.messages == ["index rows given up: blob x"]
+    store.put_manifest(NAME, manifest(b"a"))
+    store.close()
+    store = Store.open(tmp_path / "store")
+    assert store.manifest(NAME) == manifest(b"a")
+    store.close()
+
+
 def test_private_stays_private(tmp_path: Path) -> None:
     """Publishing bytes says nothing about who may read them; upstream's word does."""
     store = Store.open(tmp_path / "store")

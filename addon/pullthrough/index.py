@@ -164,6 +164,9 @@ class Index:
             _log.exception("index write of %d rows failed, the first is %s", len(pending), next(iter(pending)))
             with self._lock:
                 self._pending = pending | self._pending
+        except Exception:
+            # A fault of ours: the same rows would fail again, and all others with them.
+            _log.exception("index rows given up: %s", ", ".join(pending))
 
     def _unsound(self, error: Exception) -> StoreError:
         return StoreError(
