@@ -67,9 +67,9 @@ def _shown(names: list[Name]) -> str:
     return ", ".join(texts[:SHOWN]) + (f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else "")
 
 
-def listing(view: View) -> list[JSON]:
-    """A row for each model, the one pulled last first."""
-    rows = [_row(view, name, record) for name, record in view.manifests.items()]
+def listing(view: View, shown: Mapping[Name, ManifestRecord] | None = None) -> list[JSON]:
+    """A row for each model, or only for those that are `shown`, the one pulled last first."""
+    rows = [_row(view, name, record) for name, record in (view.manifests if shown is None else shown).items()]
     return sorted(rows, key=lambda row: (-(row["pulled"] or 0.0), row["name"]))
 
 

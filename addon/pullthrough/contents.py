@@ -9,7 +9,7 @@
 
 Invariant: keys are text, values are text or bytes, and nothing is ever unpickled: a pickle in an index that somebody
 else may write to is code that runs here. A kind comes out of SQLite as one text, because a hundred thousand rows as
-Python objects take five times as long. Knows the table (diskcache 5.6.3's), and neither who writes it nor any file of
+Python objects take four times as long. Knows the table (diskcache 5.6.3's), and neither who writes it nor any file of
 a blob.
 """
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Make a hundred thousand objects that stay: each collection would walk all of them, a third of the time."""
+    """Make a hundred thousand objects that stay: each collection would walk all of them, a quarter of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

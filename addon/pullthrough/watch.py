@@ -9,7 +9,7 @@ import heapq
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from pullthrough.catalogue import JSON, View, listing, statistics
@@ -162,7 +162,7 @@ def _sum_up(view: View) -> Holdings:
     private = [record.size for record in view.manifests.values() if record.denied]
     # Rows for all would be so many objects that collecting them holds up the event loop.
     shown = dict(heapq.nlargest(SHOWN, public.items(), key=lambda item: item[1].pulled))
-    rows = listing(replace(view, manifests=shown))
+    rows = listing(view, shown)
     return Holdings(tuple(rows), len(public), len(private), sum(private), statistics(view))
 
 
