@@ -129,7 +129,8 @@ class Flows:
         await self._mouth.fill(transfer)
 
     def _apply(self, flow: http.HTTPFlow, answer: Answer) -> None:
-        body = answer.body if isinstance(answer.body, bytes) else b""
+        # A body behind the head that answers a HEAD would be taken for the next response.
+        body = answer.body if isinstance(answer.body, bytes) and flow.request.method != "HEAD" else b""
         headers = [*answer.headers, ("Cache-Status", str(answer.cache))]
         flow.response = response_of(answer.status, headers, body, answer.length)
         flow.metadata[ANSWERED] = answer.cache
