@@ -9,7 +9,8 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          cli  cli_base  cli_models  cli_progress
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
-         refresh  direct  warm  verbs  metrics  vitals
+         refresh  redirects  offload  signed_addresses
+         blobs  blob_content  warm  verbs  metrics  vitals
          watch  statuspage  tierverbs                        request value -> answer: status, headers and what to send
          examining  ollamadaemon                             the ones that look for what is wrong
     L3a  reader                                              hands out the bytes of one interval of one blob
@@ -23,10 +24,10 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          copying  inventory  modeltree  bundle  admission
          authorities  clientsetup  objectstore               disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
-         tunnel  budget  parent  trials
+         tunnel  budget  parent  pulls
          traffic  catalogue  pruning  diagnosis
          breaker  returns  lease                             state and policy, no I/O; `now` is a parameter
-    L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
-         conditional  requestlog  settings  options  addressing  loopguard  wording
+    L0   errors  digest  route  byterange  intervals  datacheck  capability  presigned  cachestatus  records  chunksums
+         coding  conditional  requestlog  settings  options  addressing  loopguard  wording
          jsonlog  fleet  gcpause
 """

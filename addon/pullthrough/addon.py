@@ -144,7 +144,9 @@ class OllamaCache:
             _stop(error)
 
     def _open(self) -> None:
-        texts = {option.name: getattr(ctx.options, f"{PREFIX}{option.name}") for option in OPTIONS}
+        # The environment once more: options that were removed have no other place to be seen.
+        texts = environment_texts(os.environ)
+        texts |= {option.name: getattr(ctx.options, f"{PREFIX}{option.name}") for option in OPTIONS}
         texts |= {name.removeprefix(PREFIX): "" for name in ctx.options.deferred if name.startswith(PREFIX)}
         settings = parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
         check_modes(ctx.options.mode, settings.intercepted)
@@ -244,7 +246,7 @@ class OllamaCache:
         self._dispatch = Dispatch(ctx.master.addons)
         self._dispatch.install()
         self._gate.open(settings, self._parents, self._upstream.loop)
-        self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._requests)
+        self._flows.open(settings, self._registry, self._upstream.loop, self._requests)
         parts = (settings, self._store, self._recorder, self._upstream)
         metrics = Metrics(*parts, self._requests, self._lag, self._vitals, self._desk.tier)
         watch = Watch(*parts, self._vitals, self._desk.view, self._desk.tier)

@@ -6,6 +6,7 @@
     members <host> <repository>           blobs that upstream has granted to an anonymous request there
     pin <pattern>                         empty: models that stay, besides those that the option names
     day <day number>                      JSON: bytes served and fetched on that day
+    address <hmac>                        JSON: digest, and until when a signed address is recognised (Unix seconds)
 
 Invariant: keys are text, values are text or bytes, and nothing is ever unpickled: a pickle in an index that somebody
 else may write to is code that runs here. A kind comes out of SQLite as one text, because a hundred thousand rows as
@@ -39,7 +40,7 @@ _FOREIGN: Final = """
     SELECT key, raw, mode FROM Cache NOT INDEXED
     WHERE raw IS NOT 1 OR mode IS NOT 1 OR NOT (
         key GLOB 'blob *' OR key GLOB 'manifest *' OR key GLOB 'body *'
-        OR key GLOB 'members *' OR key GLOB 'pin *' OR key GLOB 'day *'
+        OR key GLOB 'members *' OR key GLOB 'pin *' OR key GLOB 'day *' OR key GLOB 'address *'
     ) LIMIT 1
 """
 """Rows that are not plain (MODE_RAW is 1: neither in files of their own nor pickled), or of no kind."""
@@ -63,10 +64,15 @@ class Contents:
     manifests: dict[Name, ManifestRecord]
     pins: set[str]
     days: dict[int, Totals]
+    addresses: "Addresses"
 
 
 Members = dict[tuple[str, str], str]
 """By (host, repository), the blobs that upstream has granted to an anonymous request there, `<digest> …`."""
+
+
+Addresses = dict[str, tuple[Digest, float]]
+"""By the HMAC of a signed address, the blob and until when it is recognised (Unix seconds)."""
 
 
 def look(folder: Path) -> Contents:
@@ -117,7 +123,11 @@ def read(sql: Sql) -> Contents:
         except KeyError as error:
             raise StoreError(f"a manifest of {repository} without {error}") from error
     days = {int(day): Totals(**totals) for day, totals in zip(*_texts(sql(_TEXTS, _range("day"))), strict=True)}
-    return Contents(blobs, manifests, {pattern for pattern, _ in sql(_ROWS, _range("pin"))}, days)
+    addresses: Addresses = {
+        key: (Digest.parse(digest), float(until))
+        for key, (digest, until) in zip(*_texts(sql(_TEXTS, _range("address"))), strict=True)
+    }
+    return Contents(blobs, manifests, {pattern for pattern, _ in sql(_ROWS, _range("pin"))}, days, addresses)
 
 
 def read_members(sql: Sql) -> Members:
@@ -179,3 +189,11 @@ def day_key(day: int) -> str:
 
 def day_value(totals: Totals) -> str:
     return json.dumps(asdict(totals))
+
+
+def address_key(key: str) -> str:
+    return f"address {key}"
+
+
+def address_value(digest: Digest, until: float) -> str:
+    return json.dumps([str(digest), until])

@@ -119,6 +119,12 @@ class Index:
     def put_day(self, day: int, totals: Totals) -> None:
         self._put(contents.day_key(day), partial(contents.day_value, replace(totals)))
 
+    def put_address(self, key: str, digest: Digest, until: float) -> None:
+        self._put(contents.address_key(key), partial(contents.address_value, digest, until))
+
+    def delete_address(self, key: str) -> None:
+        self._put(contents.address_key(key), None)
+
     def put_members(self, host: str, repository: str, digests: str) -> None:
         self._put(contents.members_key(host, repository), lambda: digests)
 

@@ -14,14 +14,19 @@ from pullthrough.digest import Digest
 from pullthrough.recorder import Recorder
 from pullthrough.store import Store
 
-_TENSOR = b"application/vnd.ollama.image.tensor"
-
 
 class Prefetcher:
     """The layers to come, of all manifests that are being pulled."""
 
-    def __init__(self, store: Store, recorder: Recorder, source: Callable[[Digest], Awaitable[Source]]) -> None:
-        """`source` obtains a public blob's source from the registry."""
+    def __init__(
+        self,
+        store: Store,
+        recorder: Recorder,
+        source: Callable[[Digest], Awaitable[Source]],
+        known: Callable[[Digest], Source | None] = lambda _digest: None,
+    ) -> None:
+        """`source` obtains a public blob's source from the registry; `known` is one that has been obtained already."""
+        self._known = known
         self._store = store
         self._recorder = recorder
         self._source = source
@@ -36,7 +41,7 @@ class Prefetcher:
             if key in self._tasks or self._whole.get(key) == self._store.changes or not record.lists(digest):
                 continue
             listed = record.digests
-            if _TENSOR in record.body or all(map(self._store.held, listed)):
+            if record.is_of_tensors or all(map(self._store.held, listed)):
                 self._whole[key] = self._store.changes
                 continue
             task = asyncio.get_running_loop().create_task(self._record(listed[listed.index(digest) + 1 :]))
@@ -46,7 +51,9 @@ class Prefetcher:
     async def _record(self, digests: Sequence[Digest]) -> None:
         for digest in digests:
             if self._store.held(digest) is None and self._recorder.find(digest) is None:
-                recording = self._recorder.open(digest, obtain=partial(self._source, digest), wanted=True)
+                recording = self._recorder.open(
+                    digest, obtain=partial(self._source, digest), source=self._known(digest), wanted=True
+                )
                 await recording.over.wait()
 
     def _ended(self, key: tuple[str, str, str], _task: asyncio.Task[None]) -> None:

@@ -16,6 +16,8 @@ from pullthrough.errors import InvalidRequest
 DEFAULT_HOST: Final = "registry.ollama.ai"
 """Of models that are typed without a host."""
 
+_TENSOR: Final = b"application/vnd.ollama.image.tensor"
+
 Version = tuple[int, ...]
 """An Ollama's, as its User-Agent tells it."""
 
@@ -138,6 +140,11 @@ class ManifestRecord(NamedTuple):
     def size(self) -> int:
         """What they take together, as it claims."""
         return sum(map(int, self.claimed.split()))
+
+    @property
+    def is_of_tensors(self) -> bool:
+        """Whether x/transfer pulls it, by hundreds of blobs (x/transfer/download.go, v0.14.0 to today)."""
+        return _TENSOR in self.body
 
     def is_within(self, digests: Container[str]) -> bool:
         """Whether all that it lists are among these."""

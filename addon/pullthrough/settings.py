@@ -46,17 +46,6 @@ class Finish(StrEnum):
     NEVER = "never"
 
 
-class Direct(StrEnum):
-    """Whether large parts are sent on to the blob server."""
-
-    AUTO = "auto"
-    """Where a trial shows that the client reaches it."""
-    OBJECT_STORE = "object-store"
-    """Not there, but to the fleet's object store."""
-    ON = "on"
-    OFF = "off"
-
-
 class Log(StrEnum):
     """How lines of the log are written."""
 
@@ -112,9 +101,10 @@ class Settings:
     """(host, port) of the blob server; host "" for all addresses of this machine."""
     front: Mapping[int, str]
     """The registry that a port of the blob server speaks for."""
-    direct: Direct
     advertise: Endpoint | None
     """Under which clients reach the blob server, port 0 for the one it listens on; None: where they reached us."""
+    offload: bool
+    """Redirect large parts of public blobs to the object store."""
     manifest_lifetime: Lifetimes
     refresh: float | None
     """Seconds between two looks at a tag."""

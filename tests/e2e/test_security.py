@@ -18,7 +18,7 @@ import pytest
 from pullthrough.capability import Capability
 from pullthrough.digest import Digest
 from pullthrough.route import canonical_path
-from tests.e2e.conftest import MB, Model, add_model, get, to_cdn, to_registry, unique
+from tests.e2e.conftest import MB, PROXYING, Model, add_model, get, to_cdn, to_registry, unique
 from tests.security import CALLERS, CAPABLE, MODELS, REQUESTS, Cell, gives, table
 from tests.support.a2 import A2Client
 from tests.support.goclient import PullError
@@ -95,6 +95,7 @@ class Caller:
             "HEAD blob": ("HEAD", to_registry, f"{here}/blobs/{model.layer}", b""),
             "HEAD blob as a push": ("HEAD", to_registry, f"{here}/blobs/{model.layer}", b""),
             "GET blob": ("GET", to_registry, f"{here}/blobs/{model.layer}", subject.layer),
+            "GET blob by a new client": ("GET", to_registry, f"{here}/blobs/{model.layer}", subject.layer),
             "GET chunksums": ("GET", to_registry, f"{here}/chunksums/{model.layer}", subject.layer),
             "GET blob of a stranger who lists it": ("GET", to_registry, f"{there}/blobs/{model.layer}", subject.layer),
             "canonical, valid capability": (
@@ -113,8 +114,8 @@ class Caller:
             "canonical, no capability": ("GET", to_cdn, path, b""),
         }[request]
         fields = {"Authorization": f"Bearer {token}"} if (token := TOKENS[caller]) else {}
-        if request.endswith("as a push"):
-            fields["User-Agent"] = "ollama-transfer/1.0"
+        agents = {"HEAD blob as a push": "ollama-transfer/1.0", "GET blob by a new client": "ollama/0.41.0"}
+        fields["User-Agent"] = agents.get(request, PROXYING)
         response = self._to(where).request(method, target, fields)
         body = response.read()
         address = response.header("Location") or response.header("Content-Location")
@@ -304,7 +305,7 @@ def test_no_secret_is_left(
         connection.reset()
     proxy.wait_for_line("short: ")
 
-    capabilities = {address.partition("access=")[2] for address in given}
+    capabilities = {address.partition("access=")[2] for address in given if "access=" in address}
     assert len(capabilities) > 3  # those of one blob and one second are one
     assert len(origin.signatures) > 10
     secrets = {*capabilities, *origin.signatures, MISLED, GOOD_TOKEN, EXPIRING, str(TOKENS["wrong"]), "X-Amz-"}
