@@ -15,10 +15,10 @@ from typing import Final, Self
 
 from pullthrough.digest import Digest
 from pullthrough.errors import TransferRefused
+from pullthrough.manifestjson import DOCKER_TYPE
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import Store
 
-DOCKER_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
 MANIFEST: Final = "manifest"
 """The file of a staging folder with the manifest of the model that is to be admitted."""
 
@@ -125,7 +125,7 @@ def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, stat
 
 def _is_refused(store: Store, name: Name) -> bool:
     """Upstream has refused the repository; what was imported as private is denied as well, and never confirmed."""
-    return any(record.denied and record.confirmed for record in store.manifests_of(*name.place, private=True))
+    return any(record.denied and record.confirmed for record in store.manifests_of(*name.place, private=True).values())
 
 
 def _is_public(store: Store, name: Name, digest: Digest) -> bool:

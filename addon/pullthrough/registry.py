@@ -22,12 +22,13 @@ from pullthrough.errors import (
 )
 from pullthrough.exchange import Answer, Request, explained, failure
 from pullthrough.grants import Grants
+from pullthrough.manifestjson import children_of, preferred
 from pullthrough.manifests import Manifests
 from pullthrough.offload import Offload
 from pullthrough.prefetch import Prefetcher
 from pullthrough.pulls import Place, Pulls
 from pullthrough.recorder import Recorder
-from pullthrough.records import Name
+from pullthrough.records import Name, canonical
 from pullthrough.refresh import Refresher
 from pullthrough.route import (
     BlobRoute,
@@ -79,7 +80,7 @@ class Registry:
             self.pulls,
             tier,
         )
-        ahead = Ahead(store, recorder, grants.public_source)
+        ahead = Ahead(settings, store, recorder, grants.public_source)
         self._refresher = Refresher(settings, store, upstream, ahead, self._manifests)
         self.warmer = Warmer(settings, store, ahead, self._manifests)
 
@@ -140,9 +141,17 @@ class Registry:
 
     def _prepare_addresses(self, request: Request, route: ManifestRoute) -> None:
         """Obtain the addresses of a model's blobs before a client that may bypass this proxy asks for each."""
-        record = self._store.manifest(Name(request.host, route.repository, route.reference))
-        if record is not None and not record.denied and not record.is_of_tensors:
-            self._blobs.redirects.prepare(request, route.repository, record.digests)
+        name = Name(canonical(request.host), route.repository, route.reference, request.takes_lists)
+        record = self._store.manifest(name)
+        if record is None or record.denied:
+            return
+        chosen = preferred(children_of(record.body)) if record.is_list else None
+        for series in record.series(self._store.children()):
+            # Of a list, the child that the client is about to choose.
+            if not series.is_of_tensors and (
+                chosen is None or chosen.digest is None or chosen.digest.hex == series.key
+            ):
+                self._blobs.redirects.prepare(request, route.repository, series.digests)
 
     def _follow(self, place: Place, digest: Digest) -> None:
         """Record the layers that a client which pulls this one will ask for next."""
