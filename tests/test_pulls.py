@@ -69,7 +69,7 @@ def test_lost() -> None:
     assert pulls.counts == Counts() and not told
     pulls.expire(now=10.0 + LOST_S)
     pulls.expire(now=1e9)
-    assert pulls.counts == Counts(bypassed=1, lost=1)
+    assert pulls.counts == Counts(bypassed=1, unseen=1)
     assert told == [("m1", PLACE, True), ("ctrl-c", PLACE, False)]
 
 

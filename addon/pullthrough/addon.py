@@ -249,8 +249,8 @@ class OllamaCache:
         self._gate.open(settings, self._parents, self._upstream.loop)
         self._flows.open(settings, self._registry, self._upstream.loop, self._requests)
         parts = (settings, self._store, self._recorder, self._upstream)
-        metrics = Metrics(*parts, self._requests, self._lag, self._vitals, self._desk.tier)
-        watch = Watch(*parts, self._vitals, self._desk.view, self._desk.tier)
+        metrics = Metrics(*parts, self._requests, self._lag, self._vitals, self._registry.pulls.counts, self._desk.tier)
+        watch = Watch(*parts, self._vitals, self._desk.view, self._registry.pulls.counts, self._desk.tier)
         Lookout(metrics, self._vitals, watch).enter(self._blob_server.pages)
         proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
         given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)
@@ -330,7 +330,8 @@ class OllamaCache:
     async def _look_out(self, _: Mapping[str, Any], __: Tell) -> Any:
         """For the doctor: how the registry answers the client that pulls use."""
         assert self._settings and self._upstream
-        return asdict(await look_out(self._upstream, self._settings, _now()))
+        bypassed = self._registry.pulls.counts.bypassed if self._registry is not None else 0
+        return asdict(await look_out(self._upstream, self._settings, _now(), bypassed=bypassed))
 
     async def _remint(self) -> None:
         while True:

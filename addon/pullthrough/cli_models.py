@@ -132,6 +132,8 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
         ("fetched", size_text(found["fetched"])),
         ("saved", size_text(found["saved"]) + ratio),
     ]
+    if found.get("bypassed_pulls"):
+        facts.append(("past the cache", f"{found['bypassed_pulls']} pulls by Ollama 0.35 to 0.40.2 since the start"))
     if "tier" in found:
         facts += cli_tier.facts(found["tier"])
     days = [("DAY (UTC)", "SERVED", "FETCHED")]

@@ -6,7 +6,6 @@ turns an error into a blob route's answer. Knows neither mitmproxy nor how anyth
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -17,19 +16,15 @@ from pullthrough.errors import CacheError, UpstreamRefused
 from pullthrough.loopguard import CDN_LOOP
 from pullthrough.manifestjson import takes_lists
 from pullthrough.reader import Reader
-from pullthrough.records import Version
+from pullthrough.records import BYPASSING, Version, version_of
 
 _log = logging.getLogger(__name__)
 
 _TRANSFER_AGENT: Final = "ollama-transfer/"
-_OLLAMA: Final = re.compile(r"ollama/(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
 LAST_PROXYING: Final = (0, 34, 4)
 """Up to this Ollama a blob's parts take HTTPS_PROXY and follow any redirect (server/download.go). From 0.35.0 on they
 have a client of their own (transfer/redirect.go), which may know no proxy and refuses plain or private targets."""
-
-BYPASSING: Final = ((0, 35, 0), (0, 40, 2))
-"""The first and the last Ollama known to fetch parts past every proxy. Only words depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +111,6 @@ class Answer:
     length: int = 0
     held: bool = False
     """Whether the head waits until the reader can give all bytes at once."""
-
-
-def version_of(agent: str) -> Version | None:
-    """The Ollama of a User-Agent, None for other clients and for 0.0.0, which is a build from source."""
-    match = _OLLAMA.match(agent)
-    version = tuple(int(number) for number in match.groups()) if match else (0, 0, 0)
-    return version if any(version) else None
 
 
 def failure(error: CacheError, digest: Digest | None = None) -> Answer:

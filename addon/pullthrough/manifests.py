@@ -20,11 +20,11 @@ from pullthrough.collapse import Collapser
 from pullthrough.datacheck import relayable
 from pullthrough.digest import Digest
 from pullthrough.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout
-from pullthrough.exchange import Answer, Request, explained, version_of
+from pullthrough.exchange import Answer, Request, explained
 from pullthrough.freshness import Freshness, Heard, Verdict
 from pullthrough.loopguard import CDN_LOOP
 from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE, accept_of
-from pullthrough.records import ManifestRecord, Name, canonical
+from pullthrough.records import ManifestRecord, Name, canonical, version_of
 from pullthrough.route import ManifestRoute
 from pullthrough.settings import Settings
 from pullthrough.store import Store

@@ -19,6 +19,7 @@ from pullthrough.catalogue import JSON
 from pullthrough.errors import UpstreamError
 from pullthrough.fetcher import Ending
 from pullthrough.looplag import LoopLag
+from pullthrough.pulls import Counts
 from pullthrough.recorder import Recorder
 from pullthrough.records import by_model
 from pullthrough.requestlog import RequestLog
@@ -45,9 +46,11 @@ class Metrics(Collector):
         requests: RequestLog,
         lag: LoopLag,
         vitals: Vitals,
+        pulls: Counts,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`tier` tells the state of the fleet's object store, where there is one."""
+        """`pulls` counts those past the cache; `tier` tells the state of the fleet's object store, if there is one."""
+        self._pulls = pulls
         self._tier = tier
         self._settings = settings
         self._store = store
@@ -83,6 +86,9 @@ class Metrics(Collector):
             classes[str(outcome), f"{status // 100}xx"] += count
         yield _counters("requests", text, classes.items(), "outcome", "status")
         yield _counter("served_bytes", "Bytes of blobs that went to clients.", self._requests.sent)
+        yield _counter("bypassed_pulls", "Pulls past the cache, by Ollama 0.35.0 to 0.40.2.", self._pulls.bypassed)
+        text = "Pulls by others that were sent to the registry's address and never came back."
+        yield _counter("unseen_pulls", text, self._pulls.unseen)
         came = self._recorder.counters.upstream_bytes
         yield _counter("upstream_bytes", "Bytes of blobs that came from upstream.", came)
         near = self._recorder.counters.near_bytes

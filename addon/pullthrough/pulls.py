@@ -43,7 +43,7 @@ class Counts:
 
     bypassed: int = 0
     """By versions that are known to fetch past every proxy."""
-    lost: int = 0
+    unseen: int = 0
     """By others: they may have been cancelled, too."""
 
 
@@ -107,5 +107,5 @@ class Pulls:
             if pull.bypasses:
                 self.counts.bypassed += 1
             else:
-                self.counts.lost += 1
+                self.counts.unseen += 1
             self._on_lost(*key, pull.bypasses)

@@ -4,6 +4,7 @@ Invariant: all are tuples, because a start makes them by the hundred thousand, a
 request. Knows neither how they are stored nor what follows from them.
 """
 
+import re
 from collections.abc import Container, Iterable, Mapping
 from fnmatch import fnmatchcase
 from hashlib import sha256
@@ -22,6 +23,18 @@ _TENSOR: Final = b"application/vnd.ollama.image.tensor"
 
 Version = tuple[int, ...]
 """An Ollama's, as its User-Agent tells it."""
+
+BYPASSING: Final = ((0, 35, 0), (0, 40, 2))
+"""The first and the last Ollama known to fetch parts past every proxy. Only words depend on it."""
+
+_OLLAMA: Final = re.compile(r"ollama/(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
+
+
+def version_of(agent: str) -> Version | None:
+    """The Ollama of a User-Agent, None for other clients and for 0.0.0, which is a build from source."""
+    match = _OLLAMA.match(agent)
+    version = tuple(int(number) for number in match.groups()) if match else (0, 0, 0)
+    return version if any(version) else None
 
 
 class BlobRecord(NamedTuple):

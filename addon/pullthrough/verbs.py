@@ -15,6 +15,7 @@ from pullthrough.catalogue import JSON, View, detail, listing, statistics
 from pullthrough.control import Tell, Verb
 from pullthrough.errors import CacheError, InvalidRequest
 from pullthrough.housekeeping import Housekeeping
+from pullthrough.pulls import Counts
 from pullthrough.records import Name
 from pullthrough.store import STAGING, Store
 from pullthrough.verifying import Finding, mend
@@ -33,6 +34,7 @@ class Verbs:
         pins: tuple[str, ...],
         options: list[JSON],
         count: Callable[[], object],
+        pulls: Counts,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
         """`options` are what `config` tells; `count` brings the store's days up to date; `tier` tells the fleet's."""
@@ -42,6 +44,7 @@ class Verbs:
         self._pins = pins
         self._options = options
         self._count = count
+        self._pulls = pulls
         self._tier = tier
 
     def table(self) -> dict[str, Verb]:
@@ -75,6 +78,7 @@ class Verbs:
     async def _stats(self, _: Mapping[str, Any], __: Tell) -> Any:
         self._count()
         sums = await asyncio.to_thread(statistics, self.view())
+        sums |= {"bypassed_pulls": self._pulls.bypassed, "unseen_pulls": self._pulls.unseen}
         return sums | {"tier": self._tier()} if self._tier is not None else sums
 
     async def _config(self, _: Mapping[str, Any], __: Tell) -> Any:

@@ -14,6 +14,7 @@ from typing import Final
 
 from pullthrough.catalogue import JSON, View, listing, size_of, statistics
 from pullthrough.digest import Digest
+from pullthrough.pulls import Counts
 from pullthrough.recorder import Recorder
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.settings import Settings
@@ -81,6 +82,8 @@ class Sight:
     retries: int
     mismatches: int
     problems: tuple[str, ...]
+    bypassed: int
+    """Pulls since the start that went past the cache."""
     tier: JSON | None = None
     """The fleet's object store, as `stats` tells it."""
 
@@ -96,9 +99,12 @@ class Watch:
         upstream: Upstream,
         vitals: Vitals,
         view: Callable[[], View],
+        pulls: Counts,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`view` says what is stored now, `tier` the state of the fleet's object store, where there is one."""
+        """`view` says what is stored now, `pulls` how many went past the cache, `tier` the state of the fleet's object
+        store, where there is one."""
+        self._pulls = pulls
         self._tier = tier
         self._settings = settings
         self._store = store
@@ -137,6 +143,7 @@ class Watch:
             counters.retries,
             counters.mismatches,
             tuple(problems),
+            self._pulls.bypassed,
             self._tier() if self._tier is not None else None,
         )
 
