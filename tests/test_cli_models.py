@@ -238,11 +238,17 @@ def test_looking_changes_nothing(run: Run, folder: Path) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help(run: Run, verb: str) -> None:
-    """It fits 80 columns, and the README has it as it is."""
+    """It fits 80 columns, and the README has it, in the columns and the case of one of the versions of typer."""
     text = said(run(verb, "--help"))
     assert max(map(len, text.splitlines())) <= 80
     section = README.partition("\n## The command line\n")[2].partition("\n## ")[0]
-    assert "".join(f"    {line}".rstrip() + "\n" for line in text.splitlines()) in section
+    assert words(text) in words(section)
+
+
+def words(text: str) -> str:
+    """The text without what typer lays out in one way before 0.27 and in another one since."""
+    plain = text.lower().replace("<str>", "text")
+    return " ".join(re.sub("[<>{}]", "", plain).split())
 
 
 @pytest.mark.long
