@@ -19,6 +19,7 @@ from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import Store
 from pullthrough.traffic import Totals
 from tests.support.bigstore import fill
+from tests.support.helptext import words
 
 README: Final = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 VERBS: Final = ("ls", "show", "rm", "pin", "unpin", "stats", "config", "prune", "warm")
@@ -243,12 +244,6 @@ def test_help(run: Run, verb: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
     section = README.partition("\n## The command line\n")[2].partition("\n## ")[0]
     assert words(text) in words(section)
-
-
-def words(text: str) -> str:
-    """The text without what typer lays out in one way before 0.27 and in another one since."""
-    plain = text.lower().replace("<str>", "text")
-    return " ".join(re.sub("[<>{}]", "", plain).split())
 
 
 @pytest.mark.long
