@@ -6,4 +6,4 @@ import re
 def words(text: str) -> str:
     """The words of a text, in lower case and with single spaces."""
     plain = text.lower().replace("<str>", "text")
-    return " ".join(re.sub("[<>{}]", "", plain).split())
+    return " ".join(re.sub(r"[<>{}\[\]]", "", plain).split())
