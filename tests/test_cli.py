@@ -384,6 +384,6 @@ def test_run_without_mitmdump(
     """It says where it looked and what to install."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(shutil, "which", lambda program: None)
-    expected = "expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2,<13"
+    expected = "expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2.3,<13"
     assert refusal(run("run")) == expected
     assert executed == []

@@ -12,12 +12,13 @@ import sysconfig
 import tarfile
 import tomllib
 import zipfile
-from collections.abc import Iterable, Iterator
-from importlib.metadata import packages_distributions
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 from typing import Final
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT: Final = Path(__file__).parents[1]
 PACKAGE: Final = ROOT / "addon" / "pullthrough"
@@ -225,6 +226,38 @@ def test_constraints_are_plain() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     assert {requirement_name(requirement) for requirement in wanted} - pinned == set()
+
+
+def test_constraints_agree_with_the_project() -> None:
+    """Each pin is within the bounds of pyproject.toml, and of every package that is pinned beside it."""
+    lines = (ROOT / "scripts" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {normal(name): version for name, _, version in (line.partition("==") for line in lines)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    assert outside(wanted, pins) == []
+    installed = {
+        normal(found.name): found for found in distributions() if found.version == pins.get(normal(found.name))
+    }
+    assert outside([text for found in installed.values() for text in found.requires or []], pins) == []
+
+
+def test_a_pin_outside_the_bounds_is_found() -> None:
+    """The comparison sees a pin that is too old, one that is too new, and one that another system alone needs."""
+    wanted = ["a>=1.2.3,<2", "b>=1", "c>=3; sys_platform == 'nowhere'"]
+    assert outside(wanted, {"a": "1.2.0", "b": "1.0", "c": "2"}) == ["a>=1.2.3,<2: 1.2.0"]
+    assert outside(wanted, {"a": "2.0", "b": "0.9", "c": "2"}) == ["a>=1.2.3,<2: 2.0", "b>=1: 0.9"]
+
+
+def outside(wanted: Iterable[str], pins: Mapping[str, str]) -> list[str]:
+    """The requirements that their pins do not satisfy."""
+    found = []
+    for text in wanted:
+        requirement = Requirement(text)
+        version = pins.get(normal(requirement.name))
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if version is not None and applies and not requirement.specifier.contains(version, prereleases=True):
+            found.append(f"{text}: {version}")
+    return found
 
 
 def test_imports_are_declared() -> None:

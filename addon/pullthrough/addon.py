@@ -31,7 +31,7 @@ from pullthrough.clientsetup import clients_host, documents
 from pullthrough.control import Tell
 from pullthrough.desk import Desk
 from pullthrough.dispatch import Dispatch
-from pullthrough.errors import CacheError, TierError
+from pullthrough.errors import CacheError, SettingsError, TierError
 from pullthrough.examining import look_out
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
@@ -79,7 +79,6 @@ MITMPROXY_OPTIONS: Final = {
     # Who may connect is `clients`' to say, in both directions.
     "block_global": False,
     "block_private": False,
-    "ssl_insecure": False,
     "store_streamed_bodies": False,
     "stream_large_bodies": None,
     "body_size_limit": None,
@@ -87,6 +86,12 @@ MITMPROXY_OPTIONS: Final = {
     # In reverse mode too, Host is what the client said: it must agree with SNI.
     "keep_host_header": True,
 }
+REFUSED: Final = {
+    "ssl_insecure": "the certificates of registries are always verified",
+    "emudhra": "it signs with the leaked key of a public authority",
+    "emudhra_old": "it signs with the leaked key of a public authority",
+}
+"""Options of mitmproxy that stop the start when they are on, and why. The last two came with 12.3."""
 
 
 class OllamaCache:
@@ -126,6 +131,7 @@ class OllamaCache:
         """Declare our options, as text: mitmproxy unloads an addon whose numeric option does not parse, silently."""
         try:
             check_internals()
+            _check_options()
         except CacheError as error:
             _stop(error)
         texts = environment_texts(os.environ)
@@ -351,6 +357,13 @@ def _stop(error: CacheError) -> NoReturn:
     """End mitmdump before it serves anybody: a cache that failed to start must not be an open proxy."""
     _log.error("ollama-cache: %s", error)
     sys.exit(1)
+
+
+def _check_options() -> None:
+    """Refuse the options of mitmproxy that undo what clients trust us for. Raises SettingsError."""
+    for name, reason in REFUSED.items():
+        if name in ctx.options and getattr(ctx.options, name):
+            raise SettingsError(f"option {name}: must be off ({reason}); remove it and start again")
 
 
 def _origins(settings: Settings) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ def run(context: typer.Context) -> None:
     beside = Path(sys.executable).with_name("mitmdump.exe" if sys.platform == "win32" else "mitmdump")
     program = str(beside) if beside.exists() else shutil.which("mitmdump")
     if program is None:
-        fail("expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2,<13")
+        fail("expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2.3,<13")
     script = Path(pullthrough.__file__).resolve().parent.with_name("ollama_cache.py")
     os.execv(program, [program, "-s", str(script), *context.args])  # noqa: S606 -- no shell
 

@@ -269,8 +269,8 @@ def _lose(transfer: Transfer, why: str) -> None:
 def check_internals() -> None:
     """SettingsError unless mitmproxy is of the generation whose internals this module was written for."""
     found = version.VERSION
-    if not found.startswith("12.") or tuple(int(part) for part in found.split(".")[:2]) < (12, 2):
-        raise SettingsError(f"expected mitmproxy >=12.2,<13, got {found}")
+    if not found.startswith("12.") or tuple(int(part) for part in found.split(".")[:3]) < (12, 2, 3):
+        raise SettingsError(f"expected mitmproxy >=12.2.3,<13, got {found}")
     expected: dict[Callable[..., object], list[str]] = {
         HttpStream.__init__: ["self", "context", "stream_id"],
         HttpStream.send_response: ["self", "already_streamed"],

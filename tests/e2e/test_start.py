@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from mitmproxy import version
 from mitmproxy.certs import CertStore
 
 from pullthrough.store import Store
@@ -31,6 +32,10 @@ def refused(
         ({"ollama_cache_manifest_lifetime": "soon"}, "ollama_cache_manifest_lifetime: expected a duration"),
         ({"ollama_cache_clients": "10.0.0.1/8"}, "ollama_cache_clients: expected CIDR networks"),
         ({"ssl_verify_upstream_trusted_ca": "/nonexistent.pem"}, "ssl_verify_upstream_trusted_ca: expected a PEM file"),
+        (
+            {"ssl_insecure": True},
+            "option ssl_insecure: must be off (the certificates of registries are always verified)",
+        ),
         ({"mode": "socks5"}, "option mode: expected regular, transparent or reverse:https://HOST"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -38,6 +43,15 @@ def refused(
 def test_bad_options(tmp_path: Path, options: dict[str, object], message: str) -> None:
     """Values, misspelt names, and what only the system can tell."""
     assert message in refused(tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", ["emudhra", "emudhra_old"])
+def test_leaked_authority(tmp_path: Path, name: str) -> None:
+    """Leaves are signed by our own authority alone; a mitmproxy that has no such option need not be told."""
+    if version.VERSION.startswith("12.2."):
+        pytest.skip(f"this mitmproxy has no option {name}")
+    message = refused(tmp_path, **{name: True})
+    assert f"option {name}: must be off (it signs with the leaked key of a public authority)" in message
 
 
 def test_bad_environment(tmp_path: Path) -> None:
@@ -101,7 +115,7 @@ def test_second_daemon(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("patch", "message"),
     [
-        ("from mitmproxy import version; version.VERSION = '13.0.0'", "expected mitmproxy >=12.2,<13, got 13.0.0"),
+        ("from mitmproxy import version; version.VERSION = '13.0.0'", "expected mitmproxy >=12.2.3,<13, got 13.0.0"),
         (
             "from mitmproxy.proxy.layers.http import HttpStream\n"
             "def send_response(self, streamed, trailers): ...\n"
