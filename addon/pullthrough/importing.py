@@ -24,6 +24,7 @@ from pullthrough.copying import Crew, Extent
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreUnwritable, TransferRefused
 from pullthrough.modeltree import LONGEST_MANIFEST, ModelTree, blob_path
+from pullthrough.records import Name
 from pullthrough.store import STAGING
 
 
@@ -198,21 +199,29 @@ def take(source: Path, staging: Staging, admit: Callable[[Model], Outcome]) -> l
     if not source.is_dir():
         return [admit(model) for model in staging.take_bundle(source)]
     tree = ModelTree(source)
-    outcomes: list[Outcome] = []
+    named, strays = tree.models()
+    stray = "expected a manifest at manifests/host/namespace/model/tag, got something else"
+    outcomes = [Outcome(path, Fate.REFUSED, stray) for path in strays]
     models: list[Model] = []
-    for path, name in tree.manifests():
+    for name, paths in named.items():
         try:
-            if name is None:
-                raise TransferRefused("expected a manifest at manifests/host/namespace/model/tag, got something else")
-            models.append(Model.parse(name, tree.read_manifest(path)))
+            models.append(_read_model(tree, name, paths))
         except (OSError, TransferRefused) as error:
-            outcomes.append(Outcome(str(name or path), Fate.REFUSED, str(error)))
+            outcomes.append(Outcome(str(name), Fate.REFUSED, str(error)))
 
     def done(model: Model, wrong: str) -> None:
         outcomes.append(Outcome(str(model.name), Fate.REFUSED, wrong) if wrong else admit(model))
 
     staging.take_tree(tree, models, done)
     return sorted(outcomes, key=lambda outcome: outcome.model)
+
+
+def _read_model(tree: ModelTree, name: Name, paths: Sequence[str]) -> Model:
+    """The model that the first of the paths names that leads somewhere."""
+    for path in paths:
+        if (body := tree.read(path)) is not None:
+            return Model.parse(name, body)
+    raise TransferRefused(f"expected a document where the link {paths[0]} leads, got none")
 
 
 @contextlib.contextmanager
