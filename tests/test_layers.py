@@ -14,12 +14,12 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options loopguard wording gcpause jsonlog fleet addressing",
+    " conditional requestlog options loopguard wording gcpause jsonlog fleet addressing manifestjson",
     "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning"
     " diagnosis breaker returns lease",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
-    " authorities clientsetup objectstore",
+    " authorities clientsetup objectstore manifesttable",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
@@ -41,7 +41,8 @@ SIDEWAYS: Final = {
     "addressing": {"settings"},
     "options": {"addressing", "errors", "settings"},
     "requestlog": {"cachestatus"},
-    "records": {"digest", "errors"},
+    "manifestjson": {"digest", "errors"},
+    "records": {"digest", "errors", "manifestjson"},
     "fleet": {"digest", "errors", "records"},
     "datacheck": {"byterange", "errors"},
     "chunksums": {"digest", "errors"},
@@ -57,7 +58,8 @@ SIDEWAYS: Final = {
     "storefolder": {"platform"},
     "index": {"contents"},
     "ledger": {"contents", "index"},
-    "store": {"index", "ingest", "ledger", "platform", "storefolder"},
+    "manifesttable": {"contents", "index"},
+    "store": {"index", "ingest", "ledger", "manifesttable", "platform", "storefolder"},
     "authorities": {"ca"},
     "clientsetup": {"platform"},
     "control": {"asking"},

@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreError
 from pullthrough.intervals import Intervals
+from pullthrough.manifesttable import TOLD_S
 from pullthrough.records import ManifestRecord, Name
-from pullthrough.store import KEPT_S, TOLD_S, Store
+from pullthrough.store import KEPT_S, Store
 
 NAME = Name("registry.ollama.ai", "library/tiny", "latest")
 

@@ -21,12 +21,13 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          ca  threads  places  looplag  platform
          ledger  control  asking  housekeeping
          copying  inventory  modeltree  bundle  admission
-         authorities  clientsetup  objectstore               disk, sockets, tasks, keys
+         authorities  clientsetup  objectstore
+         manifesttable                                       disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  trials
          traffic  catalogue  pruning  diagnosis
          breaker  returns  lease                             state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
          conditional  requestlog  settings  options  addressing  loopguard  wording
-         jsonlog  fleet  gcpause
+         jsonlog  fleet  gcpause  manifestjson
 """

@@ -47,6 +47,7 @@ from pullthrough.options import OPTIONS, environment_texts, parse_settings
 from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
+from pullthrough.records import by_model
 from pullthrough.registry import Registry
 from pullthrough.requestlog import RequestLog
 from pullthrough.settings import PREFIX, PROXY_PORT, Endpoint, Log, Settings
@@ -257,7 +258,7 @@ class OllamaCache:
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
             len(self._store.blobs()),
-            len(self._store.manifests()),
+            len(by_model(self._store.manifests())),
             self._authorities.current.certificate_file,
             self._authorities.current.fingerprint,
             self._blob_server,

@@ -15,10 +15,10 @@ from typing import Final, Self
 
 from pullthrough.digest import Digest
 from pullthrough.errors import TransferRefused
+from pullthrough.manifestjson import DOCKER_TYPE
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import Store
 
-DOCKER_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
 MANIFEST: Final = "manifest"
 """The file of a staging folder with the manifest of the model that is to be admitted."""
 

@@ -71,11 +71,23 @@ def show(model: Model, dir: Folder = None, json: AsJson = False) -> None:  # noq
         ("visibility", found["visibility"]),
         ("pinned", "yes" if found["pinned"] else "no"),
     ]
-    layers = [("LAYER", "SIZE", "HELD", "MEDIA TYPE")]
-    for layer in found["layers"]:
+    lines = columns(facts)
+    if found["layers"] or not found["children"]:
+        lines += ["", *_layer_lines(found["layers"])]
+    for child in found["children"]:
+        title = " ".join(filter(None, [child["runner"] or "unnamed", child["format"], (child["digest"] or "")[7:19]]))
+        lines += ["", f"{title}{'' if child['held'] else ': not held'}"]
+        if child["layers"]:
+            lines += _layer_lines(child["layers"])
+    return print_lines(lines)
+
+
+def _layer_lines(layers: list[Any]) -> list[str]:
+    table = [("LAYER", "SIZE", "HELD", "MEDIA TYPE")]
+    for layer in layers:
         held = "yes" if layer["held"] else "no"
-        layers.append((layer["digest"][7:19], size_text(layer["size"]), held, layer["media_type"]))
-    return print_lines([*columns(facts), "", *columns(layers)])
+        table.append((layer["digest"][7:19], size_text(layer["size"]), held, layer["media_type"]))
+    return columns(table)
 
 
 @app.command()
@@ -225,7 +237,7 @@ def _look(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Ca
 
             held = Inventory.read(folder)
             pins = (*own_settings(given).pins, *sorted(held.pins))
-            return local(View(held.manifests, held.blobs, pins, held.days))
+            return local(View(held.manifests, held.blobs, pins, held.days, held.children))
 
 
 def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[Any], Any]) -> Any:

@@ -1,7 +1,9 @@
 """What an index says: its rows, and what they mean.
 
     blob <digest>                         JSON of a BlobRecord, as a list
-    manifest <host> <repository> <ref>    JSON of a ManifestRecord's facts
+    manifest <host> <repository> <ref>    JSON of a ManifestRecord's facts; a fourth word `lists` in the key of what
+                                          clients get that accept manifest lists
+    child <digest>                        the same of a blob that is a manifest, which a stored list refers to
     body <sha256>                         a manifest's bytes
     members <host> <repository>           blobs that upstream has granted to an anonymous request there
     pin <pattern>                         empty: models that stay, besides those that the option names
@@ -38,11 +40,12 @@ UNSOUND: Final = (sqlite3.Error, CacheError, ValueError, KeyError, TypeError)
 _FOREIGN: Final = """
     SELECT key, raw, mode FROM Cache NOT INDEXED
     WHERE raw IS NOT 1 OR mode IS NOT 1 OR NOT (
-        key GLOB 'blob *' OR key GLOB 'manifest *' OR key GLOB 'body *'
+        key GLOB 'blob *' OR key GLOB 'manifest *' OR key GLOB 'child *' OR key GLOB 'body *'
         OR key GLOB 'members *' OR key GLOB 'pin *' OR key GLOB 'day *'
     ) LIMIT 1
 """
 """Rows that are not plain (MODE_RAW is 1: neither in files of their own nor pickled), or of no kind."""
+_LISTS: Final = "lists"
 _TEXTS: Final = """
     SELECT group_concat(substr(key, length(?1) + 1), char(10)), group_concat(value)
     FROM Cache WHERE key >= ?1 AND key < ?2
@@ -61,6 +64,8 @@ class Contents:
     blobs: dict[Digest, BlobRecord]
     """Those that are not here, too."""
     manifests: dict[Name, ManifestRecord]
+    children: dict[Digest, ManifestRecord]
+    """The manifests that stored lists refer to, as far as their bytes have come."""
     pins: set[str]
     days: dict[int, Totals]
 
@@ -101,23 +106,34 @@ def read(sql: Sql) -> Contents:
     bodies: dict[str, bytes] = dict(sql(_ROWS, _range("body")))
     manifests = {}
     for key, fact in zip(*_texts(sql(_TEXTS, _range("manifest"))), strict=True):
-        host, repository, reference = key.split(" ")
-        try:
-            manifests[Name(host, repository, reference)] = ManifestRecord(
-                bodies[fact["body"]],
-                fact["body"],
-                fact["content_type"],
-                fact["confirmed"],
-                fact["listed"],
-                fact["claimed"],
-                tuple(fact["oldest"]) if fact["oldest"] is not None else None,
-                fact["denied"],
-                fact["pulled"],
-            )
-        except KeyError as error:
-            raise StoreError(f"a manifest of {repository} without {error}") from error
+        host, repository, reference, *class_ = key.split(" ")
+        if class_ not in ([], [_LISTS]):
+            raise StoreError(f"expected a manifest's host, repository and reference, got {key!r:.200}")
+        manifests[Name(host, repository, reference, bool(class_))] = _record(key, fact, bodies)
+    children = {
+        Digest.parse(key): _record(key, fact, bodies)
+        for key, fact in zip(*_texts(sql(_TEXTS, _range("child"))), strict=True)
+    }
     days = {int(day): Totals(**totals) for day, totals in zip(*_texts(sql(_TEXTS, _range("day"))), strict=True)}
-    return Contents(blobs, manifests, {pattern for pattern, _ in sql(_ROWS, _range("pin"))}, days)
+    return Contents(blobs, manifests, children, {pattern for pattern, _ in sql(_ROWS, _range("pin"))}, days)
+
+
+def _record(key: str, fact: dict[str, Any], bodies: dict[str, bytes]) -> ManifestRecord:
+    try:
+        return ManifestRecord(
+            bodies[fact["body"]],
+            fact["body"],
+            fact["content_type"],
+            fact["confirmed"],
+            fact["listed"],
+            fact["claimed"],
+            tuple(fact["oldest"]) if fact["oldest"] is not None else None,
+            fact["denied"],
+            fact["pulled"],
+            fact.get("references"),  # rows of earlier versions have none
+        )
+    except KeyError as error:
+        raise StoreError(f"manifest {key}: expected all its facts and its bytes, got none of {error}") from error
 
 
 def read_members(sql: Sql) -> Members:
@@ -151,7 +167,12 @@ def blob_value(record: BlobRecord) -> str:
 
 
 def manifest_key(name: Name) -> str:
-    return f"manifest {name.host} {name.repository} {name.reference}"
+    key = f"manifest {name.host} {name.repository} {name.reference}"
+    return f"{key} {_LISTS}" if name.takes_lists else key
+
+
+def child_key(digest: Digest) -> str:
+    return f"child {digest}"
 
 
 def manifest_value(record: ManifestRecord) -> str:

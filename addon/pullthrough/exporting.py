@@ -20,6 +20,7 @@ from pullthrough.digest import Digest
 from pullthrough.errors import TransferRefused
 from pullthrough.inventory import Inventory
 from pullthrough.modeltree import blob_path, manifest_path
+from pullthrough.records import by_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,10 @@ def select(inventory: Inventory, models: Collection[str]) -> Cargo:
     """These models of the store. TransferRefused unless each is there, whole and not private."""
     found = {name: record for model in models for name, record in inventory.select(model).items()}
     manifests, hashes, blobs = {}, {}, {}
-    for name, record in sorted(found.items()):
+    for name, records in sorted(by_model(found).items()):
+        record = next((record for record in records if not record.is_list), None)
+        if record is None:
+            raise TransferRefused(f"{name}: expected a manifest, got only a list of them: pull it with an older Ollama")
         if record.denied:
             raise TransferRefused(f"{name}: expected a public model, got one that its registry refuses to everybody")
         for digest, size in record.sizes.items():

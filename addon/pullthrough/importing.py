@@ -75,7 +75,7 @@ class Staging:
 
     def take_tree(self, tree: ModelTree, models: Sequence[Model], done: Callable[[Model, str], object]) -> None:
         """Stage the models of a folder; `done` gets each, with what is wrong with it or "" as soon as that is known."""
-        users: dict[Digest, list[tuple[Model, int]]] = {}
+        users: dict[Digest, list[tuple[Model, int | None]]] = {}
         for model in models:
             for digest, size in model.record.sizes.items():
                 users.setdefault(digest, []).append((model, size))
@@ -97,7 +97,7 @@ class Staging:
                 if left is None:
                     continue  # refused for another blob
                 left.discard(digest)
-                if not wrong and size != claimed:
+                if not wrong and claimed is not None and size != claimed:
                     wrong = f"blob {digest}: expected {claimed} bytes, got {size}"
                 if wrong or not left:
                     del missing[id(model)]
@@ -109,7 +109,7 @@ class Staging:
                 arrived(digest, partial(self._held.__getitem__, digest))
             else:
                 todo.append(digest)
-        self._on_total(sum(users[digest][0][1] for digest in todo))
+        self._on_total(sum(users[digest][0][1] or 0 for digest in todo))
         self._crew.each(todo, work, arrived)
 
     def take_bundle(self, path: Path) -> list[Model]:
@@ -122,7 +122,7 @@ class Staging:
             sizes = {_digest_of(member): member.size for member in blobs}
             for model in models:
                 for digest, size in model.record.sizes.items():
-                    if sizes[digest] != size:
+                    if size is not None and sizes[digest] != size:
                         raise TransferRefused(f"{model.name}: expected {size} bytes of {digest}, got {sizes[digest]}")
             self._on_total(sum(sizes.values()))
 

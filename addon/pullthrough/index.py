@@ -102,6 +102,14 @@ class Index:
         self._put(contents.body_key(record.digest), lambda: record.body)
         self._put(contents.manifest_key(name), partial(contents.manifest_value, record))
 
+    def put_child(self, digest: Digest, record: ManifestRecord) -> None:
+        self._put(contents.body_key(record.digest), lambda: record.body)
+        self._put(contents.child_key(digest), partial(contents.manifest_value, record))
+
+    def delete_child(self, digest: Digest) -> None:
+        """Its bytes stay."""
+        self._put(contents.child_key(digest), None)
+
     def delete_manifest(self, name: Name) -> None:
         """Its bytes stay."""
         self._put(contents.manifest_key(name), None)

@@ -20,6 +20,7 @@ from pullthrough.errors import UpstreamError
 from pullthrough.fetcher import Ending
 from pullthrough.looplag import LoopLag
 from pullthrough.recorder import Recorder
+from pullthrough.records import by_model
 from pullthrough.requestlog import RequestLog
 from pullthrough.settings import Settings
 from pullthrough.store import Store
@@ -102,7 +103,7 @@ class Metrics(Collector):
 
     def _storage(self) -> Iterator[Metric]:
         store, settings = self._store, self._settings
-        yield _gauge("models", "Models that are stored.", len(store.manifests()))
+        yield _gauge("models", "Models that are stored.", len(by_model(store.manifests())))
         yield _gauge("store_bytes", "Bytes of verified blobs.", store.held_bytes)
         if settings.max_size is not None:
             yield _gauge("store_max_bytes", "The option max_size.", settings.max_size)

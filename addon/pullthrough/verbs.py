@@ -63,7 +63,8 @@ class Verbs:
         """What is stored now."""
         ledger = self._store.ledger
         pins = (*self._pins, *sorted(ledger.pins))
-        return View(dict(self._store.manifests()), self._store.known_blobs(), pins, dict(ledger.days))
+        manifests, children = dict(self._store.manifests()), dict(self._store.children())
+        return View(manifests, self._store.known_blobs(), pins, dict(ledger.days), children)
 
     async def _ls(self, _: Mapping[str, Any], __: Tell) -> Any:
         return await asyncio.to_thread(listing, self.view())

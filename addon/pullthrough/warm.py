@@ -48,10 +48,10 @@ class Warmer:
         if self._settings.offline:
             raise InvalidRequest("expected a cache that may ask upstream, got one that is offline")
         record = await self._manifest(name, keep=not dry_run)
-        missing = {digest: size for digest, size in record.sizes.items() if self._store.held(digest) is None}
+        missing = {digest: size or 0 for digest, size in record.sizes.items() if self._store.held(digest) is None}
         for digest, size in record.sizes.items():
             if not dry_run:
-                await self._record(name, digest, size, tell)
+                await self._record(name, digest, size or 0, tell)
         if not dry_run:
             self._store.touch(name, time.time())
         return {"model": name.typed, "size": record.size, "missing": sum(missing.values())}

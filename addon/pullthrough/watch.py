@@ -12,7 +12,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
-from pullthrough.catalogue import JSON, View, listing, statistics
+from pullthrough.catalogue import JSON, View, listing, size_of, statistics
 from pullthrough.digest import Digest
 from pullthrough.recorder import Recorder
 from pullthrough.records import ManifestRecord, Name
@@ -158,11 +158,12 @@ class Watch:
 
 
 def _sum_up(view: View) -> Holdings:
-    public = {name: record for name, record in view.manifests.items() if not record.denied}
-    private = [record.size for record in view.manifests.values() if record.denied]
+    public = {
+        name: max(each.pulled for each in records) for name, records in view.models.items() if not records[0].denied
+    }
+    private = [size_of(view, records) for records in view.models.values() if records[0].denied]
     # Rows for all would be so many objects that collecting them holds up the event loop.
-    shown = dict(heapq.nlargest(SHOWN, public.items(), key=lambda item: item[1].pulled))
-    rows = listing(view, shown)
+    rows = listing(view, heapq.nlargest(SHOWN, public, key=public.__getitem__))
     return Holdings(tuple(rows), len(public), len(private), sum(private), statistics(view))
 
 
