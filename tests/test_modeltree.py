@@ -1,5 +1,6 @@
 """Ollama's models folder, of either generation: what is found in it, in which order, and what is not believed."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -140,8 +141,9 @@ def test_anchors_are_told_from_manifests() -> None:
     assert anchored(manifest) is None
     digests = [Digest(sha256(listed)), Digest(sha256(manifest))]
     kept = {digests[0]: (LIST_TYPE, len(listed)), digests[1]: (MANIFEST_TYPE, len(manifest))}
-    assert anchored(anchor(manifest, kept)) == digests[0]
-    assert anchored(anchor(manifest, {digests[1]: kept[digests[1]]})) == digests[1]
+    parsed = json.loads(manifest)
+    assert anchored(anchor(parsed, kept)) == digests[0]
+    assert anchored(anchor(parsed, {digests[1]: kept[digests[1]]})) == digests[1]
 
 
 @given(st.binary(max_size=40) | st.sampled_from([b"[]", b"{}", b'{"layers":[1]}', b'{"layers":[{"mediaType":[]}]}']))

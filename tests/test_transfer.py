@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pullthrough import bundle, platform
-from pullthrough.admission import DOCKER_TYPE, Fate, Outcome
+from pullthrough.admission import Fate, Outcome
 from pullthrough.bundle import END, SUMS, header, padding, sums
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreUnwritable, TransferRefused
 from pullthrough.exporting import export_bundle, export_bundle_file, export_tree, select
 from pullthrough.importing import Bounds
 from pullthrough.inventory import Inventory
+from pullthrough.manifestjson import DOCKER_TYPE
 from pullthrough.records import Name
 from pullthrough.store import STAGING, Store
 from tests.support.carrying import import_into

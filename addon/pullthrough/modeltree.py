@@ -18,20 +18,19 @@ import sys
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
 from pullthrough import platform
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, TransferRefused
-from pullthrough.records import DEFAULT_HOST, Name
+from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE
+from pullthrough.records import DEFAULT_HOST, Name, canonical
 from pullthrough.route import ManifestRoute, parse_registry_target
 
 MANIFESTS: Final = "manifests"
 NAMED_DOCUMENTS: Final = "manifests-v2"
 BLOBS: Final = "blobs"
 _TREES: Final = (NAMED_DOCUMENTS, MANIFESTS)
-LIST_TYPE: Final = "application/vnd.ollama.manifest.list.v2+json"
-DOCKER_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
 LONGEST_MANIFEST: Final = 4 << 20
 """Bytes; the largest of tensor models have a few hundred KiB."""
 
@@ -78,7 +77,7 @@ def parse_manifest_path(path: str) -> Name | None:
     route = parse_registry_target(f"/v2/{parts[2]}/{parts[3]}/manifests/{parts[4]}")
     if not _HOST.fullmatch(host) or not isinstance(route, ManifestRoute) or route.digest is not None:
         return None
-    return Name(DEFAULT_HOST if host == _PUBLIC_HOST else host, route.repository, route.reference)
+    return Name(DEFAULT_HOST if host == _PUBLIC_HOST else canonical(host), route.repository, route.reference)
 
 
 def parse_blob_path(path: str) -> Digest | None:
@@ -87,11 +86,10 @@ def parse_blob_path(path: str) -> Digest | None:
     return Digest(match[1]) if match else None
 
 
-def anchor(manifest: bytes, documents: Mapping[Digest, tuple[str, int]]) -> bytes:
+def anchor(manifest: Mapping[str, Any], documents: Mapping[Digest, tuple[str, int]]) -> bytes:
     """The anchor that lets an older Ollama run the manifest and keep the documents: digest → (media type, size)."""
-    parsed = json.loads(manifest)
     kept = [{"mediaType": kind, "digest": digest, "size": size} for digest, (kind, size) in documents.items()]
-    return json.dumps({**parsed, "layers": [*(parsed["layers"] or []), *kept]}, separators=(",", ":")).encode()
+    return json.dumps({**manifest, "layers": [*(manifest["layers"] or []), *kept]}, separators=(",", ":")).encode()
 
 
 def anchored(body: bytes) -> Digest | None:
