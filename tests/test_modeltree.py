@@ -85,6 +85,19 @@ def test_the_new_tree_comes_first_for_each_name(tmp_path: Path) -> None:
     assert documents(tmp_path) == {NAME: new}
 
 
+def test_the_new_tree_comes_first_in_either_spelling(tmp_path: Path) -> None:
+    """A colon that is written as %3a is one; the name that the registry usually has there comes before the other."""
+    new = write_document(tmp_path, "10.0.0.1:5000/me/tiny/q4", b"new")
+    new.parents[2].rename(tmp_path / "manifests-v2" / "10.0.0.1%3a5000")
+    write_model(tmp_path, "10.0.0.1:5000/me/tiny/q4", BLOBS)
+    (tmp_path / "manifests-v2" / DEFAULT_HOST / "library" / "tiny").mkdir(parents=True)
+    (tmp_path / "manifests-v2" / PATH).write_bytes(b"unusual")
+    write_model(tmp_path, PATH, BLOBS)
+    assert documents(tmp_path) == {Name("10.0.0.1:5000", "me/tiny", "q4"): b"new", NAME: b"unusual"}
+    write_document(tmp_path, PATH, b"usual")
+    assert documents(tmp_path)[NAME] == b"usual"
+
+
 def test_a_dangling_link_falls_back(tmp_path: Path) -> None:
     """An older version has pruned the document: its own manifest counts, under either name of the registry."""
     write_document(tmp_path, PATH, b"pruned").resolve().unlink()

@@ -465,6 +465,18 @@ def test_there_and_back(tmp_path: Path, store: Path) -> None:
     assert {fate for fate, _ in take_bundle(tmp_path / "two", bundle).values()} == {Fate.PRESENT}
 
 
+def test_a_list_that_is_a_blob_of_another_model(tmp_path: Path) -> None:
+    """It is one member of a bundle and one file of a folder."""
+    pull_list(tmp_path / "tree", PATH, CHILDREN, pulled=["ggml"])
+    write_model(tmp_path / "tree", f"{HOST}/library/other/latest", [DOCUMENT, *SHARED])
+    take(tmp_path / "store", tmp_path / "tree")
+    bundle = packed(tmp_path / "store")
+    assert {fate for fate, _ in take_bundle(tmp_path / "far", bundle).values()} == {Fate.IMPORTED}
+    assert packed(tmp_path / "far") == bundle
+    export(tmp_path / "store", tmp_path / "out")
+    assert read_current(tmp_path / "out") == read_current(tmp_path / "tree")
+
+
 def test_a_bundle_is_a_tar_of_a_models_folder(tmp_path: Path, store: Path) -> None:
     """Any tar unpacks it to what both generations read; no member is a link."""
     with tarfile.open(fileobj=io.BytesIO(packed(store))) as archive:
