@@ -30,8 +30,11 @@ from tests.support.goclient import (
     same_host,
 )
 from tests.support.legacy import A0Client, A1Client
+from tests.support.modern import ModernClient
 from tests.support.origin import (
     GOOD_TOKEN,
+    MODEL_TYPE,
+    PUBLIC_ADDRESSES,
     R2_HOST,
     REGISTRY_HOST,
     Fault,
@@ -40,14 +43,15 @@ from tests.support.origin import (
     Request,
     Synthetic,
 )
-from tests.support.transfer import TENSOR_TYPE, TransferClient, is_public
+from tests.support.redirects import is_public
+from tests.support.transfer import TransferClient
 
 CONFIG = b'{"model_format":"safetensors"}'
 MODEL = "library/tiny:latest"
 WEIGHTS = Synthetic(200_003, seed=1)
 SMALL = Synthetic(30_000, seed=2)
 NOTHING = hashlib.sha256().hexdigest()
-PUBLIC = {R2_HOST: ["172.64.66.1", "2606:4700::1"], REGISTRY_HOST: ["104.21.75.227"]}
+PUBLIC = PUBLIC_ADDRESSES
 
 Make = Callable[..., PullClient]
 
@@ -69,6 +73,7 @@ a0 = scaled(A0Client, chunk=10_000)
 a1 = scaled(A1Client, parts=4, **PARTS)
 a2 = scaled(A2Client, parts=4, **PARTS)
 client2 = scaled(Client2, threshold=50_000, chunk=12_500, backoff_unit_s=0.001)
+modern = scaled(ModernClient, parts=4, dns=PUBLIC, **PARTS)
 transfer = scaled(TransferClient, dns=PUBLIC, resume_threshold=50_000, backoff_unit_s=0.0001)
 
 EVERYONE = {
@@ -83,6 +88,11 @@ EVERYONE = {
     "C-0.14.0": functools.partial(transfer, version="0.14.0"),
     "C-0.20.5": functools.partial(transfer, version="0.20.5"),
     "C-current": transfer,
+    "C-0.40.2": functools.partial(transfer, version="0.40.2"),
+    "C-0.40.3": functools.partial(transfer, version="0.40.3"),
+    "M1-0.35.1": functools.partial(modern, version="0.35.1"),
+    "M2-0.40.2": functools.partial(modern, version="0.40.2"),
+    "M3-0.40.3": functools.partial(modern, version="0.40.3"),
 }
 
 
@@ -102,10 +112,10 @@ def origin(shared: Origin) -> Iterator[Origin]:
     shared.restore()
 
 
-def publish(origin: Origin, *layers: Synthetic, **options: Any) -> str:
+def publish(origin: Origin, *layers: Synthetic, media_type: str = MODEL_TYPE, **options: Any) -> str:
     """A model of these layers, by default of WEIGHTS; the digest of the first."""
     digests = [origin.add_blob(layer) for layer in layers or (WEIGHTS,)]
-    pairs = [(TENSOR_TYPE, digest) for digest in digests]
+    pairs = [(media_type, digest) for digest in digests]
     origin.add_model("library/tiny", "latest", layers=pairs, config=origin.add_blob(CONFIG), **options)
     return digests[0]
 
@@ -201,7 +211,7 @@ def test_abort_before_the_first_byte(origin: Origin, tmp_path: Path, make: Make)
     assert [type(error) for error in errors] == [Aborted]
 
 
-@pytest.mark.parametrize("name", [name for name in EVERYONE if name not in ("A2-0.34.2", "B-chunksums")])
+@pytest.mark.parametrize("name", [name for name in EVERYONE if not name.startswith(("A2", "B-chunksums", "M"))])
 def test_nobody_waits_for_ever(origin: Origin, tmp_path: Path, name: str) -> None:
     """Where the real client has no limit for a first byte, a test has one."""
     digest = publish(origin)
@@ -218,7 +228,7 @@ def test_credentials_stay_on_the_registry(origin: Origin, tmp_path: Path, make: 
     assert {request.headers.get("authorization") for request in asked(origin, "cdn")} == {None}
 
 
-@pytest.mark.parametrize("name", [name for name in EVERYONE if name.startswith(("A1", "A2", "C"))])
+@pytest.mark.parametrize("name", [name for name in EVERYONE if name.startswith(("A1", "A2", "C", "M"))])
 def test_private_model_needs_the_token_dance(origin: Origin, tmp_path: Path, name: str) -> None:
     """401, a token for the registry, and none for the CDN."""
     publish(origin, private=True)

@@ -23,7 +23,8 @@ from pullthrough.errors import (
 )
 from pullthrough.exchange import Answer, Request
 from pullthrough.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
-from pullthrough.manifests import ACCEPT, Manifests
+from pullthrough.manifestjson import DOCKER_TYPE
+from pullthrough.manifests import Manifests
 from pullthrough.options import parse_settings
 from pullthrough.records import ManifestRecord, Name, Version
 from pullthrough.route import ManifestRoute
@@ -118,8 +119,15 @@ class FakeStore:
     def denials(self, host: str, repository: str) -> int:
         return self.denied
 
+    def manifests_of(self, host: str, repository: str) -> dict[Name, ManifestRecord]:
+        return {name: record for name, record in self.kept.items() if name.place == (host, repository)}
+
     def drop_manifest(self, name: Name) -> None:
         del self.kept[name]
+
+    def drop_model(self, name: Name) -> None:
+        for each in (name, name.twin):
+            self.kept.pop(each, None)
 
     def touch(self, name: Name, now: float) -> None:
         if name in self.kept:
@@ -185,13 +193,13 @@ def test_a_first_request_is_asked_and_stored() -> None:
     world = World(GRANTED)
     assert world.ask() == expected(NEW, Outcome.MISS, True, False, 200)
     assert world.stored == (NEW, NOW)
-    assert world.upstream.asked == [("GET", HOST, TARGET, {"Accept": ACCEPT}, DEADLINE_S)]
+    assert world.upstream.asked == [("GET", HOST, TARGET, {"Accept": DOCKER_TYPE}, DEADLINE_S)]
 
 
 def test_a_type_is_made_up_only_if_there_is_none() -> None:
     """A registry that names no type gave what was asked for."""
     world = World(response(200, NEW))
-    assert world.ask().headers == (("Content-Type", ACCEPT),)
+    assert world.ask().headers == (("Content-Type", DOCKER_TYPE),)
 
 
 def test_upstream_learns_the_version_of_the_client_and_nothing_else() -> None:
@@ -199,7 +207,7 @@ def test_upstream_learns_the_version_of_the_client_and_nothing_else() -> None:
     world = World(GRANTED)
     world.ask(user_agent="ollama/0.9.9 (amd64 linux)", cookie="a=b", accept="*/*", x_forwarded_for="10.0.0.1")
     assert [asked[3] for asked in world.upstream.asked] == [
-        {"User-Agent": "ollama/0.9.9 (amd64 linux)", "Accept": ACCEPT}
+        {"User-Agent": "ollama/0.9.9 (amd64 linux)", "Accept": DOCKER_TYPE}
     ]
 
 
@@ -446,7 +454,7 @@ def test_what_only_this_caller_gets_is_not_stored(status: int) -> None:
     assert (answer.status, answer.body, answer.cache) == (200, NEW, CacheStatus(Outcome.MISS, forward_status=200))
     assert [asked[3].get("Authorization") for asked in world.upstream.asked] == [None, "Bearer t"]
     assert all(asked[3]["User-Agent"] == "ollama/1" for asked in world.upstream.asked)
-    assert all(asked[3]["Accept"] == ACCEPT for asked in world.upstream.asked)
+    assert all(asked[3]["Accept"] == DOCKER_TYPE for asked in world.upstream.asked)
     assert world.stored is None
     assert world.ask().status == status
 

@@ -158,7 +158,7 @@ def test_children_in_place(store: Store) -> None:
     hold(store, SECOND)
     stored = store.manifest(LISTS)
     assert stored is not None
-    assert stored.documents(store.children()) == [
+    assert [series.digests for series in stored.series(store.children())] == [
         [digest_of(b"a"), digest_of(b"both"), digest_of(b"a")],
         [digest_of(b"b"), digest_of(b"both")],
         [digest_of(b"both")],
@@ -178,7 +178,7 @@ def test_a_refusal_takes_children_along(store: Store) -> None:
     for _ in range(2):
         assert [store.is_member(*PLACE, digest_of(blob)) for blob in (FIRST, b"a", b"both")] == [False] * 3
         assert [store.known_blobs()[digest_of(blob)].public for blob in (FIRST, b"a", b"both")] == [False, False, True]
-        assert store.manifests_of(*PLACE) == []
+        assert store.manifests_of(*PLACE) == {}
         store.close()
         store = Store.open(store.folder)
     # What comes to be known of a private list is private.

@@ -9,7 +9,7 @@ from pullthrough.datastream import Source
 from pullthrough.digest import Digest
 from pullthrough.prefetch import Prefetcher
 from pullthrough.recorder import Recorder
-from pullthrough.records import ManifestRecord
+from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import Store
 
 PLACE = ("registry.ollama.ai", "library/m")
@@ -24,13 +24,23 @@ def manifest(media_type: str = "application/vnd.ollama.image.model") -> Manifest
 
 
 class Scene:
-    """A store with one manifest, and a recorder whose recordings are over at once."""
+    """A store with one model, and a recorder whose recordings are over at once."""
 
-    def __init__(self, record: ManifestRecord, *here: Digest) -> None:
+    def __init__(
+        self,
+        record: ManifestRecord,
+        *here: Digest,
+        listed: ManifestRecord | None = None,
+        children: dict[Digest, ManifestRecord] | None = None,
+    ) -> None:
+        name = Name(*PLACE, "latest")
+        manifests = {name: record} | ({name.twin: listed} if listed is not None else {})
         self.here = set(here)
         self.looks = 0
         self.recorded: list[Digest] = []
-        self.store = SimpleNamespace(manifests_of=lambda *_: [record], held=self._held, changes=0)
+        self.store = SimpleNamespace(
+            manifests_of=lambda *_: manifests, children=lambda: children or {}, held=self._held, changes=0
+        )
         recorder = SimpleNamespace(find=lambda _: None, open=self._open)
         self.prefetcher = Prefetcher(cast(Store, self.store), cast(Recorder, recorder), self._source)
 

@@ -28,7 +28,7 @@ from pullthrough.digest import LETTERS as DIGEST_LETTERS
 from pullthrough.digest import Digest, trusted
 from pullthrough.errors import CacheError, StoreError
 from pullthrough.gcpause import gc_paused
-from pullthrough.records import BlobRecord, ManifestRecord, Name
+from pullthrough.records import ALIASES, BlobRecord, ManifestRecord, Name
 from pullthrough.traffic import Totals
 
 Sql = Callable[..., Iterable[tuple[Any, ...]]]
@@ -95,6 +95,18 @@ def check(sql: Sql) -> None:
             raise StoreError(str(problem))
     for key, raw, mode in sql(_FOREIGN):
         raise StoreError(f"expected plain rows of known kinds, got {key!r:.80} (raw {raw}, mode {mode})")
+
+
+def rename_aliases(sql: Sql) -> None:
+    """Let what was stored under another name of a registry stand under the one, unless there is something. UNSOUND."""
+    for alias, host in ALIASES.items():
+        for kind in ("manifest", "members"):
+            former, prefix = _range(f"{kind} {alias}"), f"{kind} {host} "
+            sql(
+                "UPDATE OR IGNORE Cache SET key = ?3 || substr(key, length(?1) + 1) WHERE key >= ?1 AND key < ?2",
+                (*former, prefix),
+            )
+            sql("DELETE FROM Cache WHERE key >= ? AND key < ?", former)
 
 
 def read(sql: Sql) -> Contents:

@@ -27,7 +27,7 @@ from pullthrough.ca import CERTIFICATE_NAME, KEY_NAME
 from pullthrough.diagnosis import Leg, ServerFacts
 from pullthrough.digest import Digest
 from pullthrough.errors import AuthorityError, CacheError, StoreError
-from pullthrough.manifests import ACCEPT
+from pullthrough.manifestjson import DOCKER_TYPE
 from pullthrough.settings import Endpoint, Settings
 from pullthrough.storefolder import check_marker
 from pullthrough.upstream import Upstream
@@ -53,7 +53,7 @@ async def look_out(upstream: Upstream, settings: Settings, now: datetime) -> Out
     host = settings.registries[0]
     try:
         target = f"/v2/{SAMPLE}/manifests/latest"
-        response = await upstream.ask("GET", host, target, {"Accept": ACCEPT}, timeout_s=PATIENCE_S)
+        response = await upstream.ask("GET", host, target, {"Accept": DOCKER_TYPE}, timeout_s=PATIENCE_S)
     except CacheError as error:
         return Outlook(upstream=f"{host}: {error}")
     skew_s = 0.0

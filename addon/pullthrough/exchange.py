@@ -15,6 +15,7 @@ from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, UpstreamRefused
 from pullthrough.loopguard import CDN_LOOP
+from pullthrough.manifestjson import takes_lists
 from pullthrough.reader import Reader
 from pullthrough.records import Version
 
@@ -60,6 +61,11 @@ class Request:
     def version(self) -> Version | None:
         """The Ollama that asks; None as `version_of` says."""
         return version_of(self.agent)
+
+    @property
+    def takes_lists(self) -> bool:
+        """Whether the client accepts manifest lists, as Ollama does since 0.40."""
+        return takes_lists(self.headers.get("accept"))
 
     @property
     def trail(self) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 from pullthrough import platform
 from pullthrough.bundle import END, SUMS, header, padding, sums
@@ -21,7 +21,7 @@ from pullthrough.copying import Crew, Extent
 from pullthrough.digest import Digest
 from pullthrough.errors import TransferRefused
 from pullthrough.inventory import Inventory
-from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE, children_of, in_place
+from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE, Child, children_of, in_place, preferred
 from pullthrough.modeltree import (
     NAMED_DOCUMENTS,
     anchor,
@@ -33,9 +33,6 @@ from pullthrough.modeltree import (
     parse_manifest_path,
 )
 from pullthrough.records import ManifestRecord, Name, by_model
-
-_RUNNERS: Final = ("llamacpp", "ggml", "mlx")
-"""Whose child of a list an older Ollama is given, the best first: the registry gives it that of llama.cpp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +59,11 @@ class Cargo:
 class _Part:
     """A manifest that is here whole: a model's, or one that its list offers."""
 
-    runner: str
+    child: Child | None
+    """None of a model's."""
     manifest: Mapping[str, Any]
-    digest: Digest | None
-    """Of a manifest that the list refers to."""
     blobs: dict[Digest, int]
-    """It too, where the list refers to it."""
+    """Itself too, where a list refers to it."""
 
 
 def select(inventory: Inventory, models: Collection[str]) -> Cargo:
@@ -113,7 +109,7 @@ def _parts(inventory: Inventory, name: Name, record: ManifestRecord) -> list[_Pa
         blobs = _sizes(record)
         if lacking := _lacking(inventory, blobs):
             raise TransferRefused(f"{name}: {lacking}")
-        return [_Part("", json.loads(record.body), None, blobs)]
+        return [_Part(None, json.loads(record.body), blobs)]
     found = []
     lacking = "expected a manifest of its list in the store, got none: pull it first"
     for child in children_of(record.body):
@@ -124,7 +120,7 @@ def _parts(inventory: Inventory, name: Name, record: ManifestRecord) -> list[_Pa
         else:
             continue
         if not (lacking := _lacking(inventory, blobs)):
-            found.append(_Part(child.runner, manifest, child.digest, blobs))
+            found.append(_Part(child, manifest, blobs))
     if not found:
         raise TransferRefused(f"{name}: {lacking}")
     return found
@@ -149,12 +145,14 @@ def _lacking(inventory: Inventory, blobs: Mapping[Digest, int]) -> str:
 
 def _anchor(record: ManifestRecord, parts: Sequence[_Part]) -> bytes:
     """What an older Ollama runs of a list, and why it keeps the rest."""
-    best = min(parts, key=lambda part: _RUNNERS.index(part.runner) if part.runner in _RUNNERS else len(_RUNNERS))
+    children = {part.child: part for part in parts if part.child is not None}
     documents = {Digest(record.digest): (LIST_TYPE, len(record.body))}
-    for part in parts:
-        if part.digest is not None:
-            documents[part.digest] = DOCKER_TYPE, part.blobs[part.digest]
-    return anchor(best.manifest, documents)
+    for child, part in children.items():
+        if child.digest is not None:
+            documents[child.digest] = DOCKER_TYPE, part.blobs[child.digest]
+    best = preferred(children)
+    assert best is not None
+    return anchor(children[best].manifest, documents)
 
 
 def export_tree(

@@ -133,7 +133,8 @@ class Grants:
         """A source for a public blob, from any repository that has it. UpstreamError if none gives one."""
         problem: UpstreamError = UpstreamUnreachable(f"no repository is known that holds {digest.short} in public")
         record = self._store.blob(digest)
-        for host, repository in self._store.repositories(digest):
+        for place, repository in self._store.repositories(digest):
+            host = self._settings.asked(place)
             try:
                 if record is None or not record.public:
                     return await self.public_source(host, repository, digest)

@@ -80,6 +80,10 @@ class Index:
 
     def load(self) -> Contents:
         """Check it, and read all but the members."""
+        try:
+            contents.rename_aliases(self.cache._sql)
+        except contents.UNSOUND as error:
+            raise self._unsound(error) from error
         checked = self._writer.submit(lambda: contents.check(self.cache._sql))
         try:
             found = contents.read(self.cache._sql)

@@ -8,6 +8,7 @@ Invariant: whatever the bytes are, the result is a document or ValueError. Knows
 
 import json
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +22,10 @@ MAX_CHILDREN: Final = 64
 """How many children of a list are followed; real ones have one for each runner."""
 
 _ZERO: Final = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*", re.IGNORECASE)
+
+
+PREFERENCE: Final = ("llamacpp", "ggml", "mlx")
+"""Which child clients choose, by its runner: the first that the list has (0.40; on Apple Silicon mlx comes first)."""
 
 
 class Layer(NamedTuple):
@@ -92,6 +97,12 @@ def in_place(body: bytes, child: Child) -> dict[str, Any]:
     """The JSON of a manifest in place, which is one of the children of this list's bytes."""
     manifest: dict[str, Any] = next(item for item in json.loads(body)["manifests"] if _child_of(item) == child)
     return manifest
+
+
+def preferred(children: Iterable[Child]) -> Child | None:
+    """The child that most clients choose; None of none."""
+    ranks = {runner: rank for rank, runner in enumerate(PREFERENCE)}
+    return min(children, key=lambda child: ranks.get(child.runner, len(ranks)), default=None)
 
 
 def _list_of(manifests: Any) -> Document:

@@ -57,13 +57,9 @@ class ManifestTable:
         for name in self._untold:
             self._index.put_manifest(name, self._records[name])
 
-    def names(self, place: tuple[str, str]) -> frozenset[Name]:
-        """Under which the manifests of the (host, repository) are stored."""
-        return frozenset(self._names.get(place, ()))
-
-    def of(self, place: tuple[str, str]) -> Iterator[ManifestRecord]:
+    def of(self, place: tuple[str, str]) -> Iterator[tuple[Name, ManifestRecord]]:
         """The manifests of the (host, repository)."""
-        return (self._records[name] for name in self._names.get(place, ()))
+        return ((name, self._records[name]) for name in self._names.get(place, ()))
 
     def put(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest, in the place of what the name had."""

@@ -110,7 +110,22 @@ class Name(NamedTuple):
 
     def matches(self, pattern: str) -> bool:
         """Whether a shell pattern names it: in full, without the host, or as users type it (`llama3.2:*`)."""
-        return any(fnmatchcase(form, pattern) for form in self.forms)
+        host, slash, rest = pattern.partition("/")
+        return any(fnmatchcase(form, f"{canonical(host)}{slash}{rest}") for form in self.forms)
+
+
+class Series(NamedTuple):
+    """The blobs of one manifest, in the order in which a client asks for them."""
+
+    key: str
+    """Tells it from the other manifests of a repository."""
+    body: bytes
+    """The document that it stands in."""
+    digests: list[Digest]
+
+    def behind(self, digest: Digest) -> list[Digest]:
+        """What is asked for after this one of them."""
+        return self.digests[self.digests.index(digest) + 1 :]
 
 
 class ManifestRecord(NamedTuple):
@@ -204,16 +219,17 @@ class ManifestRecord(NamedTuple):
                 sizes[digest] = size
         return self._listing(sizes)
 
-    def documents(self, known: Mapping[Digest, "ManifestRecord"]) -> list[list[Digest]]:
-        """The blobs of each manifest that it stands for, in order: its own, or those of the children that are known."""
+    def series(self, known: Mapping[Digest, "ManifestRecord"]) -> list[Series]:
+        """The blobs of each manifest that it stands for: of itself, or of its children as far as they are `known`."""
         if not self.is_list:
-            return [self.digests]
+            return [Series(self.digest, self.body, self.digests)]
         found = []
-        for child in manifestjson.children_of(self.body):
+        for number, child in enumerate(manifestjson.children_of(self.body)):
             if child.digest is None:
-                found.append([layer.digest for layer in child.layers])
+                digests = [layer.digest for layer in child.layers]
+                found.append(Series(f"{self.digest} {number}", self.body, digests))
             elif child.digest in known:
-                found.append(known[child.digest].digests)
+                found += known[child.digest].series(known)
         return found
 
     def _listing(self, sizes: Mapping[Digest, int | None]) -> Self:

@@ -74,7 +74,7 @@ class Registry:
         self._tier = tier
         self._manifests = Manifests(settings, store, upstream, tier)
         self._prefetcher = Prefetcher(store, recorder, self._grants.source)
-        ahead = Ahead(store, recorder, self._grants.public_source)
+        ahead = Ahead(settings, store, recorder, self._grants.public_source)
         self._refresher = Refresher(settings, store, upstream, ahead, self._manifests)
         self.warmer = Warmer(settings, store, ahead, self._manifests)
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from pullthrough.records import Name
+from pullthrough.records import Name, canonical
 
 PREFIX: Final = "ollama_cache_"
 
@@ -146,6 +146,11 @@ class Settings:
         """Where the blob server listens: at `listen`, and on the ports of `front` at the same hosts."""
         hosts = dict.fromkeys(host for host, _ in self.listen)
         return tuple(dict.fromkeys([*self.listen, *((host, port) for port in self.front for host in hosts)]))
+
+    def asked(self, host: str) -> str:
+        """The configured registry that what is stored under `host` comes from: that one, or another name of it."""
+        names = (name for name in self.registries if canonical(name) == host)
+        return host if host in self.registries else next(names, host)
 
     def endpoint(self, host: str) -> Endpoint:
         """Where `host` is reached: as `upstream` says, else by HTTPS under its own name."""

@@ -260,7 +260,7 @@ class Store:
     def is_member(self, host: str, repository: str, digest: Digest) -> bool:
         """A stored manifest of the repository lists it, or upstream granted it there to an anonymous request."""
         granted = self._members.get(_place(host, repository), "")
-        return digest in granted or any(record.lists(digest) for record in self.manifests_of(host, repository))
+        return digest in granted or any(record.lists(digest) for record in self.manifests_of(host, repository).values())
 
     def repositories(self, digest: Digest) -> list[tuple[str, str]]:
         """Every (host, repository) that the digest is known to belong to: where a source can be obtained again."""
@@ -291,7 +291,7 @@ class Store:
 
     def is_denied(self, host: str, repository: str) -> bool:
         """Whether upstream has refused an anonymous request in this repository, and granted none since."""
-        return any(record.denied for record in self.manifests_of(host, repository, private=True))
+        return any(record.denied for record in self.manifests_of(host, repository, private=True).values())
 
     def deny(self, host: str, repository: str) -> bool:
         """Upstream refuses an anonymous request in this repository: nothing of it is known any more.
@@ -303,8 +303,7 @@ class Store:
         place = _place(host, repository)
         self._denials[place] += 1
         digests = set(map(trusted, self._members.get(place, "").split()))
-        records = {name: self.manifests()[name] for name in self._manifests.names(place)}
-        granted = {name: record for name, record in records.items() if not record.denied}
+        granted = self.manifests_of(host, repository)
         was_known = bool(digests or granted)
         for name, record in granted.items():
             digests.update(record.digests)
@@ -327,7 +326,8 @@ class Store:
 
     def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
         """The manifest of the repository whose bytes have this digest, whatever it was asked for by."""
-        return next((record for record in self.manifests_of(host, repository) if record.digest == digest.hex), None)
+        records = self.manifests_of(host, repository).values()
+        return next((record for record in records if record.digest == digest.hex), None)
 
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest that an anonymous request got. A list grows by what is known of its children."""
@@ -348,9 +348,10 @@ class Store:
         """A client has pulled the model `now`: this representation, or the other one where this is not stored."""
         self._manifests.touch(name if name in self.manifests() else name.twin, now)
 
-    def manifests_of(self, host: str, repository: str, *, private: bool = False) -> list[ManifestRecord]:
+    def manifests_of(self, host: str, repository: str, *, private: bool = False) -> dict[Name, ManifestRecord]:
         """The repository's manifests; those that are private by now only if asked for."""
-        return [record for record in self._manifests.of(_place(host, repository)) if private or not record.denied]
+        found = self._manifests.of(_place(host, repository))
+        return {name: record for name, record in found if private or not record.denied}
 
     def manifests(self) -> Mapping[Name, ManifestRecord]:
         """All stored manifests, those that are private by now too."""

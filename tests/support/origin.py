@@ -42,6 +42,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 REGISTRY_HOST: Final = "registry.ollama.ai"
 R2_HOST: Final = "dd20bb891979d25aebc8bec07b2b3bbc.r2.cloudflarestorage.com"
+REGISTRY_COM: Final = "registry.ollama.com"
+"""The registry's second name."""
+PUBLIC_ADDRESSES: Final = {
+    REGISTRY_HOST: ("104.21.75.227",),
+    REGISTRY_COM: ("104.21.75.227",),
+    R2_HOST: ("172.64.66.1", "2606:4700::1"),
+}
+"""What the real DNS says, for clients that judge addresses; `Origin.resolve` leads from there to the origin."""
 GOOD_TOKEN: Final = "good-token"
 
 MANIFEST_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
@@ -742,7 +750,7 @@ class Origin:
 
         directory.mkdir(parents=True, exist_ok=True)
         self.ca_file = directory / "origin-ca.pem"
-        self._context = server_context(directory, self.ca_file, (REGISTRY_HOST, R2_HOST))
+        self._context = server_context(directory, self.ca_file, PUBLIC_ADDRESSES)
         self._stopping = Gate()
         self._listening: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -976,11 +984,12 @@ class Origin:
 
     @property
     def resolve(self) -> dict[tuple[str, int], tuple[str, int]]:
-        """Where the real names are found, for a client without a proxy."""
-        return {
-            (REGISTRY_HOST, 443): ("127.0.0.1", self.registry_port),
-            (R2_HOST, 443): ("127.0.0.1", self.cdn_port),
-        }
+        """Where the real names, and their addresses, are found, for a client without a proxy."""
+        found: dict[tuple[str, int], tuple[str, int]] = {}
+        for name, addresses in PUBLIC_ADDRESSES.items():
+            port = self.cdn_port if name == R2_HOST else self.registry_port
+            found |= {(where, 443): ("127.0.0.1", port) for where in (name, *addresses)}
+        return found
 
     # --- answering
 
