@@ -93,6 +93,12 @@ def children_of(body: bytes) -> tuple[Child, ...]:
     return parse(body).children or ()
 
 
+def in_place(body: bytes, child: Child) -> dict[str, Any]:
+    """The JSON of a manifest in place, which is one of the children of this list's bytes."""
+    manifest: dict[str, Any] = next(item for item in json.loads(body)["manifests"] if _child_of(item) == child)
+    return manifest
+
+
 def preferred(children: Iterable[Child]) -> Child | None:
     """The child that most clients choose; None of none."""
     ranks = {runner: rank for rank, runner in enumerate(PREFERENCE)}

@@ -13,6 +13,7 @@ from typing import Any
 from pullthrough.admission import MANIFEST, Model, Terms, enter, place, refusal
 from pullthrough.catalogue import JSON, View, detail, listing, statistics
 from pullthrough.control import Tell, Verb
+from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, InvalidRequest
 from pullthrough.housekeeping import Housekeeping
 from pullthrough.pulls import Counts
@@ -118,7 +119,8 @@ class Verbs:
             body = await asyncio.to_thread((staging / MANIFEST).read_bytes)
         except OSError as error:
             raise InvalidRequest(f"expected a staged manifest of {name}, got {error}") from error
-        model = Model.parse(name, body)
+        blobs = {Digest.parse(digest): int(size) for digest, size in arguments["blobs"].items()}
+        model = Model.parse(name, body, lambda _: blobs)
         outcome = refusal(self._store, model, terms)
         if outcome is None:
             placed = await asyncio.to_thread(place, self._store, staging, model)
