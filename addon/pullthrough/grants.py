@@ -106,11 +106,17 @@ class Grants:
     # --- what is asked
 
     async def obtain(
-        self, request: Request, pair: Pair, *, hands_on: Callable[[str], bool] = lambda _location: False
+        self,
+        request: Request,
+        pair: Pair,
+        *,
+        look: int = FIRST_SLICE,
+        hands_on: Callable[[str], bool] = lambda _location: False,
     ) -> Grant:
         """The registry's yes to this caller, asked anonymously first. UpstreamRefused where it says no.
 
-        A redirect that the caller is merely handed, by `hands_on`, is not looked behind and proves nothing.
+        `look` bytes are asked for from behind a redirect that proves nothing by itself. One that the caller is merely
+        handed, by `hands_on`, is not looked behind.
         """
         refusal: UpstreamRefused | None = None
         stop = 1 if self._store.held(pair.digest) is not None else None
@@ -120,7 +126,7 @@ class Grants:
                 source, stream = await self._first(request.host, pair.repository, pair.digest, headers, stop=stop)
                 location = source.url if stream is None else None
                 if location is None or not hands_on(location):
-                    source, stream = await self._prove(pair.digest, source, stream, stop=stop)
+                    source, stream = await self._prove(pair.digest, source, stream, stop or look)
             except UpstreamRefused as error:
                 if error.status_hint not in DENIED:
                     raise
@@ -171,7 +177,7 @@ class Grants:
         denials = self.denials(host, pair)
         try:
             source, stream = await self._first(host, repository, digest, {}, stop=1)
-            source, stream = await self._prove(digest, source, stream, stop=1)
+            source, stream = await self._prove(digest, source, stream, 1)
         except UpstreamRefused as error:
             self.refuse(host, pair, None, error.status_hint)
             raise
@@ -193,11 +199,11 @@ class Grants:
         return await self._upstream.obtain(host, repository, digest, headers, stop=stop, timeout_s=DEADLINE_S)
 
     async def _prove(
-        self, digest: Digest, source: Source, stream: DataStream | None, *, stop: int | None
+        self, digest: Digest, source: Source, stream: DataStream | None, stop: int
     ) -> tuple[Source, DataStream | None]:
         """The same, once it is the registry's word that these are the blob's bytes."""
         if stream is None and not self._names(source, digest):
-            stream = await self._look(source, stop or FIRST_SLICE)
+            stream = await self._look(source, stop)
             source = stream.source or source
         return source, stream
 

@@ -137,7 +137,9 @@ class Redirects:
                 if over.is_set():
                     return
                 try:
-                    if await self._obtain(request, BlobRoute(repository, digest)) is None:
+                    await self._obtain(request, BlobRoute(repository, digest))
+                    if self._addresses.shared(digest, left_s=SHARED_S, now=time.time()) is None:
+                        # Nothing that lasts is to be had there.
                         over.set()
                 except UpstreamError as error:
                     over.set()
@@ -160,7 +162,7 @@ class Redirects:
 
     async def _ask(self, request: Request, pair: Pair) -> str | None:
         """Ask the registry once, and remember what it says for all."""
-        grant = await self._grants.obtain(request, pair, hands_on=self._is_foreign)
+        grant = await self._grants.obtain(request, pair, look=1, hands_on=self._is_foreign)
         location = grant.location
         if location is not None and self._is_foreign(location):
             self._warn(request.host, location)

@@ -16,6 +16,7 @@ from tests.support.modern import ModernClient
 from tests.support.origin import GOOD_TOKEN, PUBLIC_ADDRESSES, R2_HOST, Fault, Mode, Origin
 from tests.support.proxy import Proxy
 from tests.support.readers import HeadReader
+from tests.support.transfer import TENSOR_TYPE
 
 NEW: Final = "ollama/0.41.0 (amd64 linux) Go/go1.27"
 """Nobody knows whether it fetches past its proxy."""
@@ -266,6 +267,26 @@ def test_both_ways_from_one_address(origin: Origin, proxy: Proxy, tmp_path: Path
     with ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(pull, range(len(names))))
     assert origin.counters.cdn_bytes_by_digest[model.layer] == 3 * 4 * MB
+
+
+@pytest.mark.parametrize("blobs", [40, pytest.param(2000, marks=pytest.mark.long)])
+def test_a_model_of_tensors_through_the_proxy(
+    origin: Origin, start_proxy: StartProxy, tmp_path: Path, blobs: int
+) -> None:
+    """A mended client's transfer gets our own addresses: warm, the registry is asked for no blob."""
+    proxy = start_proxy()
+    config = origin.add_blob(b'{"model_format":"safetensors"}')
+    layers = [(TENSOR_TYPE, origin.add_blob(b"%d " % number * 100)) for number in range(blobs)]
+    origin.add_model("library/tensors", "latest", layers=layers, config=config)
+    for state in ("cold", "warm"):
+        origin.reset_counters()
+        client = ModernClient(proxy.url, proxy.ca_file, tmp_path / state, version="0.40.3", dns=PUBLIC_ADDRESSES)
+        client.pull("tensors")
+        for _, layer in layers[::100]:
+            proxy.wait_for_line(f"recorded {layer[7:19]}")
+    asked = origin.counters
+    assert (asked.registry_requests["GET", "blob"], asked.registry_requests["HEAD", "blob"]) == (0, 0)
+    assert asked.cdn_requests == 0
 
 
 # --- who reads a head pays for a head
