@@ -327,11 +327,10 @@ def _confirms(head: Response, record: ManifestRecord) -> bool:
 
 
 def _manifest_answer(request: Request, record: ManifestRecord, cache: CacheStatus) -> Answer:
-    headers = [("Content-Type", record.content_type)]
+    # Ollama's look for a list believes the type alone (0.40), whatever GET has told.
+    media_type = LIST_TYPE if record.is_list and request.method == "HEAD" else record.content_type
+    headers = [("Content-Type", media_type), ("Vary", "Accept")]
     if request.method == "HEAD":
-        if record.is_list:
-            # The client's look for a list believes nothing else (Ollama 0.40).
-            headers = [("Content-Type", LIST_TYPE)]
         # As the registry does: bare hexadecimal, on HEAD only (seen 2026-09).
         headers.append(("ollama-content-digest", record.digest))
     body = record.body if request.method == "GET" else b""
