@@ -138,7 +138,10 @@ def test_both_classes(origin: Origin, start_proxy: Callable[..., Proxy], clients
     ]
     assert [each["digest"] for each in shown["children"][0]["layers"]][:2] == [model.layers[0], model.license]
     assert shown["children"][1]["layers"] == []
-    assert "llamacpp gguf" in said(proxy, "show", "listed")
+    text = said(proxy, "show", "listed")
+    assert shown["list"] in text
+    assert f"llamacpp gguf {model.child[7:19]}\n" in text
+    assert f"ggml gguf {digest_of(model.children[1])[7:19]}: not held\n" in text
     assert told(proxy, "stats")["models"] == 1
 
     for _ in range(2):
@@ -247,6 +250,26 @@ def test_a_list_is_refreshed(
     clients(proxy, lists=True).pull(model.name)
 
 
+def test_the_plain_manifest_is_a_child(
+    origin: Origin, start_proxy: Callable[..., Proxy], clients: Callable[..., A2Client]
+) -> None:
+    """The same bytes by name and as a blob: nothing is missing, whichever of them came first."""
+    model = add_list(origin, "library/same")
+    lists = origin.put_list(model.repository, "latest", model.children)
+    proxy = start_proxy()
+    for takes_lists in (False, True):
+        clients(proxy, lists=takes_lists).pull(model.name)
+    found = told(proxy, "show", "same")
+    assert (found["held"], found["list"], found["digest"]) == ("complete", digest_of(lists), model.child)
+    assert [child["held"] for child in found["children"]] == [True, False]
+    origin.stop()
+    for takes_lists in (False, True):
+        clients(proxy, lists=takes_lists).pull(model.name)
+    with to_registry(proxy) as connection:
+        head = connection.request("HEAD", model.blob(model.child), [])
+        assert (head.status, head.header("Content-Length")) == (200, str(len(model.children[0])))
+
+
 def test_a_registry_of_two_names(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
     """One blob, one model, whichever name it was pulled by."""
     model = add_list(origin, "library/twice")
@@ -263,6 +286,13 @@ def test_a_registry_of_two_names(origin: Origin, start_proxy: Callable[..., Prox
     assert len(origin.counters.requests) == requests
     (row,) = told(proxy, "ls")
     assert (row["name"], row["host"]) == ("twice:latest", "registry.ollama.ai")
+    proxy.stop()
+    # What is stored under the one name can be asked for under the other, where only that is configured.
+    upstream = upstream.partition(",")[2]
+    proxy = start_proxy(ollama_cache_registries=REGISTRY_COM, ollama_cache_upstream=upstream)
+    assert said(proxy, "warm", "twice").endswith("twice:latest: recorded 2.8 KB of 1.0 MB\n")
+    (row,) = told(proxy, "ls")
+    assert (row["name"], row["held"]) == ("twice:latest", "complete")
 
 
 def test_children_in_place(origin: Origin, proxy: Proxy, clients: Callable[..., A2Client]) -> None:
