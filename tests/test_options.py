@@ -46,6 +46,20 @@ def test_defaults() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("registries", "expected"),
+    [
+        ("registry.ollama.ai", "registry.ollama.ai"),
+        ("registry.ollama.com,registry.ollama.ai", "registry.ollama.ai"),
+        ("hf.co,registry.ollama.com", "registry.ollama.com"),
+        ("hf.co", "registry.ollama.ai"),
+    ],
+)
+def test_which_name_of_a_registry_is_asked(registries: str, expected: str) -> None:
+    """The one under which all is stored if it is configured, else its other name."""
+    assert parse(registries=registries, listen="off").asked("registry.ollama.ai") == expected
+
+
 def test_every_option_has_help() -> None:
     """One paragraph, without a line break."""
     assert all(option.help and "\n" not in option.help for option in OPTIONS)

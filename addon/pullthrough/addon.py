@@ -86,11 +86,9 @@ MITMPROXY_OPTIONS: Final = {
     # In reverse mode too, Host is what the client said: it must agree with SNI.
     "keep_host_header": True,
 }
-REFUSED: Final = {
-    "ssl_insecure": "the certificates of registries are always verified",
-    "emudhra": "it signs with the leaked key of a public authority",
-    "emudhra_old": "it signs with the leaked key of a public authority",
-}
+REFUSED: Final = {"ssl_insecure": "the certificates of registries are always verified"} | dict.fromkeys(
+    ("emudhra", "emudhra_old"), "it signs with the leaked key of a public authority"
+)
 """Options of mitmproxy that stop the start when they are on, and why. The last two came with 12.3."""
 
 
@@ -335,8 +333,8 @@ class OllamaCache:
 
     async def _look_out(self, _: Mapping[str, Any], __: Tell) -> Any:
         """For the doctor: how the registry answers the client that pulls use."""
-        assert self._settings and self._upstream
-        bypassed = self._registry.pulls.counts.bypassed if self._registry is not None else 0
+        assert self._settings and self._upstream and self._registry
+        bypassed = self._registry.pulls.counts.bypassed
         return asdict(await look_out(self._upstream, self._settings, _now(), bypassed=bypassed))
 
     async def _remint(self) -> None:

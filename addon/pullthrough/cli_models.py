@@ -64,6 +64,7 @@ def show(model: Model, dir: Folder = None, json: AsJson = False) -> None:  # noq
         ("name", found["name"]),
         ("host", found["host"]),
         ("digest", found["digest"]),
+        *([("list", found["list"])] if found["list"] else []),
         ("size", size_text(found["size"])),
         ("held", found["held"]),
         ("pulled", ago_text(now - found["pulled"] if found["pulled"] else None)),

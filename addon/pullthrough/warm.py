@@ -49,9 +49,10 @@ class Warmer:
         if self._settings.offline:
             raise InvalidRequest("expected a cache that may ask upstream, got one that is offline")
         sizes: dict[Digest, int] = {}
+        brought: set[Digest] = set()
         for record in await self._manifests_of(name, keep=not dry_run):
-            sizes |= await self._wanted(name, record, dry_run=dry_run)
-        missing = sum(size for digest, size in sizes.items() if self._store.held(digest) is None)
+            sizes |= await self._wanted(name, record, brought, dry_run=dry_run)
+        missing = sum(size for digest, size in sizes.items() if digest in brought or self._store.held(digest) is None)
         if not dry_run:
             for digest, size in sizes.items():
                 await self._record(name, digest, size, tell)
@@ -60,10 +61,13 @@ class Warmer:
                     self._store.touch(each, time.time())
         return {"model": name.typed, "size": sum(sizes.values()), "missing": missing}
 
-    async def _wanted(self, name: Name, record: ManifestRecord, *, dry_run: bool) -> dict[Digest, int]:
+    async def _wanted(
+        self, name: Name, record: ManifestRecord, brought: set[Digest], *, dry_run: bool
+    ) -> dict[Digest, int]:
         """The blobs that clients need of a manifest, or of the child of a list that most of them choose.
 
-        The child is recorded to see what it lists; for a `dry_run` only one that is here counts.
+        The child is recorded to see what it lists, which adds it to `brought`; for a `dry_run` only one that is here
+        counts.
         """
         child = preferred(children_of(record.body)) if record.is_list else None
         if child is None:
@@ -75,7 +79,8 @@ class Warmer:
             return {}
         if manifest is None:
             manifest = await self._ahead.child(*name.place, child.digest)
-        return {child.digest: len(manifest.body), **(await self._wanted(name, manifest, dry_run=dry_run))}
+            brought.add(child.digest)
+        return {child.digest: len(manifest.body), **(await self._wanted(name, manifest, brought, dry_run=dry_run))}
 
     async def _manifests_of(self, name: Name, *, keep: bool) -> list[ManifestRecord]:
         """What clients that take lists and others get. UpstreamError if neither gets anything."""
