@@ -131,12 +131,13 @@ def test_restart_between_probe_and_parts(origin: Origin, start_proxy: StartProxy
     assert not any("X-Amz" in line for line in proxy.output)
 
 
-def test_an_address_that_has_expired_upstream(origin: Origin, proxy: Proxy) -> None:
+def test_an_address_that_has_expired_upstream(origin: Origin, start_proxy: StartProxy) -> None:
     """Those who come back do not notice: the recording obtains another one."""
+    proxy = start_proxy()
     data = unique(MB)
     model = add_model(origin, data)
     target, _ = probe(proxy, model)
-    origin.expire_signatures()
+    origin.expire_signatures(model.layer)
     assert part(proxy, target) == (200, data.read(0, MB))
     proxy.wait_for_line(model.recorded)
 

@@ -1033,10 +1033,13 @@ class Origin:
             self._gates.append((path_substring, method, gate))
         return gate
 
-    def expire_signatures(self) -> None:
-        """Every address given out so far answers 403 from now on."""
+    def expire_signatures(self, digest: str = "") -> None:
+        """Every address given out so far, of one blob or of all, answers 403 from now on."""
+        name = digest.removeprefix("sha256:")
         with self._lock:
-            self._signed = {target: replace(signed, expires=0.0) for target, signed in self._signed.items()}
+            for target, signed in self._signed.items():
+                if name in target:
+                    self._signed[target] = replace(signed, expires=0.0)
 
     def reset_counters(self) -> None:
         """Start counting anew; the connections that are open stay counted as open."""
