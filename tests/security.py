@@ -26,12 +26,17 @@ MODELS: Final = {
     "unknown": "of no repository",
 }
 
-MANIFEST: Final = ("GET manifest", "HEAD manifest", "GET manifest by digest")
+MANIFEST: Final = ("GET manifest", "HEAD manifest", "GET manifest by digest", "GET list", "HEAD list")
 AS_BLOB: Final = ("GET manifest as a blob",)
-HEAD: Final = ("HEAD blob", "HEAD blob as a push")
-GET: Final = ("GET blob",)
+HEAD: Final = ("HEAD blob", "HEAD blob as a push", "HEAD child", "HEAD child's layer")
+GET: Final = ("GET blob", "GET child", "GET child's layer")
+"""A child is a manifest that a list refers to, and a blob."""
 CHUNKSUMS: Final = ("GET chunksums",)
-LISTED: Final = ("GET blob of a stranger who lists it",)
+LISTED: Final = (
+    "GET blob of a stranger who lists it",
+    "GET child of a stranger who lists it",
+    "GET child's layer of a stranger who lists the child",
+)
 CAPABLE: Final = ("canonical, valid capability",)
 INCAPABLE: Final = ("canonical, another blob's capability", "canonical, expired capability")
 BARE: Final = ("canonical, no capability",)

@@ -38,6 +38,7 @@ TARGET = "/v2/library/tiny/manifests/latest"
 NOW = 50_000.0  # Unix seconds
 UPTIME = 700.0  # monotonic seconds at the same moment
 LIFETIME = 300.0
+VARY = ("Vary", "Accept")
 TYPE = "text/plain; charset=utf-8"  # as the registry really sends it
 
 
@@ -182,7 +183,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def expected(body: bytes, *cache: Any, status: int = 200, **more: Any) -> Answer:
-    return Answer(status, CacheStatus(*cache, **more), (("Content-Type", TYPE),), body, len(body))
+    return Answer(status, CacheStatus(*cache, **more), (("Content-Type", TYPE), VARY), body, len(body))
 
 
 # --- nothing stored
@@ -199,7 +200,7 @@ def test_a_first_request_is_asked_and_stored() -> None:
 def test_a_type_is_made_up_only_if_there_is_none() -> None:
     """A registry that names no type gave what was asked for."""
     world = World(response(200, NEW))
-    assert world.ask().headers == (("Content-Type", DOCKER_TYPE),)
+    assert world.ask().headers == (("Content-Type", DOCKER_TYPE), VARY)
 
 
 def test_upstream_learns_the_version_of_the_client_and_nothing_else() -> None:
@@ -220,7 +221,7 @@ def test_head_is_get_without_a_body(method: str, first: bool) -> None:
         world.ask()
     answer = world.ask(method)
     digest = ("ollama-content-digest", hashlib.sha256(NEW).hexdigest())
-    assert answer.headers == (("Content-Type", TYPE), *((digest,) if method == "HEAD" else ()))
+    assert answer.headers == (("Content-Type", TYPE), VARY, *((digest,) if method == "HEAD" else ()))
     assert (answer.body, answer.length) == (NEW if method == "GET" else b"", len(NEW))
     assert [asked[0] for asked in world.upstream.asked] == ["GET"]
 

@@ -257,6 +257,40 @@ def test_rows_of_earlier_versions(store: Store) -> None:
     store.close()
 
 
+def test_a_registry_of_two_names(store: Store) -> None:
+    """An earlier version has stored each name's models apart; the one name's are what there is, where both are."""
+    other = Name(HOST, "library/other", "latest")
+    store.put_manifest(NAME, parsed(FIRST))
+    store.confirm_public(*PLACE, digest_of(b"a"))
+    store.close()
+    alias = "registry.ollama.com"
+    with closing(sqlite3.connect(store.folder / "index" / "cache.db")) as connection, connection:
+        for kind, rest, new in (
+            ("manifest", "library/tiny latest", "library/other latest"),
+            ("manifest", "library/tiny latest", "library/tiny latest"),
+            ("members", "library/tiny", "library/other"),
+        ):
+            columns = "raw, store_time, expire_time, access_time, access_count, tag, size, mode, filename, value"
+            connection.execute(
+                f"INSERT INTO Cache (key, {columns}) SELECT ?, {columns} FROM Cache WHERE key = ?",
+                (f"{kind} {alias} {new}", f"{kind} {HOST} {rest}"),
+            )
+    for _ in range(2):
+        store = Store.open(store.folder)
+        assert {name: record.body for name, record in store.manifests().items()} == {NAME: FIRST, other: FIRST}
+        assert store.is_member(alias, "library/other", digest_of(b"a"))
+        assert store.is_member(HOST, "library/other", digest_of(b"a"))
+        store.close()
+    store = Store.open(store.folder)
+    assert store.deny(alias, "library/other")
+    assert store.is_denied(HOST, "library/other")
+    store.drop_model(other)
+    store.close()
+    store = Store.open(store.folder)
+    assert list(store.manifests()) == [NAME]
+    store.close()
+
+
 BLOBS = [b"a", b"b", b"c", b"d"]
 MANIFESTS = [manifest(b"a", b"b"), manifest(b"b", b"c"), manifest(b"d")]
 BODIES = [*MANIFESTS, listing(*MANIFESTS[:2]), listing(*MANIFESTS[1:]), listing(MANIFESTS[2], {"layers": []})]

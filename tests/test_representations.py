@@ -45,7 +45,9 @@ def sha256(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-PLAIN, LIST, MOVED = manifest("a"), listing(f"sha256:{'b' * 64}"), manifest("c")
+LIST = listing(f"sha256:{'b' * 64}")
+HEAD_OF_LIST = {"Content-Type": LIST_TYPE, "Vary": "Accept", "ollama-content-digest": sha256(LIST)}
+PLAIN, MOVED = manifest("a"), manifest("c")
 
 
 class FakeRegistry:
@@ -167,9 +169,13 @@ def test_two_classes(world: World, accept: str | None, takes: bool, method: str)
         assert (cached.status, cached.length, cached.body) == (200, len(body), body if method == "GET" else b"")
         fields = dict(cached.headers)
         if method == "GET":
-            assert fields == {"Content-Type": TEXT}
+            assert fields == {"Content-Type": TEXT, "Vary": "Accept"}
         else:
-            assert fields == {"Content-Type": LIST_TYPE if takes else TEXT, "ollama-content-digest": sha256(body)}
+            assert fields == {
+                "Content-Type": LIST_TYPE if takes else TEXT,
+                "Vary": "Accept",
+                "ollama-content-digest": sha256(body),
+            }
     assert world.registry.asked == []
 
 
@@ -212,13 +218,13 @@ def test_upstream_away(begin: Begin, offline: bool, method: str) -> None:
 
 @pytest.mark.parametrize("first", [None, TAKES], ids=["plain first", "lists first"])
 def test_the_same_manifest_for_both(begin: Begin, first: str | None) -> None:
-    """As long as a tag has no list, a HEAD that shows the same digest saves the second GET."""
+    """As long as a tag has no list: each class asks once, in one round trip, and the bytes are stored once."""
     world = begin(lists=PLAIN)
     second = TAKES if first is None else None
     world.ask(first)
     answer = world.ask(second)
-    assert [method for method, *_ in world.registry.asked] == ["HEAD"]
-    assert (answer.body, dict(answer.headers)) == (PLAIN, {"Content-Type": TEXT})
+    assert [method for method, *_ in world.registry.asked] == ["GET"]
+    assert (answer.body, dict(answer.headers)) == (PLAIN, {"Content-Type": TEXT, "Vary": "Accept"})
     assert world.stored == {NAME: PLAIN, NAME.twin: PLAIN}
     assert world.ask(second).cache.outcome is Outcome.HIT
 
@@ -259,7 +265,7 @@ def test_a_head_is_answered_in_time(world: World, monkeypatch: pytest.MonkeyPatc
         len(LIST),
         "ollama-cache; fwd=stale; detail=upstream-failed",
     )
-    assert dict(answer.headers) == {"Content-Type": LIST_TYPE, "ollama-content-digest": sha256(LIST)}
+    assert dict(answer.headers) == HEAD_OF_LIST
     assert world.registry.down == {}
     world.registry.hangs, world.registry.is_reachable = False, False
     world.ask(TAKES, "HEAD")
@@ -324,7 +330,7 @@ def test_a_private_list(world: World) -> None:
     world.registry.needs = "Bearer good"
     answer = world.ask(TAKES, "HEAD", authorization="Bearer good")
     assert (answer.status, answer.length) == (200, len(LIST))
-    assert dict(answer.headers) == {"Content-Type": LIST_TYPE, "ollama-content-digest": sha256(LIST)}
+    assert dict(answer.headers) == HEAD_OF_LIST
     assert world.ask(TAKES, authorization="Bearer good").body == LIST
     assert world.stored == {}
 

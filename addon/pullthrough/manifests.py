@@ -87,7 +87,9 @@ class Manifests:
         self._newest = max(self._newest, request.agent, key=lambda agent: version_of(agent) or ())
         name = Name(canonical(request.host), route.repository, route.reference, request.takes_lists)
         answer = await self._answer(request, name)
-        if answer.status == 200 and request.method == "GET":
+        if request.method == "HEAD":
+            return replace(answer, body=b"")
+        if answer.status == 200:
             self._store.touch(name, time.time())
         return answer
 
@@ -116,7 +118,11 @@ class Manifests:
         try:
             async with asyncio.timeout(HEAD_TIMEOUT_S if hurried else DEADLINE_S):
                 reply, collapsed, adopted = await self._fetch(
-                    request, name, record if plan is Freshness.REVALIDATE else None, has_copy=record is not None
+                    request,
+                    name,
+                    # What another kind of client got is looked at by one GET: a HEAD would be a round trip more.
+                    record if plan is Freshness.REVALIDATE and record is self._store.manifest(name) else None,
+                    has_copy=record is not None,
                 )
         except TimeoutError:
             reply, collapsed, adopted = _nothing(UpstreamTimeout("no answer in time")), False, False
@@ -321,11 +327,10 @@ def _confirms(head: Response, record: ManifestRecord) -> bool:
 
 
 def _manifest_answer(request: Request, record: ManifestRecord, cache: CacheStatus) -> Answer:
-    headers = [("Content-Type", record.content_type)]
+    # Ollama's look for a list believes the type alone (0.40), whatever GET has told.
+    media_type = LIST_TYPE if record.is_list and request.method == "HEAD" else record.content_type
+    headers = [("Content-Type", media_type), ("Vary", "Accept")]
     if request.method == "HEAD":
-        if record.is_list:
-            # The client's look for a list believes nothing else (Ollama 0.40).
-            headers = [("Content-Type", LIST_TYPE)]
         # As the registry does: bare hexadecimal, on HEAD only (seen 2026-09).
         headers.append(("ollama-content-digest", record.digest))
     body = record.body if request.method == "GET" else b""

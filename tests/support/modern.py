@@ -30,10 +30,10 @@ from tests.support.goclient import (
     Reply,
     Transport,
 )
+from tests.support.origin import LIST_TYPE
 from tests.support.redirects import Dns, NotAllowed, Redirects
 from tests.support.transfer import ERAS, TENSOR_TYPE, Transfers
 
-LIST_TYPE: Final = "application/vnd.ollama.manifest.list.v2+json"
 LIST_ACCEPT: Final = f"{LIST_TYPE}, {MANIFEST_ACCEPT}"
 """One field, in this order."""
 _PREFERENCES: Final = ("llamacpp", "ggml", "mlx")
