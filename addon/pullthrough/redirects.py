@@ -76,8 +76,9 @@ class Redirects:
     async def location(self, request: Request, pair: Pair, *, held: bool, fresh: bool = False) -> str | None:
         """Return the registry's own address of the blob; None where there is none, and ours must do.
 
-        With `fresh` a remembered one will not do while the registry answers. `held` says that this caller may have the blob and that its size is known here. Raises UpstreamError where the
-        registry gives neither an address nor, were it `held`, a reason to hand out ours.
+        With `fresh` a remembered one will not do while the registry answers. `held` says that this caller may have the
+        blob and that its size is known here. Raises UpstreamError where the registry gives neither an address nor, were
+        it `held`, a reason to hand out ours.
         """
         if not fresh and (address := self._shared(request, pair, left_s=SHARED_S)):
             return address
