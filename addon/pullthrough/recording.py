@@ -175,7 +175,7 @@ class Recording:
     async def _has_room(self, size: int, begin: Callable[[int], None] | None = None) -> bool:
         """Make room for what is to come and `begin`; where that cannot be, clients are served past the disk."""
         try:
-            await self._room.keeper.reserve(self.digest, size if self._pulled else min(size, FAR))
+            await self._room.keeper.reserve(self.digest, size if self._pulled else min(size, FAR), whole=size)
             if begin is not None:
                 await self._room.threads.disk(begin, size)
         except StoreUnwritable as error:
