@@ -88,7 +88,7 @@ class Scene:
         self.upstream = FakeUpstream()
         self.recorded: list[Digest] = []
         settings = parse_settings(options, dir=Path("/d"), certs=Path("/c"))
-        self.addresses = SignedAddresses(b"s" * 32, cast(Any, FakeLedger()))
+        self.addresses = SignedAddresses(b"s" * 32, cast(Any, FakeLedger()), lambda _: True)
         self.redirects = Redirects(
             settings, cast(Upstream, self.upstream), cast(Grants, self.grants), self.addresses, self._record
         )
