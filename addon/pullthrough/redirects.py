@@ -6,7 +6,7 @@ of the two a client is.
 
 Invariant: an address is handed out exactly as the registry gave it, and only to who may have it; what was got with a
 caller's credentials is that caller's alone. The registry is asked once for all who wait, and not at all while an
-address has half a day left. Sends no bytes, and starts no recording but where the registry itself answers a client with bytes.
+address has half a day left. Sends no bytes, and starts no recording but where a registry answers a client with bytes.
 """
 
 import asyncio
