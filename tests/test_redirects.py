@@ -338,7 +338,10 @@ def test_ahead_ends_with_the_first_trouble(trouble: str) -> None:
         assert scene.grants.asked == wanted[:AHEAD_AT_ONCE]
         assert not scene.recorded, "expected no bytes of what no client has asked for"
         await prepared(scene, wanted)
-        assert len(scene.grants.asked) == AHEAD_AT_ONCE * (1 if trouble == "429" else 2)
+        assert len(scene.grants.asked) == AHEAD_AT_ONCE * (2 if trouble == "away" else 1)
+        scene.redirects.prepare(request(host="other.example"), "library/m", wanted)
+        await asyncio.gather(*scene.redirects._ahead.values())
+        assert len(scene.grants.asked) == AHEAD_AT_ONCE * (3 if trouble == "away" else 2)
 
     run(scenario)
 

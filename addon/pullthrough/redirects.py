@@ -50,7 +50,7 @@ AHEAD: Final = 16
 """Addresses that are obtained ahead for one manifest."""
 AHEAD_AT_ONCE: Final = 4
 QUIET_S: Final = 600.0
-"""How long nothing is asked ahead after a registry has answered 429."""
+"""How long nothing is asked ahead of a registry that has answered 429, or with what does not last."""
 
 Key = tuple[str, str, Digest, bytes]
 
@@ -74,7 +74,8 @@ class Redirects:
         self._record = record
         self._asking: Collapser[Key, str | None] = Collapser()
         self._ahead: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._quiet_until = 0.0
+        self._quiet_until: dict[str, float] = {}
+        """By registry."""
         self._warned: set[str] = set()
 
     async def location(self, request: Request, pair: Pair, *, held: bool, fresh: bool = False) -> str | None:
@@ -114,7 +115,7 @@ class Redirects:
         place = (request.host, repository)
         now = time.time()
         missing = [each for each in digests if self._addresses.shared(each, left_s=SHARED_S, now=now) is None]
-        idle = place not in self._ahead and time.monotonic() >= self._quiet_until
+        idle = place not in self._ahead and time.monotonic() >= self._quiet_until.get(request.host, 0.0)
         if missing and idle and not self._settings.offline and self._upstream.is_up(request.host):
             anonymous = replace(
                 request, headers={name: value for name, value in request.headers.items() if name != "authorization"}
@@ -146,10 +147,11 @@ class Redirects:
                     if self._addresses.shared(digest, left_s=SHARED_S, now=time.time()) is None:
                         # Nothing that lasts is to be had there.
                         over.set()
+                        self._quiet_until[request.host] = time.monotonic() + QUIET_S
                 except UpstreamError as error:
                     over.set()
                     if isinstance(error, UpstreamRefused) and error.status_hint == TOO_MANY_REQUESTS:
-                        self._quiet_until = time.monotonic() + max(QUIET_S, error.retry_after_s)
+                        self._quiet_until[request.host] = time.monotonic() + max(QUIET_S, error.retry_after_s)
                     _log.info("addresses of %s: %s; the rest is left to the client's own requests", repository, error)
 
         await asyncio.gather(*map(obtain, digests))
