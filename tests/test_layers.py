@@ -14,19 +14,20 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options loopguard wording gcpause jsonlog fleet addressing",
+    " conditional requestlog options loopguard wording gcpause jsonlog termlog fleet addressing",
     "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning"
-    " diagnosis breaker returns lease",
+    " diagnosis breaker returns lease connlimit",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
-    " authorities clientsetup objectstore",
+    " authorities clientsetup objectstore dialling",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
     "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants direct warm verbs"
     " examining ollamadaemon tierverbs",
     "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
-    " pages lookout door cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier",
+    " pages lookout door cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier"
+    " intake drill logsetup",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -47,6 +48,7 @@ SIDEWAYS: Final = {
     "chunksums": {"digest", "errors"},
     "coding": {"errors"},
     "access": {"tunnel"},
+    "connlimit": {"tunnel"},
     "parent": {"tunnel"},
     "diagnosis": {"parent"},
     "examining": {"manifests"},
@@ -90,7 +92,8 @@ SIDEWAYS: Final = {
     "watch": {"vitals"},
     "statuspage": {"watch"},
     "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
-    "gate": {"opening", "parentleg", "streamlayer", "widetls"},
+    "drill": {"gate", "intake"},
+    "gate": {"intake", "opening", "parentleg", "streamlayer", "widetls"},
     "blobserver": {"door", "pages", "sender"},
     "clientpages": {"pages"},
     "cli_ca": {"cli_base"},
@@ -106,8 +109,10 @@ SIDEWAYS: Final = {
         "clientpages",
         "desk",
         "dispatch",
+        "drill",
         "flows",
         "gate",
+        "logsetup",
         "lookout",
         "modes",
         "parentleg",
@@ -131,7 +136,8 @@ OUTSIDE_CALLS: Final = {
     *("mkdir", "rmdir", "unlink"),
 }
 MITMPROXY_HOMES: Final = {
-    *("addon", "dispatch", "flows", "gate", "messages", "modes", "opening", "parentleg", "streamlayer", "widetls"),
+    *("addon", "dispatch", "drill", "flows", "gate", "intake", "logsetup", "messages", "modes", "opening"),
+    *("parentleg", "streamlayer", "widetls"),
 }
 LONGEST: Final = 400  # lines; past that a module has two jobs
 

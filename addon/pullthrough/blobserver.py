@@ -24,6 +24,7 @@ from aiohttp import web
 
 from pullthrough import platform
 from pullthrough.cachestatus import CACHE_NAME, CacheStatus, Outcome
+from pullthrough.connlimit import ConnectionLimits
 from pullthrough.door import Door
 from pullthrough.errors import CacheError, SettingsError
 from pullthrough.exchange import Answer, Request, failure
@@ -38,6 +39,8 @@ from pullthrough.settings import PREFIX, Direct, Endpoint, Settings
 _log = logging.getLogger(__name__)
 
 BACKLOG: Final = 1024
+AT_ONCE: Final = 32
+"""Connections that are accepted before any of them is looked at: each takes a descriptor."""
 IDLE_S: Final = 120.0
 """How long a connection may wait for a request: longer than Go keeps its end idle (net/http, 90 s)."""
 SHUTDOWN_S: Final = 0.5
@@ -106,15 +109,18 @@ class BlobServer:
                 return blob_origin(address, port) or None
         return None
 
-    async def open(self, registry: Registry, admits: Callable[[str], bool], requests: RequestLog) -> None:
+    async def open(
+        self, registry: Registry, admits: Callable[[str], bool], limits: ConnectionLimits, requests: RequestLog
+    ) -> None:
         """Serve from now on those whose address `admits`; `requests` is told of each answer."""
         self._requests = requests
         self._registry = registry
-        door = Door(self._handle, admits, access_log=None, keepalive_timeout=IDLE_S)
+        door = Door(self._handle, admits, limits, access_log=None, keepalive_timeout=IDLE_S)
         self._runner = web.ServerRunner(door, shutdown_timeout=SHUTDOWN_S)
         await self._runner.setup()
         for sock in self._sockets:
-            await web.SockSite(self._runner, sock, backlog=BACKLOG).start()
+            await web.SockSite(self._runner, sock, backlog=AT_ONCE).start()
+            sock.listen(BACKLOG)  # asyncio takes one number for both
         if self._enclosed and self._sockets:
             _log.info("direct mode: off in a container, unless %sadvertise says where clients reach it", PREFIX)
 
