@@ -14,7 +14,7 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options loopguard wording gcpause jsonlog termlog fleet addressing",
+    " conditional requestlog options loopguard wording gcpause jsonlog termlog webpage fleet addressing",
     "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning"
     " diagnosis breaker returns lease connlimit",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"

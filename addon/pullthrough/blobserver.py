@@ -35,6 +35,7 @@ from pullthrough.requestlog import RequestLog
 from pullthrough.route import parse_canonical_target
 from pullthrough.sender import Sending, send
 from pullthrough.settings import PREFIX, Direct, Endpoint, Settings
+from pullthrough.webpage import asks_for_page
 
 _log = logging.getLogger(__name__)
 
@@ -187,6 +188,10 @@ class BlobServer:
         host = self._blob_host if canonical else self._front.get(port, "")
         headers = {name.lower(): ", ".join(request.headers.getall(name)) for name in request.headers}
         asked = {name: value for name, value in headers.items() if name not in _SECRETS}
+        if asks_for_page(asked):
+            if canonical:
+                return Answer(403, CacheStatus(Outcome.BYPASS))
+            return _refusal(403, "models are not for pages in a browser; use Ollama, or curl")
         origin = blob_origin(address, port)
         answer = await self._registry.answer(
             Request(
