@@ -19,7 +19,7 @@ ROWS: Final = {
     " diagnosis breaker returns lease connlimit",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
-    " authorities clientsetup objectstore dialling",
+    " authorities clientsetup objectstore dialling clock",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
@@ -56,6 +56,7 @@ SIDEWAYS: Final = {
     "catalogue": {"traffic"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},
+    "looplag": {"clock"},
     "storefolder": {"platform"},
     "index": {"contents"},
     "ledger": {"contents", "index"},

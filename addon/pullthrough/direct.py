@@ -14,6 +14,7 @@ import time
 from typing import Final
 
 from pullthrough import capability
+from pullthrough.clock import lasting
 from pullthrough.digest import Digest
 from pullthrough.exchange import Request
 from pullthrough.loopguard import CDN_LOOP
@@ -74,7 +75,7 @@ class Director:
         route = parse_canonical_target(target)
         if route is None:
             return False
-        granted = capability.verify(route.query, route.digest, secret=self._store.secret, now=time.time())
+        granted = capability.verify(route.query, route.digest, secret=self._store.secret, now=lasting())
         return granted is not None
 
 

@@ -23,6 +23,7 @@ from mitmproxy.proxy.layers.http import HttpLayer
 from mitmproxy.proxy.layers.http._events import RequestData
 from mitmproxy.proxy.server import ConnectionHandler
 
+from pullthrough import platform
 from pullthrough.connlimit import ConnectionLimits, Slot
 
 _log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ HEAD_S: Final = 10.0
 """How long each of these may take: the first head, the TLS handshake behind it, a later head from its first byte."""
 IDLE_S: Final = 120.0
 """How long a connection may wait for a request: longer than Go keeps its end idle (net/http, 90 s)."""
+CROWD: Final = 256
+"""So many connections leave memory behind that is worth to be released, once most of them have gone."""
 LOOK_AGAIN_S: Final = 1.0
 """How often a held reader looks whether what it waits for has happened without a hook."""
 
@@ -122,6 +125,8 @@ class Intakes:
     def __init__(self) -> None:
         self._limits = ConnectionLimits(0)
         self._of_client: dict[str, Intake] = {}
+        self._most = 0
+        """Connections at once, since memory was last released."""
 
     def open(self, limits: ConnectionLimits) -> None:
         """From now on connections count towards these."""
@@ -167,11 +172,16 @@ class Intakes:
             _log.warning("refused client %s: too many connections of its address, or of all", client.peername[0])
             return
         streams.reader = self._of_client[client.id] = Intake(handler, slot)
+        self._most = max(self._most, len(self._limits))
 
     def client_disconnected(self, client: connection.Client) -> None:
         if (intake := self._of_client.pop(client.id, None)) is not None:
             intake.end()
             intake.slot.release()
+            left = len(self._limits)
+            if self._most >= CROWD and left <= self._most // 4:
+                self._most = left
+                platform.release_memory()
 
     def http_connect(self, flow: http.HTTPFlow) -> None:
         self._enter(flow.client_conn, Phase.HEAD)

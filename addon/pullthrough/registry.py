@@ -16,6 +16,7 @@ from pullthrough import capability, chunksums
 from pullthrough.ahead import Ahead
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.clock import lasting
 from pullthrough.conditional import Precondition, evaluate
 from pullthrough.datacheck import relayable
 from pullthrough.digest import Digest
@@ -223,7 +224,7 @@ class Registry:
         return origin + self._canonical_target(digest, size)
 
     def _canonical_target(self, digest: Digest, size: int) -> str:
-        granted = capability.Capability(digest, size, int(time.time()) + capability.LIFETIME_S)
+        granted = capability.Capability(digest, size, int(lasting()) + capability.LIFETIME_S)
         return f"{canonical_path(digest)}?{granted.to_query(self._store.secret)}"
 
     # --- chunk sums
@@ -276,7 +277,7 @@ class Registry:
 
     def _is_granted(self, route: CanonicalRoute) -> bool:
         """Whether the query is a capability of ours, or of our fleet's, which is good for what is public."""
-        now = time.time()
+        now = lasting()
         if capability.verify(route.query, route.digest, secret=self._store.secret, now=now) is not None:
             return True
         record = self._store.blob(route.digest)

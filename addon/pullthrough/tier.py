@@ -16,6 +16,7 @@ from typing import Final
 
 from pullthrough import fleet
 from pullthrough.breaker import Breaker
+from pullthrough.clock import lasting
 from pullthrough.datastream import Source
 from pullthrough.digest import Digest
 from pullthrough.errors import ForgedDocument, SettingsError, TierError
@@ -128,12 +129,12 @@ class Tier:
         if digest in self.there and digest not in self.suspects and self.address(digest) is None:
             with contextlib.suppress(TierError):  # counted and logged; then nobody is sent there
                 signed = await self.ask(self.objects.sign, fleet.blob_key(digest), lifetime_s=SIGNED_S)
-                self._addresses[digest] = signed, time.monotonic() + SIGNED_S / 2
+                self._addresses[digest] = signed, lasting() + SIGNED_S / 2
 
     def address(self, digest: Digest) -> str | None:
         """Where a client finds the blob for the next hours, None if that was not prepared."""
         address, until = self._addresses.get(digest, ("", 0.0))
-        usable = digest not in self.suspects and not self.is_open and time.monotonic() < until
+        usable = digest not in self.suspects and not self.is_open and lasting() < until
         return address if usable else None
 
     async def manifest(self, name: Name) -> ManifestRecord | None:

@@ -1,20 +1,27 @@
 """What clients may take at the proxy's port: bytes of a head, time, connections; and what an error of ours becomes."""
 
 import contextlib
+import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import MB, REGISTRY, add_model, canonical, to_registry, unique
+from pullthrough import platform
+from tests.e2e.conftest import MB, REGISTRY, add_model, canonical, get, to_cdn, to_registry, unique
 from tests.support.a2 import A2Client
 from tests.support.http1 import client_context
 from tests.support.origin import R2_HOST, Origin
 from tests.support.proxy import PROGRAM, Proxy, patched
 
+STOPPED_S = 20.0
+"""Longer than a connection may be silent, a control request may take, and a registry's answer is waited for."""
 CONNECT = f"CONNECT {REGISTRY}:443 HTTP/1.1\r\nHost: {REGISTRY}:443\r\n\r\n".encode()
 FLOOD = b"X" * 65536
 SHORT = "import pullthrough.intake\npullthrough.intake.HEAD_S = 0.5\npullthrough.intake.IDLE_S = 2.0"
@@ -196,6 +203,54 @@ def test_few_descriptors(start_proxy: Callable[..., Proxy], origin: Origin, tmp_
     assert not [line for line in proxy.output if "Too many open files" in line]
 
 
+def test_a_process_that_stood_still(start_proxy: Callable[..., Proxy], origin: Origin, tmp_path: Path) -> None:
+    """Stopped for longer than any silence may last, with a pull under way.
+
+    Nobody was silent meanwhile: nothing is fetched twice, no registry counts as down, and the client keeps what it has.
+    """
+    proxy = start_proxy()
+    blob = unique(24 * MB)
+    model = add_model(origin, blob)
+    origin.rate_total = 3 * MB
+    client = A2Client(proxy.url, proxy.ca_file, tmp_path / "client", min_part=4 * MB, max_part=8 * MB, stall_s=60.0)
+    with ThreadPoolExecutor(1) as pool:
+        pulling = pool.submit(client.pull, model.name)
+        while origin.counters.cdn_bytes_by_digest[model.layer] < 6 * MB:
+            assert not pulling.done(), pulling.result()
+            time.sleep(0.05)
+        os.kill(proxy.pid, signal.SIGSTOP)
+        time.sleep(STOPPED_S)
+        os.kill(proxy.pid, signal.SIGCONT)
+        report = pulling.result(60)
+    assert report.retries == 0, report
+    assert proxy.wait_for_line("the event loop was held up for")
+    recorded = proxy.wait_for_line(model.recorded)
+    assert "fetched 1.000 x" in recorded, recorded
+    assert origin.counters.cdn_bytes_by_digest[model.layer] <= 1.02 * blob.size
+    told = [line for line in proxy.output if "without a byte" in line or "upstream failed" in line]
+    assert not told, told
+
+
+@pytest.mark.parametrize("hours", [26, -26])
+def test_the_clock_is_set(start_proxy: Callable[..., Proxy], origin: Origin, tmp_path: Path, hours: int) -> None:
+    """An address that was handed out is good for as long as it said, whatever becomes of the machine's clock."""
+    offset = tmp_path / "offset"
+    offset.write_text("0")
+    patch = f"import time\nreal = time.time\ntime.time = lambda: real() + float(open({str(offset)!r}).read())"
+    proxy = start_proxy(program=patched(tmp_path, patch))
+    model = add_model(origin, unique(MB))
+    address = canonical(proxy, model)
+    for seconds in (0, hours * 3600):
+        offset.write_text(str(seconds))
+        with to_cdn(proxy) as connection:
+            assert get(connection, address)[0] == 200, seconds
+    with to_registry(proxy) as connection:
+        assert get(connection, model.manifest_target)[0] == 200
+        origin.stop()
+        assert get(connection, model.manifest_target)[0] == 200
+    origin.start()
+
+
 BROKEN: dict[str, tuple[str, int]] = {
     "the way": ("from pullthrough.flows import Flows\nFlows._check_way = RAISE", 502),
     "the names": ("from pullthrough.flows import Flows\nFlows._may_answer = RAISE", 502),
@@ -227,3 +282,62 @@ def test_an_error_of_ours(start_proxy: Callable[..., Proxy], origin: Origin, tmp
     assert status in statuses, statuses
     proxy.wait_for_line("RuntimeError: broken")
     assert not [line for line in proxy.output if "nothing was passed on" in line or "refused connection" in line]
+
+
+SILENT, STALLED, ENDLESS_HEADS = 5000, 300, 100
+
+
+@pytest.mark.long
+def test_a_crowd(start_proxy: Callable[..., Proxy], origin: Origin, tmp_path: Path) -> None:
+    """Hits go on at half their speed or better, and the memory comes back, whoever else is at the door."""
+    platform.allow_descriptors(4 * SILENT)
+    proxy = start_proxy()
+    blob = unique(256 * MB)
+    model = add_model(origin, blob)
+    address = canonical(proxy, model)
+    with to_cdn(proxy) as connection:
+        get(connection, address)
+    proxy.wait_for_line(model.recorded)
+
+    def hit_s() -> float:
+        began = time.monotonic()
+        with to_cdn(proxy) as connection:
+            response = connection.request("GET", address)
+            buffer = bytearray(1 << 20)
+            while response.readinto(buffer):
+                pass
+        return time.monotonic() - began
+
+    quiet_s = min(hit_s() for _ in range(3))
+    before = proxy.rss_mib()
+    stop = threading.Event()
+
+    def send_heads(number: int) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(OSError), closing(dial(proxy, f"127.0.3.{number % 200 + 1}")) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\nX: ")
+                while not stop.is_set():
+                    sock.sendall(b"X" * 1000)
+                    stop.wait(0.1)
+
+    with contextlib.ExitStack() as stack:
+        for number in range(SILENT):
+            stack.enter_context(closing(dial(proxy, f"127.0.1.{number % 200 + 1}")))
+        for number in range(STALLED):
+            sock = stack.enter_context(closing(dial(proxy, f"127.0.2.{number % 200 + 1}")))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.sendall(f"GET http://{R2_HOST}{address} HTTP/1.1\r\nHost: {R2_HOST}\r\n\r\n".encode())
+        pool = stack.enter_context(ThreadPoolExecutor(ENDLESS_HEADS))
+        heads = [pool.submit(send_heads, number) for number in range(ENDLESS_HEADS)]
+        crowded_s = min(hit_s() for _ in range(3))
+        peak = proxy.rss_mib()
+        stop.set()
+        for head in heads:
+            head.result()
+    print(f"hit: {quiet_s:.2f} s alone, {crowded_s:.2f} s in the crowd; RSS {before:.0f} -> {peak:.0f} MiB", end="")
+    assert crowded_s < 2 * quiet_s, (quiet_s, crowded_s)
+    deadline = time.monotonic() + 30
+    while (after := proxy.rss_mib()) > before + 60 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    print(f" -> {after:.0f} MiB")
+    assert after < before + 60, (before, peak, after)
