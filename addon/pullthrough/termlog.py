@@ -35,30 +35,29 @@ class PlainText(logging.Formatter):
 class Sparing(logging.Filter):
     """Leaves out warnings and errors of a kind that come too often, and says how many when the next one is let through.
 
-    A kind is a logger and a message before its arguments are filled in.
+    A kind is a line of somebody's source: mitmproxy fills messages in before they are logged.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock` tells monotonic seconds."""
         super().__init__()
         self._clock = clock
-        self._kinds: dict[tuple[str, object], tuple[float, int]] = {}
+        self._kinds: dict[tuple[str, int], tuple[float, int]] = {}
         """When the window of a kind began, and how many came in it."""
 
     def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
         if record.levelno < logging.WARNING:
             return True
-        kind, now = (record.name, record.msg), self._clock()
+        kind, now = (record.pathname, record.lineno), self._clock()
         began, count = self._kinds.get(kind, (now, 0))
-        if now - began >= WINDOW_S:
-            self._kinds = {other: entry for other, entry in self._kinds.items() if now - entry[0] < WINDOW_S}
-            self._kinds[kind] = now, 1
-            if (left_out := count - PER_WINDOW) > 0:
-                record = copy(record)
-                record.msg, record.args = f"{record.getMessage()} ({left_out} more like it were left out)", None
-            return record
-        self._kinds[kind] = began, count + 1
-        return count < PER_WINDOW
+        if now - began < WINDOW_S:
+            self._kinds[kind] = began, count + 1
+            return count < PER_WINDOW
+        self._kinds[kind] = now, 1
+        if (left_out := count - PER_WINDOW) > 0:
+            record = copy(record)
+            record.msg, record.args = f"{record.getMessage()} ({left_out} more like it were left out)", None
+        return record
 
 
 def escape(text: str) -> str:
