@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+from cryptography import x509
+
 from tests.e2e.test_bounds import flood
+from tests.e2e.test_gate import handshake
 from tests.support.origin import REGISTRY_HOST
-from tests.support.world import CACHE, CLIENT, OTHER, Missing, World, play
+from tests.support.world import CACHE, CDN, CLIENT, OTHER, Missing, World, play
 
 PORT = 8088
 PROXY = f"regular@0.0.0.0:{PORT}"
@@ -44,6 +47,19 @@ def is_admitted(source: str, cache: str = CACHE) -> bool:
     sock, said = connected(f"{REGISTRY_HOST}:443", source, cache)
     sock.close()
     return said.startswith(b"HTTP/1.1 200")
+
+
+def unread(world: World) -> None:
+    with world.cache(PROXY, hosts={"other.example": CDN}) as proxy:
+        sock, said = connected("other.example:443")
+        assert said.startswith(b"HTTP/1.1 200")
+        theirs = x509.load_pem_x509_certificate(world.origin.ca_file.read_bytes())
+        assert handshake(sock, "localhost").issuer == theirs.subject, proxy.dump()
+
+
+def test_other_hosts_are_tunnelled_unread(tmp_path: Path) -> None:
+    """A host that is not ours shows its own certificate through the proxy: nothing was decrypted."""
+    play(unread, tmp_path)
 
 
 def networks(world: World) -> None:
