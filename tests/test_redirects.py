@@ -227,6 +227,18 @@ def test_a_second_registry_is_recognised() -> None:
     run(scenario)
 
 
+def test_an_address_of_a_second_registry_without_a_token() -> None:
+    """It could not be told from any other request there."""
+
+    async def scenario() -> None:
+        scene = Scene(registries="hf.co,huggingface.co", front="")
+        scene.grants.says = lambda _: f"https://huggingface.co/v2/a/b/blobs/{A}"
+        assert await scene.redirects.location(request(host="hf.co"), BlobRoute("a/b", A), held=True) is None
+        assert scene.recorded == [A]
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("error", [UpstreamUnreachable("gone"), UpstreamTimeout("late"), Offline("offline")])
 def test_the_registry_is_away(error: UpstreamError) -> None:
     """A remembered address with little left, else ours where the bytes are known, else the error."""

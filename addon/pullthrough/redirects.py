@@ -208,7 +208,10 @@ class Redirects:
         if there.scheme != "https" or there.port != 443 or host == registry:
             return False
         # Without a signature of the object store's it is another cache's own, which the real blob host would refuse.
-        return expires is not None if host == self._settings.blob_host else host in self._settings.intercepted
+        if host == self._settings.blob_host:
+            return expires is not None
+        # What has no query is asked for like any address of that registry.
+        return host in self._settings.intercepted and bool(there.raw_query_string)
 
     def _warn(self, registry: str, location: str) -> None:
         host = URL(location, encoded=True).host or ""
