@@ -110,6 +110,16 @@ def test_the_host_counts(host: str) -> None:
     assert addresses.recognise(host, TARGET, now=NOW) is None
 
 
+@pytest.mark.parametrize("tail", ["é漢", "\udcff", "#", "%zz", " ", "?", ""])
+def test_odd_targets(tail: str) -> None:
+    """Whatever a client asks for, and a registry hands out: recognised if it is that, and no failure if not."""
+    addresses = made()
+    for target in (f"/x?{tail}", f":x?{tail}", f"@x?{tail}"):
+        assert addresses.recognise(HOST, target, now=NOW) is None
+    addresses.add(A, f"{ADDRESS}{tail}", expires=NOW + DAY, public=True, obtain=obtain, now=NOW)
+    assert addresses.recognise(HOST, f"{TARGET}{tail}", now=NOW) is not None
+
+
 @pytest.mark.parametrize("address", [f"https://{HOST}:443{TARGET}", f"https://R2.Example{TARGET}"])
 def test_spellings_of_the_authority(address: str) -> None:
     """A client asks the server that the address names, however it is spelt."""

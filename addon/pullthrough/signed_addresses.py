@@ -86,9 +86,9 @@ class SignedAddresses:
             return None
         try:
             address = URL(f"https://{host}{target}", encoded=True)
+            key = self._key(address)
         except ValueError:
             return None
-        key = self._key(address)
         digest, expires = self._ledger.addresses.get(key, (None, 0.0))
         if digest is None or (now >= expires and (now >= expires + GRACE_S or not self._is_public(digest))):
             return None
@@ -96,8 +96,8 @@ class SignedAddresses:
 
     def _key(self, address: URL) -> str:
         """Return the HMAC of host and target: what of an address reaches the server that it names."""
-        message = f"signed address {(address.host or '').lower()}{address.raw_path_qs}".encode()
-        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()
+        message = f"signed address {(address.host or '').lower()}{address.raw_path_qs}"
+        return hmac.new(self._secret, message.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
 
     def _forget(self, now: float) -> None:
         """Forget what has expired, and the oldest beyond the limit."""
