@@ -176,7 +176,8 @@ class Redirects:
         if location is not None and self._is_foreign(location):
             self._warn(request.host, location)
             return location
-        expires = presigned.expiry(location) if location is not None else None
+        now = lasting()
+        expires = presigned.expiry(location, now=now) if location is not None else None
         is_recognisable = location is not None and self._is_recognisable(request.host, location, expires)
         if not is_recognisable and not ahead:
             await self._record(pair.digest, grant)
@@ -185,7 +186,6 @@ class Redirects:
             grant.stream.close()
         if location is None or not is_recognisable:
             return None
-        now = lasting()
         until = expires if expires is not None else now + UNDATED_S
         self._addresses.add(pair.digest, location, expires=until, public=grant.public, obtain=grant.again, now=now)
         return location
