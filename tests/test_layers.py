@@ -42,6 +42,7 @@ SIDEWAYS: Final = {
     "addressing": {"settings"},
     "options": {"addressing", "errors", "settings"},
     "requestlog": {"cachestatus"},
+    "jsonlog": {"termlog"},
     "records": {"digest", "errors"},
     "fleet": {"digest", "errors", "records"},
     "datacheck": {"byterange", "errors"},
