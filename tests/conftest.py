@@ -47,8 +47,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in reports:
         for name, value in report.user_properties:
             if name == "matrix":
-                client, state = value
-                cells.setdefault(client, {})[state] = "ok" if report.passed else report.outcome
+                client, state, word = value
+                cells.setdefault(client, {})[state] = word if report.passed else report.outcome
             if name == "fault":
                 trouble, situation, ratio = value
                 ratios.setdefault(trouble, {})[situation] = f"{ratio:.3f}" + ("" if report.passed else " failed")

@@ -26,16 +26,23 @@ MODELS: Final = {
     "unknown": "of no repository",
 }
 
-MANIFEST: Final = ("GET manifest", "HEAD manifest", "GET manifest by digest")
+MANIFEST: Final = ("GET manifest", "HEAD manifest", "GET manifest by digest", "GET list", "HEAD list")
 AS_BLOB: Final = ("GET manifest as a blob",)
-HEAD: Final = ("HEAD blob", "HEAD blob as a push")
-GET: Final = ("GET blob",)
+HEAD: Final = ("HEAD blob", "HEAD blob as a push", "HEAD child", "HEAD child's layer")
+GET: Final = ("GET blob", "GET child", "GET child's layer")
+"""A child is a manifest that a list refers to, and a blob."""
+NEW_GET: Final = ("GET blob by a new client",)
+"""One that may fetch past this proxy, and is sent to the registry's own address."""
 CHUNKSUMS: Final = ("GET chunksums",)
-LISTED: Final = ("GET blob of a stranger who lists it",)
+LISTED: Final = (
+    "GET blob of a stranger who lists it",
+    "GET child of a stranger who lists it",
+    "GET child's layer of a stranger who lists the child",
+)
 CAPABLE: Final = ("canonical, valid capability",)
 INCAPABLE: Final = ("canonical, another blob's capability", "canonical, expired capability")
 BARE: Final = ("canonical, no capability",)
-REQUESTS: Final = (*MANIFEST, *AS_BLOB, *HEAD, *GET, *CHUNKSUMS, *LISTED, *CAPABLE, *INCAPABLE, *BARE)
+REQUESTS: Final = (*MANIFEST, *AS_BLOB, *HEAD, *GET, *NEW_GET, *CHUNKSUMS, *LISTED, *CAPABLE, *INCAPABLE, *BARE)
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,8 @@ ROWS: Final = (
     # Public: everybody, whatever credential comes along; and from the store while the registry is away.
     Row(PUBLIC, MANIFEST + HEAD + CHUNKSUMS, STATES, ON, _all(200)),
     Row(PUBLIC, MANIFEST + HEAD + CHUNKSUMS, HERE, OFF, _all(200)),
-    Row(PUBLIC, GET, STATES, ON, _all(307)),
-    Row(PUBLIC, GET, HERE, OFF, _all(307)),
+    Row(PUBLIC, GET + NEW_GET, STATES, ON, _all(307)),
+    Row(PUBLIC, GET + NEW_GET, HERE, OFF, _all(307)),
     Row(PUBLIC, AS_BLOB, COLD, ON, _all(307)),
     Row(PUBLIC, AS_BLOB, HERE, LINES, _all(200)),
     # A listing is no proof, but what is public is not hidden from who lists it.
@@ -91,13 +98,15 @@ ROWS: Final = (
     Row(PUBLIC, LISTED, HERE, LINES, _all(307)),
     # Private: the registry is asked about every caller each time; its yes to a GET counts for a minute.
     Row(PRIVATE, MANIFEST + HEAD + CHUNKSUMS, STATES, ON, (401, 200, 401, 401)),
-    Row(PRIVATE, GET + AS_BLOB, COLD + HELD, ON, (401, 307, 401, 401)),
+    Row(PRIVATE, GET + NEW_GET + AS_BLOB, COLD + HELD, ON, (401, 307, 401, 401)),
     Row(PRIVATE, GET + AS_BLOB, RECENT, ON, (401, 307, 401, 307)),
+    # Each address of a private blob is obtained anew.
+    Row(PRIVATE, NEW_GET, RECENT, ON, (401, 307, 401, 401)),
     # Without the registry there is nobody to ask: that minute is all.
     Row(PRIVATE, MANIFEST, HERE, OFF, _all(504)),
-    Row(PRIVATE, HEAD + GET + AS_BLOB + CHUNKSUMS, HELD, OFF, _all(502)),
+    Row(PRIVATE, HEAD + GET + NEW_GET + AS_BLOB + CHUNKSUMS, HELD, OFF, _all(502)),
     Row(PRIVATE, HEAD + CHUNKSUMS, RECENT, OFF, (502, 200, 502, 200)),
-    Row(PRIVATE, GET + AS_BLOB, RECENT, OFF, (502, 307, 502, 307)),
+    Row(PRIVATE, GET + NEW_GET + AS_BLOB, RECENT, OFF, (502, 307, 502, 307)),
     # A stranger's manifest that lists a private blob opens nothing, to nobody; a repository that has it does.
     Row(("private", "turned"), LISTED, STATES, ON, _all(404)),
     Row(("private", "turned"), LISTED, HERE, OFF, _all(502)),
@@ -115,8 +124,8 @@ ROWS: Final = (
     Row(KNOWN, BARE, HERE, OFF, _all(502)),
     # Cold and away, or nowhere at all.
     Row(EVERY, MANIFEST, COLD, OFF, _all(504)),
-    Row(EVERY, AS_BLOB + HEAD + GET + CHUNKSUMS + LISTED, COLD, OFF, _all(502)),
-    Row(UNKNOWN, MANIFEST + AS_BLOB + HEAD + GET + CHUNKSUMS + LISTED, COLD, ON, _all(404)),
+    Row(EVERY, AS_BLOB + HEAD + GET + NEW_GET + CHUNKSUMS + LISTED, COLD, OFF, _all(502)),
+    Row(UNKNOWN, MANIFEST + AS_BLOB + HEAD + GET + NEW_GET + CHUNKSUMS + LISTED, COLD, ON, _all(404)),
 )
 
 
@@ -147,7 +156,7 @@ _COLUMNS: Final = {
 _LINES: Final = {
     "manifest, by tag or digest": MANIFEST,
     "HEAD of a blob, chunk sums": HEAD + CHUNKSUMS,
-    "blob": GET,
+    "blob": GET + NEW_GET,
     "blob, of another repository whose manifest lists it": LISTED,
     "the address that the cache redirected somebody to, for 24 h": CAPABLE,
     "that address after 24 h, altered, or for another blob": INCAPABLE,

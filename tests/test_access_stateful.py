@@ -8,6 +8,7 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Mapping
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from pullthrough.datastream import Source
 from pullthrough.digest import Digest
 from pullthrough.errors import UpstreamRefused, UpstreamUnreachable
 from pullthrough.exchange import Request
+from pullthrough.manifestjson import LIST_TYPE, accept_of
 from pullthrough.options import parse_settings
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
@@ -35,7 +37,13 @@ from pullthrough.upstream import Response, Upstream
 
 HOST = "registry.ollama.ai"
 REPOSITORIES = ("owner/one", "owner/two", "stranger/three")
-DIGESTS = tuple(Digest(letter * 64) for letter in "abc")
+LAYERS = tuple(Digest(letter * 64) for letter in "abc")
+CHILD = b'{"layers": [{"digest": "%s", "size": 1}, {"digest": "%s", "size": 1}]}' % (
+    LAYERS[0].encode(),
+    LAYERS[1].encode(),
+)
+"""A manifest that lists refer to, whose bytes are here from the beginning."""
+DIGESTS = (*LAYERS, Digest(sha256(CHILD).hexdigest()))
 CALLERS = (None, "Bearer good", "Bearer other")
 NOTHING = b'{"layers": []}'
 REQUESTS = ("GET blobs", "HEAD blobs", "GET chunksums", "GET manifests", "HEAD manifests")
@@ -54,18 +62,20 @@ class Upstreams:
         """The status for those who may not: 0 where all may."""
         self.accepted = {"Bearer good"}
         self.members: dict[str, set[Digest]] = {name: set() for name in REPOSITORIES}
-        self.manifests: dict[str, bytes] = {}
+        self.manifests: dict[tuple[str, bool], bytes] = {}
+        """By repository, and whether the client takes lists."""
 
         self.proofs: set[tuple[str, Digest]] = set()
         """Anonymous requests for the bytes that upstream has granted, without those of repositories refused since."""
-        self.kept: dict[str, bytes] = {}
+        self.kept: dict[tuple[str, bool], bytes] = {}
         """The manifests that an anonymous request got last."""
         self.vouched: dict[tuple[str, str, Digest], float] = {}
 
     def knows(self, caller: str | None, repository: str, digest: Digest) -> bool:
         """The cache may give the blob unasked."""
         proven = any(digest == other for _, other in self.proofs)
-        listed = (repository, digest) in self.proofs or digest in _listed(self.kept.get(repository, NOTHING))
+        kept = (self.kept.get((repository, takes_lists), NOTHING) for takes_lists in (False, True))
+        listed = (repository, digest) in self.proofs or any(digest in _listed(body) for body in kept)
         vouched = caller is not None and self.vouched.get((caller, repository, digest), 0) > self.now
         return vouched or (proven and listed)
 
@@ -84,7 +94,8 @@ class Upstreams:
 
     def _close(self, repository: str) -> None:
         self.proofs = {(name, digest) for name, digest in self.proofs if name != repository}
-        self.kept.pop(repository, None)
+        for takes_lists in (False, True):
+            self.kept.pop((repository, takes_lists), None)
 
     def _give(self, caller: str | None, repository: str, digest: Digest) -> None:
         if caller is None:
@@ -105,11 +116,12 @@ class Upstreams:
         if status:
             return Response(status, CIMultiDict(), b"")
         if kind == "manifests":
-            body = self.manifests.get(repository)
+            key = repository, LIST_TYPE in headers["Accept"]
+            body = self.manifests.get(key)
             if body is None:
                 return Response(404, CIMultiDict(), b"")
             if caller is None:
-                self.kept[repository] = body
+                self.kept[key] = body
             else:
                 self._close(repository)
             return Response(200, CIMultiDict(), body)
@@ -166,7 +178,10 @@ class Recordings:
 
 
 def _listed(body: bytes) -> set[Digest]:
-    return {Digest.parse(layer["digest"]) for layer in json.loads(body)["layers"]}
+    document = json.loads(body)
+    if "manifests" in document:
+        return {DIGESTS[-1]} | _listed(CHILD) if document["manifests"] else set()
+    return {Digest.parse(layer["digest"]) for layer in document["layers"]}
 
 
 class Access(RuleBasedStateMachine):
@@ -183,6 +198,12 @@ class Access(RuleBasedStateMachine):
             each.start()
         self._numbers = iter(range(10_000))
         self._open()
+        ingest = self.store.ingest(DIGESTS[-1])
+        ingest.begin(len(CHILD))
+        ingest.write_at(0, CHILD)
+        ingest.close()
+        self.store.publish(DIGESTS[-1], self.store.place(DIGESTS[-1], ingest.partial_path), now=1.0)
+        ingest.forget()
 
     def _open(self) -> None:
         self.store = Store.open(Path(self._folder.name) / "store")
@@ -196,9 +217,11 @@ class Access(RuleBasedStateMachine):
         for each in self._patches:
             each.stop()
 
-    async def _ask(self, request: str, caller: str | None, repository: str, reference: object) -> int:
+    async def _ask(
+        self, request: str, caller: str | None, repository: str, reference: object, *, takes_lists: bool = False
+    ) -> int:
         method, _, kind = request.partition(" ")
-        headers = {"authorization": caller} if caller else {}
+        headers = {"accept": accept_of(takes_lists=takes_lists)} | ({"authorization": caller} if caller else {})
         target = f"/v2/{repository}/{kind}/{reference}"
         answer = await self.core.answer(Request(method, "https", HOST, target, headers))
         assert answer is not None
@@ -209,7 +232,15 @@ class Access(RuleBasedStateMachine):
         """A tag moves; what it lists the repository may have or not."""
         self.upstream.members[repository] |= members
         layers = [{"digest": str(digest), "size": 1} for digest in listed]
-        self.upstream.manifests[repository] = json.dumps({"layers": layers, "number": next(self._numbers)}).encode()
+        body = json.dumps({"layers": layers, "number": next(self._numbers)}).encode()
+        self.upstream.manifests[repository, False] = body
+
+    @rule(repository=repositories, has_child=st.booleans())
+    def publish_list(self, repository: str, has_child: bool) -> None:
+        """A tag becomes a list, which may refer to a child; the repository may have that or not."""
+        children = [{"digest": str(DIGESTS[-1])}] if has_child else []
+        document = {"mediaType": LIST_TYPE, "manifests": children, "number": next(self._numbers)}
+        self.upstream.manifests[repository, True] = json.dumps(document).encode()
 
     @rule(repository=repositories, status=st.sampled_from([0, 401, 403, 404]))
     def turn(self, repository: str, status: int) -> None:
@@ -236,11 +267,12 @@ class Access(RuleBasedStateMachine):
         caller=st.sampled_from(CALLERS),
         repository=repositories,
         digest=digests,
+        takes_lists=st.booleans(),
     )
-    def ask(self, request: str, caller: str | None, repository: str, digest: Digest) -> None:
+    def ask(self, request: str, caller: str | None, repository: str, digest: Digest, takes_lists: bool) -> None:
         """What upstream would give is given; what it would not is given only if it is known."""
         if request.endswith("manifests"):
-            self._runner.run(self._ask(request, caller, repository, "latest"))
+            self._runner.run(self._ask(request, caller, repository, "latest", takes_lists=takes_lists))
             return
         knows = self.upstream.knows(caller, repository, digest)
         grants = self.upstream.grants(caller, repository, digest)
@@ -259,8 +291,10 @@ class Access(RuleBasedStateMachine):
             for request, digest in product(REQUESTS[:3], DIGESTS):
                 given = await self._ask(request, caller, repository, digest) < 400
                 assert given == self.upstream.knows(caller, repository, digest), (request, caller, repository, digest)
-            given = await self._ask("GET manifests", caller, repository, "latest") < 400
-            assert given == (repository in self.upstream.kept), (caller, repository)
+            plain, lists = ((repository, takes_lists) in self.upstream.kept for takes_lists in (False, True))
+            for takes_lists, expected in ((False, plain), (True, plain or lists)):
+                given = await self._ask("GET manifests", caller, repository, "latest", takes_lists=takes_lists) < 400
+                assert given == expected, (caller, repository, takes_lists)
 
 
 TestAccess = Access.TestCase

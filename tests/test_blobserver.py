@@ -61,7 +61,6 @@ def server(**texts: str) -> Iterator[BlobServer]:
     ("texts", "expected"),
     [
         ({}, [None, "http://127.0.0.1:{port}", None, None]),
-        ({"direct": "off"}, [None, None, None, None]),
         ({"listen": "off"}, [None, None, None, None]),
         ({"listen": "0.0.0.0:{port}"}, ["http://10.0.0.1:{port}", "http://127.0.0.1:{port}", None, None]),
         ({"advertise": "cache.lan"}, ["http://cache.lan:{port}"] * 4),
@@ -69,23 +68,18 @@ def server(**texts: str) -> Iterator[BlobServer]:
     ],
 )
 @pytest.mark.parametrize("contained", [False, True])
-def test_origin(
+def test_address_for_other_caches(
     monkeypatch: pytest.MonkeyPatch, texts: dict[str, str], expected: list[str | None], contained: bool
 ) -> None:
-    """Where a client is sent on to, by the address that it has reached; in a container only where that was said."""
+    """Where other caches find this one, by the address that they have reached; in a container only if advertised."""
     monkeypatch.setattr(platform, "in_container", lambda: contained)
     port = free_port()
     asked = {"listen": f"127.0.0.1:{port}", "front": ""} | {k: v.format(port=port) for k, v in texts.items()}
     wanted = [None if contained and "advertise" not in texts else text and text.format(port=port) for text in expected]
     with server(**asked) as made:
-        assert [made.origin(address) for address in ("10.0.0.1", "127.0.0.1", "2001:db8::1", "fe80::1%2")] == wanted
-
-
-def test_origin_is_not_tried_but_taken_at_its_word() -> None:
-    """With `direct=on` a container, which may share its host's network, is no matter."""
-    port = free_port()
-    with server(listen=f"127.0.0.1:{port}", front="", direct="on") as made:
-        assert made.origin("127.0.0.1") == f"http://127.0.0.1:{port}"
+        assert [
+            made.address_for(address) for address in ("10.0.0.1", "127.0.0.1", "2001:db8::1", "fe80::1%2")
+        ] == wanted
 
 
 def test_listens_at_every_door() -> None:

@@ -33,6 +33,15 @@ def test_every_character_counts(index: int, character: str) -> None:
     assert verify(altered, DIGEST, secret=SECRET, now=0) == expected
 
 
+def test_offload_is_signed() -> None:
+    """Whether a holder may be sent elsewhere is no matter of the holder's."""
+    granted = Capability(DIGEST, 1234, 1000, offload=True)
+    query = granted.to_query(SECRET)
+    assert verify(query, DIGEST, secret=SECRET, now=0) == granted
+    assert verify(query.replace("&offload=1", ""), DIGEST, secret=SECRET, now=0) is None
+    assert verify(QUERY.replace("&access", "&offload=1&access"), DIGEST, secret=SECRET, now=0) is None
+
+
 def test_longer_life_cannot_be_claimed() -> None:
     """The expiry is signed."""
     assert verify(QUERY.replace("expires=1000", "expires=9000"), DIGEST, secret=SECRET, now=0) is None

@@ -9,6 +9,7 @@ import pytest
 from pullthrough.catalogue import View, detail, find, listing, statistics
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, NoSuchModel
+from pullthrough.manifestjson import LIST_TYPE
 from pullthrough.pruning import Plan, plan_prune, plan_removal
 from pullthrough.records import BlobRecord, ManifestRecord, Name
 from pullthrough.traffic import DAY_S, Totals, Traffic
@@ -152,3 +153,130 @@ def test_times(seconds: float | None, text: str) -> None:
 def test_columns() -> None:
     """Aligned, and without blanks at the end."""
     assert columns([("A", "B"), ("long", "")]) == ["A       B", "long"]
+
+
+# --- both representations, lists and their children
+
+
+def body_of(*parts: str, runner: str = "") -> bytes:
+    layers = [{"mediaType": "x", "digest": str(digest(part)), "size": 10} for part in parts]
+    return json.dumps({"layers": layers, **({"runner": runner} if runner else {})}).encode()
+
+
+def list_of(*children: bytes | dict[str, object], pulled: float = 0.0, confirmed: float = 0.0) -> ManifestRecord:
+    """A list of references, or of what is given."""
+    entries = [
+        {"digest": f"sha256:{sha256(child).hexdigest()}", "runner": json.loads(child).get("runner"), "format": "gguf"}
+        if isinstance(child, bytes)
+        else child
+        for child in children
+    ]
+    document = {"mediaType": LIST_TYPE, "manifests": entries}
+    record = ManifestRecord.parse(json.dumps(document).encode(), "text/plain", now=confirmed)
+    assert record is not None
+    return record._replace(pulled=pulled)
+
+
+def child_of(body: bytes) -> tuple[Digest, ManifestRecord]:
+    record = ManifestRecord.parse(body, "", now=0.0)
+    assert record is not None
+    return Digest(record.digest), record
+
+
+FIRST, SECOND = child_of(body_of("a", "both", runner="llamacpp")), child_of(body_of("b", "both", runner="ggml"))
+LIST = list_of(FIRST[1].body, SECOND[1].body, pulled=7.0, confirmed=3.0)
+PLAIN = manifest("a", "both", pulled=5.0, confirmed=4.0)
+
+
+def view_of(plain: ManifestRecord | None, lists: ManifestRecord, *here: str, known: int = 1) -> View:
+    """A model of both representations; `known` children are here, as blobs too."""
+    children = dict((FIRST, SECOND)[:known])
+    for record in children.values():
+        lists = lists.grown(record)
+    blobs = held(*here) | {each: BlobRecord(len(record.body), held=True) for each, record in children.items()}
+    manifests = {A.twin: lists} | ({A: plain} if plain is not None else {})
+    return View(manifests, blobs, ("a*",), {}, children)
+
+
+def test_two_representations_are_one_row() -> None:
+    """Pulled when either was; the size is what both need, each blob once; the digest is the older clients'."""
+    (row,) = listing(view_of(PLAIN, LIST, "a", "both"))
+    assert (row["name"], row["digest"], row["pulled"], row["pinned"]) == (
+        "a:latest",
+        f"sha256:{PLAIN.digest}",
+        7.0,
+        True,
+    )
+    assert (row["size"], row["held"]) == (20 + len(FIRST[1].body), "complete")
+    assert find("a", [A.twin, A]) == A
+    view = view_of(PLAIN._replace(denied=True), LIST._replace(denied=True), "a", "both")
+    assert [row["visibility"] for row in listing(view)] == ["private"]
+    # Upstream has granted the list again.
+    view = view_of(PLAIN._replace(denied=True), LIST, "a", "both")
+    assert [(row["visibility"], row["digest"]) for row in listing(view)] == [("public", f"sha256:{LIST.digest}")]
+
+
+@pytest.mark.parametrize(
+    ("here", "known", "expected"),
+    [
+        pytest.param(("a", "both"), 1, "complete", id="one child of two, whole"),
+        pytest.param(("a",), 1, "partial", id="one child of two, in part"),
+        pytest.param(("a", "both"), 2, "partial", id="both children, one in part"),
+        pytest.param(("a", "both", "b"), 2, "complete", id="both children, whole"),
+        pytest.param(("a", "both", "b"), 0, "partial", id="layers without a child"),
+    ],
+)
+def test_what_of_a_list_is_held(here: tuple[str, ...], known: int, expected: str) -> None:
+    """A child that nobody has asked for is not missed; one that is known is, with all its layers."""
+    (row,) = listing(view_of(None, LIST, *here, known=known))
+    assert row["held"] == expected
+
+
+def test_a_child_that_is_the_plain_manifest() -> None:
+    """Its bytes are here, though no blob has been asked for."""
+    lists = list_of(PLAIN.body).grown(PLAIN)
+    view = View({A: PLAIN, A.twin: lists}, held("a", "both"), (), {}, {Digest(PLAIN.digest): PLAIN})
+    (row,) = listing(view)
+    assert row["held"] == "complete"
+    assert [child["held"] for child in detail(view, "a")["children"]] == [True]
+
+
+def test_children_in_detail() -> None:
+    """With their layers as far as they are known; those in place always are."""
+    place = {"runner": "MLX", "layers": json.loads(body_of("c"))["layers"]}
+    lists = list_of(FIRST[1].body, SECOND[1].body, place)
+    found = detail(view_of(PLAIN, lists, "a", "c"), "a")
+    assert [each["digest"] for each in found["layers"]] == [digest("a"), digest("both")]
+    assert found["list"] == f"sha256:{lists.digest}"
+    assert [(each["runner"], each["format"], each["digest"], each["held"]) for each in found["children"]] == [
+        ("llamacpp", "gguf", FIRST[0], True),
+        ("ggml", "gguf", SECOND[0], False),
+        ("mlx", "", None, True),
+    ]
+    assert [[(layer["digest"], layer["held"]) for layer in each["layers"]] for each in found["children"]] == [
+        [(digest("a"), True), (digest("both"), False)],
+        [],
+        [(digest("c"), True)],
+    ]
+    assert found["confirmed"] == 4.0
+    assert detail(View({A: PLAIN}, {}, (), {}), "a")["children"] == []
+
+
+def test_sums_count_a_model_once() -> None:
+    """What both representations list is not stored twice by any other cache either."""
+    sums = statistics(view_of(PLAIN, LIST, "a", "both"))
+    assert (sums["models"], sums["deduplicated_bytes"]) == (1, 0)
+
+
+def test_both_representations_go_together() -> None:
+    """With the children's layers; what another model lists stays."""
+    view = view_of(PLAIN, LIST, "a", "both", "b", known=2)
+    manifests = {**view.manifests, B: manifest("both")}
+    plan = plan_removal(manifests, view.blobs, [A], busy=())
+    assert plan.names == (A,)
+    assert set(plan.blobs) == {digest("a"), digest("b"), FIRST[0], SECOND[0]}
+    for oldest, names in ((6.0, ()), (7.0, (A,))):
+        plan = plan_prune(view.manifests, view.blobs, {}, oldest=oldest, every=True, pins=(), busy=())
+        assert plan.names == names
+    assert plan_prune(view.manifests, view.blobs, {}, oldest=9, every=True, pins=(), busy=[digest("b")]) == Plan()
+    assert plan_prune(view.manifests, view.blobs, {}, oldest=9, every=True, pins=("a*",), busy=()) == Plan()

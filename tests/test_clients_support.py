@@ -1,11 +1,15 @@
 """The emulated clients of the other generations straight against the fake origin, without the product."""
 
+import contextlib
 import functools
 import hashlib
 import ipaddress
+import json
+import socket
+import socketserver
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +19,7 @@ import pytest
 from tests.support import goclient
 from tests.support.a2 import A2Client
 from tests.support.client2 import Client2
+from tests.support.connectproxy import ConnectProxy
 from tests.support.goclient import (
     Aborted,
     Crashed,
@@ -29,9 +34,15 @@ from tests.support.goclient import (
     same_family,
     same_host,
 )
+from tests.support.http1 import client_context
 from tests.support.legacy import A0Client, A1Client
+from tests.support.modern import ModernClient
 from tests.support.origin import (
     GOOD_TOKEN,
+    LIST_TYPE,
+    MANIFEST_TYPE,
+    MODEL_TYPE,
+    PUBLIC_ADDRESSES,
     R2_HOST,
     REGISTRY_HOST,
     Fault,
@@ -40,14 +51,16 @@ from tests.support.origin import (
     Request,
     Synthetic,
 )
-from tests.support.transfer import TENSOR_TYPE, TransferClient, is_public
+from tests.support.readers import HeadReader, StrictReader
+from tests.support.redirects import Redirects, is_public
+from tests.support.transfer import TENSOR_TYPE, TransferClient
 
 CONFIG = b'{"model_format":"safetensors"}'
 MODEL = "library/tiny:latest"
 WEIGHTS = Synthetic(200_003, seed=1)
 SMALL = Synthetic(30_000, seed=2)
 NOTHING = hashlib.sha256().hexdigest()
-PUBLIC = {R2_HOST: ["172.64.66.1", "2606:4700::1"], REGISTRY_HOST: ["104.21.75.227"]}
+PUBLIC = PUBLIC_ADDRESSES
 
 Make = Callable[..., PullClient]
 
@@ -55,9 +68,9 @@ Make = Callable[..., PullClient]
 def scaled(kind: type[PullClient], **scale: Any) -> Make:
     """A client whose thresholds suit 200 kB."""
 
-    def make(origin: Origin, directory: Path, **changes: Any) -> PullClient:
+    def make(origin: Origin, directory: Path, *, proxy_url: str | None = None, **changes: Any) -> PullClient:
         client: Any = kind
-        made = client(None, origin.ca_file, directory, resolve=origin.resolve, **(scale | changes))
+        made = client(proxy_url, origin.ca_file, directory, **({"resolve": origin.resolve} | scale | changes))
         assert isinstance(made, PullClient)
         return made
 
@@ -69,6 +82,7 @@ a0 = scaled(A0Client, chunk=10_000)
 a1 = scaled(A1Client, parts=4, **PARTS)
 a2 = scaled(A2Client, parts=4, **PARTS)
 client2 = scaled(Client2, threshold=50_000, chunk=12_500, backoff_unit_s=0.001)
+modern = scaled(ModernClient, parts=4, dns=PUBLIC, **PARTS)
 transfer = scaled(TransferClient, dns=PUBLIC, resume_threshold=50_000, backoff_unit_s=0.0001)
 
 EVERYONE = {
@@ -83,6 +97,11 @@ EVERYONE = {
     "C-0.14.0": functools.partial(transfer, version="0.14.0"),
     "C-0.20.5": functools.partial(transfer, version="0.20.5"),
     "C-current": transfer,
+    "C-0.40.2": functools.partial(transfer, version="0.40.2"),
+    "C-0.40.3": functools.partial(transfer, version="0.40.3"),
+    "M1-0.35.1": functools.partial(modern, version="0.35.1"),
+    "M2-0.40.2": functools.partial(modern, version="0.40.2"),
+    "M3-0.40.3": functools.partial(modern, version="0.40.3"),
 }
 
 
@@ -102,10 +121,10 @@ def origin(shared: Origin) -> Iterator[Origin]:
     shared.restore()
 
 
-def publish(origin: Origin, *layers: Synthetic, **options: Any) -> str:
+def publish(origin: Origin, *layers: Synthetic, media_type: str = MODEL_TYPE, **options: Any) -> str:
     """A model of these layers, by default of WEIGHTS; the digest of the first."""
     digests = [origin.add_blob(layer) for layer in layers or (WEIGHTS,)]
-    pairs = [(TENSOR_TYPE, digest) for digest in digests]
+    pairs = [(media_type, digest) for digest in digests]
     origin.add_model("library/tiny", "latest", layers=pairs, config=origin.add_blob(CONFIG), **options)
     return digests[0]
 
@@ -201,7 +220,7 @@ def test_abort_before_the_first_byte(origin: Origin, tmp_path: Path, make: Make)
     assert [type(error) for error in errors] == [Aborted]
 
 
-@pytest.mark.parametrize("name", [name for name in EVERYONE if name not in ("A2-0.34.2", "B-chunksums")])
+@pytest.mark.parametrize("name", [name for name in EVERYONE if not name.startswith(("A2", "B-chunksums", "M"))])
 def test_nobody_waits_for_ever(origin: Origin, tmp_path: Path, name: str) -> None:
     """Where the real client has no limit for a first byte, a test has one."""
     digest = publish(origin)
@@ -218,7 +237,7 @@ def test_credentials_stay_on_the_registry(origin: Origin, tmp_path: Path, make: 
     assert {request.headers.get("authorization") for request in asked(origin, "cdn")} == {None}
 
 
-@pytest.mark.parametrize("name", [name for name in EVERYONE if name.startswith(("A1", "A2", "C"))])
+@pytest.mark.parametrize("name", [name for name in EVERYONE if name.startswith(("A1", "A2", "C", "M"))])
 def test_private_model_needs_the_token_dance(origin: Origin, tmp_path: Path, name: str) -> None:
     """401, a token for the registry, and none for the CDN."""
     publish(origin, private=True)
@@ -957,3 +976,558 @@ def test_transfer_finds_a_blob_slow(origin: Origin, tmp_path: Path) -> None:
     opener.join()
     assert (report.stalls, report.retries) == (0, 0)
     assert len(asked(origin, "cdn", digest=origin.add_blob(slow))) == 2
+
+
+# --- since v0.35.0
+
+m1 = functools.partial(modern, version="0.35.1")
+m2 = functools.partial(modern, version="0.40.2")
+m3 = functools.partial(modern, version="0.40.3")
+SINCE_35 = {"M1": m1, "M2": m2, "M3": m3}
+PRIVATE = {**PUBLIC, "inside.example": ["172.64.66.1", "192.168.1.2"], "loop.example": ["127.0.0.1"]}
+
+
+@pytest.fixture
+def proxy(origin: Origin) -> Iterator[ConnectProxy]:
+    """A proxy that knows the real names, for clients that ask one."""
+    with ConnectProxy(origin.resolve) as running:
+        yield running
+
+
+def leads_to(origin: Origin, digest: str, location: str) -> None:
+    """Let the registry answer the probe so, always."""
+    origin.faults.append(Fault(Mode.REDIRECT, digest=digest, status=307, times=None, headers={"Location": location}))
+
+
+def list_of(origin: Origin, *runners: str, media_type: str = MODEL_TYPE, nested: bool = False) -> list[bytes]:
+    """A tag that is a list with a child for each runner, each of a layer of its own; list and children."""
+    config = origin.add_blob(CONFIG)
+    children = [
+        origin.manifest_of([(media_type, origin.add_blob(Synthetic(30_000, seed=seed)))], config, runner=runner)
+        for seed, runner in enumerate(runners)
+    ]
+    listed = origin.put_list("library/tiny", "latest", children)
+    if nested:
+        entry = {"digest": origin.add_blob(listed), "runner": "llamacpp"}
+        origin.add_member("library/tiny", entry["digest"])
+        listed = origin.put_list("library/tiny", "latest", [entry], plain=children[0])
+    return [listed, *children]
+
+
+@pytest.mark.parametrize("version", ["0.35.1", "0.40.2", "0.40.3", "0.41.0 bypassing", "0.41.0 proxying"])
+def test_who_asks_a_proxy_for_parts(origin: Origin, tmp_path: Path, proxy: ConnectProxy, version: str) -> None:
+    """The registry is always asked through the proxy, R2 only by those that are mended; parts have no version."""
+    digest = publish(origin)
+    report = modern(origin, tmp_path / "client", version=version, proxy_url=proxy.url).pull(MODEL)
+    asks = version in ("0.40.3", "0.41.0 proxying")
+    assert proxy.targets == {f"{REGISTRY_HOST}:443"} | ({f"{R2_HOST}:443"} if asks else set())
+    (agent,) = {request.headers["user-agent"] for request in asked(origin, "registry", digest=digest)}
+    assert agent == f"ollama/{version.partition(' ')[0]} (amd64 linux) Go/go1.27"
+    parts = asked(origin, "cdn", digest=digest)
+    assert {tuple(name for name, _value in part.fields) for part in parts} == {("Host", "User-Agent", "Range")}
+    assert {part.headers["user-agent"] for part in parts} == {"Go-http-client/1.1"}
+    assert (report.retries, len(parts)) == (0, 5)
+
+
+def test_parts_go_past_a_proxy_that_is_excepted(origin: Origin, tmp_path: Path, proxy: ConnectProxy) -> None:
+    """NO_PROXY is honoured, and what is dialled directly is judged as ever."""
+    publish(origin)
+    options = {"proxy_url": proxy.url, "no_proxy": ["cloudflarestorage.com"]}
+    m3(origin, tmp_path / "client", **options).pull(MODEL)
+    assert proxy.targets == {f"{REGISTRY_HOST}:443"}
+    with pytest.raises(PullError, match="no such host"):
+        m3(origin, tmp_path / "other", dns={}, **options).pull(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("location", "problem"),
+    [
+        (f"http://{R2_HOST}/", "https registry redirecting to http"),
+        ("http://10.0.0.1/", "https registry redirecting to http"),
+        ("ftp://elsewhere/", 'scheme "ftp"'),
+        ("https://10.0.0.1/", "10.0.0.1 is not a public address"),
+        ("https://127.0.0.1/", "127.0.0.1 is not a public address"),
+        ("https://[fd00::1]/", "fd00::1 is not a public address"),
+        ("https://inside.example/", "inside.example resolves to non-public 192.168.1.2"),
+        ("https://loop.example/", "loop.example resolves to non-public 127.0.0.1"),
+    ],
+)
+@pytest.mark.parametrize("make", SINCE_35.values(), ids=SINCE_35)
+def test_part_address_is_judged_at_the_probe(
+    origin: Origin, tmp_path: Path, proxy: ConnectProxy, make: Make, location: str, problem: str
+) -> None:
+    """A bad address ends the pull at once: one probe, and no request there, through a proxy neither."""
+    digest = publish(origin)
+    leads_to(origin, digest, location)
+    client = make(origin, tmp_path / "client", dns=PRIVATE, proxy_url=proxy.url)
+    with pytest.raises(PullError) as caught:
+        client.pull(MODEL)
+    assert str(caught.value) == f"redirect target not allowed: {problem}"
+    assert len(asked(origin, "registry", digest=digest)) == 1
+    assert proxy.targets == {f"{REGISTRY_HOST}:443"}
+
+
+@pytest.mark.parametrize(("name", "by_proxy", "allowed"), [(n, p, n == "M3" and p) for n in SINCE_35 for p in (0, 1)])
+def test_name_that_only_a_proxy_knows(
+    origin: Origin, tmp_path: Path, proxy: ConnectProxy, name: str, by_proxy: int, allowed: bool
+) -> None:
+    """A failed lookup is a refusal, but for those that leave the lookup to their proxy."""
+    publish(origin)
+    client = SINCE_35[name](origin, tmp_path / "client", dns={}, proxy_url=proxy.url if by_proxy else None)
+    if allowed:
+        assert client.pull(MODEL).retries == 0
+        return
+    with pytest.raises(PullError, match=f"^redirect target not allowed: resolving {R2_HOST}: no such host$"):
+        client.pull(MODEL)
+
+
+@pytest.mark.parametrize(
+    ("location", "problem"),
+    [
+        (f"http://{R2_HOST}/", "https registry redirecting to http"),
+        ("https://10.0.0.1/", "10.0.0.1 is not a public address"),
+        ("https://inside.example/", "inside.example resolves to non-public 192.168.1.2"),
+        ("https://nowhere.example/", "resolving nowhere.example: no such host"),
+    ],
+)
+@pytest.mark.parametrize("make", SINCE_35.values(), ids=SINCE_35)
+def test_part_redirects_are_judged(origin: Origin, tmp_path: Path, make: Make, location: str, problem: str) -> None:
+    """What a part is led to is judged like its address, and each part is tried six times."""
+    digest = publish(origin)
+    headers = {"Location": location}
+    origin.faults.append(Fault(Mode.STATUS, digest=digest, status=307, times=None, headers=headers))
+    client = make(origin, tmp_path / "client", dns=PRIVATE, parts=1, max_part=WEIGHTS.size)
+    with pytest.raises(MaxRetriesExceeded) as caught:
+        client.pull(MODEL)
+    expected = f'max retries exceeded: Get "{location}": redirect target not allowed: {problem}'
+    assert str(caught.value) == expected
+    assert len(asked(origin, "cdn", digest=digest)) == 6
+
+
+def test_part_redirects_are_ten_requests(origin: Origin, tmp_path: Path) -> None:
+    """A loop is left after ten requests."""
+    digest = publish(origin)
+    url = origin.signed_url(digest)
+    origin.faults.append(Fault(Mode.STATUS, digest=digest, status=302, times=None, headers={"Location": url}))
+    client = m1(origin, tmp_path / "client", parts=1, max_part=WEIGHTS.size, max_retries=1)
+    with pytest.raises(MaxRetriesExceeded, match="stopped after 10 redirects"):
+        client.pull(MODEL)
+    assert len(asked(origin, "cdn", digest=digest)) == 10
+
+
+class Rebinding(dict[str, Sequence[str]]):
+    """A DNS that says something else each time it is asked for R2."""
+
+    def __init__(self, *answers: Sequence[str]) -> None:
+        super().__init__(PUBLIC)
+        self._answers = iter(answers)
+        self._last: Sequence[str] = ()
+        self._lock = threading.Lock()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The next answer; the last one stays."""
+        if name != R2_HOST:
+            return super().get(name, default)
+        with self._lock:
+            self._last = next(self._answers, self._last)
+            return self._last
+
+
+@pytest.mark.parametrize("answer", [["127.0.0.1"], ["172.64.66.1", "10.0.0.1"]], ids=["private", "one-private"])
+def test_name_is_judged_again_when_dialled(origin: Origin, tmp_path: Path, answer: list[str]) -> None:
+    """A name that was public at the probe and is not when it is dialled is not dialled."""
+    digest = publish(origin)
+    client = m1(origin, tmp_path / "client", dns=Rebinding(["172.64.66.1"], answer), parts=1, max_part=WEIGHTS.size)
+    with pytest.raises(MaxRetriesExceeded, match=f"redirect target not allowed: {R2_HOST} resolves to non-public"):
+        client.pull(MODEL)
+    assert asked(origin, "cdn", digest=digest) == []
+
+
+def test_first_address_is_dialled(origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was judged is what is dialled: the first address, whatever the name means elsewhere."""
+    publish(origin)
+    dialled = set()
+    connect = goclient.connect
+
+    def spy(proxy_url: str | None, host: str, port: int, *arguments: Any, **options: Any) -> Any:
+        dialled.add((host, options["resolve"][host, port]))
+        return connect(proxy_url, host, port, *arguments, **options)
+
+    monkeypatch.setattr(goclient, "connect", spy)
+    resolve = {**origin.resolve, ("8.8.8.8", 443): ("127.0.0.1", origin.cdn_port)}
+    del resolve[R2_HOST, 443]
+    m1(origin, tmp_path / "client", dns={**PUBLIC, R2_HOST: ["8.8.8.8", "9.9.9.9"]}, resolve=resolve).pull(MODEL)
+    assert (R2_HOST, ("127.0.0.1", origin.cdn_port)) in dialled
+
+
+@pytest.mark.parametrize("make", SINCE_35.values(), ids=SINCE_35)
+def test_registry_that_answers_itself_must_be_public(origin: Origin, tmp_path: Path, make: Make) -> None:
+    """A 200 with Location sends the parts to the registry, which has no exemption."""
+    digest = publish(origin)
+    location = {"Location": f"/v2/library/tiny/blobs/{digest}"}
+    origin.faults.append(Fault(Mode.DIRECT, digest=digest, times=None, headers=location))
+    make(origin, tmp_path / "client").pull(MODEL)
+    with pytest.raises(PullError, match=f"{REGISTRY_HOST} resolves to non-public 192.168.1.2$"):
+        make(origin, tmp_path / "other", dns={**PUBLIC, REGISTRY_HOST: ["192.168.1.2"]}).pull(MODEL)
+
+
+@contextlib.contextmanager
+def plain_port(origin: Origin) -> Iterator[int]:
+    """The registry without TLS: a port that leads to it."""
+
+    class Relay(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            raw = socket.create_connection(("127.0.0.1", origin.registry_port))
+            with client_context(origin.ca_file, ()).wrap_socket(raw, server_hostname="localhost") as upstream:
+                upward = threading.Thread(target=copy, args=(self.request, upstream))
+                upward.start()
+                copy(upstream, self.request)
+                upward.join()
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                # Not SSLSocket.shutdown: the other thread may still read.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("make", SINCE_35.values(), ids=SINCE_35)
+def test_insecure_pull_takes_private_addresses(origin: Origin, tmp_path: Path, make: Make) -> None:
+    """An http name lifts the rules about addresses, and http may lead to http; but https never to http."""
+    digest = publish(origin)
+    location = {"Location": f"/v2/library/tiny/blobs/{digest}"}
+    origin.faults.append(Fault(Mode.DIRECT, digest=digest, times=None, headers=location))
+    with plain_port(origin) as port:
+        report = make(origin, tmp_path / "client", dns={}).pull(f"http://127.0.0.1:{port}/library/tiny")
+    assert report.retries == 0
+    assert {urlsplit(exchange.url).scheme for exchange in report.requests if digest in exchange.url} == {"http"}
+    rules = Redirects("http://127.0.0.1", {}, allow_private=True)
+    away, plain = urlsplit("https://inside.example/"), urlsplit("http://inside.example/")
+    assert rules.policy(plain, plain, 1) is True
+    assert rules.policy(away, plain, 1) == "redirect target not allowed: https registry redirecting to http"
+
+
+@pytest.mark.parametrize("make", SINCE_35.values(), ids=SINCE_35)
+def test_status_of_a_part_is_not_looked_at(origin: Origin, tmp_path: Path, make: Make) -> None:
+    """R2's error page ends a larger part early, and fills a blob that is no longer than itself."""
+    digest = publish(origin)
+    page = b"<Error><Code>AccessDenied</Code></Error>"
+    origin.faults.append(Fault(Mode.STATUS, digest=digest, status=403, body=page))
+    assert make(origin, tmp_path / "client").pull(MODEL).retries == 1
+    small = publish(origin, Synthetic(len(page), seed=9))
+    origin.faults.append(Fault(Mode.STATUS, digest=small, status=403, body=page))
+    with pytest.raises(DigestMismatch, match=hashlib.sha256(page).hexdigest()):
+        make(origin, tmp_path / "other").pull(MODEL)
+
+
+@pytest.mark.parametrize("make", SINCE_35.values(), ids=SINCE_35)
+def test_real_geometry(origin: Origin, tmp_path: Path, make: Make) -> None:
+    """What is not scaled is as in the real client."""
+    client: Any = make(origin, tmp_path / "client", parts=None, min_part=None, max_part=None, backoff_unit_s=1.0)
+    assert (client.parts, client.min_part, client.max_part) == (16, 100_000_000, 1_000_000_000)
+    assert (client.stall_s, client.max_retries, client.probe_deadline_s, client.update_s) == (30.0, 6, 30.0, 2.0)
+    assert client.generation.counts_first_byte
+
+
+# --- lists
+
+
+@pytest.mark.parametrize("version", ["0.35.1", "0.40.2", "0.40.3"])
+def test_who_takes_a_list(origin: Origin, tmp_path: Path, proxy: ConnectProxy, version: str) -> None:
+    """Since v0.40.0 the list is asked for and one child fetched by transfer, by those ways that parts go."""
+    listed, ggml, llamacpp = list_of(origin, "ggml", " LlamaCpp ")
+    client = modern(origin, tmp_path / "client", version=version, proxy_url=proxy.url)
+    report = client.pull(MODEL)
+    (accept,) = [r.headers["accept"] for r in origin.counters.requests if "/manifests/" in r.path]
+    if version == "0.35.1":
+        assert (report.manifest, accept) == (ggml, MANIFEST_TYPE)
+        assert client.manifest_path(MODEL) == tmp_path / "client/manifests/registry.ollama.ai/library/tiny/latest"
+        return
+    assert (report.manifest, accept) == (listed, f"{LIST_TYPE}, {MANIFEST_TYPE}")
+    digest = origin.add_blob(llamacpp)
+    layers = [layer["digest"] for layer in json.loads(llamacpp)["layers"]]
+    assert report.digests == (digest, *layers, origin.add_blob(CONFIG))
+    (head,) = asked(origin, "registry", "HEAD", digest)
+    assert head.headers["user-agent"].startswith(f"ollama/{version} ")
+    (resolve,), (data,) = (asked(origin, listener, digest=digest) for listener in ("registry", "cdn"))
+    assert {resolve.headers["user-agent"], data.headers["user-agent"]} == {"ollama-transfer/1.0"}
+    assert "range" not in data.headers
+    # One connection for the registry calls, and where transfer asks the proxy one more for the child.
+    connects = [asked.target for asked in proxy.asked].count(f"{REGISTRY_HOST}:443")
+    assert (connects > 1, f"{R2_HOST}:443" in proxy.targets) == (version == "0.40.3", version == "0.40.3")
+
+
+@pytest.mark.parametrize(
+    ("runners", "chosen"),
+    [(["mlx", "ggml", "llamacpp"], 2), (["mlx", "ggml"], 1), (["new", "mlx"], 1), (["new"], None)],
+)
+def test_choice_of_a_child(origin: Origin, tmp_path: Path, runners: list[str], chosen: int | None) -> None:
+    """llama.cpp before ggml before MLX, whatever the order of the list."""
+    _listed, *children = list_of(origin, *runners)
+    client = m2(origin, tmp_path / "client")
+    if chosen is None:
+        with pytest.raises(PullError, match=r"^pull model manifest: no manifest of the list has a runner"):
+            client.pull(MODEL)
+    else:
+        assert client.pull(MODEL).digests[0] == origin.add_blob(children[chosen])
+
+
+def test_list_is_known_by_its_text(origin: Origin, tmp_path: Path) -> None:
+    """What is a list says so itself, whatever Content-Type says."""
+    listed, child = list_of(origin, "ggml")
+    headers = {"Content-Type": "text/plain"}
+    origin.faults.append(Fault(Mode.STATUS, where="registry", path="/manifests/", status=200, body=listed))
+    report = m2(origin, tmp_path / "client").pull(MODEL)
+    assert report.digests[0] == origin.add_blob(child)
+    (manifest, *_rest) = report.requests
+    assert headers.items() <= dict(manifest.headers).items()
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ({"mode": Mode.NO_LENGTH}, "invalid content length of manifest .*: None"),
+        ({"mode": Mode.STATUS, "status": 200, "body": b""}, "invalid content length of manifest .*: 0"),
+        ({"mode": Mode.STATUS, "status": 404}, "file does not exist"),
+    ],
+    ids=["no-length", "empty", "404"],
+)
+def test_child_needs_a_good_head(origin: Origin, tmp_path: Path, fault: dict[str, Any], problem: str) -> None:
+    """Without a length, or without the child, there is no pull and no try to get it."""
+    _listed, child = list_of(origin, "ggml")
+    digest = origin.add_blob(child)
+    origin.faults.append(Fault(where="registry", method="HEAD", digest=digest, **fault))
+    with pytest.raises(PullError, match=f"^pull model manifest: {problem}$"):
+        m2(origin, tmp_path / "client").pull(MODEL)
+    assert asked(origin, "registry", digest=digest) == []
+
+
+def test_child_must_hash_to_its_name(origin: Origin, tmp_path: Path) -> None:
+    """A wrong byte is no manifest."""
+    _listed, child = list_of(origin, "ggml")
+    origin.faults.append(Fault(Mode.FLIP, digest=origin.add_blob(child), after=3, times=None))
+    with pytest.raises(PullError, match=r"max retries exceeded: digest mismatch$"):
+        m2(origin, tmp_path / "client", transfer={"backoff_unit_s": 0.0001}).pull(MODEL)
+
+
+def test_list_in_a_list_is_refused(origin: Origin, tmp_path: Path) -> None:
+    """There is one level of lists."""
+    list_of(origin, "ggml", nested=True)
+    with pytest.raises(PullError, match=r"^pull model manifest: manifest list contains a manifest list$"):
+        m2(origin, tmp_path / "client").pull(MODEL)
+
+
+def test_child_in_place(origin: Origin, tmp_path: Path) -> None:
+    """A manifest that stands in the list itself is asked for nowhere."""
+    digest = publish(origin)
+    child = {**json.loads(origin.manifest_of([(MODEL_TYPE, digest)], origin.add_blob(CONFIG))), "runner": "ggml"}
+    origin.put_list("library/tiny", "latest", [child], plain=b"{}")
+    assert m2(origin, tmp_path / "client").pull(MODEL).digests == (digest, origin.add_blob(CONFIG))
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_tensors_come_by_transfer(origin: Origin, tmp_path: Path, is_listed: bool) -> None:
+    """One tensor among the layers makes all of them go that way, plain or in a child."""
+    if is_listed:
+        list_of(origin, "mlx", media_type=TENSOR_TYPE)
+    else:
+        publish(origin, media_type=TENSOR_TYPE)
+    m2(origin, tmp_path / "client").pull(MODEL)
+    agents = {request.headers["user-agent"] for request in asked(origin, "cdn")}
+    assert agents == {"ollama-transfer/1.0"}
+
+
+def test_folder_since_lists(origin: Origin, tmp_path: Path) -> None:
+    """The tag is a link to the document's blob, and in the old folder an anchor has the documents as layers."""
+    listed, child = list_of(origin, "ggml")
+    client = m2(origin, tmp_path / "client")
+    client.pull(MODEL)
+    path = tmp_path / "client/manifests-v2/ollama.com/library/tiny/latest"
+    blob = f"sha256-{hashlib.sha256(listed).hexdigest()}"
+    assert str(path.readlink()) == f"../../../../blobs/{blob}"
+    assert path.read_bytes() == listed
+    anchor = json.loads((tmp_path / "client/manifests/registry.ollama.ai/library/tiny/latest").read_bytes())
+    *layers, first, second = anchor["layers"]
+    assert layers == json.loads(child)["layers"]
+    digests = [f"sha256:{hashlib.sha256(document).hexdigest()}" for document in (listed, child)]
+    assert [first["digest"], second["digest"]] == digests
+    assert [first["mediaType"], second["mediaType"]] == [LIST_TYPE, MANIFEST_TYPE]
+    assert client.pull(MODEL).digests == ()
+
+
+def test_update_probe(origin: Origin, tmp_path: Path) -> None:
+    """HEAD without a version; the type of the answer decides, and it has to come in time."""
+    publish(origin)
+    client: Any = m2(origin, tmp_path / "client", update_s=0.3)
+    assert not client.probe_update(MODEL).is_list
+    (listed, _child) = list_of(origin, "ggml")
+    update = client.probe_update(MODEL)
+    assert (update.is_list, update.length) == (True, len(listed))
+    assert update.digest == hashlib.sha256(listed).hexdigest()
+    request = origin.counters.requests[-1]
+    assert request.method == "HEAD"
+    assert request.headers["user-agent"] == "Go-http-client/1.1"
+    assert request.headers["accept"] == f"{LIST_TYPE}, {MANIFEST_TYPE}"
+    origin.faults.append(Fault(Mode.STATUS, where="registry", method="HEAD", status=200, body=listed))
+    assert not client.probe_update(MODEL).is_list
+    origin.faults.append(Fault(Mode.HANG, where="registry", method="HEAD"))
+    with pytest.raises(PullError, match=r"^context deadline exceeded$"):
+        client.probe_update(MODEL)
+
+
+# --- transfer since v0.35.0
+
+t2 = functools.partial(transfer, version="0.40.2")
+t3 = functools.partial(transfer, version="0.40.3")
+
+
+@pytest.mark.parametrize(("version", "times"), [("0.40.2", 2), ("0.40.3", 1), ("0.40.3 twice", 2)])
+def test_transfer_takes_a_200(origin: Origin, tmp_path: Path, version: str, times: int) -> None:
+    """A registry that answers by itself sends each blob twice, or once where the first answer is the data."""
+    publish(origin)
+    origin.faults.append(Fault(Mode.DIRECT, times=None))
+    report = transfer(origin, tmp_path / "client", version=version).pull(MODEL)
+    assert report.bytes == times * (WEIGHTS.size + len(CONFIG))
+
+
+def test_transfer_resumes_where_the_answer_is_the_data(origin: Origin, tmp_path: Path) -> None:
+    """The Range goes with the first request then, and a 206 is taken."""
+    digest = publish(origin)
+    origin.faults += [Fault(Mode.DIRECT, times=None), Fault(Mode.TRUNCATE, where="registry", digest=digest, after=70)]
+    t3(origin, tmp_path / "client").pull(MODEL)
+    assert ranges(asked(origin, "registry", digest=digest)) == [None, "bytes=70-"]
+
+
+def test_transfer_asks_a_proxy(origin: Origin, tmp_path: Path, proxy: ConnectProxy) -> None:
+    """The mended one asks the proxy for both hosts, and leaves it the lookup."""
+    publish(origin)
+    t3(origin, tmp_path / "client", proxy_url=proxy.url, dns={}).pull(MODEL)
+    assert proxy.targets == {f"{REGISTRY_HOST}:443", f"{R2_HOST}:443"}
+    proxy.restore()
+    t2(origin, tmp_path / "other", proxy_url=proxy.url).pull(MODEL)
+    assert [asked.target for asked in proxy.asked] == [f"{REGISTRY_HOST}:443"]
+    with pytest.raises(MaxRetriesExceeded, match=f"lookup {REGISTRY_HOST}: no such host$"):
+        t2(origin, tmp_path / "third", proxy_url=proxy.url, dns={}).pull(MODEL)
+
+
+def test_transfer_exempts_the_registry(origin: Origin, tmp_path: Path) -> None:
+    """The registry itself may have a private address, R2 may not, neither when it is dialled."""
+    publish(origin)
+    dns = {**PUBLIC, REGISTRY_HOST: ["192.168.1.2"]}
+    resolve = {**origin.resolve, ("192.168.1.2", 443): ("127.0.0.1", origin.registry_port)}
+    t2(origin, tmp_path / "client", dns=dns, resolve=resolve).pull(MODEL)
+    moving = Rebinding(["172.64.66.1"], ["10.0.0.1"])
+    with pytest.raises(MaxRetriesExceeded, match=f"{R2_HOST} resolves to non-public 10.0.0.1$"):
+        t2(origin, tmp_path / "other", dns=moving, streams=1).pull(MODEL)
+
+
+@pytest.mark.parametrize(("stalls", "completes"), [(7, True), (8, False)])
+def test_transfer_interrupts_a_stall(origin: Origin, tmp_path: Path, stalls: int, completes: bool) -> None:
+    """A body that pauses is left in the middle; two such pauses are free, six more are too many."""
+    digest = publish(origin, SMALL)
+    origin.faults += [Fault(Mode.STALL, digest=digest, after=9) for _number in range(stalls)]
+    client = t2(origin, tmp_path / "client", stall_s=0.05)
+    if completes:
+        report = client.pull(MODEL)
+        assert (report.stalls, report.retries) == (7, 5)
+        return
+    with pytest.raises(MaxRetriesExceeded, match=r"download stalled$"):
+        client.pull(MODEL)
+
+
+def test_transfer_interrupts_a_slow_body(origin: Origin, tmp_path: Path) -> None:
+    """A body slower than a tenth of the median is left without waiting for its next byte."""
+    *fast, slow = (Synthetic(20_000, seed=seed) for seed in range(6))
+    publish(origin, *fast, slow)
+    fault = Fault(Mode.STALL, digest=origin.add_blob(slow), after=9)
+    origin.faults.append(fault)
+    report = t2(origin, tmp_path / "client", streams=1, speed_threshold=20_000, slow_s=0.1).pull(MODEL)
+    assert (report.stalls, report.retries, fault.hits) == (0, 0, 1)
+    assert report.seconds < 5.0
+
+
+def test_transfer_does_not_save_an_error_page(origin: Origin, tmp_path: Path) -> None:
+    """R2's XML is an error, whatever its length."""
+    digest = publish(origin, Synthetic(40))
+    origin.faults.append(Fault(Mode.STATUS, digest=digest, status=403, body=bytes(40)))
+    assert t2(origin, tmp_path / "client").pull(MODEL).retries == 1
+
+
+# --- readers
+
+
+def test_head_reader(origin: Origin, tmp_path: Path, proxy: ConnectProxy) -> None:
+    """It asks for the first bytes of each blob and then the next, through the proxy, and keeps only those."""
+    digest = publish(origin)
+    reader = scaled(HeadReader, stops=(1_000, 5_000))(origin, tmp_path / "reader", proxy_url=proxy.url)
+    report = reader.pull(MODEL)
+    assert report.bytes == 5_000 + len(CONFIG)
+    assert ranges(asked(origin, "cdn", digest=digest)) == ["bytes=0-999", "bytes=1000-4999"]
+    assert reader.blob_path(digest).read_bytes() == WEIGHTS.read(0, 5_000)
+    assert proxy.targets == {f"{REGISTRY_HOST}:443", f"{R2_HOST}:443"}
+
+
+def test_head_reader_goes_away(origin: Origin, tmp_path: Path) -> None:
+    """With an open range it leaves in the middle of a body."""
+    large = Synthetic(64 << 20)
+    publish(origin, large)
+    scaled(HeadReader, stops=(1_000,), open_ended=True)(origin, tmp_path / "reader").pull(MODEL)
+    origin.counters.wait_for(lambda counters: counters.cdn_connections_open == 0)
+    assert origin.counters.cdn_bytes < large.size // 2
+
+
+@pytest.mark.parametrize("fault", [Mode.IGNORE_RANGE, Mode.CONTENT_RANGE])
+def test_head_reader_wants_what_it_asked_for(origin: Origin, tmp_path: Path, fault: Mode) -> None:
+    """A 200 or another range is an error."""
+    digest = publish(origin)
+    origin.faults.append(Fault(fault, digest=digest))
+    with pytest.raises(PullError, match=r"^expected 206 from 0"):
+        scaled(HeadReader, stops=(10,))(origin, tmp_path / "reader").pull(MODEL)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        f"http://{R2_HOST}/",
+        f"https://{R2_HOST}:8443/",
+        f"https://{R2_HOST}.example/",
+        f"https://user@{R2_HOST}/",
+        "https://elsewhere.example/",
+        "https://127.0.0.1/",
+    ],
+)
+def test_strict_reader_refuses(origin: Origin, tmp_path: Path, location: str) -> None:
+    """Only https, only port 443, only the two hosts."""
+    digest = publish(origin)
+    leads_to(origin, digest, location)
+    with pytest.raises(PullError, match=r"^refused redirect to "):
+        scaled(StrictReader)(origin, tmp_path / "reader").pull(MODEL)
+    assert asked(origin, "cdn") == []
+
+
+def test_strict_reader_takes_two_hops(origin: Origin, tmp_path: Path) -> None:
+    """From the registry to R2 and once more, but not a third time; and the bytes must be right."""
+    digest = publish(origin)
+    reader = scaled(StrictReader)(origin, tmp_path / "reader")
+    origin.faults.append(Fault(Mode.REDIRECT, status=307, headers={"Location": f"/v2/library/tiny/blobs/{digest}"}))
+    reader.pull(MODEL)
+    assert reader.blob_path(digest).read_bytes() == WEIGHTS.read(0, WEIGHTS.size)
+    location = {"Location": f"https://{REGISTRY_HOST}/v2/library/tiny/blobs/{digest}"}
+    origin.faults.append(Fault(Mode.REDIRECT, status=307, headers=location, times=2))
+    with pytest.raises(PullError, match=r"^more than 2 redirects$"):
+        reader.pull(MODEL)
+    origin.faults.append(Fault(Mode.FLIP, digest=digest, after=5))
+    with pytest.raises(DigestMismatch):
+        reader.pull(MODEL)

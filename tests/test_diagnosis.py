@@ -31,6 +31,8 @@ SERVER: Final = ServerFacts(
     taken=True,
     upstream="",
     ranges="",
+    unsigned="",
+    bypassed=0,
     skew_s=0.0,
     free=100,
     min_free=50,
@@ -39,6 +41,7 @@ ENVIRONMENT: Final = {"HTTPS_PROXY": f"http://{CACHE}", "OLLAMA_HOST": "0.0.0.0"
 CLIENT: Final = ClientFacts(
     daemon=ENVIRONMENT,
     configured={},
+    version=(0, 34, 4),
     leg=Leg(address=CACHE, issuer=OURS),
     trusted="",
     roots="",
@@ -82,6 +85,8 @@ SERVER_FAULTS: Final[dict[str, tuple[dict[str, Any], str, str]]] = {
         "ssl_verify_upstream_trusted_ca",
     ),
     "ranges": ({"ranges": "expected 206, got 200"}, "blobs cannot be had in parts", "unaltered"),
+    "bypassed": ({"bypassed": 7}, "pulls go past the cache", "gateway"),
+    "chain of caches": ({"unsigned": "redirects to 10.0.0.9"}, "there are no signed addresses", "port 9200"),
     "clock ahead": ({"skew_s": SKEW_S + 1}, "the clock is wrong", "timedatectl set-ntp true"),
     "clock behind": ({"skew_s": -SKEW_S - 1}, "the clock is wrong", "timedatectl set-ntp true"),
     "disk": ({"free": 49}, "the disk is full", "ollama-cache prune --all"),
@@ -114,6 +119,8 @@ CLIENT_FAULTS: Final[dict[str, tuple[dict[str, Any], str, str]]] = {
         "ollama_cache_clients",
     ),
     "another proxy": ({"leg": Leg(address=CACHE, issuer="WE1")}, "the proxy is no ollama-cache", "HTTPS_PROXY"),
+    "goes past": ({"version": (0, 35, 0)}, "this Ollama goes past the cache", "upgrade Ollama"),
+    "goes past, the last": ({"version": (0, 40, 2)}, "this Ollama goes past the cache", "port 9200"),
     "roots": ({"roots": "/x: no such file"}, "SSL_CERT_FILE cannot be read", "ollama-cache connect"),
     "not trusted": (
         {"trusted": "self-signed certificate in certificate chain"},
@@ -146,6 +153,7 @@ def test_of_client(facts: dict[str, Any], what: str, mend: str) -> None:
 def test_all_is_well() -> None:
     """At the edge of each bound too."""
     assert of_server(replace(SERVER, expires_s=NEAR_END_S, skew_s=-SKEW_S, free=50)) == []
+    assert of_client(replace(CLIENT, version=None)) == of_client(replace(CLIENT, version=(0, 40, 3))) == []
     assert of_client(replace(CLIENT, daemon={**ENVIRONMENT, "NO_PROXY": "localhost,10.0.0.0/8"})) == []
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreUnwritable
 from pullthrough.keeper import Keeper
+from pullthrough.manifestjson import LIST_TYPE
 from pullthrough.options import parse_settings
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.refresh import Refresher
@@ -60,6 +62,89 @@ def test_the_keeper(store: Store, pinned: bool) -> None:
     else:
         asyncio.run(reserve())
     assert (store.manifest(NAME) is not None) == pinned
+
+
+def test_the_keeper_takes_both_representations(store: Store) -> None:
+    """A model goes whole, by when either was pulled last."""
+    record = store.manifest(NAME)
+    assert record is not None
+    store.put_manifest(NAME.twin, record)
+    store.touch(NAME.twin, 9.0)
+    store.put_manifest(other := Name.parse("other"), record._replace(pulled=5.0))
+
+    async def reserve() -> None:
+        threads = Threads()
+        try:
+            await Keeper(store, threads, max_size=1500, min_free=0).reserve(Digest("0" * 64), 1000)
+        finally:
+            threads.close()
+
+    store.ledger.pin("llama3*")
+    with pytest.raises(StoreUnwritable):
+        asyncio.run(reserve())
+    assert set(store.manifests()) == {NAME, NAME.twin, other}
+    store.ledger.unpin("llama3*")
+    asyncio.run(reserve())
+    assert dict(store.manifests()) == {}
+
+
+def listing(*runners: str) -> ManifestRecord:
+    """A list whose children are named after their runners."""
+    entries = [{"digest": str(digest_of(runner)), "runner": runner} for runner in runners]
+    body = json.dumps({"mediaType": LIST_TYPE, "manifests": entries}).encode()
+    record = ManifestRecord.parse(body, LIST_TYPE, now=1.0)
+    assert record is not None
+    return record
+
+
+def digest_of(text: str) -> Digest:
+    return Digest(sha256(text.encode()).hexdigest())
+
+
+def plain(text: str, **more: str) -> ManifestRecord:
+    layers = [{"mediaType": "x", "digest": str(digest_of(text)), "size": 1}]
+    record = ManifestRecord.parse(json.dumps({"layers": layers, **more}).encode(), "", now=1.0)
+    assert record is not None
+    return record
+
+
+@pytest.mark.parametrize(
+    ("stored", "known", "moved", "wanted"),
+    [
+        pytest.param(plain("old"), (), plain("new"), ["new"], id="a manifest"),
+        pytest.param(plain("old"), (), listing("mlx", "ggml", "llamacpp"), ["llamacpp of"], id="has become a list"),
+        pytest.param(plain("old", runner="GGML"), (), listing("llamacpp", "ggml"), ["ggml of"], id="of a runner"),
+        pytest.param(plain("old"), (), listing("odd"), ["odd of"], id="a list of one"),
+        pytest.param(plain("old"), (), listing(), [], id="an empty list"),
+        pytest.param(
+            listing("ggml", "mlx"), ("mlx",), listing("ggml", "mlx"), ["mlx of"], id="the child that was here"
+        ),
+        pytest.param(
+            listing("ggml", "mlx"), ("mlx", "ggml"), listing("ggml", "mlx"), ["ggml of", "mlx of"], id="both children"
+        ),
+        pytest.param(listing("mlx"), ("mlx",), listing("ggml", "llamacpp"), ["llamacpp of"], id="one that has gone"),
+        pytest.param(listing("mlx"), ("mlx",), plain("new"), ["new"], id="is a manifest again"),
+    ],
+)
+def test_what_a_moved_tag_needs(
+    tmp_path: Path, stored: ManifestRecord, known: tuple[str, ...], moved: ManifestRecord, wanted: list[str]
+) -> None:
+    """The layers of those children whose runners have been pulled, which are recorded to see what they list."""
+    names = {digest_of(runner): runner for runner in ("ggml", "mlx", "llamacpp", "odd")}
+    recorded: list[str] = []
+
+    async def child(host: str, repository: str, digest: Digest) -> ManifestRecord:
+        assert (host, repository) == NAME.place
+        recorded.append(names[digest])
+        return plain(f"{names[digest]} of")
+
+    children = {digest_of(runner): plain(runner) for runner in known}
+    settings = parse_settings({}, dir=tmp_path, certs=tmp_path)
+    folder = cast(Any, SimpleNamespace(children=lambda: children))
+    refresher = Refresher(settings, folder, cast(Any, None), cast(Any, SimpleNamespace(child=child)), cast(Any, None))
+    found = asyncio.run(refresher._wanted(NAME, stored, moved))
+    assert found == [digest_of(each) for each in wanted]
+    assert recorded == [each.removesuffix(" of") for each in wanted if each.endswith(" of")]
 
 
 def test_the_refresher(store: Store, tmp_path: Path) -> None:

@@ -13,18 +13,19 @@ PACKAGE: Final = ADDON / "pullthrough"
 
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
-    "L0": "errors digest route byterange intervals capability cachestatus settings records datacheck chunksums coding"
-    " conditional requestlog options loopguard wording gcpause jsonlog termlog webpage fleet addressing",
-    "L1": "assembly scheduler freshness retention access tunnel budget parent trials traffic catalogue pruning"
-    " diagnosis breaker returns lease connlimit",
+    "L0": "errors digest route byterange intervals capability presigned cachestatus settings records datacheck"
+    " chunksums coding conditional requestlog options loopguard wording gcpause jsonlog fleet addressing manifestjson"
+    " termlog webpage",
+    "L1": "assembly scheduler freshness retention access tunnel budget parent traffic catalogue pruning"
+    " diagnosis breaker returns lease pulls connlimit",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
-    " authorities clientsetup objectstore dialling clock",
+    " authorities clientsetup objectstore manifesttable dialling clock",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
-    "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants direct warm verbs"
-    " examining ollamadaemon tierverbs",
+    "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants warm verbs"
+    " examining ollamadaemon tierverbs offload redirects blobs blob_content signed_addresses",
     "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
     " pages lookout door cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier"
     " intake drill logsetup",
@@ -43,7 +44,8 @@ SIDEWAYS: Final = {
     "options": {"addressing", "errors", "settings"},
     "requestlog": {"cachestatus"},
     "jsonlog": {"termlog"},
-    "records": {"digest", "errors"},
+    "manifestjson": {"digest", "errors"},
+    "records": {"digest", "errors", "manifestjson"},
     "fleet": {"digest", "errors", "records"},
     "datacheck": {"byterange", "errors"},
     "chunksums": {"digest", "errors"},
@@ -61,7 +63,8 @@ SIDEWAYS: Final = {
     "storefolder": {"platform"},
     "index": {"contents"},
     "ledger": {"contents", "index"},
-    "store": {"index", "ingest", "ledger", "platform", "storefolder"},
+    "manifesttable": {"contents", "index"},
+    "store": {"index", "ingest", "ledger", "manifesttable", "platform", "storefolder"},
     "authorities": {"ca"},
     "clientsetup": {"platform"},
     "control": {"asking"},
@@ -85,7 +88,10 @@ SIDEWAYS: Final = {
     "ahead": {"recorder", "recording"},
     "manifests": {"exchange"},
     "refresh": {"manifests"},
-    "direct": {"exchange"},
+    "offload": {"exchange"},
+    "redirects": {"exchange", "grants", "signed_addresses"},
+    "blob_content": {"exchange", "grants", "offload", "signed_addresses"},
+    "blobs": {"blob_content", "exchange", "grants", "manifests", "offload", "redirects", "signed_addresses"},
     "grants": {"exchange"},
     "warm": {"manifests"},
     "verbs": {"warm"},
@@ -93,7 +99,18 @@ SIDEWAYS: Final = {
     "metrics": {"vitals"},
     "watch": {"vitals"},
     "statuspage": {"watch"},
-    "registry": {"direct", "exchange", "grants", "manifests", "prefetch", "refresh", "warm"},
+    "registry": {
+        "blob_content",
+        "blobs",
+        "exchange",
+        "grants",
+        "manifests",
+        "offload",
+        "prefetch",
+        "refresh",
+        "signed_addresses",
+        "warm",
+    },
     "drill": {"gate", "intake"},
     "gate": {"intake", "opening", "parentleg", "streamlayer", "widetls"},
     "blobserver": {"door", "pages", "sender"},
@@ -104,7 +121,7 @@ SIDEWAYS: Final = {
     "cli_models": {"cli_base", "cli_progress", "cli_tier"},
     "cli_transfer": {"cli_base", "cli_tier", "meter"},
     "cli": {"cli_base", "cli_ca", "cli_models", "cli_setup", "cli_transfer"},
-    "flows": {"blobserver", "gate", "messages", "streamlayer"},
+    "flows": {"gate", "messages", "streamlayer"},
     "lookout": {"pages"},
     "addon": {
         "blobserver",

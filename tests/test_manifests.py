@@ -23,7 +23,8 @@ from pullthrough.errors import (
 )
 from pullthrough.exchange import Answer, Request
 from pullthrough.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
-from pullthrough.manifests import ACCEPT, Manifests
+from pullthrough.manifestjson import DOCKER_TYPE
+from pullthrough.manifests import Manifests
 from pullthrough.options import parse_settings
 from pullthrough.records import ManifestRecord, Name, Version
 from pullthrough.route import ManifestRoute
@@ -37,6 +38,7 @@ TARGET = "/v2/library/tiny/manifests/latest"
 NOW = 50_000.0  # Unix seconds
 UPTIME = 700.0  # monotonic seconds at the same moment
 LIFETIME = 300.0
+VARY = ("Vary", "Accept")
 TYPE = "text/plain; charset=utf-8"  # as the registry really sends it
 
 
@@ -118,8 +120,15 @@ class FakeStore:
     def denials(self, host: str, repository: str) -> int:
         return self.denied
 
+    def manifests_of(self, host: str, repository: str) -> dict[Name, ManifestRecord]:
+        return {name: record for name, record in self.kept.items() if name.place == (host, repository)}
+
     def drop_manifest(self, name: Name) -> None:
         del self.kept[name]
+
+    def drop_model(self, name: Name) -> None:
+        for each in (name, name.twin):
+            self.kept.pop(each, None)
 
     def touch(self, name: Name, now: float) -> None:
         if name in self.kept:
@@ -174,7 +183,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def expected(body: bytes, *cache: Any, status: int = 200, **more: Any) -> Answer:
-    return Answer(status, CacheStatus(*cache, **more), (("Content-Type", TYPE),), body, len(body))
+    return Answer(status, CacheStatus(*cache, **more), (("Content-Type", TYPE), VARY), body, len(body))
 
 
 # --- nothing stored
@@ -185,13 +194,13 @@ def test_a_first_request_is_asked_and_stored() -> None:
     world = World(GRANTED)
     assert world.ask() == expected(NEW, Outcome.MISS, True, False, 200)
     assert world.stored == (NEW, NOW)
-    assert world.upstream.asked == [("GET", HOST, TARGET, {"Accept": ACCEPT}, DEADLINE_S)]
+    assert world.upstream.asked == [("GET", HOST, TARGET, {"Accept": DOCKER_TYPE}, DEADLINE_S)]
 
 
 def test_a_type_is_made_up_only_if_there_is_none() -> None:
     """A registry that names no type gave what was asked for."""
     world = World(response(200, NEW))
-    assert world.ask().headers == (("Content-Type", ACCEPT),)
+    assert world.ask().headers == (("Content-Type", DOCKER_TYPE), VARY)
 
 
 def test_upstream_learns_the_version_of_the_client_and_nothing_else() -> None:
@@ -199,7 +208,7 @@ def test_upstream_learns_the_version_of_the_client_and_nothing_else() -> None:
     world = World(GRANTED)
     world.ask(user_agent="ollama/0.9.9 (amd64 linux)", cookie="a=b", accept="*/*", x_forwarded_for="10.0.0.1")
     assert [asked[3] for asked in world.upstream.asked] == [
-        {"User-Agent": "ollama/0.9.9 (amd64 linux)", "Accept": ACCEPT}
+        {"User-Agent": "ollama/0.9.9 (amd64 linux)", "Accept": DOCKER_TYPE}
     ]
 
 
@@ -212,7 +221,7 @@ def test_head_is_get_without_a_body(method: str, first: bool) -> None:
         world.ask()
     answer = world.ask(method)
     digest = ("ollama-content-digest", hashlib.sha256(NEW).hexdigest())
-    assert answer.headers == (("Content-Type", TYPE), *((digest,) if method == "HEAD" else ()))
+    assert answer.headers == (("Content-Type", TYPE), VARY, *((digest,) if method == "HEAD" else ()))
     assert (answer.body, answer.length) == (NEW if method == "GET" else b"", len(NEW))
     assert [asked[0] for asked in world.upstream.asked] == ["GET"]
 
@@ -446,7 +455,7 @@ def test_what_only_this_caller_gets_is_not_stored(status: int) -> None:
     assert (answer.status, answer.body, answer.cache) == (200, NEW, CacheStatus(Outcome.MISS, forward_status=200))
     assert [asked[3].get("Authorization") for asked in world.upstream.asked] == [None, "Bearer t"]
     assert all(asked[3]["User-Agent"] == "ollama/1" for asked in world.upstream.asked)
-    assert all(asked[3]["Accept"] == ACCEPT for asked in world.upstream.asked)
+    assert all(asked[3]["Accept"] == DOCKER_TYPE for asked in world.upstream.asked)
     assert world.stored is None
     assert world.ask().status == status
 

@@ -21,6 +21,7 @@ from pullthrough.keeper import Keeper
 from pullthrough.looplag import LoopLag
 from pullthrough.metrics import Metrics
 from pullthrough.options import parse_settings
+from pullthrough.pulls import Counts
 from pullthrough.recorder import Recorder
 from pullthrough.requestlog import RequestLog
 from pullthrough.statuspage import SHARE
@@ -45,7 +46,15 @@ class Daemon:
         self.requests = RequestLog()
         self.vitals = Vitals(folder, lambda: {"CA": END})
         self.metrics = Metrics(
-            self.settings, store, self.recorder, self.upstream, self.requests, LoopLag(), self.vitals, self.tier
+            self.settings,
+            store,
+            self.recorder,
+            self.upstream,
+            self.requests,
+            LoopLag(),
+            self.vitals,
+            Counts(7, 8),
+            self.tier,
         )
 
     def tier(self) -> JSON:
@@ -112,6 +121,7 @@ def test_numbers(tmp_path: Path) -> None:
         "tier_forged_documents_total": 13,
         "tier_corrupt_blobs_total": 14,
     }
+    assert (fresh["bypassed_pulls_total",], fresh["unseen_pulls_total",]) == (7, 8)
     assert fresh["store_max_bytes",] == 1e9
     assert fresh["disk_min_free_bytes",] == 5 << 30
     assert fresh["disk_free_bytes",] > 0

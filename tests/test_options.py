@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pullthrough.errors import SettingsError
-from pullthrough.options import OPTIONS, parse_settings
-from pullthrough.settings import R2_HOST, Direct, Endpoint, Finish, Lifetimes, Log, Settings, Tunnel, Withdrawn
+from pullthrough.options import OPTIONS, environment_texts, parse_settings
+from pullthrough.settings import R2_HOST, Endpoint, Finish, Lifetimes, Log, Settings, Tunnel, Withdrawn
 
 
 def parse(**texts: str) -> Settings:
@@ -26,8 +26,8 @@ def test_defaults() -> None:
         tunnel=Tunnel.ANY,
         listen=(("", 9200),),
         front={9200: "registry.ollama.ai"},
-        direct=Direct.AUTO,
         advertise=None,
+        offload=False,
         manifest_lifetime=Lifetimes(300.0),
         refresh=None,
         withdrawn=Withdrawn.SERVE,
@@ -44,6 +44,20 @@ def test_defaults() -> None:
         log=Log.TEXT,
         log_level="info",
     )
+
+
+@pytest.mark.parametrize(
+    ("registries", "expected"),
+    [
+        ("registry.ollama.ai", "registry.ollama.ai"),
+        ("registry.ollama.com,registry.ollama.ai", "registry.ollama.ai"),
+        ("hf.co,registry.ollama.com", "registry.ollama.com"),
+        ("hf.co", "registry.ollama.ai"),
+    ],
+)
+def test_which_name_of_a_registry_is_asked(registries: str, expected: str) -> None:
+    """The one under which all is stored if it is configured, else its other name."""
+    assert parse(registries=registries, listen="off").asked("registry.ollama.ai") == expected
 
 
 def test_every_option_has_help() -> None:
@@ -118,7 +132,7 @@ def test_values() -> None:
         ("front", "9200=registry.ollama.ai,9200=registry.ollama.ai"),
         ("front", "9200=10.0.0.1"),
         ("front", "9200=stranger.example"),
-        ("direct", "maybe"),
+        ("offload", "maybe"),
         ("advertise", "https://cache.lan"),
         ("advertise", "cache.lan:0"),
         ("advertise", "cache.lan:99999"),
@@ -147,7 +161,7 @@ def test_values() -> None:
         ("object_store", "s3://key:secret@bucket"),
         ("object_store", "s3://bucket?region=x"),
         ("object_store", "s3://without-a-secret-beside-it"),
-        ("direct", "object-store"),
+        ("offload", "true"),
         ("log", "xml"),
         ("log_level", "loud"),
     ],
@@ -156,6 +170,13 @@ def test_bad_values_are_named(name: str, text: str) -> None:
     """The option, what was expected and what was got are in the message."""
     with pytest.raises(SettingsError, match=rf"ollama_cache_{name}: expected .*got "):
         parse(**{name: text})
+
+
+def test_removed_options_say_what_to_do() -> None:
+    """Also where the environment has them, and whatever their value was."""
+    assert environment_texts({"OLLAMA_CACHE_DIRECT": "auto"}) == {"direct": "auto"}
+    with pytest.raises(SettingsError, match=r"ollama_cache_direct was removed: .*0\.35.*ollama_cache_offload=true"):
+        parse(direct="off")
 
 
 def test_where_it_listens() -> None:

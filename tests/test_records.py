@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pullthrough.digest import Digest
-from pullthrough.records import BlobRecord, ManifestRecord, Name
+from pullthrough.records import BlobRecord, ManifestRecord, Name, by_model
 
 A, B, C = (Digest(letter * 64) for letter in "abc")
 TYPE = "application/vnd.docker.distribution.manifest.v2+json"
@@ -169,3 +169,27 @@ def test_patterns(pattern: str, expected: bool) -> None:
     assert Name("registry.ollama.ai", "library/llama3.2", "1b").matches(pattern) is expected
     assert Name("hf.co", "me/m", "Q4").matches("hf.co/*")
     assert Name("hf.co", "me/m", "Q4").matches("me/m:Q?")
+
+
+def test_a_registry_of_two_names() -> None:
+    """What users type, and the patterns of options, mean the one name under which it is stored."""
+    name = Name.parse("registry.ollama.com/library/llama3.2:1b")
+    assert name == Name("registry.ollama.ai", "library/llama3.2", "1b")
+    assert name.typed == "llama3.2:1b"
+    assert name.matches("registry.ollama.com/library/*")
+    assert not Name("hub.example", "library/llama3.2", "1b").matches("registry.ollama.com/*")
+
+
+def test_a_model_has_two_representations() -> None:
+    """Written alike, told apart, and each finds the other."""
+    name = Name("registry.ollama.ai", "library/tiny", "latest")
+    assert (name.twin.takes_lists, name.twin.twin, name.twin.model, name.model) == (True, name, name, name)
+    assert (str(name.twin), name.twin.forms, name.twin.place) == (str(name), name.forms, name.place)
+    record = ManifestRecord.parse(encode(layers=[]), TYPE, now=1)
+    other = ManifestRecord.parse(encode(layers=[item(A, 1)]), TYPE, now=2)
+    assert record and other
+    alone = Name("hub.example", "a", "b", takes_lists=True)
+    assert by_model({name.twin: other, alone: record, name: record}) == {
+        name: [record, other],
+        alone.model: [record],
+    }

@@ -155,8 +155,16 @@ def test_a_fair_share_of_the_rest(unclaimed: int, connections: int, size: int) -
 
 def test_a_starving_reader_does_not_share() -> None:
     """Its slice is as large as the rate allows, however many connections there are."""
-    found = ask(Assembly(16 * MIB), Demand(0, MIB, STARVING), rate=1e9, connections=16)
+    found = ask(Assembly(16 * MIB), Demand(0, MIB, STARVING), rate=1e9, connections=16, complete=True)
     assert found == Slice(0, MAX_SLICE)
+
+
+@pytest.mark.parametrize("fed", [FED, STARVING])
+def test_nothing_is_fetched_past_readers_of_a_blob_that_is_not_pulled(fed: float) -> None:
+    """But for the rest of the grid."""
+    for stop, expected in ((MIB, MIB), (MIB - 1, MIB), (MIB + 1, MIB + MIN_SLICE)):
+        found = ask(Assembly(16 * MIB), Demand(0, stop, fed), rate=1e9)
+        assert found == Slice(0, expected)
 
 
 def test_without_a_rate() -> None:

@@ -26,6 +26,7 @@ QUIET = Sight(
     retries=0,
     mismatches=0,
     problems=(),
+    bypassed=0,
 )
 
 
@@ -36,6 +37,13 @@ def row(name: str, **facts: Any) -> dict[str, Any]:
 def words(html: str) -> str:
     """What a reader reads."""
     return " ".join(re.sub("<[^>]*>", " ", html).split())
+
+
+@pytest.mark.parametrize(("count", "text"), [(1, "1 pull by"), (7, "7 pulls by")])
+def test_pulls_past_the_cache(count: int, text: str) -> None:
+    """A line that says how many, and what helps."""
+    health = StatusPage().parts(replace(QUIET, bypassed=count))["health"]
+    assert f"{text} Ollama 0.35 to 0.40.2 went past the cache: use it as gateway" in words(health)
 
 
 def test_an_empty_cache() -> None:

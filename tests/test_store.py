@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreError
 from pullthrough.intervals import Intervals
+from pullthrough.manifesttable import TOLD_S
 from pullthrough.records import ManifestRecord, Name
-from pullthrough.store import KEPT_S, TOLD_S, Store
+from pullthrough.store import KEPT_S, Store
 
 NAME = Name("registry.ollama.ai", "library/tiny", "latest")
 
@@ -96,7 +97,7 @@ def test_nothing_is_known_of_a_denied_repository(tmp_path: Path) -> None:
         gone = (b"mine", b"more", b"moved away", b"unlisted")
         assert not any(store.is_member(*here, digest_of(blob)) for blob in gone)
         assert not any(store.manifest_by_digest(*here, Digest(record.digest)) for record in (*records, earlier))
-        assert store.manifests_of(*here) == []
+        assert store.manifests_of(*here) == {}
         assert all(store.manifest(name).denied for name in names)  # type: ignore[union-attr]
         assert [store.blob(digest_of(blob)).public for blob in (b"mine", b"unlisted", b"shared")] == [  # type: ignore[union-attr]
             False,
@@ -145,7 +146,7 @@ def test_a_moved_tag(tmp_path: Path) -> None:
     for _ in range(2):
         assert all(store.is_member(*NAME.place, digest_of(blob)) for blob in (b"first", b"granted", b"third"))
         assert not store.is_member(*NAME.place, digest_of(b"second"))
-        assert {record.digest for record in store.manifests_of(*NAME.place)} == {
+        assert {record.digest for record in store.manifests_of(*NAME.place).values()} == {
             manifest(blob).digest for blob in (b"first", b"third")
         }
         store.close()

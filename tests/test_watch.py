@@ -13,6 +13,7 @@ import pytest
 from pullthrough import watch
 from pullthrough.catalogue import View
 from pullthrough.digest import Digest
+from pullthrough.pulls import Counts
 from pullthrough.recorder import Recorder
 from pullthrough.records import BlobRecord, ManifestRecord, Name
 from pullthrough.settings import Settings
@@ -63,7 +64,7 @@ class Daemon:
         upstream = SimpleNamespace(is_up=lambda _: True, errors=Counter())
         return Watch(
             cast(Settings, SETTINGS), cast(Store, store), cast(Recorder, recorder), cast(Upstream, upstream),
-            Vitals(folder, dict), self.view,
+            Vitals(folder, dict), self.view, Counts(3, 4),
         )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          cli  cli_base  cli_models  cli_progress
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
-         refresh  direct  warm  verbs  metrics  vitals
+         refresh  redirects  offload  signed_addresses
+         blobs  blob_content  warm  verbs  metrics  vitals
          watch  statuspage  tierverbs                        request value -> answer: status, headers and what to send
          examining  ollamadaemon                             the ones that look for what is wrong
     L3a  reader                                              hands out the bytes of one interval of one blob
@@ -21,12 +22,13 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          ca  threads  places  looplag  platform  dialling  clock
          ledger  control  asking  housekeeping
          copying  inventory  modeltree  bundle  admission
-         authorities  clientsetup  objectstore               disk, sockets, tasks, keys
+         authorities  clientsetup  objectstore
+         manifesttable                                       disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
-         tunnel  budget  parent  trials  connlimit
+         tunnel  budget  parent  pulls  connlimit
          traffic  catalogue  pruning  diagnosis
          breaker  returns  lease                             state and policy, no I/O; `now` is a parameter
-    L0   errors  digest  route  byterange  intervals  datacheck  capability  cachestatus  records  chunksums  coding
-         conditional  requestlog  settings  options  addressing  loopguard  wording
-         jsonlog  termlog  fleet  gcpause  webpage
+    L0   errors  digest  route  byterange  intervals  datacheck  capability  presigned  cachestatus  records  chunksums
+         coding  conditional  requestlog  settings  options  addressing  loopguard  wording
+         jsonlog  termlog  fleet  gcpause  webpage  manifestjson
 """

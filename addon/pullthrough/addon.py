@@ -48,6 +48,7 @@ from pullthrough.options import OPTIONS, environment_texts, parse_settings
 from pullthrough.parent import Parents
 from pullthrough.parentleg import ways_out
 from pullthrough.recorder import Recorder
+from pullthrough.records import by_model
 from pullthrough.registry import Registry
 from pullthrough.requestlog import RequestLog
 from pullthrough.settings import PREFIX, PROXY_PORT, Endpoint, Settings
@@ -63,8 +64,7 @@ from pullthrough.workroom import Workroom
 
 _log = logging.getLogger(__name__)
 
-REMINT_S: Final = 60.0
-"""How often is looked whether a leaf is due: so soon after the machine's clock was set."""
+REMINT_S: Final = 60.0  # so soon after the machine's clock was set
 DESCRIPTORS: Final = 65_536
 PROXIES: Final = ("regular", "upstream")
 """Those of mitmproxy's modes whose clients know that they have a proxy."""
@@ -87,11 +87,9 @@ MITMPROXY_OPTIONS: Final = {
     # In reverse mode too, Host is what the client said: it must agree with SNI.
     "keep_host_header": True,
 }
-REFUSED: Final = {
-    "ssl_insecure": "the certificates of registries are always verified",
-    "emudhra": "it signs with the leaked key of a public authority",
-    "emudhra_old": "it signs with the leaked key of a public authority",
-}
+REFUSED: Final = {"ssl_insecure": "the certificates of registries are always verified"} | dict.fromkeys(
+    ("emudhra", "emudhra_old"), "it signs with the leaked key of a public authority"
+)
 """Options of mitmproxy that stop the start when they are on, and why. The last two came with 12.3."""
 
 
@@ -153,7 +151,9 @@ class OllamaCache:
             _stop(error)
 
     def _open(self) -> None:
-        texts = {option.name: getattr(ctx.options, f"{PREFIX}{option.name}") for option in OPTIONS}
+        # The environment once more: options that were removed have no other place to be seen.
+        texts = environment_texts(os.environ)
+        texts |= {option.name: getattr(ctx.options, f"{PREFIX}{option.name}") for option in OPTIONS}
         texts |= {name.removeprefix(PREFIX): "" for name in ctx.options.deferred if name.startswith(PREFIX)}
         settings = parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
         check_modes(ctx.options.mode, settings.intercepted)
@@ -250,11 +250,11 @@ class OllamaCache:
             _stop(error)
         limits = ConnectionLimits(most_connections(self._descriptors))
         self._gate.prepare(settings, self._parents, self._upstream.loop, limits)
-        self._flows.open(settings, self._registry, self._blob_server, self._upstream.loop, self._requests)
+        self._flows.open(settings, self._registry, self._upstream.loop, self._requests)
         self._gate.open()
         parts = (settings, self._store, self._recorder, self._upstream)
-        metrics = Metrics(*parts, self._requests, self._lag, self._vitals, self._desk.tier)
-        watch = Watch(*parts, self._vitals, self._desk.view, self._desk.tier)
+        metrics = Metrics(*parts, self._requests, self._lag, self._vitals, self._registry.pulls.counts, self._desk.tier)
+        watch = Watch(*parts, self._vitals, self._desk.view, self._registry.pulls.counts, self._desk.tier)
         Lookout(metrics, self._vitals, watch).enter(self._blob_server.pages)
         proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
         given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)
@@ -264,7 +264,7 @@ class OllamaCache:
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
             len(self._store.blobs()),
-            len(self._store.manifests()),
+            len(by_model(self._store.manifests())),
             self._authorities.current.certificate_file,
             self._authorities.current.fingerprint,
             self._blob_server,
@@ -333,8 +333,9 @@ class OllamaCache:
 
     async def _look_out(self, _: Mapping[str, Any], __: Tell) -> Any:
         """For the doctor: how the registry answers the client that pulls use."""
-        assert self._settings and self._upstream
-        return asdict(await look_out(self._upstream, self._settings, _now()))
+        assert self._settings and self._upstream and self._registry
+        bypassed = self._registry.pulls.counts.bypassed
+        return asdict(await look_out(self._upstream, self._settings, _now(), bypassed=bypassed))
 
     async def _remint(self) -> None:
         while True:

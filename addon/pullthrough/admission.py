@@ -5,7 +5,7 @@ here. Knows neither where the models come from nor a terminal.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from os import stat_result
@@ -15,10 +15,10 @@ from typing import Final, Self
 
 from pullthrough.digest import Digest
 from pullthrough.errors import TransferRefused
+from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE, children_of
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import Store
 
-DOCKER_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
 MANIFEST: Final = "manifest"
 """The file of a staging folder with the manifest of the model that is to be admitted."""
 
@@ -57,22 +57,53 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model on its way in."""
+    """A model on its way in, in the representation for clients that take lists or in the one for others."""
 
     name: Name
     record: ManifestRecord
+    blobs: Mapping[Digest, int]
+    """What comes with it, with the claimed sizes: of a list the children that are whole, and all that they list."""
 
     @classmethod
-    def parse(cls, name: Name, body: bytes) -> Self:
-        """A model of these manifest bytes. TransferRefused if they are none."""
+    def parse(cls, name: Name, body: bytes, blobs: Callable[[ManifestRecord], Mapping[Digest, int]]) -> Self:
+        """Make a model of these bytes, which may be a list. Raises TransferRefused if they are neither."""
         # `confirmed` 0: upstream has said nothing about it here. It is stale from the beginning, and served when
         # upstream cannot be asked.
         record = ManifestRecord.parse(body, DOCKER_TYPE, now=0.0)
         if record is None or not record.listed:
             raise TransferRefused(f"{name}: expected a manifest that lists blobs, got {body[:60]!r}")
-        if re.search(rf'"mediaType"\s*:\s*"{re.escape(_OCI_TYPE)}"', body.decode("utf-8", "replace")):
+        if record.is_list:
+            record = record._replace(content_type=LIST_TYPE)
+        elif re.search(rf'"mediaType"\s*:\s*"{re.escape(_OCI_TYPE)}"', body.decode("utf-8", "replace")):
             record = record._replace(content_type=_OCI_TYPE)
-        return cls(name, record)
+        return cls(name._replace(takes_lists=record.is_list), record, blobs(record))
+
+
+def needs(
+    record: ManifestRecord, *, document: Callable[[Digest], bytes | None], has: Callable[[Digest], bool]
+) -> dict[Digest, int]:
+    """Find the blobs that come with a manifest or list; `document` reads a child where it comes from.
+
+    A child is absent where nobody has pulled it, which is usual: a list comes with those of which everything is
+    there. Raises TransferRefused for a list that has none of these.
+    """
+    if not record.is_list:
+        return {digest: size for digest, size in record.sizes.items() if size is not None}
+    found: dict[Digest, int] = {}
+    for child in children_of(record.body):
+        blobs = {layer.digest: layer.size for layer in child.layers}
+        if child.digest is not None:
+            if (body := document(child.digest)) is None:
+                continue
+            manifest = ManifestRecord.parse(body, DOCKER_TYPE, now=0.0)
+            if manifest is None or manifest.is_list:
+                raise TransferRefused(f"{child.digest}: expected a manifest, as the list says, got {body[:60]!r}")
+            blobs = {child.digest: len(body)} | needs(manifest, document=document, has=has)
+        if blobs and all(map(has, blobs)):
+            found |= blobs
+    if not found:
+        raise TransferRefused("expected all blobs of one manifest of the list, got those of none: pull the model again")
+    return found
 
 
 def admit(store: Store, staging: Path, model: Model, terms: Terms, *, now: float) -> Outcome:
@@ -97,7 +128,7 @@ def place(store: Store, staging: Path, model: Model) -> dict[Digest, stat_result
     nothing that is resident; StoreUnwritable if the disk refuses.
     """
     placed = {}
-    for digest in model.record.digests:
+    for digest in model.blobs:
         # What is not there is held, or another model that has it came first.
         if lexists(staging / digest.file_name):
             placed[digest] = store.place(digest, staging / digest.file_name)
@@ -109,23 +140,23 @@ def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, stat
     name, text, stored = model.name, str(model.name), store.manifest(model.name)
     for digest, status in placed.items():
         store.publish(digest, status, now=now)
-    for digest in model.record.digests:
+    for digest in model.blobs:
         if store.held(digest) is None:
             return Outcome(text, Fate.REFUSED, f"blob {digest}: expected it in the store, got none: it was evicted")
     same = stored is not None and stored.digest == model.record.digest
     if not (same and stored is not None and (not stored.denied or not terms.public)):
         store.put_manifest(name, model.record._replace(denied=not terms.public, pulled=now))
-    elif not placed and (not terms.public or all(_is_public(store, name, each) for each in model.record.digests)):
+    elif not placed and (not terms.public or all(_is_public(store, name, each) for each in model.blobs)):
         return Outcome(text, Fate.PRESENT)
     if terms.public:
-        for digest in model.record.digests:
+        for digest in model.blobs:
             store.confirm_public(name.host, name.repository, digest)
     return Outcome(text, Fate.IMPORTED)
 
 
 def _is_refused(store: Store, name: Name) -> bool:
     """Upstream has refused the repository; what was imported as private is denied as well, and never confirmed."""
-    return any(record.denied and record.confirmed for record in store.manifests_of(*name.place, private=True))
+    return any(record.denied and record.confirmed for record in store.manifests_of(*name.place, private=True).values())
 
 
 def _is_public(store: Store, name: Name, digest: Digest) -> bool:

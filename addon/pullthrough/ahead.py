@@ -1,7 +1,7 @@
 """Record blobs that no client has asked for yet, for everybody.
 
 Invariant: a blob comes in through its one recording, like a client's, and only from where an anonymous request gets
-it. Knows no manifest and nobody who waits.
+it. Knows nobody who waits.
 """
 
 from collections.abc import Awaitable, Callable
@@ -9,8 +9,11 @@ from functools import partial
 
 from pullthrough.datastream import Source
 from pullthrough.digest import Digest
+from pullthrough.errors import CacheError
 from pullthrough.recorder import Recorder
 from pullthrough.recording import Recording
+from pullthrough.records import ManifestRecord
+from pullthrough.settings import Settings
 from pullthrough.store import Store
 
 
@@ -18,9 +21,14 @@ class Ahead:
     """Of all registries."""
 
     def __init__(
-        self, store: Store, recorder: Recorder, source: Callable[[str, str, Digest], Awaitable[Source]]
+        self,
+        settings: Settings,
+        store: Store,
+        recorder: Recorder,
+        source: Callable[[str, str, Digest], Awaitable[Source]],
     ) -> None:
         """`source` obtains a blob's public source from (host, repository)."""
+        self._settings = settings
         self._store = store
         self._recorder = recorder
         self._source = source
@@ -30,9 +38,19 @@ class Ahead:
 
         Then it is public by upstream's word: UpstreamError if upstream gives it to nobody.
         """
+        host = self._settings.asked(host)
         if self._store.held(digest) is None:
             return self._recorder.open(digest, obtain=partial(self._source, host, repository, digest), wanted=True)
         known = self._store.blob(digest)
         if known is None or not known.public:
             await self._source(host, repository, digest)
         return None
+
+    async def child(self, host: str, repository: str, digest: Digest) -> ManifestRecord:
+        """The manifest that the blob is, once it is here. CacheError if it does not come, or is none."""
+        if (recording := await self.begin(host, repository, digest)) is not None:
+            await recording.over.wait()
+        record = self._store.read_manifest(digest)
+        if record is None:
+            raise CacheError(f"expected {digest} to be a manifest, as a list says, got none; the cache's log has more")
+        return record

@@ -34,7 +34,7 @@ from pullthrough.registry import Registry
 from pullthrough.requestlog import RequestLog
 from pullthrough.route import parse_canonical_target
 from pullthrough.sender import Sending, send
-from pullthrough.settings import PREFIX, Direct, Endpoint, Settings
+from pullthrough.settings import PREFIX, Endpoint, Settings
 from pullthrough.webpage import asks_for_page
 
 _log = logging.getLogger(__name__)
@@ -58,9 +58,8 @@ class BlobServer:
         """SettingsError where the settings' addresses cannot be listened on."""
         self._front = settings.front
         self._blob_host = settings.blob_host
-        self._leads_here = settings.direct is not Direct.OFF
         self._advertise = settings.advertise
-        self._enclosed = settings.direct is Direct.AUTO and settings.advertise is None and platform.in_container()
+        self._enclosed = settings.advertise is None and platform.in_container()
         self._registry: Registry | None = None
         self.pages = Pages(settings.advertise)
         """What this port gives besides models."""
@@ -85,16 +84,12 @@ class BlobServer:
         """For people: where it listens, and for whom it speaks."""
         return ", ".join(self._names) or "off"
 
-    def origin(self, address: str) -> str | None:
-        """Where a client that has reached `address` of this machine by another port may find this server.
+    def address_for(self, address: str) -> str | None:
+        """Where another cache that has reached `address` of this machine by another port may find this server.
 
         None where it has no way that we know of: nothing listens on that address, or it may be one of a container's
         own, which means nothing outside.
         """
-        return self.address_for(address) if self._leads_here else None
-
-    def address_for(self, address: str) -> str | None:
-        """As `origin`, whether or not clients are sent here."""
         if not self._sockets:
             return None
         if self._advertise is not None:
@@ -122,8 +117,6 @@ class BlobServer:
         for sock in self._sockets:
             await web.SockSite(self._runner, sock, backlog=AT_ONCE).start()
             sock.listen(BACKLOG)  # asyncio takes one number for both
-        if self._enclosed and self._sockets:
-            _log.info("direct mode: off in a container, unless %sadvertise says where clients reach it", PREFIX)
 
     async def close(self) -> None:
         """Free the ports and end what runs. May be called twice, and without `open`."""
@@ -203,7 +196,6 @@ class BlobServer:
                 blobs=origin,
                 inline="range" in asked or not origin or not is_name(asked.get("host", "")),
                 client=request.remote or "",
-                direct="",
             )
         )
         if answer is not None:

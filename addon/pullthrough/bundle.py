@@ -1,8 +1,9 @@
 """A bundle: models in one tar file, in an order that lets it be read and written as a stream.
 
-    SHA256SUMS                                   one line `<hex>  <path>` for each member that follows, in order
-    manifests/<host>/<namespace>/<model>/<tag>   all manifests
-    blobs/sha256-<hex>                           all blobs that they list
+    SHA256SUMS                                      one line `<hex>  <path>` for each member that follows, in order
+    manifests/<host>/<namespace>/<model>/<tag>      all manifests, and anchors of lists (see modeltree)
+    manifests-v2/<host>/<namespace>/<model>/<tag>   all lists, as bytes: there are no links
+    blobs/sha256-<hex>                              all blobs that they list, the lists too
 
 Unpacked it is a models folder of Ollama, which `sha256sum -c SHA256SUMS` checks. Headers are ustar (POSIX.1-1988; a
 size from 8 GiB on in base 256, as GNU tar and bsdtar write and read it), with no owner, time or padding but zeros.
@@ -18,7 +19,7 @@ from typing import BinaryIO, Final
 
 from pullthrough.digest import Digest
 from pullthrough.errors import TransferRefused
-from pullthrough.modeltree import parse_blob_path, parse_manifest_path
+from pullthrough.modeltree import document_path, manifest_path, parse_blob_path, parse_manifest_path
 from pullthrough.records import Name
 
 SUMS: Final = "SHA256SUMS"
@@ -60,9 +61,14 @@ class Member:
     offset: int
     size: int
     name: Name | None
-    """Of a manifest's model."""
+    """Of the model whose manifest or list it is."""
     digest: Digest | None
     """Of a blob."""
+
+    @property
+    def is_document(self) -> bool:
+        """Whether the new tree has it: a list, and neither a manifest nor an anchor."""
+        return self.name is not None and self.path == document_path(self.name)
 
 
 def read_members(file: BinaryIO) -> list[Member]:
@@ -82,7 +88,7 @@ def read_members(file: BinaryIO) -> list[Member]:
         if path != wanted:
             raise TransferRefused(f"expected {wanted} next, as in {SUMS}, got {path!r:.200}")
         blob = parse_blob_path(path)
-        members.append(Member(path, digest, file.tell(), size, parse_manifest_path(path), blob))
+        members.append(Member(path, digest, file.tell(), size, _name_of(path), blob))
         file.seek(size, 1)
         _skip_padding(file, size)
     if (extra := _next(file, length)) is not None:
@@ -106,7 +112,7 @@ def _parse_sums(text: bytes) -> dict[str, str]:
         match = _LINE.fullmatch(line)
         path = match[2] if match else ""
         blob = parse_blob_path(path)
-        if match is None or (blob is None and parse_manifest_path(path) is None):
+        if match is None or (blob is None and _name_of(path) is None):
             raise TransferRefused(f"{SUMS}: expected a sum and the path of a manifest or blob, got {line!r:.200}")
         # On a disk that ignores case two spellings are one file.
         if path.lower() in seen:
@@ -116,6 +122,12 @@ def _parse_sums(text: bytes) -> dict[str, str]:
         seen.add(path.lower())
         members[path] = match[1]
     return members
+
+
+def _name_of(path: str) -> Name | None:
+    """Tell which model's manifest or list lies there; None for another spelling of its place."""
+    name = parse_manifest_path(path)
+    return name if name is not None and path in (manifest_path(name), document_path(name)) else None
 
 
 def _next(file: BinaryIO, length: int) -> tuple[str, int] | None:

@@ -15,7 +15,7 @@ from pullthrough.digest import Digest
 LIFETIME_S = 24 * 3600
 """As long as the registry's own signatures live (X-Amz-Expires=86400 since 2024-08)."""
 
-_QUERY = re.compile(r"size=(\d{1,16})&expires=(\d{1,12})&access=([0-9a-f]{64})", re.ASCII)
+_QUERY = re.compile(r"size=(\d{1,16})&expires=(\d{1,12})(&offload=1)?&access=([0-9a-f]{64})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +25,16 @@ class Capability:
     digest: Digest
     size: int
     expires: int
+    offload: bool = False
+    """Its holder may be redirected to the fleet's object store."""
 
     def to_query(self, secret: bytes) -> str:
         """The query string, without the question mark."""
-        return f"size={self.size}&expires={self.expires}&access={self._signature(secret)}"
+        offload = "&offload=1" if self.offload else ""
+        return f"size={self.size}&expires={self.expires}{offload}&access={self._signature(secret)}"
 
     def _signature(self, secret: bytes) -> str:
-        message = f"{self.digest} {self.size} {self.expires}".encode()
+        message = f"{self.digest} {self.size} {self.expires}{' offload' if self.offload else ''}".encode()
         return hmac.new(secret, message, hashlib.sha256).hexdigest()
 
 
@@ -45,7 +48,7 @@ def verify(query: str, digest: Digest, *, secret: bytes, now: float) -> Capabili
     match = _QUERY.fullmatch(query)
     if match is None:
         return None
-    capability = Capability(digest, int(match[1]), int(match[2]))
-    if not hmac.compare_digest(capability._signature(secret), match[3]) or now >= capability.expires:
+    capability = Capability(digest, int(match[1]), int(match[2]), offload=match[3] is not None)
+    if not hmac.compare_digest(capability._signature(secret), match[4]) or now >= capability.expires:
         return None
     return capability

@@ -64,6 +64,7 @@ def show(model: Model, dir: Folder = None, json: AsJson = False) -> None:  # noq
         ("name", found["name"]),
         ("host", found["host"]),
         ("digest", found["digest"]),
+        *([("list", found["list"])] if found["list"] else []),
         ("size", size_text(found["size"])),
         ("held", found["held"]),
         ("pulled", ago_text(now - found["pulled"] if found["pulled"] else None)),
@@ -71,11 +72,23 @@ def show(model: Model, dir: Folder = None, json: AsJson = False) -> None:  # noq
         ("visibility", found["visibility"]),
         ("pinned", "yes" if found["pinned"] else "no"),
     ]
-    layers = [("LAYER", "SIZE", "HELD", "MEDIA TYPE")]
-    for layer in found["layers"]:
+    lines = columns(facts)
+    if found["layers"] or not found["children"]:
+        lines += ["", *_layer_lines(found["layers"])]
+    for child in found["children"]:
+        title = " ".join(filter(None, [child["runner"] or "unnamed", child["format"], (child["digest"] or "")[7:19]]))
+        lines += ["", f"{title}{'' if child['held'] else ': not held'}"]
+        if child["layers"]:
+            lines += _layer_lines(child["layers"])
+    return print_lines(lines)
+
+
+def _layer_lines(layers: list[Any]) -> list[str]:
+    table = [("LAYER", "SIZE", "HELD", "MEDIA TYPE")]
+    for layer in layers:
         held = "yes" if layer["held"] else "no"
-        layers.append((layer["digest"][7:19], size_text(layer["size"]), held, layer["media_type"]))
-    return print_lines([*columns(facts), "", *columns(layers)])
+        table.append((layer["digest"][7:19], size_text(layer["size"]), held, layer["media_type"]))
+    return columns(table)
 
 
 @app.command()
@@ -120,6 +133,8 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
         ("fetched", size_text(found["fetched"])),
         ("saved", size_text(found["saved"]) + ratio),
     ]
+    if found.get("bypassed_pulls"):
+        facts.append(("past the cache", f"{found['bypassed_pulls']} pulls by Ollama 0.35 to 0.40.2 since the start"))
     if "tier" in found:
         facts += cli_tier.facts(found["tier"])
     days = [("DAY (UTC)", "SERVED", "FETCHED")]
@@ -225,7 +240,7 @@ def _look(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Ca
 
             held = Inventory.read(folder)
             pins = (*own_settings(given).pins, *sorted(held.pins))
-            return local(View(held.manifests, held.blobs, pins, held.days))
+            return local(View(held.manifests, held.blobs, pins, held.days, held.children))
 
 
 def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[Any], Any]) -> Any:

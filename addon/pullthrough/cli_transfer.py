@@ -153,6 +153,7 @@ def _door(folder: Path, terms: "Terms") -> Iterator[Callable[[Path, "Model"], "O
             {
                 "staging": staging.name,
                 "model": str(model.name),
+                "blobs": dict(model.blobs),
                 "public": terms.public,
                 "replace_confirmed": terms.replace_confirmed,
             },
@@ -193,4 +194,4 @@ def export(
             export_bundle_file(inventory, cargo, Path(to), on_bytes=meter.advance)
         else:
             export_tree(inventory, cargo, Path(to), on_bytes=meter.advance)
-    typer.echo(f"{len(cargo.manifests)} models, {len(cargo.blobs)} blobs; {meter.summary()}", err=True)
+    typer.echo(f"{cargo.models} models, {len(cargo.blobs)} blobs; {meter.summary()}", err=True)

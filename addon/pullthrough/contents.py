@@ -1,11 +1,14 @@
 """What an index says: its rows, and what they mean.
 
     blob <digest>                         JSON of a BlobRecord, as a list
-    manifest <host> <repository> <ref>    JSON of a ManifestRecord's facts
+    manifest <host> <repository> <ref>    JSON of a ManifestRecord's facts; a fourth word `lists` in the key of what
+                                          clients get that accept manifest lists
+    child <digest>                        the same of a blob that is a manifest, which a stored list refers to
     body <sha256>                         a manifest's bytes
     members <host> <repository>           blobs that upstream has granted to an anonymous request there
     pin <pattern>                         empty: models that stay, besides those that the option names
     day <day number>                      JSON: bytes served and fetched on that day
+    address <hmac>                        JSON: digest, and until when a signed address is recognised (Unix seconds)
 
 Invariant: keys are text, values are text or bytes, and nothing is ever unpickled: a pickle in an index that somebody
 else may write to is code that runs here. A kind comes out of SQLite as one text, because a hundred thousand rows as
@@ -26,7 +29,7 @@ from pullthrough.digest import LETTERS as DIGEST_LETTERS
 from pullthrough.digest import Digest, trusted
 from pullthrough.errors import CacheError, StoreError
 from pullthrough.gcpause import gc_paused
-from pullthrough.records import BlobRecord, ManifestRecord, Name
+from pullthrough.records import ALIASES, BlobRecord, ManifestRecord, Name
 from pullthrough.traffic import Totals
 
 Sql = Callable[..., Iterable[tuple[Any, ...]]]
@@ -38,11 +41,12 @@ UNSOUND: Final = (sqlite3.Error, CacheError, ValueError, KeyError, TypeError)
 _FOREIGN: Final = """
     SELECT key, raw, mode FROM Cache NOT INDEXED
     WHERE raw IS NOT 1 OR mode IS NOT 1 OR NOT (
-        key GLOB 'blob *' OR key GLOB 'manifest *' OR key GLOB 'body *'
-        OR key GLOB 'members *' OR key GLOB 'pin *' OR key GLOB 'day *'
+        key GLOB 'blob *' OR key GLOB 'manifest *' OR key GLOB 'child *' OR key GLOB 'body *'
+        OR key GLOB 'members *' OR key GLOB 'pin *' OR key GLOB 'day *' OR key GLOB 'address *'
     ) LIMIT 1
 """
 """Rows that are not plain (MODE_RAW is 1: neither in files of their own nor pickled), or of no kind."""
+_LISTS: Final = "lists"
 _TEXTS: Final = """
     SELECT group_concat(substr(key, length(?1) + 1), char(10)), group_concat(value)
     FROM Cache WHERE key >= ?1 AND key < ?2
@@ -61,12 +65,19 @@ class Contents:
     blobs: dict[Digest, BlobRecord]
     """Those that are not here, too."""
     manifests: dict[Name, ManifestRecord]
+    children: dict[Digest, ManifestRecord]
+    """The manifests that stored lists refer to, as far as their bytes have come."""
     pins: set[str]
     days: dict[int, Totals]
+    addresses: "Addresses"
 
 
 Members = dict[tuple[str, str], str]
 """By (host, repository), the blobs that upstream has granted to an anonymous request there, `<digest> …`."""
+
+
+Addresses = dict[str, tuple[Digest, float]]
+"""By the HMAC of a signed address, the blob and until when it is recognised (Unix seconds)."""
 
 
 def look(folder: Path) -> Contents:
@@ -92,6 +103,18 @@ def check(sql: Sql) -> None:
         raise StoreError(f"expected plain rows of known kinds, got {key!r:.80} (raw {raw}, mode {mode})")
 
 
+def rename_aliases(sql: Sql) -> None:
+    """Let what was stored under another name of a registry stand under the one, unless there is something. UNSOUND."""
+    for alias, host in ALIASES.items():
+        for kind in ("manifest", "members"):
+            former, prefix = _range(f"{kind} {alias}"), f"{kind} {host} "
+            sql(
+                "UPDATE OR IGNORE Cache SET key = ?3 || substr(key, length(?1) + 1) WHERE key >= ?1 AND key < ?2",
+                (*former, prefix),
+            )
+            sql("DELETE FROM Cache WHERE key >= ? AND key < ?", former)
+
+
 def read(sql: Sql) -> Contents:
     """All but the members. UNSOUND."""
     keys, rows = _texts(sql(_MOST, _range("blob")))
@@ -101,23 +124,39 @@ def read(sql: Sql) -> Contents:
     bodies: dict[str, bytes] = dict(sql(_ROWS, _range("body")))
     manifests = {}
     for key, fact in zip(*_texts(sql(_TEXTS, _range("manifest"))), strict=True):
-        host, repository, reference = key.split(" ")
-        try:
-            manifests[Name(host, repository, reference)] = ManifestRecord(
-                bodies[fact["body"]],
-                fact["body"],
-                fact["content_type"],
-                fact["confirmed"],
-                fact["listed"],
-                fact["claimed"],
-                tuple(fact["oldest"]) if fact["oldest"] is not None else None,
-                fact["denied"],
-                fact["pulled"],
-            )
-        except KeyError as error:
-            raise StoreError(f"a manifest of {repository} without {error}") from error
+        host, repository, reference, *class_ = key.split(" ")
+        if class_ not in ([], [_LISTS]):
+            raise StoreError(f"expected a manifest's host, repository and reference, got {key!r:.200}")
+        manifests[Name(host, repository, reference, bool(class_))] = _record(key, fact, bodies)
+    children = {
+        Digest.parse(key): _record(key, fact, bodies)
+        for key, fact in zip(*_texts(sql(_TEXTS, _range("child"))), strict=True)
+    }
     days = {int(day): Totals(**totals) for day, totals in zip(*_texts(sql(_TEXTS, _range("day"))), strict=True)}
-    return Contents(blobs, manifests, {pattern for pattern, _ in sql(_ROWS, _range("pin"))}, days)
+    addresses: Addresses = {
+        key: (Digest.parse(digest), float(until))
+        for key, (digest, until) in zip(*_texts(sql(_TEXTS, _range("address"))), strict=True)
+    }
+    pins = {pattern for pattern, _ in sql(_ROWS, _range("pin"))}
+    return Contents(blobs, manifests, children, pins, days, addresses)
+
+
+def _record(key: str, fact: dict[str, Any], bodies: dict[str, bytes]) -> ManifestRecord:
+    try:
+        return ManifestRecord(
+            bodies[fact["body"]],
+            fact["body"],
+            fact["content_type"],
+            fact["confirmed"],
+            fact["listed"],
+            fact["claimed"],
+            tuple(fact["oldest"]) if fact["oldest"] is not None else None,
+            fact["denied"],
+            fact["pulled"],
+            fact.get("references"),  # rows of earlier versions have none
+        )
+    except KeyError as error:
+        raise StoreError(f"manifest {key}: expected all its facts and its bytes, got none of {error}") from error
 
 
 def read_members(sql: Sql) -> Members:
@@ -151,7 +190,12 @@ def blob_value(record: BlobRecord) -> str:
 
 
 def manifest_key(name: Name) -> str:
-    return f"manifest {name.host} {name.repository} {name.reference}"
+    key = f"manifest {name.host} {name.repository} {name.reference}"
+    return f"{key} {_LISTS}" if name.takes_lists else key
+
+
+def child_key(digest: Digest) -> str:
+    return f"child {digest}"
 
 
 def manifest_value(record: ManifestRecord) -> str:
@@ -179,3 +223,11 @@ def day_key(day: int) -> str:
 
 def day_value(totals: Totals) -> str:
     return json.dumps(asdict(totals))
+
+
+def address_key(key: str) -> str:
+    return f"address {key}"
+
+
+def address_value(digest: Digest, until: float) -> str:
+    return json.dumps([str(digest), until])

@@ -4,11 +4,15 @@ Invariant: a reader waits for bytes, never for another reader. Knows neither whe
 """
 
 import asyncio
+import logging
 from typing import Final, Protocol
 
 from pullthrough.assembly import Assembly
 from pullthrough.clock import steady
+from pullthrough.digest import Digest
 from pullthrough.ingest import SharedFile
+
+_log = logging.getLogger(__name__)
 
 HUNGRY_S: Final = 4.0
 """A reader that waits so long for a byte is told of in the log: clients of v0.1.23-v0.5.7 give up after 5 s."""
@@ -18,6 +22,11 @@ class Feed(Protocol):
     """What a place needs of its recording."""
 
     assembly: Assembly
+    digest: Digest
+
+    @property
+    def readers(self) -> int:
+        """How many read it now."""
 
     def check(self) -> None:
         """Raise what the recording has failed of, if it has."""
@@ -27,9 +36,6 @@ class Feed(Protocol):
 
     def rescue(self, position: int) -> None:
         """A reader waits for this byte: whoever should bring it and does not is relieved of it."""
-
-    def tell_hunger(self, seconds: float) -> None:
-        """A reader has waited that long for a byte."""
 
     def detach(self, cursor: "Cursor") -> None:
         """The reader has gone."""
@@ -77,7 +83,12 @@ class Cursor:
             self.waiter = None
         if (hungry := steady() - self.fed) > HUNGRY_S and not self._told:
             self._told = True
-            self._feed.tell_hunger(hungry)
+            _log.warning(
+                "recording %s: a client has waited %.1f s for a byte; it has %d readers",
+                self._feed.digest.short,
+                hungry,
+                self._feed.readers,
+            )
         return self.present
 
     def advance(self, position: int) -> None:

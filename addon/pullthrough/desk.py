@@ -44,6 +44,7 @@ class Desk:
         self._store = store
         self._recorder = recorder
         self._requests = requests
+        self._pulls = registry.pulls
         self._traffic = Traffic(store.ledger.days)
         housekeeping = Housekeeping(store, settings.pins, recorder.running)
         shared = TierVerbs(*fleet, store, housekeeping, registry.warmer, recorder.counters) if fleet else None
@@ -56,6 +57,7 @@ class Desk:
             pins=settings.pins,
             options=options,
             count=self.count,
+            pulls=registry.pulls.counts,
             tier=self.tier,
         )
         self._control = Control(settings.dir, {**self._verbs.table(), **(shared.table() if shared else {}), **others})
@@ -79,6 +81,7 @@ class Desk:
 
     def count(self) -> None:
         """Bring the store's days up to date."""
+        self._pulls.expire(now=time.monotonic())
         fetched = self._recorder.counters.upstream_bytes
         self._traffic.count_up_to(served=self._requests.sent, fetched=fetched, now=time.time())
         self._store.ledger.put_days(self._traffic.take())

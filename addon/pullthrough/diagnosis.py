@@ -10,11 +10,17 @@ from typing import Final
 
 from pullthrough.errors import SettingsError
 from pullthrough.parent import Parents
+from pullthrough.records import BYPASSING, Version
 
 SKEW_S: Final = 300.0
 """More than a clock that is set by NTP is ever off; certificates bear a day."""
 NEAR_END_S: Final = 90 * 86400.0
 SET_CLOCK: Final = "timedatectl set-ntp true"
+PAST_PROXY: Final = (
+    "upgrade Ollama, make the cache the client's gateway (--mode transparent@8081), or pull from its port 9200: "
+    "ollama pull --insecure http://CACHE:9200/NAMESPACE/MODEL"
+)
+"""What helps a client that downloads past every proxy."""
 ISSUER: Final = "ollama-cache CA"
 """How the name of each of our authorities begins."""
 
@@ -67,6 +73,10 @@ class ServerFacts:
     """Why the registry cannot be used."""
     ranges: str
     """Why its blobs cannot be had in parts."""
+    unsigned: str
+    """Why its redirects are no use to clients that fetch past this proxy."""
+    bypassed: int
+    """Pulls since the start that went past the cache."""
     skew_s: float
     """How far our clock is ahead of the registry's."""
     free: int
@@ -81,6 +91,8 @@ class ClientFacts:
     """The environment of the process; None where none was found."""
     configured: Mapping[str, str]
     """The environment that its service is to have."""
+    version: Version | None
+    """Of the daemon; None where it does not tell."""
     leg: Leg | None
     """None where the daemon has no proxy that can be tried."""
     trusted: str
@@ -116,6 +128,12 @@ def of_server(facts: ServerFacts) -> list[Finding]:
     elif facts.ranges:
         mend = "let the registry's and the blob host's answers pass unaltered where this machine's traffic is inspected"
         found.append(Finding("blobs cannot be had in parts", facts.ranges, mend))
+    if facts.bypassed:
+        why = f"{facts.bypassed} pulls since the start, by Ollama 0.35.0 to 0.40.2, which download past every proxy"
+        found.append(Finding("pulls go past the cache", why, PAST_PROXY, grave=False))
+    if facts.unsigned and not facts.upstream:
+        why = f"{facts.unsigned}: Ollama 0.35.0 to 0.40.2 cannot pull by HTTPS_PROXY here"
+        found.append(Finding("there are no signed addresses", why, PAST_PROXY, grave=False))
     if abs(facts.skew_s) > SKEW_S:
         side = "ahead of" if facts.skew_s > 0 else "behind"
         why = f"{abs(facts.skew_s):.0f} s {side} the registry's: certificates and redirects seem expired"
@@ -170,6 +188,10 @@ def of_client(facts: ClientFacts) -> list[Finding]:
     if passed := [host for host in facts.hosts if parents.of("https", host, 443) is None]:
         why = f"it leads past the cache for {', '.join(passed)}"
         found.append(Finding("NO_PROXY covers what is cached", why, "take it out of NO_PROXY of the service"))
+    first, last = BYPASSING
+    if facts.version is not None and first <= facts.version <= last:
+        why = f"Ollama {'.'.join(map(str, facts.version))} downloads past every proxy, so nothing it pulls is cached"
+        found.append(Finding("this Ollama goes past the cache", why, PAST_PROXY))
     leg = facts.leg
     if leg is None:
         return found

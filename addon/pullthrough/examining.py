@@ -13,21 +13,23 @@ import shutil
 import socket
 import ssl
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
+from pullthrough import presigned
 from pullthrough.authorities import Authorities
 from pullthrough.ca import CERTIFICATE_NAME, KEY_NAME
 from pullthrough.diagnosis import Leg, ServerFacts
 from pullthrough.digest import Digest
 from pullthrough.errors import AuthorityError, CacheError, StoreError
-from pullthrough.manifests import ACCEPT
+from pullthrough.manifestjson import DOCKER_TYPE
 from pullthrough.settings import Endpoint, Settings
 from pullthrough.storefolder import check_marker
 from pullthrough.upstream import Upstream
@@ -43,17 +45,26 @@ class Outlook:
 
     upstream: str = ""
     ranges: str = ""
+    unsigned: str = ""
+    bypassed: int = 0
     skew_s: float = 0.0
 
 
-async def look_out(upstream: Upstream, settings: Settings, now: datetime) -> Outlook:
-    """Ask the first registry for a manifest and for one byte of a blob; `now` is aware."""
+async def look_out(upstream: Upstream, settings: Settings, now: datetime, *, bypassed: int = 0) -> Outlook:
+    """Ask the first registry for a manifest and for one byte of a blob; `now` is aware.
+
+    `bypassed` pulls have gone past the cache.
+    """
+    return replace(await _ask(upstream, settings, now), bypassed=bypassed)
+
+
+async def _ask(upstream: Upstream, settings: Settings, now: datetime) -> Outlook:
     if settings.offline:
         return Outlook()
     host = settings.registries[0]
     try:
         target = f"/v2/{SAMPLE}/manifests/latest"
-        response = await upstream.ask("GET", host, target, {"Accept": ACCEPT}, timeout_s=PATIENCE_S)
+        response = await upstream.ask("GET", host, target, {"Accept": DOCKER_TYPE}, timeout_s=PATIENCE_S)
     except CacheError as error:
         return Outlook(upstream=f"{host}: {error}")
     skew_s = 0.0
@@ -64,11 +75,23 @@ async def look_out(upstream: Upstream, settings: Settings, now: datetime) -> Out
     try:
         digest = Digest.parse(json.loads(response.body)["config"]["digest"])
         source, stream = await upstream.obtain(host, SAMPLE, digest, {}, stop=1, timeout_s=PATIENCE_S)
+        unsigned = _unsigned(settings, source.url if stream is None else "")
         stream = stream or await upstream.open_range(source, 0, 1, expected_length=None, validator=None)
         stream.close()
     except (CacheError, ValueError, KeyError, TypeError) as error:
         return Outlook(ranges=str(error), skew_s=skew_s)
-    return Outlook(ranges="expected 206 to a request for one byte, got 200" if stream.whole else "", skew_s=skew_s)
+    ranges = "expected 206 to a request for one byte, got 200" if stream.whole else ""
+    return Outlook(ranges=ranges, unsigned=unsigned, skew_s=skew_s)
+
+
+def _unsigned(settings: Settings, location: str) -> str:
+    """Why a redirect of the registry's is no use to clients that fetch past this proxy."""
+    host = urlsplit(location).hostname or ""
+    if not location:
+        return f"{settings.registries[0]} answers with the bytes themselves"
+    if host != settings.blob_host or presigned.expiry(location) is None:
+        return f"{settings.registries[0]} redirects to {host}, without a signature of the blob host's"
+    return ""
 
 
 def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: bool, now: datetime) -> ServerFacts:
@@ -93,6 +116,8 @@ def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: 
         taken=door is not None and not _reach(door),
         upstream=out.upstream,
         ranges=out.ranges,
+        unsigned=out.unsigned,
+        bypassed=out.bypassed,
         skew_s=out.skew_s,
         free=shutil.disk_usage(_existing(settings.dir)).free,
         min_free=settings.min_free,
@@ -120,7 +145,7 @@ def try_leg(proxy: Endpoint, host: str) -> Leg:
 @contextlib.contextmanager
 def tunnel(proxy: Endpoint, host: str, context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
     """TLS with `host` through `proxy`. OSError, of which ssl.SSLError is one; HTTPException."""
-    connection = http.client.HTTPConnection(_local(proxy.host), proxy.port, timeout=PATIENCE_S)
+    connection = http.client.HTTPConnection(local_host(proxy.host), proxy.port, timeout=PATIENCE_S)
     with contextlib.closing(connection):
         connection.set_tunnel(host, 443)
         connection.connect()
@@ -137,19 +162,19 @@ def common_name(name: x509.Name) -> str:
 def _reach(endpoint: Endpoint) -> str:
     """Why nobody takes a connection there."""
     try:
-        socket.create_connection((_local(endpoint.host), endpoint.port), PATIENCE_S).close()
+        socket.create_connection((local_host(endpoint.host), endpoint.port), PATIENCE_S).close()
     except OSError as error:
         return error.strerror or str(error)
     return ""
 
 
-def _local(host: str) -> str:
+def local_host(host: str) -> str:
     """Where we reach what listens on `host`."""
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- not listened on
 
 
 def _port_problem(door: Endpoint, authorities: Authorities | None) -> str:
-    connection = http.client.HTTPConnection(_local(door.host), door.port, timeout=PATIENCE_S)
+    connection = http.client.HTTPConnection(local_host(door.host), door.port, timeout=PATIENCE_S)
     with contextlib.closing(connection):
         try:
             connection.request("GET", "/ca.crt")

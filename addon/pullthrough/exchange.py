@@ -6,7 +6,6 @@ turns an error into a blob route's answer. Knows neither mitmproxy nor how anyth
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -15,13 +14,17 @@ from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, UpstreamRefused
 from pullthrough.loopguard import CDN_LOOP
+from pullthrough.manifestjson import takes_lists
 from pullthrough.reader import Reader
-from pullthrough.records import Version
+from pullthrough.records import BYPASSING, Version, version_of
 
 _log = logging.getLogger(__name__)
 
 _TRANSFER_AGENT: Final = "ollama-transfer/"
-_OLLAMA: Final = re.compile(r"ollama/(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
+
+LAST_PROXYING: Final = (0, 34, 4)
+"""Up to this Ollama a blob's parts take HTTPS_PROXY and follow any redirect (server/download.go). From 0.35.0 on they
+have a client of their own (transfer/redirect.go), which may know no proxy and refuses plain or private targets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,8 @@ class Request:
     """The registry's own address of a blob is to give the bytes, as no redirect would lead to another host name."""
     client: str = ""
     """The address that it comes from."""
-    direct: str | None = None
-    """The blob server's origin, if this client may be sent on there; "" for a request that has come there."""
+    tunnelled: bool = False
+    """It came through CONNECT: the client has us for its proxy, and may fetch a blob's parts past it."""
 
     @property
     def authorization(self) -> str | None:
@@ -60,6 +63,30 @@ class Request:
     def version(self) -> Version | None:
         """The Ollama that asks; None as `version_of` says."""
         return version_of(self.agent)
+
+    @property
+    def takes_lists(self) -> bool:
+        """Whether the client accepts manifest lists, as Ollama does since 0.40."""
+        return takes_lists(self.headers.get("accept"))
+
+    @property
+    def follows_any_redirect(self) -> bool:
+        """Whether an Ollama asks that is known to fetch parts as it asks, wherever it is redirected."""
+        return self.version is not None and self.version <= LAST_PROXYING
+
+    @property
+    def may_bypass(self) -> bool:
+        """Whether what the answer leads to may be asked for past this proxy.
+
+        Unknown clients count as new. x/transfer has one client for both hops, so it is past the proxy or here.
+        """
+        return self.tunnelled and not self.is_transfer and not self.follows_any_redirect
+
+    @property
+    def is_known_to_bypass(self) -> bool:
+        """Whether it is: for what the client and the operator are told, never for what is done."""
+        first, last = BYPASSING
+        return self.may_bypass and self.version is not None and first <= self.version <= last
 
     @property
     def trail(self) -> str:
@@ -84,13 +111,6 @@ class Answer:
     length: int = 0
     held: bool = False
     """Whether the head waits until the reader can give all bytes at once."""
-
-
-def version_of(agent: str) -> Version | None:
-    """The Ollama of a User-Agent, None for other clients and for 0.0.0, which is a build from source."""
-    match = _OLLAMA.match(agent)
-    version = tuple(int(number) for number in match.groups()) if match else (0, 0, 0)
-    return version if any(version) else None
 
 
 def failure(error: CacheError, digest: Digest | None = None) -> Answer:

@@ -94,6 +94,8 @@ class _Attempt:
     heard: float = field(default_factory=steady)
     scope: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     over: asyncio.Event = field(default_factory=asyncio.Event)
+    is_dropped: bool = False
+    """Nobody wants it any more."""
 
     def stop(self) -> None:
         """Let it end with TimeoutError."""
@@ -173,6 +175,12 @@ class Fetcher:
         for attempt in self._attempts:
             if attempt.extent.start <= position < attempt.extent.stop and steady() - attempt.heard >= silent_s:
                 attempt.stop()
+
+    def drop(self) -> None:
+        """End what is being fetched now, which is no failure; what has come stays."""
+        for attempt in self._attempts:
+            attempt.is_dropped = True
+            attempt.stop()
 
     async def stop(self) -> None:
         """End all connections; what they have delivered stays."""
@@ -260,6 +268,8 @@ class Fetcher:
             async with attempt.scope:
                 await work(attempt)
         except TimeoutError:
+            if attempt.is_dropped:
+                return
             silent = steady() - attempt.heard
             raise UpstreamTimeout(f"no byte for {silent:.1f} s; another connection takes over") from None
         finally:

@@ -1,7 +1,8 @@
 """What the caches of a fleet write into their object store: where it lies, in what form, signed by whom.
 
     blobs/sha256/<ab>/<hex>                     a blob's bytes; the attribute `sha256` says that they were hashed
-    manifests/<host>/<repository>/<reference>   a signed document: a manifest all of whose blobs are there
+    manifests/<host>/<repository>/<reference>   a signed document: a manifest all of whose blobs are there, as clients
+                                                get it that take no lists
     leases/<hex>/<number>                       a signed document: which cache fetches the blob from upstream
 
 A signed document is `<hexadecimal HMAC-SHA256>\\n<JSON>`. Invariant: a document opens only if this fleet's secret

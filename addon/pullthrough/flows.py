@@ -10,13 +10,12 @@ from typing import Final
 
 from mitmproxy import ctx, http
 
-from pullthrough.blobserver import BlobServer
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.errors import AddressRefused, CacheError, LoopDetected, Misdirected, Offline
-from pullthrough.exchange import Answer, Request, failure
+from pullthrough.exchange import Answer, failure
 from pullthrough.gate import Gate, normal, refuse
 from pullthrough.loopguard import CDN_LOOP, LoopGuard
-from pullthrough.messages import has_body, is_reverse, request_of, response_of
+from pullthrough.messages import has_body, request_of, response_of
 from pullthrough.reader import Reader
 from pullthrough.registry import Registry
 from pullthrough.requestlog import RequestLog
@@ -40,7 +39,6 @@ class Flows:
         self._mouth = Mouth(lambda client: ctx.master.addons.get("proxyserver").connections.get(client))
         self._settings: Settings | None = None
         self._registry: Registry | None = None
-        self._blob_server: BlobServer | None = None
         self._loop = LoopGuard("")
         self._requests = RequestLog()
 
@@ -48,17 +46,12 @@ class Flows:
         self,
         settings: Settings,
         registry: Registry,
-        blob_server: BlobServer,
         loop: LoopGuard,
         requests: RequestLog,
     ) -> None:
-        """From now on requests are answered by the registry's core, and large parts sent on to the blob server.
-
-        `requests` is told how each request ended.
-        """
+        """From now on requests are answered by the registry's core; `requests` is told how each request ended."""
         self._requests = requests
         self._settings = settings
-        self._blob_server = blob_server
         self._registry = registry
         self._loop = loop
 
@@ -105,7 +98,7 @@ class Flows:
         try:
             if self._registry is None:
                 raise CacheError("the cache is not open")
-            answer = await self._registry.answer(self._request(flow))
+            answer = await self._registry.answer(request_of(flow, normal(flow.request.host)))
             if answer is None:
                 self._check_way(flow)
                 self._reroute(flow)
@@ -133,7 +126,8 @@ class Flows:
         await self._mouth.fill(transfer)
 
     def _apply(self, flow: http.HTTPFlow, answer: Answer) -> None:
-        body = answer.body if isinstance(answer.body, bytes) else b""
+        # A body behind the head that answers a HEAD would be taken for the next response.
+        body = answer.body if isinstance(answer.body, bytes) and flow.request.method != "HEAD" else b""
         headers = [*answer.headers, ("Cache-Status", str(answer.cache))]
         flow.response = response_of(answer.status, headers, body, answer.length)
         flow.metadata[ANSWERED] = answer.cache
@@ -165,23 +159,10 @@ class Flows:
 
     def _may_answer(self, flow: http.HTTPFlow) -> bool:
         return (
-            (self._gate.is_ours(flow.request.host) or self._was_sent_on(flow.request))
+            self._gate.is_ours(flow.request.host)
             and flow.request.method in ("GET", "HEAD")
             and not has_body(flow.request)
         )
-
-    def _was_sent_on(self, request: http.Request) -> bool:
-        """Whether a client that has us for HTTP_PROXY too asks for what it was to ask our other port for."""
-        return request.scheme == "http" and self._registry is not None and self._registry.director.is_ours(request.path)
-
-    def _request(self, flow: http.HTTPFlow) -> Request:
-        assert self._settings and self._blob_server
-        if not self._gate.is_ours(flow.request.host):
-            return request_of(flow, self._settings.blob_host)
-        # What comes by http:// has come through HTTP_PROXY, and would come back here.
-        leaves = flow.request.scheme == "https" and not is_reverse(flow)
-        direct = self._blob_server.origin(flow.client_conn.sockname[0]) if leaves else None
-        return request_of(flow, normal(flow.request.host), direct)
 
     def _check_way(self, flow: http.HTTPFlow) -> None:
         """LoopDetected if a request that is to be passed through has been here before; Offline if it may not leave."""

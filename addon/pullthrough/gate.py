@@ -325,4 +325,5 @@ def normal(host: str) -> str:
 def refuse(flow: http.HTTPFlow, status: int, message: str) -> None:
     """Answer the flow with a refusal in plain text; never on a route whose body a client would store."""
     _log.warning("%s", message)
-    flow.response = http.Response.make(status, message.encode() + b"\n", {"Content-Type": "text/plain"})
+    body = message.encode() + b"\n" if flow.request.method != "HEAD" else b""
+    flow.response = http.Response.make(status, body, {"Content-Type": "text/plain"})

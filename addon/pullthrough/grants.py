@@ -40,6 +40,10 @@ class Grant:
     """The blob from byte 0, as far as it goes, where the yes brought bytes."""
     again: Callable[[], Awaitable[Source]]
     """Asks for a source again, with the same right."""
+    location: str | None = None
+    """Where the registry has redirected to; None where it gave the bytes itself."""
+    public: bool = True
+    """An anonymous request got it."""
 
 
 class Grants:
@@ -66,6 +70,11 @@ class Grants:
         listed = self._store.is_member(request.host, pair.repository, pair.digest)
         evidence = access.Evidence(public=record is not None and record.public, listed=listed, vouched=vouched)
         return access.decide(evidence) is access.Decision.GRANT
+
+    def is_public(self, host: str, pair: Pair) -> bool:
+        """Whether everybody may have the blob of this repository."""
+        record = self._store.blob(pair.digest)
+        return record is not None and record.public and self._store.is_member(host, pair.repository, pair.digest)
 
     def denials(self, host: str, pair: Pair) -> int:
         """What `confirm` is to be told of the moment when the registry was asked."""
@@ -96,22 +105,38 @@ class Grants:
 
     # --- what is asked
 
-    async def obtain(self, request: Request, pair: Pair) -> Grant:
-        """The registry's yes to this caller, asked anonymously first. UpstreamRefused where it says no."""
+    async def obtain(
+        self,
+        request: Request,
+        pair: Pair,
+        *,
+        look: int = FIRST_SLICE,
+        hands_on: Callable[[str], bool] = lambda _location: False,
+    ) -> Grant:
+        """The registry's yes to this caller, asked anonymously first. UpstreamRefused where it says no.
+
+        `look` bytes are asked for from behind a redirect that proves nothing by itself. One that the caller is merely
+        handed, by `hands_on`, is not looked behind.
+        """
         refusal: UpstreamRefused | None = None
         stop = 1 if self._store.held(pair.digest) is not None else None
         for authorization, headers in attempts(request):
             denials = self.denials(request.host, pair)
             try:
-                source, stream = await self._ask(request.host, pair.repository, pair.digest, headers, stop=stop)
+                source, stream = await self._first(request.host, pair.repository, pair.digest, headers, stop=stop)
+                location = source.url if stream is None else None
+                if location is None or not hands_on(location):
+                    source, stream = await self._prove(pair.digest, source, stream, stop or look)
             except UpstreamRefused as error:
                 if error.status_hint not in DENIED:
                     raise
                 self.refuse(request.host, pair, authorization, error.status_hint)
                 refusal = error
                 continue
-            self.confirm(request.host, pair, authorization, denials=denials)
-            return Grant(source, stream, self.again(request, pair, authorization))
+            if location is None or not hands_on(location):
+                self.confirm(request.host, pair, authorization, denials=denials)
+            again = self.again(request, pair, authorization)
+            return Grant(source, stream, again, location, public=authorization is None)
         assert refusal is not None
         raise refusal
 
@@ -133,7 +158,8 @@ class Grants:
         """A source for a public blob, from any repository that has it. UpstreamError if none gives one."""
         problem: UpstreamError = UpstreamUnreachable(f"no repository is known that holds {digest.short} in public")
         record = self._store.blob(digest)
-        for host, repository in self._store.repositories(digest):
+        for place, repository in self._store.repositories(digest):
+            host = self._settings.asked(place)
             try:
                 if record is None or not record.public:
                     return await self.public_source(host, repository, digest)
@@ -150,7 +176,8 @@ class Grants:
         pair = BlobRoute(repository, digest)
         denials = self.denials(host, pair)
         try:
-            source, stream = await self._ask(host, repository, digest, {}, stop=1)
+            source, stream = await self._first(host, repository, digest, {}, stop=1)
+            source, stream = await self._prove(digest, source, stream, 1)
         except UpstreamRefused as error:
             self.refuse(host, pair, None, error.status_hint)
             raise
@@ -160,18 +187,23 @@ class Grants:
         return source
 
     async def _locate(self, host: str, repository: str, digest: Digest, headers: Mapping[str, str]) -> Source:
-        source, stream = await self._upstream.obtain(host, repository, digest, headers, stop=1, timeout_s=DEADLINE_S)
+        source, stream = await self._first(host, repository, digest, headers, stop=1)
         if stream is not None:
             stream.close()
         return source
 
-    async def _ask(
+    async def _first(
         self, host: str, repository: str, digest: Digest, headers: Mapping[str, str], *, stop: int | None = None
     ) -> tuple[Source, DataStream | None]:
-        """What the registry says yes with; of the blob no more than `stop` bytes are wanted."""
-        source, stream = await self._upstream.obtain(host, repository, digest, headers, stop=stop, timeout_s=DEADLINE_S)
+        """The registry's own answer: where it redirects to, or the bytes; no more than `stop` of them are wanted."""
+        return await self._upstream.obtain(host, repository, digest, headers, stop=stop, timeout_s=DEADLINE_S)
+
+    async def _prove(
+        self, digest: Digest, source: Source, stream: DataStream | None, stop: int
+    ) -> tuple[Source, DataStream | None]:
+        """The same, once it is the registry's word that these are the blob's bytes."""
         if stream is None and not self._names(source, digest):
-            stream = await self._look(source, stop or FIRST_SLICE)
+            stream = await self._look(source, stop)
             source = stream.source or source
         return source, stream
 

@@ -15,8 +15,8 @@ from typing import Final
 from pullthrough.catalogue import JSON, find
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, NoSuchModel
-from pullthrough.pruning import Plan, listed_by, plan_prune, plan_removal
-from pullthrough.records import Name
+from pullthrough.pruning import Plan, plan_prune, plan_removal
+from pullthrough.records import Name, listed_by
 from pullthrough.store import Store
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Housekeeping:
         if not pattern.strip() or any(character.isspace() for character in pattern):
             raise InvalidRequest(f"expected a model or a pattern such as llama3*, got {text!r}")
         self._store.ledger.pin(pattern)
-        names = [name.typed for name in self._store.manifests() if name.matches(pattern)]
+        names = {name.typed for name in self._store.manifests() if name.matches(pattern)}
         return {"pattern": pattern, "models": sorted(names)}
 
     def unpin(self, text: str) -> JSON:
@@ -88,7 +88,7 @@ class Housekeeping:
             option = ", ".join(self._pins) or "none"
             raise NoSuchModel(f"expected a pin of this store ({known}; by the option: {option}), got {text!r}")
         ledger.unpin(pattern)
-        matching = [name for name in self._store.manifests() if name.matches(pattern)]
+        matching = {name.model for name in self._store.manifests() if name.matches(pattern)}
         return {
             "pattern": pattern,
             "models": sorted(name.typed for name in matching),
@@ -101,9 +101,8 @@ class Housekeeping:
     async def _carry_out(self, plan: Plan) -> JSON:
         store = self._store
         for name in plan.names:
-            if store.manifest(name) is not None:
-                store.drop_manifest(name)
-                await asyncio.sleep(0)
+            store.drop_model(name)
+            await asyncio.sleep(0)
         listed = await asyncio.to_thread(listed_by, list(store.manifests().values()))
         for start in range(0, len(plan.blobs), STEP):
             step = plan.blobs[start : start + STEP]

@@ -18,12 +18,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from pullthrough import platform
-from pullthrough.admission import Fate, Model, Outcome
+from pullthrough.admission import Fate, Model, Outcome, needs
 from pullthrough.bundle import Member, check_whole, read_members
 from pullthrough.copying import Crew, Extent
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreUnwritable, TransferRefused
-from pullthrough.modeltree import LONGEST_MANIFEST, ModelTree, blob_path
+from pullthrough.manifestjson import DOCKER_TYPE
+from pullthrough.modeltree import LONGEST_MANIFEST, ModelTree, anchored, blob_path
+from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import STAGING
 
 
@@ -76,9 +78,9 @@ class Staging:
         """Stage the models of a folder; `done` gets each, with what is wrong with it or "" as soon as that is known."""
         users: dict[Digest, list[tuple[Model, int]]] = {}
         for model in models:
-            for digest, size in model.record.sizes.items():
+            for digest, size in model.blobs.items():
                 users.setdefault(digest, []).append((model, size))
-        missing = {id(model): set(model.record.digests) for model in models}
+        missing = {id(model): set(model.blobs) for model in models}
 
         def work(digest: Digest) -> int:
             with _opened(tree, digest) as source:
@@ -115,30 +117,24 @@ class Staging:
         """Verify every byte of a bundle and stage what is not held. TransferRefused if anything is wrong with it."""
         with os.fdopen(platform.open_regular(path), "rb") as file:
             members = read_members(file)
-            models = [self._read_model(file.fileno(), member) for member in members if member.name is not None]
-            blobs = [member for member in members if member.digest is not None]
-            check_whole((digest for model in models for digest in model.record.digests), map(_digest_of, blobs))
-            sizes = {_digest_of(member): member.size for member in blobs}
-            for model in models:
-                for digest, size in model.record.sizes.items():
-                    if sizes[digest] != size:
-                        raise TransferRefused(f"{model.name}: expected {size} bytes of {digest}, got {sizes[digest]}")
-            self._on_total(sum(sizes.values()))
+            blobs = {member.digest: member for member in members if member.digest is not None}
+            models, documents = _read_bundle(file.fileno(), members, blobs)
+            wanted = [*documents.items(), *(blob for model in models for blob in model.blobs.items())]
+            check_whole((digest for digest, _ in wanted), blobs)
+            for digest, size in wanted:
+                if blobs[digest].size != size:
+                    raise TransferRefused(f"blob {digest}: expected {size} bytes, got {blobs[digest].size}")
+            self._on_total(sum(member.size for member in blobs.values()))
 
-            def work(member: Member) -> None:
-                self._stage(_digest_of(member), Extent(file.fileno(), member.offset, member.size))
+            def work(digest: Digest) -> None:
+                self._stage(digest, Extent(file.fileno(), blobs[digest].offset, blobs[digest].size))
 
-            self._crew.each(sorted(blobs, key=lambda member: -member.size), work, lambda _, result: result())
+            self._crew.each(sorted(blobs, key=lambda digest: -blobs[digest].size), work, lambda _, result: result())
         return models
 
-    def _read_model(self, descriptor: int, member: Member) -> Model:
-        assert member.name is not None
-        if member.size > LONGEST_MANIFEST:
-            raise TransferRefused(f"{member.path}: expected at most {LONGEST_MANIFEST} bytes, got {member.size}")
-        body = platform.read_at(descriptor, member.offset, member.size)
-        if (actual := sha256(body).hexdigest()) != member.sha256:
-            raise TransferRefused(f"{member.path}: expected sha256:{member.sha256}, got sha256:{actual}")
-        return Model.parse(member.name, body)
+    def holds(self, digest: Digest) -> bool:
+        """Tell whether the store has the blob."""
+        return digest in self._held
 
     def _stage(self, digest: Digest, source: Extent, linked: Path | None = None) -> None:
         """Put a verified copy into the folder; where the blob is held, only see that it is right in the source too."""
@@ -195,24 +191,94 @@ def take(source: Path, staging: Staging, admit: Callable[[Model], Outcome]) -> l
 
     TransferRefused, with nothing admitted, for a bundle with anything wrong in it.
     """
-    if not source.is_dir():
-        return [admit(model) for model in staging.take_bundle(source)]
-    tree = ModelTree(source)
     outcomes: list[Outcome] = []
+    if not source.is_dir():
+        outcomes += map(admit, staging.take_bundle(source))
+    else:
+        tree = ModelTree(source)
+        named, strays = tree.models()
+        stray = "expected a manifest at manifests/host/namespace/model/tag, got something else"
+        outcomes += (Outcome(path, Fate.REFUSED, stray) for path in strays)
+        models: list[Model] = []
+        for name, paths in named.items():
+            try:
+                models += _read_tree(tree, name, paths, staging.holds)
+            except (OSError, TransferRefused) as error:
+                outcomes.append(Outcome(str(name), Fate.REFUSED, str(error)))
+
+        def done(model: Model, wrong: str) -> None:
+            outcomes.append(Outcome(str(model.name), Fate.REFUSED, wrong) if wrong else admit(model))
+
+        staging.take_tree(tree, models, done)
+    # Both representations of a model are one to those who read this.
+    return sorted(dict.fromkeys(outcomes), key=lambda outcome: outcome.model)
+
+
+def _read_tree(tree: ModelTree, name: Name, paths: Sequence[str], holds: Callable[[Digest], bool]) -> list[Model]:
+    """Read the model at the first of these paths that leads somewhere; beside a list also what takes its place.
+
+    That is what clients get that take no lists. Raises OSError and TransferRefused.
+    """
+
+    def has(digest: Digest) -> bool:
+        return holds(digest) or tree.has(digest)
+
+    blobs = partial(needs, document=tree.document, has=has)
+    rest = iter(paths)
+    found = (Model.parse(name, body, blobs) for path in rest if (body := tree.read(path)) is not None)
+    if (model := next(found, None)) is None:
+        raise TransferRefused(f"expected a manifest where the link {paths[0]} leads, got none")
+    if model.record.is_list:
+        # Ollama looks there no more, so nothing that is wrong there is wrong with the model.
+        with contextlib.suppress(OSError, TransferRefused):
+            for older in found:
+                if not older.record.is_list and all(map(has, older.blobs)):
+                    return [model, older]
+    return [model]
+
+
+def _read_bundle(
+    descriptor: int, members: Sequence[Member], blobs: Mapping[Digest, Member]
+) -> tuple[list[Model], dict[Digest, int]]:
+    """Read the models of a bundle, and find the documents that its new tree names, with their sizes."""
+
+    def document(digest: Digest) -> bytes | None:
+        return _read_member(descriptor, blobs[digest]) if digest in blobs else None
+
+    needed = partial(needs, document=document, has=blobs.__contains__)
     models: list[Model] = []
-    for path, name in tree.manifests():
-        try:
-            if name is None:
-                raise TransferRefused("expected a manifest at manifests/host/namespace/model/tag, got something else")
-            models.append(Model.parse(name, tree.read_manifest(path)))
-        except (OSError, TransferRefused) as error:
-            outcomes.append(Outcome(str(name or path), Fate.REFUSED, str(error)))
+    named: dict[Name, Model] = {}
+    for member in members:
+        if member.name is not None and member.is_document:
+            named[member.name] = model = Model.parse(member.name, _read_member(descriptor, member), needed)
+            models.append(model)
+    for member in members:
+        if member.name is not None and not member.is_document:
+            body = _read_member(descriptor, member)
+            if (stands_for := anchored(body)) is None:
+                models.append(Model.parse(member.name, body, needed))
+            else:
+                _check_anchor(member, body, stands_for, named.get(member.name))
+    return models, {Digest(model.record.digest): len(model.record.body) for model in named.values()}
 
-    def done(model: Model, wrong: str) -> None:
-        outcomes.append(Outcome(str(model.name), Fate.REFUSED, wrong) if wrong else admit(model))
 
-    staging.take_tree(tree, models, done)
-    return sorted(outcomes, key=lambda outcome: outcome.model)
+def _check_anchor(member: Member, body: bytes, stands_for: Digest, model: Model | None) -> None:
+    """Raise TransferRefused if an anchor says anything beyond what its list says."""
+    if model is None or model.record.digest != stands_for.hex:
+        raise TransferRefused(f"{member.path}: expected to stand for {stands_for}, got no such document of that name")
+    record = ManifestRecord.parse(body, DOCKER_TYPE, now=0.0)
+    blobs = {stands_for: len(model.record.body), **model.blobs}
+    if record is None or any(blobs.get(digest) != size for digest, size in record.sizes.items()):
+        raise TransferRefused(f"{member.path}: expected only blobs of {stands_for}, which it stands for, got others")
+
+
+def _read_member(descriptor: int, member: Member) -> bytes:
+    if member.size > LONGEST_MANIFEST:
+        raise TransferRefused(f"{member.path}: expected at most {LONGEST_MANIFEST} bytes, got {member.size}")
+    body = platform.read_at(descriptor, member.offset, member.size)
+    if (actual := sha256(body).hexdigest()) != member.sha256:
+        raise TransferRefused(f"{member.path}: expected sha256:{member.sha256}, got sha256:{actual}")
+    return body
 
 
 @contextlib.contextmanager
@@ -241,11 +307,6 @@ def _link(path: Path, source: Extent, target: Path) -> bool:
         return True
     target.unlink()  # the name leads elsewhere by now
     return False
-
-
-def _digest_of(member: Member) -> Digest:
-    assert member.digest is not None
-    return member.digest
 
 
 def _told(error: Exception, digest: Digest) -> str:

@@ -80,6 +80,10 @@ class Index:
 
     def load(self) -> Contents:
         """Check it, and read all but the members."""
+        try:
+            contents.rename_aliases(self.cache._sql)
+        except contents.UNSOUND as error:
+            raise self._unsound(error) from error
         checked = self._writer.submit(lambda: contents.check(self.cache._sql))
         try:
             found = contents.read(self.cache._sql)
@@ -102,6 +106,14 @@ class Index:
         self._put(contents.body_key(record.digest), lambda: record.body)
         self._put(contents.manifest_key(name), partial(contents.manifest_value, record))
 
+    def put_child(self, digest: Digest, record: ManifestRecord) -> None:
+        self._put(contents.body_key(record.digest), lambda: record.body)
+        self._put(contents.child_key(digest), partial(contents.manifest_value, record))
+
+    def delete_child(self, digest: Digest) -> None:
+        """Its bytes stay."""
+        self._put(contents.child_key(digest), None)
+
     def delete_manifest(self, name: Name) -> None:
         """Its bytes stay."""
         self._put(contents.manifest_key(name), None)
@@ -118,6 +130,12 @@ class Index:
 
     def put_day(self, day: int, totals: Totals) -> None:
         self._put(contents.day_key(day), partial(contents.day_value, replace(totals)))
+
+    def put_address(self, key: str, digest: Digest, until: float) -> None:
+        self._put(contents.address_key(key), partial(contents.address_value, digest, until))
+
+    def delete_address(self, key: str) -> None:
+        self._put(contents.address_key(key), None)
 
     def put_members(self, host: str, repository: str, digests: str) -> None:
         self._put(contents.members_key(host, repository), lambda: digests)

@@ -25,6 +25,8 @@ class Inventory:
     blobs: Mapping[Digest, BlobRecord]
     """Those that are not here, too."""
     manifests: Mapping[Name, ManifestRecord]
+    children: Mapping[Digest, ManifestRecord]
+    """The manifests that stored lists refer to, as far as their bytes are here."""
     pins: frozenset[str]
     days: Mapping[int, Totals]
 
@@ -33,7 +35,9 @@ class Inventory:
         """StoreError where there is no sound store."""
         check_marker(folder)
         contents = look(folder / "index")
-        return cls(folder, contents.blobs, contents.manifests, frozenset(contents.pins), contents.days)
+        return cls(
+            folder, contents.blobs, contents.manifests, contents.children, frozenset(contents.pins), contents.days
+        )
 
     def blob_path(self, digest: Digest) -> Path:
         return self.folder / "blobs" / digest.file_name

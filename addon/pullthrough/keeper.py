@@ -16,7 +16,7 @@ import humanfriendly
 
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreUnwritable
-from pullthrough.records import BlobRecord, ManifestRecord, Name
+from pullthrough.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
 from pullthrough.retention import Choice, Holding, choose
 from pullthrough.store import Store
 from pullthrough.threads import Threads
@@ -91,12 +91,12 @@ class Keeper:
             )
         for holding in choice.holdings:
             # A model may have gone, and a blob may be read, since the survey.
-            if holding.name is not None and self._store.manifest(holding.name) is not None:
+            if holding.name is not None:
                 age_d = (time.time() - holding.used) / 86400
                 _log.info(
                     "evicting %s, last pulled %.1f days ago, to make room for %s", holding.name, age_d, digest.short
                 )
-                self._store.drop_manifest(holding.name)
+                self._store.drop_model(holding.name)
         blobs = [part for part in choice.parts if isinstance(part, Digest) and self._is_free(part)]
         paths = [*self._store.evict(blobs), *(part for part in choice.parts if isinstance(part, Path))]
         await self._threads.disk(self._store.remove_files, paths)
@@ -119,8 +119,8 @@ def _choose(
     """What goes of what is known at one moment; it takes long where that is much."""
     sizes: dict[Hashable, int] = {digest: record.size or 0 for digest, record in blobs.items() if record.held}
     holdings = [
-        Holding(name, frozenset(record.digests), record.pulled, name.is_among(pins))
-        for name, record in manifests.items()
+        Holding(name, frozenset(listed_by(records)), max(record.pulled for record in records), name.is_among(pins))
+        for name, records in by_model(manifests).items()
     ]
     listed = frozenset[Hashable]().union(*(holding.parts for holding in holdings))
     # A private model's manifest is never stored: its blobs stand for themselves.

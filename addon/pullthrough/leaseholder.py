@@ -59,7 +59,8 @@ class Leaseholder:
 
     async def source(self, digest: Digest, deposed: Collection[str]) -> tuple[str, Source] | None:
         """(the holder's name, where it has the blob); None where we are to ask upstream ourselves."""
-        size = next((each.sizes[digest] for each in self._store.manifests().values() if each.lists(digest)), 0)
+        claims = (each.sizes[digest] for each in self._store.manifests().values() if each.lists(digest))
+        size = next(filter(None, claims), 0)
         if digest in self._held or self._origin is None or 0 < size < WORTHWHILE:
             return None
         try:

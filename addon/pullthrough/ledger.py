@@ -1,4 +1,4 @@
-"""What people have said and what was counted: pins, and bytes by day, in the index.
+"""What people have said, what was counted and what was handed out: pins, bytes by day, signed addresses; in the index.
 
 Invariant: a pin that was set is in force at once and after a restart. Knows neither options nor blobs.
 """
@@ -6,6 +6,7 @@ Invariant: a pin that was set is in force at once and after a restart. Knows nei
 from collections.abc import Iterable, Mapping
 
 from pullthrough.contents import Contents
+from pullthrough.digest import Digest
 from pullthrough.index import Index
 from pullthrough.records import Name
 from pullthrough.traffic import Totals
@@ -19,6 +20,8 @@ class Ledger:
         self.pins = contents.pins
         """Patterns of models that stay, besides those that the option names."""
         self.days = contents.days
+        self.addresses = contents.addresses
+        """By the HMAC of a signed address, the blob and until when it is recognised (Unix seconds)."""
 
     def keeps(self, name: Name, pins: Iterable[str]) -> bool:
         """Whether the model is pinned, here or by the option's `pins`."""
@@ -37,3 +40,13 @@ class Ledger:
         self.days.update(days)
         for day, totals in days.items():
             self._index.put_day(day, totals)
+
+    def put_address(self, key: str, digest: Digest, until: float) -> None:
+        """Recognise a signed address, by its HMAC, until then (Unix seconds)."""
+        self.addresses.pop(key, None)
+        self.addresses[key] = digest, until
+        self._index.put_address(key, digest, until)
+
+    def drop_address(self, key: str) -> None:
+        del self.addresses[key]
+        self._index.delete_address(key)

@@ -1,11 +1,13 @@
 """Answer manifest requests: from the store while fresh, else from upstream, stale when upstream cannot answer.
 
 Invariant: bytes are upstream's, untouched (a model's ID is their hash); only what an anonymous request got is
-stored, and refusals (401, 403, 404, 412) never are. Knows no blobs.
+stored, and refusals (401, 403, 404, 412) never are. Clients that accept manifest lists (Ollama since 0.40) and others
+get what upstream says to their kind; a list never goes to one that does not accept it. Knows no blobs.
 """
 
 import asyncio
 import logging
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Final
@@ -18,10 +20,11 @@ from pullthrough.collapse import Collapser
 from pullthrough.datacheck import relayable
 from pullthrough.digest import Digest
 from pullthrough.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout
-from pullthrough.exchange import Answer, Request, explained, version_of
+from pullthrough.exchange import Answer, Request, explained
 from pullthrough.freshness import Freshness, Heard, Verdict
 from pullthrough.loopguard import CDN_LOOP
-from pullthrough.records import ManifestRecord, Name
+from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE, accept_of
+from pullthrough.records import ManifestRecord, Name, canonical, version_of
 from pullthrough.route import ManifestRoute
 from pullthrough.settings import Settings
 from pullthrough.store import Store
@@ -30,8 +33,9 @@ from pullthrough.upstream import DEADLINE_S, REDIRECTS, Response, Upstream
 
 _log = logging.getLogger(__name__)
 
-ACCEPT: Final = "application/vnd.docker.distribution.manifest.v2+json"
-"""Always sent: without it the registry has answered 400 (ollama#769), and its answer varies on it."""
+HEAD_TIMEOUT_S: Final = 1.5
+"""How long a HEAD waits for upstream while a stored copy could be served: Ollama's look for a list ends after 2 s, and
+a failure is taken for a no."""
 
 ABSURD: Final = (2, 0, 0)
 """No Ollama is as new as this (0.40 in 2026-11): the cache does not ask in the name of one that claims to be."""
@@ -58,7 +62,7 @@ class Manifests:
         self._upstream = upstream
         self._tier = tier
         self._adoptions: Collapser[Name, None] = Collapser()
-        self._fetches: Collapser[tuple[Name, str, str], Reply] = Collapser()
+        self._fetches: Collapser[tuple[Name, str, str, str], Reply] = Collapser()
         self._newest = ""
 
     @property
@@ -72,10 +76,10 @@ class Manifests:
     def stored(self, request: Request, repository: str, digest: Digest) -> Answer | None:
         """The stored manifest with these bytes, None if there is none: what a digest names does not change."""
         record = self._store.manifest_by_digest(request.host, repository, digest)
-        if record is None:
+        if record is None or (record.is_list and not request.takes_lists):
             return None
-        for name, other in self._store.manifests().items():
-            if (name.host, name.repository, other.digest) == (request.host, repository, record.digest):
+        for name, other in self._store.manifests_of(request.host, repository).items():
+            if other.digest == record.digest:
                 self._store.touch(name, time.time())
         return _manifest_answer(request, record, CacheStatus(Outcome.HIT))
 
@@ -84,23 +88,25 @@ class Manifests:
         if route.digest is not None and (answer := self.stored(request, route.repository, route.digest)):
             return answer
         self._newest = max(self._newest, request.agent, key=_rank)
-        name = Name(request.host, route.repository, route.reference)
+        name = Name(canonical(request.host), route.repository, route.reference, request.takes_lists)
         answer = await self._answer(request, name)
-        if answer.status == 200 and request.method == "GET":
+        if request.method == "HEAD":
+            return replace(answer, body=b"")
+        if answer.status == 200:
             self._store.touch(name, time.time())
         return answer
 
     async def _answer(self, request: Request, name: Name) -> Answer:
-        if self._tier is not None and self._store.manifest(name) is None:
-            await self._adoptions.join(name, lambda: self._adopt(name))
+        if self._tier is not None and self._copy(name) is None:
+            await self._adoptions.join(name.model, lambda: self._adopt(name.model))
         now = time.time()
-        record = self._public(name)
+        record = self._copy(name)
         plan = freshness.decide(
             freshness.Stored(record.confirmed, record.oldest) if record else None,
             now=now,
             lifetime_s=self._settings.manifest_lifetime.of(name),
             # The decision compares Unix seconds; upstream's clock is monotonic.
-            down_until=now + self._upstream.down_until(name.host) - time.monotonic(),
+            down_until=now + self._upstream.down_until(request.host) - time.monotonic(),
             offline=self._settings.offline,
             version=request.version,
         )
@@ -110,35 +116,51 @@ class Manifests:
             case (Freshness.SERVE_STALE, ManifestRecord()):
                 return _manifest_answer(request, record, CacheStatus(Outcome.HIT, detail="stale"))
         outcome = Outcome.STALE if record else Outcome.MISS
+        hurried = request.method == "HEAD" and record is not None
+        cut = False
         try:
-            async with asyncio.timeout(DEADLINE_S):
+            async with asyncio.timeout(HEAD_TIMEOUT_S if hurried else DEADLINE_S):
                 reply, collapsed, adopted = await self._fetch(
-                    request, name, record if plan is Freshness.REVALIDATE else None, has_copy=record is not None
+                    request,
+                    name,
+                    # What another kind of client got is looked at by one GET: a HEAD would be a round trip more.
+                    record if plan is Freshness.REVALIDATE and record is self._store.manifest(name) else None,
+                    has_copy=record is not None,
                 )
         except TimeoutError:
             reply, collapsed, adopted = _nothing(UpstreamTimeout("no answer in time")), False, False
+            cut = hurried  # which does not mean that upstream is down
         # It may have become private meanwhile.
-        record = self._public(name)
+        record = self._copy(name)
         status = reply.response.status or None
         cache = CacheStatus(outcome, forward_status=status, collapsed=collapsed)
         match freshness.conclude(reply.heard, stored=record is not None, withdrawn=self._settings.withdrawn):
             case Verdict.ADOPT if adopted and reply.record is not None:
                 return _manifest_answer(request, reply.record, replace(cache, stored=True))
             case Verdict.SERVE_STALE if record is not None:
-                if reply.cause is not None:
-                    self._upstream.mark_down(name.host, freshness.DOWN_S)
+                if reply.cause is not None and not cut:
+                    self._upstream.mark_down(request.host, freshness.DOWN_S)
                 _log.warning("%s: %s; serving the stored manifest", name, _told(reply))
                 detail = "upstream-failed" if reply.heard is Heard.NOTHING else "stale"
                 return _manifest_answer(request, record, replace(cache, detail=detail))
             case Verdict.FAIL:
                 assert reply.cause is not None
                 return _unavailable(name, reply.cause)
+        if request.method == "HEAD" and reply.record is not None:
+            return _manifest_answer(request, reply.record, cache)
         return _relay(request, reply.response, cache)
 
-    def _public(self, name: Name) -> ManifestRecord | None:
-        """The stored manifest, unless upstream has refused it to an anonymous request."""
-        record = self._store.manifest(name)
-        return None if record is None or record.denied else record
+    def _copy(self, name: Name) -> ManifestRecord | None:
+        """What is stored for such a client, unless upstream has refused it to an anonymous request.
+
+        A manifest that the other kind of client got will do, but is never fresh; a list will not.
+        """
+        record, other = self._store.manifest(name), self._store.manifest(name.twin)
+        if record is not None and not record.denied:
+            return record
+        if record is not None or other is None or other.denied or other.is_list:
+            return None
+        return other._replace(confirmed=-math.inf)
 
     async def _adopt(self, name: Name) -> None:
         """Take over what another cache of the fleet has recorded, unless the repository is known to be private."""
@@ -168,14 +190,21 @@ class Manifests:
 
         async def work() -> Reply:
             denials = self._store.denials(name.host, name.repository)
-            reply = await self.hear(name, request.agent, request.trail, confirm=confirm, timeout_s=timeout_s)
+            reply = await self.hear(
+                name, request.agent, request.trail, host=request.host, confirm=confirm, timeout_s=timeout_s
+            )
             self.settle(name, reply, request.agent, denials=denials)
             return reply
 
-        reply, collapsed = await self._fetches.join((name, request.agent, request.trail), work)
+        reply, collapsed = await self._fetches.join((name, request.host, request.agent, request.trail), work)
         if reply.heard in (Heard.DENIED, Heard.GONE) and request.authorization is not None:
             reply = await self.hear(
-                name, request.agent, request.trail, authorization=request.authorization, timeout_s=timeout_s
+                name,
+                request.agent,
+                request.trail,
+                host=request.host,
+                authorization=request.authorization,
+                timeout_s=timeout_s,
             )
             if reply.response.status == 200:
                 # A 404 to everybody else was no withdrawal.
@@ -189,13 +218,18 @@ class Manifests:
         agent: str,
         trail: str = "",
         *,
+        host: str | None = None,
         confirm: ManifestRecord | None = None,
         authorization: str | None = None,
         timeout_s: float,
     ) -> Reply:
-        """Ask upstream, and change nothing. HEAD may `confirm` a record by its digest; else it takes a GET."""
+        """Ask upstream, and change nothing. HEAD may `confirm` a record by its digest; else it takes a GET.
+
+        `host` is the registry's name that a client has used: upstream's challenge is for that one.
+        """
+        host = host or self._settings.asked(name.host)
         target = f"/v2/{name.repository}/manifests/{name.reference}"
-        headers = {"Accept": ACCEPT}
+        headers = {"Accept": accept_of(takes_lists=name.takes_lists)}
         if agent:
             headers["User-Agent"] = agent
         if trail:
@@ -205,11 +239,11 @@ class Manifests:
         try:
             async with asyncio.timeout(timeout_s):
                 if confirm is not None:
-                    head = await self._upstream.ask("HEAD", name.host, target, headers, timeout_s=timeout_s)
-                    if head.status == 200 and _digest(head) == confirm.digest:
+                    head = await self._upstream.ask("HEAD", host, target, headers, timeout_s=timeout_s)
+                    if _confirms(head, confirm):
                         response = Response(200, CIMultiDict({"Content-Type": confirm.content_type}), confirm.body)
                         return Reply(Heard.MANIFEST, response, confirm._replace(confirmed=time.time()))
-                return _classify(name, await self._upstream.ask("GET", name.host, target, headers, timeout_s=timeout_s))
+                return _classify(name, await self._upstream.ask("GET", host, target, headers, timeout_s=timeout_s))
         except UpstreamError as error:
             return _nothing(error)
         except TimeoutError:
@@ -223,7 +257,7 @@ class Manifests:
         if reply.heard is Heard.MANIFEST and denials != self._store.denials(name.host, name.repository):
             return
         stored = self._store.manifest(name)
-        known = stored is not None and not stored.denied
+        known = self._copy(name) is not None
         verdict = freshness.conclude(reply.heard, stored=known, withdrawn=self._settings.withdrawn)
         if verdict is Verdict.ADOPT and reply.record is not None:
             version, pulled = version_of(agent), 0.0
@@ -232,13 +266,17 @@ class Manifests:
                 if stored.body == reply.record.body:
                     # What was granted to a version is granted to newer ones, as long as the bytes are the same.
                     version = min((item for item in (stored.oldest, version) if item is not None), default=None)
-                elif known:
+                elif not stored.denied:
                     _log.info("%s moved: sha256:%s -> sha256:%s", name, stored.digest, reply.record.digest)
             self._store.put_manifest(name, reply.record._replace(oldest=version, pulled=pulled))
         elif verdict is Verdict.RELAY_AND_DENY:
             self._deny(name)
-        elif stored is not None and verdict is Verdict.RELAY_AND_DROP:
+        elif verdict is Verdict.RELAY_AND_DROP and name.takes_lists:
+            # Such a client would take a plain manifest too: there is nothing for anybody.
             _log.warning("%s: withdrawn upstream (404): dropped", name)
+            self._store.drop_model(name)
+        elif verdict is Verdict.RELAY_AND_DROP and stored is not None:
+            _log.warning("%s: withdrawn upstream (404) for clients that take no lists: dropped", name)
             self._store.drop_manifest(name)
 
 
@@ -251,10 +289,15 @@ def _rank(agent: str) -> tuple[int, ...]:
 def _classify(name: Name, response: Response) -> Reply:
     match response.status:
         case 200:
-            record = ManifestRecord.parse(response.body, response.headers.get("Content-Type", ACCEPT), now=time.time())
+            record = ManifestRecord.parse(response.body, response.headers.get("Content-Type", ""), now=time.time())
             if record is None:
                 _log.warning("%s: upstream's answer is no manifest; not stored", name)
                 return Reply(Heard.SOMETHING, response)
+            if record.is_list and not name.takes_lists:
+                _log.warning("%s: upstream's answer is a list, which was not asked for; not stored", name)
+                return Reply(Heard.SOMETHING, response)
+            if not record.content_type:
+                record = record._replace(content_type=LIST_TYPE if record.is_list else DOCKER_TYPE)
             if ":" in name.reference and f"sha256:{record.digest}" != name.reference:
                 raise UnexpectedResponse(f"{name}: expected a manifest with this digest, got sha256:{record.digest}")
             return Reply(Heard.MANIFEST, response, record)
@@ -284,8 +327,18 @@ def _digest(response: Response) -> str:
     return told.removeprefix("sha256:").lower()
 
 
+def _confirms(head: Response, record: ManifestRecord) -> bool:
+    """Whether upstream's answer to a HEAD says that the record is what a GET would bring."""
+    # A digest could be that of another representation than the one that was asked for.
+    media_type = head.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    other = DOCKER_TYPE if record.is_list else LIST_TYPE
+    return head.status == 200 and _digest(head) == record.digest and media_type != other
+
+
 def _manifest_answer(request: Request, record: ManifestRecord, cache: CacheStatus) -> Answer:
-    headers = [("Content-Type", record.content_type)]
+    # Ollama's look for a list believes the type alone (0.40), whatever GET has told.
+    media_type = LIST_TYPE if record.is_list and request.method == "HEAD" else record.content_type
+    headers = [("Content-Type", media_type), ("Vary", "Accept")]
     if request.method == "HEAD":
         # As the registry does: bare hexadecimal, on HEAD only (seen 2026-09).
         headers.append(("ollama-content-digest", record.digest))

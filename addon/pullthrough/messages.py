@@ -6,7 +6,7 @@ Invariant: a response says the Content-Length that it is given, whatever body it
 from collections.abc import Iterable
 
 from mitmproxy import http
-from mitmproxy.proxy.mode_specs import ReverseMode
+from mitmproxy.proxy.mode_specs import RegularMode, ReverseMode
 
 from pullthrough.exchange import Request
 
@@ -21,8 +21,8 @@ def is_reverse(flow: http.HTTPFlow) -> bool:
     return isinstance(flow.client_conn.proxy_mode, ReverseMode)
 
 
-def request_of(flow: http.HTTPFlow, host: str, direct: str | None = None) -> Request:
-    """The flow's request, as one to `host`; `direct` as in Request."""
+def request_of(flow: http.HTTPFlow, host: str) -> Request:
+    """The flow's request, as one to `host`."""
     reverse = is_reverse(flow)
     return Request(
         flow.request.method,
@@ -33,7 +33,7 @@ def request_of(flow: http.HTTPFlow, host: str, direct: str | None = None) -> Req
         blobs=f"{flow.request.scheme}://{host}" if reverse else None,
         inline=reverse,
         client=flow.client_conn.peername[0],
-        direct=direct,
+        tunnelled=flow.request.scheme == "https" and isinstance(flow.client_conn.proxy_mode, RegularMode),
     )
 
 

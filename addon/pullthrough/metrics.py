@@ -19,7 +19,9 @@ from pullthrough.catalogue import JSON
 from pullthrough.errors import UpstreamError
 from pullthrough.fetcher import Ending
 from pullthrough.looplag import LoopLag
+from pullthrough.pulls import Counts
 from pullthrough.recorder import Recorder
+from pullthrough.records import by_model
 from pullthrough.requestlog import RequestLog
 from pullthrough.settings import Settings
 from pullthrough.store import Store
@@ -44,9 +46,11 @@ class Metrics(Collector):
         requests: RequestLog,
         lag: LoopLag,
         vitals: Vitals,
+        pulls: Counts,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`tier` tells the state of the fleet's object store, where there is one."""
+        """`pulls` counts those past the cache; `tier` tells the state of the fleet's object store, if there is one."""
+        self._pulls = pulls
         self._tier = tier
         self._settings = settings
         self._store = store
@@ -82,6 +86,9 @@ class Metrics(Collector):
             classes[str(outcome), f"{status // 100}xx"] += count
         yield _counters("requests", text, classes.items(), "outcome", "status")
         yield _counter("served_bytes", "Bytes of blobs that went to clients.", self._requests.sent)
+        yield _counter("bypassed_pulls", "Pulls past the cache, by Ollama 0.35.0 to 0.40.2.", self._pulls.bypassed)
+        text = "Pulls by others that were sent to the registry's address and never came back."
+        yield _counter("unseen_pulls", text, self._pulls.unseen)
         came = self._recorder.counters.upstream_bytes
         yield _counter("upstream_bytes", "Bytes of blobs that came from upstream.", came)
         near = self._recorder.counters.near_bytes
@@ -102,7 +109,7 @@ class Metrics(Collector):
 
     def _storage(self) -> Iterator[Metric]:
         store, settings = self._store, self._settings
-        yield _gauge("models", "Models that are stored.", len(store.manifests()))
+        yield _gauge("models", "Models that are stored.", len(by_model(store.manifests())))
         yield _gauge("store_bytes", "Bytes of verified blobs.", store.held_bytes)
         if settings.max_size is not None:
             yield _gauge("store_max_bytes", "The option max_size.", settings.max_size)

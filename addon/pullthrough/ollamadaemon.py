@@ -6,6 +6,7 @@ wrong. What a daemon trusts is told for Linux, where Go reads files; elsewhere t
 
 import contextlib
 import http.client
+import json
 import shlex
 import shutil
 import ssl
@@ -14,13 +15,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import psutil
 
 from pullthrough.diagnosis import ClientFacts
 from pullthrough.errors import SettingsError
-from pullthrough.examining import PATIENCE_S, try_leg, tunnel
+from pullthrough.examining import PATIENCE_S, local_host, try_leg, tunnel
 from pullthrough.parent import Parents
+from pullthrough.records import Version, version_of
 from pullthrough.settings import Endpoint
 
 _LISTS: Final = (
@@ -48,7 +51,30 @@ def client_facts(hosts: tuple[str, ...]) -> ClientFacts:
         leg = try_leg(endpoint, hosts[0])
         if leg.issuer and not roots:
             trusted = _trust_problem(endpoint, hosts[0], daemon or {})
-    return ClientFacts(daemon=daemon, configured=configured, leg=leg, trusted=trusted, roots=roots, hosts=hosts)
+    return ClientFacts(
+        daemon=daemon,
+        configured=configured,
+        version=_version(daemon or {}),
+        leg=leg,
+        trusted=trusted,
+        roots=roots,
+        hosts=hosts,
+    )
+
+
+def _version(environment: Mapping[str, str]) -> Version | None:
+    """What the daemon says of itself (server/routes.go, GET /api/version); None where it does not."""
+    try:
+        where = urlsplit(f"//{environment.get('OLLAMA_HOST', '').rpartition('//')[2]}")
+        connection = http.client.HTTPConnection(
+            local_host(where.hostname or ""), where.port or 11434, timeout=PATIENCE_S
+        )
+        with contextlib.closing(connection):
+            connection.request("GET", "/api/version")
+            told = json.loads(connection.getresponse().read(1 << 16))
+        return version_of(f"ollama/{told['version']}")
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return None
 
 
 def _configured() -> dict[str, str]:

@@ -27,7 +27,6 @@ from pullthrough.errors import SettingsError
 from pullthrough.settings import (
     PREFIX,
     R2_HOST,
-    Direct,
     Finish,
     Lifetimes,
     Log,
@@ -195,17 +194,10 @@ OPTIONS: Final = (
         may_be_empty=True,
     ),
     Option(
-        "direct",
-        Direct.AUTO,
-        "Send requests of 8 MiB and more for public blobs from TLS to `listen`: auto (after a trial with each client), "
-        "on or off; object-store sends them to signed addresses of the object store instead.",
-        _parse_word(Direct),
-    ),
-    Option(
         "advertise",
         "",
-        "Where clients find `listen` for that: host, host:port or http://host[:port]; empty for the address at which "
-        "they reached the proxy.",
+        "Where clients find `listen`, for set-up and pages: host, host:port or http://host[:port]; empty for the "
+        "address at which they reached the proxy.",
         parse_advertise,
     ),
     Option(
@@ -271,14 +263,28 @@ OPTIONS: Final = (
         "each.",
         _parse_file,
     ),
+    Option(
+        "offload",
+        "false",
+        "Redirect requests of 8 MiB and more for public blobs to presigned addresses of the object store, for Ollama "
+        "0.34.4 and older; never to a private address.",
+        _parse_flag,
+    ),
     Option("log", Log.TEXT, "How the cache logs: text, or json (an object a line).", _parse_word(Log)),
     Option("log_level", "info", "How much the cache logs: debug, info, warning or error.", _parse_level),
 )
 
 
+REMOVED: Final = {
+    "direct": "Ollama since 0.35 refuses every redirect from https to http, so parts stay in TLS; "
+    f"in place of direct=object-store there is {PREFIX}offload=true",
+}
+"""Options of earlier versions, and what to do without them."""
+
+
 def environment_texts(environ: Mapping[str, str]) -> dict[str, str]:
-    """The option texts that the environment has, by bare name; an empty one is none."""
-    names = {option.name: f"{_ENVIRONMENT}{option.name.upper()}" for option in OPTIONS}
+    """The option texts that the environment has, by bare name; an empty one is none. Removed options are told too."""
+    names = {name: f"{_ENVIRONMENT}{name.upper()}" for name in (*(option.name for option in OPTIONS), *REMOVED)}
     return {name: environ[variable] for name, variable in names.items() if environ.get(variable)}
 
 
@@ -289,6 +295,8 @@ def parse_settings(texts: Mapping[str, str], *, dir: Path, certs: Path) -> Setti
     SettingsError for an unknown name or a value that does not parse.
     """
     known = {option.name for option in OPTIONS}
+    if removed := sorted(set(texts) & set(REMOVED)):
+        raise SettingsError(f"option {PREFIX}{removed[0]} was removed: {REMOVED[removed[0]]}")
     if unknown := sorted(set(texts) - known):
         raise SettingsError(
             f"unknown option {PREFIX}{unknown[0]}: expected one of {', '.join(sorted(known))} after {PREFIX!r}"
@@ -333,11 +341,8 @@ def _check_together(settings: Settings) -> None:
             f"option {PREFIX}object_store: expected {PREFIX}fleet_secret_file beside it, got none "
             "(what is shared is believed only when it is signed)"
         )
-    if settings.object_store is None and settings.direct is Direct.OBJECT_STORE:
-        raise SettingsError(f"option {PREFIX}direct: expected {PREFIX}object_store beside 'object-store', got none")
-    if not settings.listen and settings.direct in (Direct.ON, Direct.OBJECT_STORE):
-        got = str(settings.direct)
-        raise SettingsError(f"option {PREFIX}direct: expected auto or off where {PREFIX}listen is off, got {got!r}")
+    if settings.object_store is None and settings.offload:
+        raise SettingsError(f"option {PREFIX}offload: expected {PREFIX}object_store beside it, got none")
     if strangers := sorted(set(settings.upstream) - set(settings.intercepted)):
         raise SettingsError(
             f"option {PREFIX}upstream: expected only {', '.join(settings.intercepted)}, got {strangers[0]!r}"

@@ -4,12 +4,12 @@ Invariant: nothing in flight and nothing pinned is chosen, and no blob that a mo
 what lies on the disk are arguments. Knows no disk.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pullthrough.digest import Digest
-from pullthrough.records import BlobRecord, ManifestRecord, Name
+from pullthrough.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,9 @@ def plan_removal(
     busy: Collection[Digest],
 ) -> Plan:
     """These models go, with the held blobs that no other model lists and nobody reads."""
-    gone = set(names)
-    stays = listed_by(record for name, record in manifests.items() if name not in gone)
-    parts = listed_by(manifests[name] for name in gone) - stays
+    models, gone = by_model(manifests), set(names)
+    stays = listed_by(record for name, records in models.items() if name not in gone for record in records)
+    parts = listed_by(record for name in gone for record in models[name]) - stays
     chosen = tuple(digest for digest in parts if digest in blobs and blobs[digest].held and digest not in busy)
     return Plan(tuple(sorted(gone)), chosen, freed=sum(blobs[digest].size or 0 for digest in chosen))
 
@@ -55,13 +55,14 @@ def plan_prune(
     are files that nobody writes: (bytes, when they last changed).
     """
     names = []
-    for name, record in manifests.items() if every else ():
-        used = max(record.pulled, 0.0) or record.confirmed
-        if used <= oldest and not name.is_among(pins) and not any(map(busy.__contains__, record.digests)):
+    models = by_model(manifests)
+    for name, records in models.items() if every else ():
+        used = max(max(record.pulled for record in records), 0.0) or max(record.confirmed for record in records)
+        if used <= oldest and not name.is_among(pins) and not any(map(busy.__contains__, listed_by(records))):
             names.append(name)
     gone = set(names)
-    stays = listed_by(record for name, record in manifests.items() if name not in gone)
-    parts = listed_by(manifests[name] for name in gone)
+    stays = listed_by(record for name, records in models.items() if name not in gone for record in records)
+    parts = listed_by(record for name in gone for record in models[name])
     chosen = tuple(
         digest
         for digest, record in blobs.items()
@@ -70,8 +71,3 @@ def plan_prune(
     files = tuple(sorted(path for path, (_, changed) in leftovers.items() if changed <= oldest))
     freed = sum(blobs[digest].size or 0 for digest in chosen) + sum(leftovers[path][0] for path in files)
     return Plan(tuple(sorted(names)), chosen, files, freed)
-
-
-def listed_by(records: Iterable[ManifestRecord]) -> set[Digest]:
-    """All blobs that these manifests list."""
-    return {digest for record in records for digest in record.digests}

@@ -62,6 +62,8 @@ class Reader:
         `on_unreadable` is called when a span of the file could not be read.
         """
         self.on_unreadable = on_unreadable
+        self.on_close: Callable[[], None] | None = None
+        """Called once, when the reader is closed."""
         self.start = start
         self.stop = stop
         self.position = start
@@ -138,6 +140,9 @@ class Reader:
 
     def close(self) -> None:
         """Let go of the file or the recording. May be called twice."""
+        if self.on_close is not None:
+            on_close, self.on_close = self.on_close, None
+            on_close()
         if self._relay is not None:
             self._relay.close()
             self._relay = None

@@ -19,6 +19,7 @@ from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, DigestMismatch, StoreError, StoreUnwritable, UpstreamUnreachable
 from pullthrough.fetcher import Ending, Fetcher
 from pullthrough.ingest import SharedFile
+from pullthrough.pulls import FAR
 from pullthrough.relay import Relay, Relays
 from pullthrough.scheduler import FIRST_SLICE, Demand, Slice, next_slice
 from pullthrough.sealer import Sealer
@@ -32,6 +33,8 @@ IDLE_S: Final = 30.0
 """How long a recording without readers stays open: an Ollama client's probe and its parts are separate requests,
 and its retries come after 1, 2, 4, 8 and 16 s (server/download.go)."""
 
+LINGER_S: Final = 0.5
+"""How long bytes under way keep coming after the last reader has gone: the next part may be asked for at once."""
 
 UNKEPT_S: Final = 30.0
 """How long a blob that the disk had no room for is passed through before the disk is tried again."""
@@ -57,6 +60,7 @@ class Recording:
         """`on_end` is called once, when no reader can be added any more; `wanted` is whole even if nobody reads."""
         self.over = asyncio.Event()
         self._wanted = wanted
+        self._pulled = wanted  # somebody pulls the blob, and does not only look into it
         self.digest = digest
         self.supply = supply
         self._room = room
@@ -118,16 +122,13 @@ class Recording:
     def detach(self, cursor: Cursor) -> None:
         self._cursors.discard(cursor)
         self._watch_idleness()
+        if not self._cursors and not self._ended:
+            asyncio.get_running_loop().call_later(LINGER_S, self._stop_reading_ahead)
 
-    def tell_hunger(self, seconds: float) -> None:
-        """A reader has waited that long for a byte."""
-        _log.warning(
-            "recording %s: a client has waited %.1f s for a byte; %d readers behind %d connections",
-            self.digest.short,
-            seconds,
-            len(self._cursors),
-            self._room.connections,
-        )
+    def _stop_reading_ahead(self) -> None:
+        """What was asked for ahead of readers that have gone is wanted by nobody."""
+        if not self._cursors and not self._ended and not self._wanted_whole:
+            self._fetcher.drop()
 
     def check(self) -> None:
         """Raise what the recording has failed of, if it has."""
@@ -172,9 +173,9 @@ class Recording:
                 stream.close()
 
     async def _has_room(self, size: int, begin: Callable[[int], None] | None = None) -> bool:
-        """Make room for the blob and `begin` it; where that cannot be, clients are served past the disk."""
+        """Make room for what is to come and `begin`; where that cannot be, clients are served past the disk."""
         try:
-            await self._room.keeper.reserve(self.digest, size)
+            await self._room.keeper.reserve(self.digest, size if self._pulled else min(size, FAR))
             if begin is not None:
                 await self._room.threads.disk(begin, size)
         except StoreUnwritable as error:
@@ -211,8 +212,13 @@ class Recording:
         """Clients are told the size and served past the disk; after UNKEPT_S the disk is tried again."""
         _log.warning("%s; passing through", error, extra=self._ending(Ending.UNKEPT, error))
         self._error = error
-        self.assembly = Assembly(size)
-        self._ready.set_result(size)
+        if self._ready.done():
+            self._fetcher.drop()
+            for cursor in self._cursors:
+                cursor.rouse()
+        else:
+            self.assembly = Assembly(size)
+            self._ready.set_result(size)
         asyncio.get_running_loop().call_later(UNKEPT_S, self._end)
 
     async def _complete(self) -> None:
@@ -234,6 +240,8 @@ class Recording:
         self._end()
 
     def _choose(self, rate: float | None) -> Slice | None:
+        if self._error is not None:
+            return None
         return next_slice(
             self.assembly,
             [Demand(cursor.position, cursor.stop, cursor.fed) for cursor in self._cursors],
@@ -243,9 +251,24 @@ class Recording:
             now=time.monotonic(),
         )
 
+    def pull(self) -> None:
+        """A client has shown that it pulls the blob: from now on it is recorded ahead of its readers."""
+        if self._pulled:
+            return
+        self._pulled = True
+        if not self._ended and self._error is None:
+            self._spawn(self._reserve_whole(), "reserve")
+
+    async def _reserve_whole(self) -> None:
+        """Make room for all of the blob; where that cannot be, clients are served past the disk."""
+        if await self._has_room(self.assembly.size):
+            self.wake()
+
     @property
     def _wanted_whole(self) -> bool:
         """Whether bytes that no reader asks for are fetched too."""
+        if not self._pulled:
+            return False
         if self._cursors or self._wanted or self._room.finish is Finish.ALWAYS:
             return True
         return self._room.finish is Finish.AUTO and self.assembly.present.size * 2 >= self.assembly.size
@@ -313,9 +336,7 @@ class Recording:
         return {"fields": fields}
 
     def _extent(self) -> str:
-        if not self._ready.done() or self._ready.exception() is not None:
-            return "nothing"
-        return f"{self.assembly.present.size} of {self.assembly.size} bytes"
+        return f"{self.present} of {self.size} bytes" if self.size is not None else "nothing"
 
     def _end(self) -> None:
         if self._ended:

@@ -1,7 +1,8 @@
 """Look at stored tags in the background, and record what has changed before the tag moves.
 
-Invariant: a tag is adopted only once every blob of its new manifest is here, so who pulls it meanwhile gets the old
-model whole and from the LAN. Only public models that are here whole, or pinned, are looked at; one at a time.
+Invariant: a tag is adopted only once every blob of its new manifest is here (of a list: of the children that were here
+before, by runner), so who pulls it meanwhile gets the old model whole and from the LAN. Only public models that are
+here whole, or pinned, are looked at; one at a time.
 Knows no client: one that asks after the tag's lifetime is answered by upstream's word at once, as ever.
 """
 
@@ -15,6 +16,7 @@ from pullthrough.ahead import Ahead
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError
 from pullthrough.freshness import DOWN_S, Heard
+from pullthrough.manifestjson import children_of, parse, preferred
 from pullthrough.manifests import Manifests
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.settings import Settings
@@ -83,27 +85,51 @@ class Refresher:
                 yield name
 
     def _is_whole(self, record: ManifestRecord) -> bool:
-        return all(self._store.held(digest) is not None for digest in record.digests)
+        known = self._store.children()
+        # The bytes of a child that is known are here, whether or not as a blob.
+        needed = record.needed(known) if record.is_list else record.digests
+        return bool(needed) and all(digest in known or self._store.held(digest) is not None for digest in needed)
 
     async def refresh(self, name: Name) -> None:
         """Look at one tag, and let it move once all that is new is here."""
-        stored = self._store.manifest(name)
-        if stored is None or self._upstream.down_until(name.host) > time.monotonic():
+        stored, host = self._store.manifest(name), self._settings.asked(name.host)
+        if stored is None or self._upstream.down_until(host) > time.monotonic():
             return
         agent = self._manifests.newest_agent
         denials = self._store.denials(name.host, name.repository)
         reply = await self._manifests.hear(name, agent, confirm=stored, timeout_s=DEADLINE_S)
         if reply.heard is Heard.NOTHING:
-            self._upstream.mark_down(name.host, DOWN_S)
+            self._upstream.mark_down(host, DOWN_S)
             _log.info("refresh of %s: %s", name, reply.cause)
             return
         if reply.record is not None and reply.record.body != stored.body:
             _log.info("refresh of %s: it has moved; recording what is new", name)
-            for digest in reply.record.digests:
+            for digest in await self._wanted(name, stored, reply.record):
                 if not await self._record(name, digest):
                     _log.warning("refresh of %s: not all of it could be recorded; the tag stays as it is", name)
                     return
         self._manifests.settle(name, reply, agent, denials=denials)
+
+    async def _wanted(self, name: Name, stored: ManifestRecord, moved: ManifestRecord) -> list[Digest]:
+        """What clients of the stored manifest would need of the one to which the tag has moved.
+
+        Of a list, the children whose runners have been pulled before; else the one that most clients choose. They are
+        recorded on the way. CacheError if one does not come.
+        """
+        if not moved.is_list:
+            return moved.digests
+        known = self._store.children()
+        runners = {
+            child.runner for child in children_of(stored.body) if child.digest is None or child.digest in known
+        } or {parse(stored.body).runner}
+        children = children_of(moved.body)
+        chosen = [child for child in children if child.runner in runners] or [*filter(None, [preferred(children)])]
+        wanted: list[Digest] = []
+        for child in chosen:
+            wanted += [layer.digest for layer in child.layers]
+            if child.digest is not None:
+                wanted += (await self._ahead.child(*name.place, child.digest)).digests
+        return wanted
 
     async def _record(self, name: Name, digest: Digest) -> bool:
         """Whether the blob is here and public in the end."""

@@ -68,7 +68,10 @@ def next_slice(
     """
     waiting: list[tuple[float, int]] = []
     needed: int | None = None
+    last = assembly.size if complete else 0
     for demand in demands:
+        # Up to the grid: crumbs cost a request each later.
+        last = max(last, demand.stop + -demand.stop % MIN_SLICE)
         position = assembly.first_missing(demand.position)
         if position >= demand.stop:
             continue
@@ -81,7 +84,7 @@ def next_slice(
 
     starving = min((item for item in waiting if now - item[0] >= STARVING_S), default=None)
     if starving is not None:
-        return _cut(assembly, starving[1], _slice_size(rate, ALONE_SLICE_S / len(waiting)))
+        return _cut(assembly, starving[1], _slice_size(rate, ALONE_SLICE_S / len(waiting)), last)
     seconds = ALONE_SLICE_S if len(waiting) <= 1 else SHARED_SLICE_S
     if needed is None and complete:
         gap = assembly.next_free(0, assembly.size)
@@ -90,7 +93,7 @@ def next_slice(
         return None
     # Towards the end the rest is shared out, so that no connection is left alone with a large slice.
     fair = max(MIN_SLICE, _floor_power(assembly.unclaimed // connections))
-    return _cut(assembly, needed, min(fair, _slice_size(rate, seconds)))
+    return _cut(assembly, needed, min(fair, _slice_size(rate, seconds)), last)
 
 
 def _slice_size(rate: float | None, seconds: float) -> int:
@@ -103,9 +106,9 @@ def _floor_power(value: int) -> int:
     return 1 << (value.bit_length() - 1) if value > 0 else 0
 
 
-def _cut(assembly: Assembly, position: int, size: int) -> Slice:
-    """An aligned slice of at most `size` bytes around the free byte `position`, within its free gap."""
+def _cut(assembly: Assembly, position: int, size: int, last: int) -> Slice:
+    """An aligned slice of at most `size` bytes around the free byte `position`, in its free gap and before `last`."""
     start = max(position - position % MIN_SLICE, assembly.free_from(position))
     gap = assembly.next_free(position, assembly.size)
     assert gap is not None
-    return Slice(start, min(start - start % size + size, gap[1]))
+    return Slice(start, min(start - start % size + size, gap[1], last))

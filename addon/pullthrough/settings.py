@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from pullthrough.records import Name
+from pullthrough.records import Name, canonical
 
 PREFIX: Final = "ollama_cache_"
 
@@ -44,17 +44,6 @@ class Finish(StrEnum):
     """When half of it is present."""
     ALWAYS = "always"
     NEVER = "never"
-
-
-class Direct(StrEnum):
-    """Whether large parts are sent on to the blob server."""
-
-    AUTO = "auto"
-    """Where a trial shows that the client reaches it."""
-    OBJECT_STORE = "object-store"
-    """Not there, but to the fleet's object store."""
-    ON = "on"
-    OFF = "off"
 
 
 class Log(StrEnum):
@@ -112,9 +101,10 @@ class Settings:
     """(host, port) of the blob server; host "" for all addresses of this machine."""
     front: Mapping[int, str]
     """The registry that a port of the blob server speaks for."""
-    direct: Direct
     advertise: Endpoint | None
     """Under which clients reach the blob server, port 0 for the one it listens on; None: where they reached us."""
+    offload: bool
+    """Redirect large parts of public blobs to the object store."""
     manifest_lifetime: Lifetimes
     refresh: float | None
     """Seconds between two looks at a tag."""
@@ -146,6 +136,11 @@ class Settings:
         """Where the blob server listens: at `listen`, and on the ports of `front` at the same hosts."""
         hosts = dict.fromkeys(host for host, _ in self.listen)
         return tuple(dict.fromkeys([*self.listen, *((host, port) for port in self.front for host in hosts)]))
+
+    def asked(self, host: str) -> str:
+        """The configured registry that what is stored under `host` comes from: that one, or another name of it."""
+        names = (name for name in self.registries if canonical(name) == host)
+        return host if host in self.registries else next(names, host)
 
     def endpoint(self, host: str) -> Endpoint:
         """Where `host` is reached: as `upstream` says, else by HTTPS under its own name."""

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import BinaryIO, Final
 
 from pullthrough import platform
@@ -33,16 +32,18 @@ from pullthrough.gcpause import gc_paused
 from pullthrough.index import Index
 from pullthrough.ingest import JOURNAL, PARTIAL, Ingest, SharedFile
 from pullthrough.ledger import Ledger
-from pullthrough.records import BlobRecord, ManifestRecord, Name
+from pullthrough.manifestjson import DOCKER_TYPE
+from pullthrough.manifesttable import ManifestTable
+from pullthrough.records import BlobRecord, ManifestRecord, Name, canonical
 from pullthrough.storefolder import load_secret, prepare, take_lock
 
 _log = logging.getLogger(__name__)
 
-TOLD_S: Final = 600.0
-"""How far the index may lag behind with the time of a manifest's last pull."""
-
 KEPT_S: Final = 14 * 24 * 3600.0
 """How long a partial and a quarantined file stay; Ollama's own client prunes partials after an hour (v0.21.0)."""
+
+LONGEST_MANIFEST: Final = 4 << 20
+"""Bytes of a blob that may be a manifest; the largest of tensor models have a few hundred KiB."""
 
 STAGING: Final = ".import-"
 """What the folder of an import begins with, in `ingest/`."""
@@ -70,20 +71,12 @@ class Store:
         self.evicted = 0
         """Blobs that have gone since the start, to make room or because somebody said so."""
         self.evicted_bytes = 0
-        self._manifests = contents.manifests
+        self._manifests = ManifestTable(index, contents, self.read_manifest)
         self._members = index.load_members()
         """What upstream has granted of each (host, repository) to an anonymous request, besides the manifests."""
-        self._names: dict[tuple[str, str], set[Name]] = {}
-        """Under which the manifests of each (host, repository) are stored."""
-        self._bodies: Counter[str] = Counter()
-        """Under how many names the bytes of a manifest are stored."""
-        for name, record in self._manifests.items():
-            self._names.setdefault(name.place, set()).add(name)
-            self._bodies[record.digest] += 1
         self._open: dict[Digest, SharedFile] = {}
         self._denials: Counter[tuple[str, str]] = Counter()
-        self._untold: dict[Name, float] = {}
-        """Since when the index lacks the time of a manifest's last pull."""
+        self._manifests.open()
 
     @classmethod
     def open(cls, folder: Path) -> "Store":
@@ -128,8 +121,7 @@ class Store:
 
     def close(self) -> None:
         """Write out what is pending and give the folder free."""
-        for name in self._untold:
-            self._index.put_manifest(name, self._manifests[name])
+        self._manifests.close()
         self._index.close()
         self._lock.close()
 
@@ -245,6 +237,7 @@ class Store:
             recorded=now,
         )
         self._put_blob(digest, record)
+        self._manifests.take_in(digest)
         return record
 
     def quarantine(self, ingest: Ingest) -> Path:
@@ -266,13 +259,13 @@ class Store:
 
     def is_member(self, host: str, repository: str, digest: Digest) -> bool:
         """A stored manifest of the repository lists it, or upstream granted it there to an anonymous request."""
-        granted = self._members.get((host, repository), "")
-        return digest in granted or any(record.lists(digest) for record in self.manifests_of(host, repository))
+        granted = self._members.get(_place(host, repository), "")
+        return digest in granted or any(record.lists(digest) for record in self.manifests_of(host, repository).values())
 
     def repositories(self, digest: Digest) -> list[tuple[str, str]]:
         """Every (host, repository) that the digest is known to belong to: where a source can be obtained again."""
         granted = [place for place, digests in self._members.items() if digest in digests]
-        records = self._manifests.items()
+        records = self.manifests().items()
         listed = [name.place for name, record in records if not record.denied and record.lists(digest)]
         return list(dict.fromkeys(granted + listed))
 
@@ -281,42 +274,42 @@ class Store:
         known = self._blobs.get(digest, BlobRecord())
         if not known.public:
             self._put_blob(digest, known._replace(public=True))
-        members = self._members.get((host, repository), "")
+        place = _place(host, repository)
+        members = self._members.get(place, "")
         if digest not in members:
-            self._members[host, repository] = members = f"{members} {digest}".lstrip()
-            self._index.put_members(host, repository, members)
+            self._members[place] = members = f"{members} {digest}".lstrip()
+            self._index.put_members(*place, members)
 
     def adopt(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest of the fleet's: a cache of it has recorded every blob, and each is public."""
         self.put_manifest(name, record)
         for digest, size in record.sizes.items():
             known = self._blobs.get(digest, BlobRecord())
-            if known.size is None:
+            if known.size is None and size is not None:
                 self._put_blob(digest, known._replace(size=size))
             self.confirm_public(name.host, name.repository, digest)
 
     def is_denied(self, host: str, repository: str) -> bool:
         """Whether upstream has refused an anonymous request in this repository, and granted none since."""
-        return any(record.denied for record in self.manifests_of(host, repository, private=True))
+        return any(record.denied for record in self.manifests_of(host, repository, private=True).values())
 
     def deny(self, host: str, repository: str) -> bool:
         """Upstream refuses an anonymous request in this repository: nothing of it is known any more.
 
         All of it, because a repository is what access is granted to (`scope="repository:<name>:pull"`, OCI
-        distribution-spec). A blob stays public while another repository is confirmed to have it. The bytes stay, for
-        those whom upstream grants them. Returns whether anything was known.
+        distribution-spec); what the children of its lists list, too. A blob stays public while another repository is
+        confirmed to have it. The bytes stay, for those whom upstream grants them. Returns whether anything was known.
         """
-        place = (host, repository)
+        place = _place(host, repository)
         self._denials[place] += 1
         digests = set(map(trusted, self._members.get(place, "").split()))
-        granted = [name for name in self._names.get(place, ()) if not self._manifests[name].denied]
+        granted = self.manifests_of(host, repository)
         was_known = bool(digests or granted)
-        for name in granted:
-            record = self._manifests[name]
+        for name, record in granted.items():
             digests.update(record.digests)
             self.put_manifest(name, record._replace(denied=True))
         if self._members.pop(place, None) is not None:
-            self._index.delete_members(host, repository)
+            self._index.delete_members(*place)
         for digest in digests.difference(" ".join(self._members.values()).split()):
             if (known := self._blobs.get(digest)) is not None and known.public:
                 self._put_blob(digest, known._replace(public=False))
@@ -324,61 +317,65 @@ class Store:
 
     def denials(self, host: str, repository: str) -> int:
         """How often the repository was denied since the start: an older yes than the last denial counts no more."""
-        return self._denials[host, repository]
+        return self._denials[_place(host, repository)]
 
     # --- manifests
 
     def manifest(self, name: Name) -> ManifestRecord | None:
-        return self._manifests.get(name)
+        return self.manifests().get(name)
 
     def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
         """The manifest of the repository whose bytes have this digest, whatever it was asked for by."""
-        return next((record for record in self.manifests_of(host, repository) if record.digest == digest.hex), None)
-
-    def drop_manifest(self, name: Name) -> None:
-        """Forget the manifest; its blobs stay, and so do those that other manifests list."""
-        record = self._manifests.pop(name)
-        self._untold.pop(name, None)
-        self._names[name.place].discard(name)
-        self._index.delete_manifest(name)
-        self._drop_body(record.digest)
-
-    def _drop_body(self, digest: str) -> None:
-        self._bodies[digest] -= 1
-        if not self._bodies[digest]:
-            del self._bodies[digest]
-            self._index.delete_body(digest)
-
-    def touch(self, name: Name, now: float) -> None:
-        """A client has pulled the manifest `now`; on disk only every TOLD_S seconds, and at the end."""
-        record = self._manifests.get(name)
-        if record is None:
-            return
-        self._manifests[name] = record = record._replace(pulled=now)
-        if now - self._untold.setdefault(name, now) >= TOLD_S:
-            del self._untold[name]
-            self._index.put_manifest(name, record)
+        records = self.manifests_of(host, repository).values()
+        return next((record for record in records if record.digest == digest.hex), None)
 
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
-        """Store a manifest that an anonymous request got."""
+        """Store a manifest that an anonymous request got. A list grows by what is known of its children."""
         self.changes += 1
-        before = self._manifests.get(name)
-        self._manifests[name] = record
-        self._names.setdefault(name.place, set()).add(name)
-        self._untold.pop(name, None)
-        self._bodies[record.digest] += 1
-        self._index.put_manifest(name, record)
-        if before is not None:
-            self._drop_body(before.digest)
+        self._manifests.put(name, record)
 
-    def manifests_of(self, host: str, repository: str, *, private: bool = False) -> list[ManifestRecord]:
+    def drop_manifest(self, name: Name) -> None:
+        """Forget this representation of the model; its blobs stay, and so do those that other manifests list."""
+        self._manifests.drop(name)
+
+    def drop_model(self, name: Name) -> None:
+        """Forget the model, in both representations, as far as it is there."""
+        for each in (name, name.twin):
+            if each in self.manifests():
+                self._manifests.drop(each)
+
+    def touch(self, name: Name, now: float) -> None:
+        """A client has pulled the model `now`: this representation, or the other one where this is not stored."""
+        self._manifests.touch(name if name in self.manifests() else name.twin, now)
+
+    def manifests_of(self, host: str, repository: str, *, private: bool = False) -> dict[Name, ManifestRecord]:
         """The repository's manifests; those that are private by now only if asked for."""
-        records = (self._manifests[name] for name in self._names.get((host, repository), ()))
-        return [record for record in records if private or not record.denied]
+        found = self._manifests.of(_place(host, repository))
+        return {name: record for name, record in found if private or not record.denied}
 
     def manifests(self) -> Mapping[Name, ManifestRecord]:
         """All stored manifests, those that are private by now too."""
-        return MappingProxyType(self._manifests)
+        return self._manifests.records
+
+    def children(self) -> Mapping[Digest, ManifestRecord]:
+        """The manifests that stored lists refer to, as far as their bytes have come."""
+        return self._manifests.children
+
+    def read_manifest(self, digest: Digest) -> ManifestRecord | None:
+        """The manifest that a held blob is; None where it is none, or not here."""
+        known = self._blobs.get(digest)
+        if known is None or (known.size or 0) > LONGEST_MANIFEST or (file := self.open_blob(digest)) is None:
+            return None
+        try:
+            record = ManifestRecord.parse(platform.read_at(file.descriptor, 0, file.size), DOCKER_TYPE, now=0.0)
+        except OSError as error:
+            _log.warning("reading the manifest %s: %s", digest.short, error)
+            return None
+        finally:
+            file.release()
+        return None if record is None or record.is_list or record.digest != digest.hex else record
+
+    # --- all of it
 
     def known_blobs(self) -> dict[Digest, BlobRecord]:
         """All that is known of blobs, held or not; a copy that costs a millisecond for 60,000, as it hashes nothing."""
@@ -387,6 +384,10 @@ class Store:
     def blobs(self) -> dict[Digest, BlobRecord]:
         """All held blobs; walks all that are known."""
         return {digest: record for digest, record in self._blobs.items() if record.held}
+
+
+def _place(host: str, repository: str) -> tuple[str, str]:
+    return canonical(host), repository
 
 
 def _taken(path: Path) -> tuple[int, float]:

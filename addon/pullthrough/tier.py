@@ -5,9 +5,9 @@ one that fails is left alone for a while and never fails a pull. Only public blo
 requests nor recordings.
 """
 
-import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ from pullthrough.breaker import Breaker
 from pullthrough.clock import lasting
 from pullthrough.datastream import Source
 from pullthrough.digest import Digest
-from pullthrough.errors import ForgedDocument, SettingsError, TierError
+from pullthrough.errors import AddressRefused, ForgedDocument, SettingsError, TierError
 from pullthrough.objectstore import ObjectStore, endpoint
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.settings import PREFIX
 from pullthrough.threads import Threads
+from pullthrough.tunnel import check_address
 from pullthrough.upstream import Upstream
 
 _log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class Tier:
         self.there: set[Digest] = set()
         """Blobs that it is known to have, under the checksum of whoever uploaded them."""
         self._addresses: dict[Digest, tuple[str, float]] = {}
+        self._is_private = False
+        """The object store was found at a private address, which has been logged."""
         self._threads = threads
         self._upstream = upstream
         self._breaker = Breaker()
@@ -124,12 +127,27 @@ class Tier:
         (self.there.add if sound else self.there.discard)(digest)
         return sound
 
-    async def prepare(self, digest: Digest) -> None:
-        """Have an address ready for `address`, if the blob is there and the store can be asked."""
-        if digest in self.there and digest not in self.suspects and self.address(digest) is None:
-            with contextlib.suppress(TierError):  # counted and logged; then nobody is sent there
+    async def prepare(self, digest: Digest) -> bool:
+        """Return whether clients may be sent to the blob; then `address` has where, for the next hours.
+
+        They may not where the object store has a private address: an Ollama refuses to be redirected to one.
+        """
+        if digest not in self.there or digest in self.suspects:
+            return False
+        if self.address(digest) is None:
+            try:
                 signed = await self.ask(self.objects.sign, fleet.blob_key(digest), lifetime_s=SIGNED_S)
-                self._addresses[digest] = signed, lasting() + SIGNED_S / 2
+                await self._threads.network(_check_public, *endpoint(signed))
+            except TierError as error:  # counted and logged where it comes from
+                _log.debug("%s: %s", digest.short, error)
+                return False
+            except AddressRefused as error:
+                if not self._is_private:
+                    self._is_private = True
+                    _log.warning("object store: %s; clients are not redirected to it (offload)", error)
+                return False
+            self._addresses[digest] = signed, lasting() + SIGNED_S / 2
+        return True
 
     def address(self, digest: Digest) -> str | None:
         """Where a client finds the blob for the next hours, None if that was not prepared."""
@@ -160,3 +178,13 @@ class Tier:
         """A recording that may have drawn on the tier got other bytes than the digest says."""
         self.counts.corrupt += 1
         self.suspects.add(digest)
+
+
+def _check_public(host: str, port: int) -> None:
+    """See that every address of the host is public. Raises AddressRefused; TierError where the name has none."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise TierError(f"object store: {host} has no address: {error.strerror}") from error
+    for entry in found:
+        check_address(str(entry[4][0]))

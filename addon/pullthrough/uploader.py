@@ -84,7 +84,8 @@ class Uploader:
             await self._upload_blob(digest)
             self.waiting -= 1
         for name, record in list(self._store.manifests().items()):
-            if self._told.get(name) != (record.body, record.denied):
+            # What clients get that accept lists stays here: of a list, few caches ever have all.
+            if not name.takes_lists and self._told.get(name) != (record.body, record.denied):
                 await self._upload_manifest(name, record)
 
     async def _upload_blob(self, digest: Digest) -> None:
@@ -143,7 +144,7 @@ class Uploader:
             _log.info("uploaded %s", name)
         self._told[name] = (record.body, False)
 
-    def _has(self, digest: Digest, size: int) -> bool:
+    def _has(self, digest: Digest, size: int | None) -> bool:
         known = self._store.blob(digest)
         return digest in self._tier.there and known is not None and known.public and known.size == size
 

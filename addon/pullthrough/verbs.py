@@ -13,8 +13,10 @@ from typing import Any
 from pullthrough.admission import MANIFEST, Model, Terms, enter, place, refusal
 from pullthrough.catalogue import JSON, View, detail, listing, statistics
 from pullthrough.control import Tell, Verb
+from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, InvalidRequest
 from pullthrough.housekeeping import Housekeeping
+from pullthrough.pulls import Counts
 from pullthrough.records import Name
 from pullthrough.store import STAGING, Store
 from pullthrough.verifying import Finding, mend
@@ -33,6 +35,7 @@ class Verbs:
         pins: tuple[str, ...],
         options: list[JSON],
         count: Callable[[], object],
+        pulls: Counts,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
         """`options` are what `config` tells; `count` brings the store's days up to date; `tier` tells the fleet's."""
@@ -42,6 +45,7 @@ class Verbs:
         self._pins = pins
         self._options = options
         self._count = count
+        self._pulls = pulls
         self._tier = tier
 
     def table(self) -> dict[str, Verb]:
@@ -63,7 +67,8 @@ class Verbs:
         """What is stored now."""
         ledger = self._store.ledger
         pins = (*self._pins, *sorted(ledger.pins))
-        return View(dict(self._store.manifests()), self._store.known_blobs(), pins, dict(ledger.days))
+        manifests, children = dict(self._store.manifests()), dict(self._store.children())
+        return View(manifests, self._store.known_blobs(), pins, dict(ledger.days), children)
 
     async def _ls(self, _: Mapping[str, Any], __: Tell) -> Any:
         return await asyncio.to_thread(listing, self.view())
@@ -74,6 +79,7 @@ class Verbs:
     async def _stats(self, _: Mapping[str, Any], __: Tell) -> Any:
         self._count()
         sums = await asyncio.to_thread(statistics, self.view())
+        sums |= {"bypassed_pulls": self._pulls.bypassed, "unseen_pulls": self._pulls.unseen}
         return sums | {"tier": self._tier()} if self._tier is not None else sums
 
     async def _config(self, _: Mapping[str, Any], __: Tell) -> Any:
@@ -113,7 +119,8 @@ class Verbs:
             body = await asyncio.to_thread((staging / MANIFEST).read_bytes)
         except OSError as error:
             raise InvalidRequest(f"expected a staged manifest of {name}, got {error}") from error
-        model = Model.parse(name, body)
+        blobs = {Digest.parse(digest): int(size) for digest, size in arguments["blobs"].items()}
+        model = Model.parse(name, body, lambda _: blobs)
         outcome = refusal(self._store, model, terms)
         if outcome is None:
             placed = await asyncio.to_thread(place, self._store, staging, model)

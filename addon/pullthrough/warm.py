@@ -1,4 +1,4 @@
-"""Record models before anybody asks for them.
+"""Record models before anybody asks for them, for clients that take manifest lists and for those that do not.
 
 Invariant: a blob comes in through its one recording, like a client's, and a tag is stored only as upstream gives it
 to everybody. One model and one blob at a time, in the manifest's order. Knows no terminal.
@@ -11,8 +11,9 @@ from typing import Any, Final
 from pullthrough.ahead import Ahead
 from pullthrough.control import Tell
 from pullthrough.digest import Digest
-from pullthrough.errors import CacheError, InvalidRequest, UpstreamRefused
+from pullthrough.errors import CacheError, InvalidRequest, UpstreamError, UpstreamRefused
 from pullthrough.freshness import Heard
+from pullthrough.manifestjson import children_of, preferred
 from pullthrough.manifests import Manifests
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.settings import Settings
@@ -43,18 +44,56 @@ class Warmer:
         Progress: {model, layer, size, done} for each blob, in bytes.
         """
         name = Name.parse(text)
-        if name.host not in self._settings.registries:
+        if self._settings.asked(name.host) not in self._settings.registries:
             raise InvalidRequest(f"expected a model of {', '.join(self._settings.registries)}, got {text!r}")
         if self._settings.offline:
             raise InvalidRequest("expected a cache that may ask upstream, got one that is offline")
-        record = await self._manifest(name, keep=not dry_run)
-        missing = {digest: size for digest, size in record.sizes.items() if self._store.held(digest) is None}
-        for digest, size in record.sizes.items():
-            if not dry_run:
-                await self._record(name, digest, size, tell)
+        sizes: dict[Digest, int] = {}
+        brought: set[Digest] = set()
+        for record in await self._manifests_of(name, keep=not dry_run):
+            sizes |= await self._wanted(name, record, brought, dry_run=dry_run)
+        missing = sum(size for digest, size in sizes.items() if digest in brought or self._store.held(digest) is None)
         if not dry_run:
-            self._store.touch(name, time.time())
-        return {"model": name.typed, "size": record.size, "missing": sum(missing.values())}
+            for digest, size in sizes.items():
+                await self._record(name, digest, size, tell)
+            for each in (name, name.twin):
+                if self._store.manifest(each) is not None:
+                    self._store.touch(each, time.time())
+        return {"model": name.typed, "size": sum(sizes.values()), "missing": missing}
+
+    async def _wanted(
+        self, name: Name, record: ManifestRecord, brought: set[Digest], *, dry_run: bool
+    ) -> dict[Digest, int]:
+        """The blobs that clients need of a manifest, or of the child of a list that most of them choose.
+
+        The child is recorded to see what it lists, which adds it to `brought`; for a `dry_run` only one that is here
+        counts.
+        """
+        child = preferred(children_of(record.body)) if record.is_list else None
+        if child is None:
+            return {digest: size for digest, size in record.sizes.items() if size is not None}
+        if child.digest is None:
+            return {layer.digest: layer.size for layer in child.layers}
+        manifest = self._store.read_manifest(child.digest)
+        if manifest is None and dry_run:
+            return {}
+        if manifest is None:
+            manifest = await self._ahead.child(*name.place, child.digest)
+            brought.add(child.digest)
+        return {child.digest: len(manifest.body), **(await self._wanted(name, manifest, brought, dry_run=dry_run))}
+
+    async def _manifests_of(self, name: Name, *, keep: bool) -> list[ManifestRecord]:
+        """What clients that take lists and others get. UpstreamError if neither gets anything."""
+        found: list[ManifestRecord] = []
+        problems: list[CacheError] = []
+        for each in (name, name.twin):
+            try:
+                found.append(await self._manifest(each, keep=keep))
+            except UpstreamError as error:
+                problems.append(error)
+        if not found:
+            raise problems[0]
+        return found
 
     async def _manifest(self, name: Name, *, keep: bool) -> ManifestRecord:
         agent = self._manifests.newest_agent

@@ -12,8 +12,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
-from pullthrough.catalogue import JSON, View, listing, statistics
+from pullthrough.catalogue import JSON, View, listing, size_of, statistics
 from pullthrough.digest import Digest
+from pullthrough.pulls import Counts
 from pullthrough.recorder import Recorder
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.settings import Settings
@@ -81,6 +82,8 @@ class Sight:
     retries: int
     mismatches: int
     problems: tuple[str, ...]
+    bypassed: int
+    """Pulls since the start that went past the cache."""
     tier: JSON | None = None
     """The fleet's object store, as `stats` tells it."""
 
@@ -96,9 +99,12 @@ class Watch:
         upstream: Upstream,
         vitals: Vitals,
         view: Callable[[], View],
+        pulls: Counts,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`view` says what is stored now, `tier` the state of the fleet's object store, where there is one."""
+        """`view` says what is stored now, `pulls` how many went past the cache, `tier` the state of the fleet's object
+        store, where there is one."""
+        self._pulls = pulls
         self._tier = tier
         self._settings = settings
         self._store = store
@@ -137,6 +143,7 @@ class Watch:
             counters.retries,
             counters.mismatches,
             tuple(problems),
+            self._pulls.bypassed,
             self._tier() if self._tier is not None else None,
         )
 
@@ -158,11 +165,12 @@ class Watch:
 
 
 def _sum_up(view: View) -> Holdings:
-    public = {name: record for name, record in view.manifests.items() if not record.denied}
-    private = [record.size for record in view.manifests.values() if record.denied]
+    public = {
+        name: max(each.pulled for each in records) for name, records in view.models.items() if not records[0].denied
+    }
+    private = [size_of(view, records) for records in view.models.values() if records[0].denied]
     # Rows for all would be so many objects that collecting them holds up the event loop.
-    shown = dict(heapq.nlargest(SHOWN, public.items(), key=lambda item: item[1].pulled))
-    rows = listing(view, shown)
+    rows = listing(view, heapq.nlargest(SHOWN, public, key=public.__getitem__))
     return Holdings(tuple(rows), len(public), len(private), sum(private), statistics(view))
 
 

@@ -146,8 +146,14 @@ def to_cdn(proxy: Proxy) -> Connection:
     return connect(proxy.url, R2_HOST, 443, proxy.ca_file)
 
 
+PROXYING = "ollama/0.34.4 (amd64 linux) Go/go1.26"
+"""The newest Ollama that is known to ask for a blob's parts where it asked for the blob: it gets our own address."""
+
+
 def get(connection: Connection, target: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    """One GET: status, header fields by lower-case name, body."""
+    """One GET: status, header fields by lower-case name, body. A blob is asked for as by Ollama 0.34.4 unless told."""
+    if "/blobs/sha256:" in target:
+        headers = {"User_Agent": PROXYING} | headers
     response = connection.request("GET", target, [(name.replace("_", "-"), value) for name, value in headers.items()])
     body = response.read()
     return response.status, {name.lower(): value for name, value in response.headers}, body

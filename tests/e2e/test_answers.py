@@ -15,6 +15,19 @@ from tests.support.origin import R2_HOST, Fault, Mode, Origin
 from tests.support.proxy import Proxy
 
 
+def test_head_never_has_a_body(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
+    """Nor has an error or a refusal: what came behind the head would be taken for the next response."""
+    proxy = start_proxy()
+    model = add_model(origin, unique(1000))
+    origin.stop()
+    with to_registry(proxy) as connection:
+        for target in (model.manifest_target, model.blob_target, f"/v2/{model.repository}/manifests/other") * 2:
+            assert connection.request("HEAD", target, []).status >= 500
+    with to_registry(proxy) as connection:
+        for _ in range(2):
+            assert connection.request("HEAD", model.manifest_target, [("Host", "other.example")]).status == 421
+
+
 def test_manifest_is_byte_exact(origin: Origin, proxy: Proxy) -> None:
     """GET, HEAD, first and later: upstream's bytes and type; HEAD tells length and digest."""
     model = add_model(origin, unique(10))

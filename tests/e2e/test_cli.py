@@ -16,8 +16,9 @@ from pullthrough.contents import look
 from pullthrough.digest import Digest
 from pullthrough.errors import ControlError
 from pullthrough.store import Store
-from tests.e2e.conftest import MB, add_model, unique
+from tests.e2e.conftest import MB, add_model, get, to_registry, unique
 from tests.support.a2 import A2Client
+from tests.support.modelsfolder import manifest_of, pull_list, read_current, sha256
 from tests.support.origin import Origin
 from tests.support.proxy import Proxy, environment
 
@@ -160,6 +161,24 @@ def test_import_and_verify_beside_the_daemon(
     assert not path.exists()
     new_client(proxy).pull(model.name)
     assert cli(proxy, "verify", model.name).returncode == 0
+
+
+def test_a_list_beside_the_daemon(proxy: Proxy, tmp_path: Path) -> None:
+    """A list of a newer Ollama's folder comes in with the child that was pulled, is served, and goes out again."""
+    blobs = [bytes(MB), b"{{ .Prompt }}", b"{}"]
+    path = "registry.ollama.ai/library/listed/latest"
+    children = {"llamacpp": [b"nobody has pulled this"], "ggml": blobs}
+    pull_list(tmp_path / "models", path, children, pulled=["ggml"])
+    assert said(proxy, "import", str(tmp_path / "models")).startswith(
+        "registry.ollama.ai/library/listed:latest: imported\n"
+    )
+    assert ("listed:latest", "complete") in [(row["name"], row["held"]) for row in told(proxy, "ls")]
+    with to_registry(proxy) as connection:
+        for blob in (manifest_of(*blobs), blobs[0]):
+            status, fields, _ = get(connection, f"/v2/library/listed/blobs/sha256:{sha256(blob)}")
+            assert (status, sha256(blob) in fields["location"]) == (307, True)
+    assert cli(proxy, "export", "listed", "--to", str(tmp_path / "out")).returncode == 0
+    assert read_current(tmp_path / "out") == read_current(tmp_path / "models")
 
 
 @pytest.mark.parametrize("staging", ["../blobs", ".import-x/../../blobs", "blobs", ".import-none"])

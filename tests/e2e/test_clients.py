@@ -105,7 +105,7 @@ def test_expired_addresses_are_obtained_again(origin: Origin, proxy: Proxy, new_
         nonlocal expired
         if count > 2 * MB and not expired:
             expired = True
-            origin.expire_signatures()
+            origin.expire_signatures(model.layer)
 
     origin.rate_per_connection = 2 * MB
     client = new_client(proxy, on_progress=expire)

@@ -22,6 +22,7 @@ from tests.support.client2 import Client2
 from tests.support.goclient import PullClient, PullError
 from tests.support.http1 import ClosedBeforeResponse, Connection, connect
 from tests.support.legacy import A0Client, A1Client
+from tests.support.modern import ModernClient
 from tests.support.origin import Fault, Mode, Origin
 from tests.support.proxy import Proxy, free_port
 from tests.support.transfer import TransferClient
@@ -66,6 +67,9 @@ CLIENTS: Final[dict[str, tuple[Callable[..., PullClient], dict[str, Any]]]] = {
     "A2 0.5.7": (A2Client, {"version": "0.5.7", **PARTS}),
     "A2 0.34.2": (A2Client, {"version": "0.34.2", **PARTS}),
     "A2 current": (A2Client, {"version": "current", **PARTS}),
+    "M1 0.35.1": (ModernClient, {"version": "0.35.1", **PARTS}),
+    "M2 0.40.2": (ModernClient, {"version": "0.40.2", **PARTS}),
+    "M3 0.40.3": (ModernClient, {"version": "0.40.3", **PARTS}),
     "client2 0.6.0": (Client2, {"version": "0.6.0", "threshold": 2 * MB, "chunk": MB}),
     "client2 chunksums": (Client2, {"version": "chunksums", "threshold": 2 * MB}),
     "x/transfer 0.14.0": (TransferClient, {"version": "0.14.0"}),
@@ -73,7 +77,7 @@ CLIENTS: Final[dict[str, tuple[Callable[..., PullClient], dict[str, Any]]]] = {
     "x/transfer current": (TransferClient, {"version": "current"}),
 }
 ONLY_BY_NAME: Final = {"A2 0.3.9"}
-QUICK: Final = {"A2 0.3.9", "A2 current", "client2 chunksums", "x/transfer current"}
+QUICK: Final = {"A2 0.3.9", "A2 current", "M1 0.35.1", "M2 0.40.2", "client2 chunksums", "x/transfer current"}
 
 
 def pull(proxy: Proxy, client: str, model: Model, folder: Path, host: str) -> PullClient:

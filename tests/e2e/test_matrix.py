@@ -16,10 +16,12 @@ from tests.support import foreign
 from tests.support.a2 import A2Client
 from tests.support.client2 import Client2
 from tests.support.foreign import Foreign, Order, gguf
-from tests.support.goclient import Aborted, PullClient
+from tests.support.goclient import Aborted, PullClient, PullError
 from tests.support.legacy import A0Client, A1Client
-from tests.support.origin import Origin
+from tests.support.modern import ModernClient
+from tests.support.origin import PUBLIC_ADDRESSES, Origin
 from tests.support.proxy import Proxy
+from tests.support.readers import StrictReader
 
 SIZE: Final = 8 * MB
 STATES: Final = ("cold", "warm", "offline", "resumed", "concurrent")
@@ -31,7 +33,11 @@ class Client(Protocol):
     @property
     def name(self) -> str: ...
 
-    def pull(self, proxy: Proxy, model: Model, folder: Path) -> None:
+    @property
+    def bypasses(self) -> bool:
+        """It fetches the bytes of blobs past the proxy."""
+
+    def pull(self, proxy: Proxy, model: Model, folder: Path, origin: Origin) -> None:
         """Fetch the model into the folder; raises if the client is not content."""
 
     def start_and_stop(self, proxy: Proxy, model: Model, folder: Path, origin: Origin) -> None:
@@ -46,17 +52,26 @@ class Emulated:
     kind: Callable[..., PullClient]
     version: str
     scale: dict[str, Any]
+    bypasses: bool = False
 
-    def _client(self, proxy: Proxy, folder: Path, **options: Any) -> PullClient:
-        return self.kind(proxy.url, proxy.ca_file, folder, version=self.version, **(self.scale | options))
+    def _client(self, proxy: Proxy, folder: Path, origin: Origin, **options: Any) -> PullClient:
+        options = {**self.scale, "version": self.version, **options}
+        cafile = proxy.ca_file
+        if self.kind is ModernClient:
+            options |= {"dns": PUBLIC_ADDRESSES, "resolve": origin.resolve, "probe_deadline_s": 2.0}
+        if self.bypasses:
+            # It trusts the real registry's authority as well as the cache's.
+            cafile = folder.parent / f"{folder.name}-trusted.pem"
+            cafile.write_bytes(proxy.ca_file.read_bytes() + origin.ca_file.read_bytes())
+        return self.kind(proxy.url, cafile, folder, **options)
 
-    def pull(self, proxy: Proxy, model: Model, folder: Path) -> None:
-        report = self._client(proxy, folder).pull(model.name)
+    def pull(self, proxy: Proxy, model: Model, folder: Path, origin: Origin) -> None:
+        report = self._client(proxy, folder, origin).pull(model.name)
         assert report.retries == report.stalls == 0
 
     def start_and_stop(self, proxy: Proxy, model: Model, folder: Path, origin: Origin) -> None:
         with pytest.raises(Aborted):
-            self._client(proxy, folder, abort_after=SIZE // 2).pull(model.name)
+            self._client(proxy, folder, origin, abort_after=SIZE // 2).pull(model.name)
 
 
 @dataclass(frozen=True)
@@ -64,12 +79,13 @@ class Program:
     """A real client, in a process of its own."""
 
     client: Foreign
+    bypasses: bool = False
 
     @property
     def name(self) -> str:
         return self.client.name
 
-    def pull(self, proxy: Proxy, model: Model, folder: Path) -> None:
+    def pull(self, proxy: Proxy, model: Model, folder: Path, origin: Origin) -> None:
         self.client.fetch(proxy, Order(model.name, model.layer, folder))
 
     def start_and_stop(self, proxy: Proxy, model: Model, folder: Path, origin: Origin) -> None:
@@ -92,6 +108,12 @@ CLIENTS: Final[tuple[Client, ...]] = (
     Emulated("Ollama 0.32.1 (direct URL)", A2Client, "0.32.1", PARTS),
     Emulated("Ollama 0.34.2 (no foreign redirects)", A2Client, "0.34.2", PARTS),
     Emulated("Ollama 0.34.3 (redirects in the family)", A2Client, "current", PARTS),
+    Emulated("Ollama 0.35.1 (parts past the proxy)", ModernClient, "0.35.1", PARTS, bypasses=True),
+    Emulated("Ollama 0.40.2 (the same, takes lists)", ModernClient, "0.40.2", PARTS, bypasses=True),
+    Emulated("Ollama after 0.40.2 (mended)", ModernClient, "0.40.3", PARTS),
+    Emulated("an unknown Ollama, if it is mended", ModernClient, "0.41.0 proxying", PARTS),
+    Emulated("an unknown Ollama, if it is not", ModernClient, "0.41.0 bypassing", PARTS, bypasses=True),
+    Emulated("a reader of redirects that trusts two hosts", StrictReader, "current", {}),
     Emulated("client2 of 0.6.0 (probe, 8 MiB pieces)", Client2, "0.6.0", {"threshold": 2 * MB, "chunk": MB}),
     Emulated("client2 of 0.31.1 (chunk sums)", Client2, "chunksums", {"threshold": 2 * MB}),
     *(Program(client) for client in foreign.CLIENTS),
@@ -104,6 +126,8 @@ REPRESENTATIVE: Final = (
     "Ollama 0.1.30",
     "Ollama 0.5.7",
     "Ollama 0.34.3",
+    "Ollama 0.40.2",
+    "Ollama after",
     "client2 of 0.31",
     "ramalama",
 )
@@ -111,7 +135,7 @@ REPRESENTATIVE: Final = (
 
 def knows_tokens(client: Client) -> bool:
     """Whether it answers a challenge: Ollama since 0.1.2. client2 asks for small blobs without any credential."""
-    return isinstance(client, Emulated) and client.kind in (A1Client, A2Client)
+    return isinstance(client, Emulated) and client.kind in (A1Client, A2Client, ModernClient) and not client.bypasses
 
 
 def is_quick(client: Client, state: str) -> bool:
@@ -152,8 +176,12 @@ def test_matrix(
     client: Client,
     state: str,
 ) -> None:
-    """The client gets the bytes, and upstream is asked for each of them once, or not at all."""
-    record_property("matrix", [client.name, state])
+    """The client gets the bytes, and upstream is asked for each of them once, or not at all.
+
+    One that fetches past the proxy gets them there, as long as there is a way, and the cache fetches nothing besides.
+    """
+    word = ("no" if state == "offline" else "past it") if client.bypasses else "ok"
+    record_property("matrix", [client.name, state, word])
     data = gguf(unique(SIZE - 24).read(0, SIZE - 24))
     model = add_model(origin, data)
     folders = [tmp_path / f"client{number}" for number in range(4 if state == "concurrent" else 1)]
@@ -165,12 +193,22 @@ def test_matrix(
     if state == "resumed":
         client.start_and_stop(proxy, model, folders[0], origin)
         assert not holds(folders[0], data)
+    if client.bypasses and state == "offline":
+        with pytest.raises(PullError, match=r"max retries exceeded: .*refused"):
+            client.pull(proxy, model, folders[0], origin)
+        return
     with ThreadPoolExecutor(len(folders)) as pool:
-        list(pool.map(lambda folder: client.pull(proxy, model, folder), folders))
+        list(pool.map(lambda folder: client.pull(proxy, model, folder, origin), folders))
     for folder in folders:
         assert holds(folder, data)
-    expected = 0 if state in ("warm", "offline") else SIZE
-    assert origin.counters.cdn_bytes_by_digest[model.layer] == expected
+    fetched = origin.counters.cdn_bytes_by_digest[model.layer]
+    if client.bypasses:
+        # What was under way when it was stopped is fetched twice, and by nobody else.
+        assert SIZE * len(folders) <= fetched <= SIZE * len(folders) * (1.5 if state == "resumed" else 1)
+        assert not proxy.store.joinpath("ingest", f"{model.layer.replace(':', '-')}.partial").exists()
+        assert state == "warm" or not any(model.recorded in line for line in proxy.output)
+    else:
+        assert fetched == (0 if state in ("warm", "offline") else SIZE)
 
 
 @pytest.mark.parametrize(
@@ -186,12 +224,12 @@ def test_private(origin: Origin, proxy: Proxy, tmp_path: Path, client: Client) -
     data = gguf(unique(SIZE - 24).read(0, SIZE - 24))
     model = add_model(origin, data, private=True)
     for folder in (tmp_path / "cold", tmp_path / "warm"):
-        client.pull(proxy, model, folder)
+        client.pull(proxy, model, folder, origin)
         assert holds(folder, data)
         proxy.wait_for_line(model.recorded)
     assert origin.counters.cdn_bytes_by_digest[model.layer] == SIZE
     origin.stop()
     with pytest.raises(Exception, match=r"\d{3}|unauthorized|offline|denied") as refused:
-        client.pull(proxy, model, tmp_path / "offline")
+        client.pull(proxy, model, tmp_path / "offline", origin)
     assert not isinstance(refused.value, AssertionError)
     assert not holds(tmp_path / "offline", data)

@@ -23,6 +23,7 @@ from tests.support.client2 import Client2
 from tests.support.goclient import PullClient, PullError
 from tests.support.http1 import connect
 from tests.support.legacy import A0Client, A1Client
+from tests.support.modern import ModernClient
 from tests.support.origin import R2_HOST, REGISTRY_HOST, Origin
 from tests.support.proxy import Proxy
 from tests.support.transfer import TENSOR_TYPE, TransferClient
@@ -73,6 +74,26 @@ def gateway(world: World) -> None:
             pull(A2Client(None, proxy.ca_file, world.folder / f"a2 {state}", **PARTS), model)
             pull(TransferClient(None, proxy.ca_file, world.folder / f"transfer {state}", **WATCHFUL), tensors)
     assert_fetched_once(origin, model, tensors)
+
+
+def modern_gateway(world: World) -> None:
+    world.redirect()
+    origin = world.origin
+    with world.cache(GATEWAY) as proxy:
+        for version in ("0.35.1", "0.40.2", "0.40.3"):
+            model, tensors = add_model(origin, unique(4 * MB)), add_tensors(origin, [origin.add_blob(unique(MB))])
+            for state in ("cold", "warm"):
+                for subject in (model, tensors):
+                    folder = world.folder / f"{version} {subject.name} {state}"
+                    options = {**PARTS, "version": version, "dns": {R2_HOST: [CDN], REGISTRY_HOST: [REGISTRY]}}
+                    pull(ModernClient(None, proxy.ca_file, folder, **options), subject)
+            assert_fetched_once(origin, model, tensors)
+        assert not any("registry-address" in line for line in proxy.output)
+
+
+def test_gateway_for_clients_that_bypass_proxies(tmp_path: Path) -> None:
+    """What fetches past every proxy is cached by its gateway: parts, tensors, cold and warm."""
+    play(modern_gateway, tmp_path)
 
 
 @pytest.mark.long

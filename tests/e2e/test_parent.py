@@ -15,7 +15,8 @@ from tests.e2e.test_gate import tunnel
 from tests.support.a2 import A2Client
 from tests.support.connectproxy import ConnectProxy
 from tests.support.http1 import ConnectRefused, connect
-from tests.support.origin import R2_HOST, Origin
+from tests.support.modern import ModernClient
+from tests.support.origin import PUBLIC_ADDRESSES, R2_HOST, Origin
 from tests.support.proxy import Proxy
 
 NewClient = Callable[..., A2Client]
@@ -276,6 +277,29 @@ def test_a_cache_behind_a_cache(origin: Origin, tmp_path: Path, new_client: NewC
         parent.stop()
         origin.stop()
         new_client(child).pull(model.name)
+
+
+@pytest.mark.long
+def test_new_clients_of_a_cache_behind_a_cache(origin: Origin, tmp_path: Path) -> None:
+    """The registry's own address passes through both: who uses the proxy hits the nearer, who does not completes."""
+    folders = [tmp_path / name for name in ("parent", "child")]
+    for folder in folders:
+        folder.mkdir()
+    model = add_model(origin, unique(4 * MB))
+    with (
+        Proxy(folders[0], origin) as parent,
+        Proxy(folders[1], env={"HTTPS_PROXY": parent.url}, ssl_verify_upstream_trusted_ca=parent.ca_file) as child,
+    ):
+        trusted = tmp_path / "trusted.pem"
+        trusted.write_bytes(child.ca_file.read_bytes() + origin.ca_file.read_bytes())
+        options = {"dns": PUBLIC_ADDRESSES, "resolve": origin.resolve, "min_part": MB}
+        for state in ("cold", "warm"):
+            ModernClient(child.url, trusted, tmp_path / state, version="0.40.3", **options).pull(model.name)
+            child.wait_for_line(model.recorded)
+        parent.wait_for_line(model.recorded)
+        assert origin.counters.cdn_bytes_by_digest[model.layer] == 4 * MB
+        ModernClient(child.url, trusted, tmp_path / "past", version="0.40.2", **options).pull(model.name)
+        assert origin.counters.cdn_bytes_by_digest[model.layer] == 2 * 4 * MB
 
 
 @pytest.mark.long

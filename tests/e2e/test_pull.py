@@ -180,14 +180,18 @@ def test_upstream_rate(origin: Origin, start_proxy: Callable[..., Proxy], new_cl
 def test_layers_behind_are_recorded_ahead(
     origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, prefetch: bool
 ) -> None:
-    """While a client pulls the first layer the next ones come in; a HEAD starts nothing."""
+    """While a client pulls the first layer the next ones come in; neither HEAD, redirect nor a first look does that."""
     proxy = start_proxy(ollama_cache_prefetch=prefetch)
     model = conftest.add_model(origin, unique(4 * MB), unique(3 * MB), unique(2 * MB))
     with conftest.to_registry(proxy) as connection:
         conftest.get(connection, model.manifest_target)
         connection.request("HEAD", model.blob_target, []).read()
         assert origin.counters.cdn_requests == 0
-        assert conftest.get(connection, model.blob_target)[0] == 307
+    address = conftest.canonical(proxy, model)
+    with conftest.to_cdn(proxy) as connection:
+        conftest.get(connection, address, Range="bytes=0-999999")
+        assert origin.counters.cdn_bytes < 2 * MB
+        conftest.get(connection, address)
     if prefetch:
         for layer in (*model.layers[1:], model.config):
             proxy.wait_for_line(f"recorded {layer[7:19]}")

@@ -10,6 +10,7 @@ from tests.e2e.conftest import MB, get, unique
 from tests.support.a2 import A2Client, PullError
 from tests.support.http1 import ClosedBeforeResponse, Connection, connect
 from tests.support.hub import CDN, HF, HUGGING_FACE, OCI, TOKEN, Hub
+from tests.support.modern import ModernClient
 from tests.support.origin import R2_HOST
 from tests.support.proxy import Proxy
 
@@ -87,6 +88,22 @@ def test_hugging_face(hub: Hub, proxy: Proxy, new_client: NewClient) -> None:
     assert hub.asked == []
     # No signature is in what was said.
     assert not any("__sign=" in line or "Signature=" in line for line in proxy.output)
+
+
+def test_hugging_face_by_a_new_client(hub: Hub, proxy: Proxy, tmp_path: Path) -> None:
+    """It is sent to huggingface.co's own address, as without a cache, and its parts are hits when they come back."""
+    hub.add_model("user/new", unique(4 * MB))
+    digest = f"sha256:{layer_of(hub, 'user/new')}"
+    for state in ("cold", "warm"):
+        client = ModernClient(proxy.url, proxy.ca_file, tmp_path / state, version="0.40.3", dns={}, min_part=MB)
+        report = client.pull(f"{HF}/user/new:latest")
+        assert_pulled(client, hub, "user/new", f"{HF}/user/new:latest")
+        assert report.retries == report.stalls == 0
+        assert any(f"{HUGGING_FACE}/v2/" in exchange.url for exchange in report.requests)
+        proxy.wait_for_line(f"recorded {digest[7:19]}")
+    # Each probe is a request of its own, which a byte from behind the redirects has to prove right.
+    assert 4 * MB <= hub.sent[digest] <= 4 * MB + 4
+    assert not any("__sign=" in line for line in proxy.output)
 
 
 def test_addresses_that_do_not_last(hub: Hub, proxy: Proxy, new_client: NewClient) -> None:

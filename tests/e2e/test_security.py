@@ -18,12 +18,12 @@ import pytest
 from pullthrough.capability import Capability
 from pullthrough.digest import Digest
 from pullthrough.route import canonical_path
-from tests.e2e.conftest import MB, Model, add_model, get, to_cdn, to_registry, unique
+from tests.e2e.conftest import MB, MODEL, PROXYING, Model, add_model, get, to_cdn, to_registry, unique
 from tests.security import CALLERS, CAPABLE, MODELS, REQUESTS, Cell, gives, table
 from tests.support.a2 import A2Client
 from tests.support.goclient import PullError
 from tests.support.http1 import Connection
-from tests.support.origin import GOOD_TOKEN, R2_HOST, Fault, Mode, Origin
+from tests.support.origin import GOOD_TOKEN, LIST_TYPE, MANIFEST_TYPE, R2_HOST, Fault, Mode, Origin
 from tests.support.proxy import Proxy
 
 EXPIRING: Final = "expiring-token"
@@ -33,22 +33,42 @@ TOKENS: Final = {"anonymous": None, "right": GOOD_TOKEN, "wrong": "wrong-token",
 EXPECTED: Final = table()
 ASKED_HERE: Final = tuple(request for request in REQUESTS if request not in CAPABLE)
 
+LIST_ACCEPT: Final = f"{LIST_TYPE}, {MANIFEST_TYPE}"
+
 _numbers = itertools.count(1)
 Note = Callable[[str, object], None]
 
 
+def sha256(body: bytes) -> str:
+    return f"sha256:{hashlib.sha256(body).hexdigest()}"
+
+
 @dataclass(frozen=True)
 class Subject:
-    """A model of a kind, and a stranger's public repository whose manifest lists its layer."""
+    """A model of a kind, and a stranger's public repositories, which list its layer and its child."""
 
     kind: str
     model: Model
     layer: bytes
     stranger: str
+    lists: bytes
+    """The list that clients get who take lists; its child has a layer that no other manifest has."""
+    child: bytes
+    child_layer: bytes
+
+    @property
+    def stranger_list(self) -> str:
+        """Has that list, too."""
+        return f"{self.stranger}-list"
+
+    @property
+    def secrets(self) -> tuple[bytes, ...]:
+        """What nobody may see to whom it is refused."""
+        return self.layer, self.model.manifest, self.lists, self.child, self.child_layer
 
     @property
     def manifest_digest(self) -> str:
-        return "sha256:" + hashlib.sha256(self.model.manifest).hexdigest()
+        return sha256(self.model.manifest)
 
 
 class Caller:
@@ -86,15 +106,30 @@ class Caller:
         """(status, what was wrong: "" where the answer is right for its status)."""
         model, manifest = subject.model, subject.manifest_digest
         path = canonical_path(Digest.parse(model.layer))
-        here, there = f"/v2/{model.repository}", f"/v2/{subject.stranger}"
+        here, there, elsewhere = (f"/v2/{name}" for name in (model.repository, subject.stranger, subject.stranger_list))
+        child, child_layer = sha256(subject.child), sha256(subject.child_layer)
         method, where, target, expected = {
             "GET manifest": ("GET", to_registry, f"{here}/manifests/latest", model.manifest),
             "HEAD manifest": ("HEAD", to_registry, f"{here}/manifests/latest", b""),
             "GET manifest by digest": ("GET", to_registry, f"{here}/manifests/{manifest}", model.manifest),
+            "GET list": ("GET", to_registry, f"{here}/manifests/latest", subject.lists),
+            "HEAD list": ("HEAD", to_registry, f"{here}/manifests/latest", b""),
+            "HEAD child": ("HEAD", to_registry, f"{here}/blobs/{child}", b""),
+            "HEAD child's layer": ("HEAD", to_registry, f"{here}/blobs/{child_layer}", b""),
+            "GET child": ("GET", to_registry, f"{here}/blobs/{child}", subject.child),
+            "GET child's layer": ("GET", to_registry, f"{here}/blobs/{child_layer}", subject.child_layer),
+            "GET child of a stranger who lists it": ("GET", to_registry, f"{elsewhere}/blobs/{child}", subject.child),
+            "GET child's layer of a stranger who lists the child": (
+                "GET",
+                to_registry,
+                f"{elsewhere}/blobs/{child_layer}",
+                subject.child_layer,
+            ),
             "GET manifest as a blob": ("GET", to_registry, f"{here}/blobs/{manifest}", model.manifest),
             "HEAD blob": ("HEAD", to_registry, f"{here}/blobs/{model.layer}", b""),
             "HEAD blob as a push": ("HEAD", to_registry, f"{here}/blobs/{model.layer}", b""),
             "GET blob": ("GET", to_registry, f"{here}/blobs/{model.layer}", subject.layer),
+            "GET blob by a new client": ("GET", to_registry, f"{here}/blobs/{model.layer}", subject.layer),
             "GET chunksums": ("GET", to_registry, f"{here}/chunksums/{model.layer}", subject.layer),
             "GET blob of a stranger who lists it": ("GET", to_registry, f"{there}/blobs/{model.layer}", subject.layer),
             "canonical, valid capability": (
@@ -113,14 +148,16 @@ class Caller:
             "canonical, no capability": ("GET", to_cdn, path, b""),
         }[request]
         fields = {"Authorization": f"Bearer {token}"} if (token := TOKENS[caller]) else {}
-        if request.endswith("as a push"):
-            fields["User-Agent"] = "ollama-transfer/1.0"
+        agents = {"HEAD blob as a push": "ollama-transfer/1.0", "GET blob by a new client": "ollama/0.41.0"}
+        fields["User-Agent"] = agents.get(request, PROXYING)
+        if request.endswith(" list"):
+            fields["Accept"] = LIST_ACCEPT
         response = self._to(where).request(method, target, fields)
         body = response.read()
         address = response.header("Location") or response.header("Content-Location")
         if not gives(response.status):
-            leaks = address is not None or subject.layer in body or model.manifest in body
-            is_text = body and "manifest" not in request.partition(" as ")[0] and "no capability" not in request
+            leaks = address is not None or any(secret in body for secret in subject.secrets)
+            is_text = body and "/manifests/" not in target and "no capability" not in request
             return response.status, "leaks" if leaks else "text where bytes are expected" if is_text else ""
         if address is not None:
             self.given.append(address)
@@ -136,14 +173,20 @@ def publish(origin: Origin, kind: str) -> Subject:
     if kind == "unknown":
         digests = ["sha256:" + hashlib.sha256(part + layer).hexdigest() for part in (b"", b"config", b"manifest")]
         manifest = json.dumps({"layers": [{"digest": digests[0], "size": len(layer)}]}).encode()
-        return Subject(kind, Model(f"absent/m{number}", (digests[0],), digests[1], manifest), layer, stranger)
+        model = Model(f"absent/m{number}", (digests[0],), digests[1], manifest)
+        return Subject(kind, model, layer, stranger, b"list" + layer, b"child" + layer, b"other" + layer)
     model = add_model(origin, layer, repository=f"owner/m{number}", private=kind in ("private", "shared"))
-    subject = Subject(kind, model, layer, stranger)
+    child_layer = b"other weights " + unique(2000).read(0, 2000)
+    child = origin.manifest_of([(MODEL, origin.add_blob(child_layer))], model.config, runner="mlx")
+    lists = origin.put_list(model.repository, "latest", [child], plain=model.manifest)
+    subject = Subject(kind, model, layer, stranger, lists, child, child_layer)
+    origin.put_manifest(subject.stranger_list, "latest", lists)
     origin.put_manifest(model.repository, subject.manifest_digest, model.manifest)
     origin.add_member(model.repository, origin.add_blob(model.manifest))
     origin.put_manifest(stranger, "latest", model.manifest)
     if kind == "shared":
         origin.add_member(stranger, *model.blobs)
+        origin.add_member(subject.stranger_list, sha256(child), sha256(child_layer))
     return subject
 
 
@@ -162,9 +205,12 @@ def pull(origin: Origin, proxy: Proxy, subject: Subject) -> None:
             for request in ASKED_HERE:
                 assert caller.ask(subject, request, who)[1] == ""
             get(caller._to(to_registry), f"/v2/{subject.stranger}/manifests/latest")
+            get(caller._to(to_registry), f"/v2/{subject.stranger_list}/manifests/latest", accept=LIST_ACCEPT)
             if who == "anonymous":
                 turn(origin, proxy, subject)
     proxy.wait_for_line(subject.model.recorded)
+    for blob in (subject.child, subject.child_layer):
+        proxy.wait_for_line(f"recorded {sha256(blob)[7:19]}")
 
 
 def prepare(origin: Origin, proxy: Proxy) -> list[Subject]:
@@ -304,7 +350,7 @@ def test_no_secret_is_left(
         connection.reset()
     proxy.wait_for_line("short: ")
 
-    capabilities = {address.partition("access=")[2] for address in given}
+    capabilities = {address.partition("access=")[2] for address in given if "access=" in address}
     assert len(capabilities) > 3  # those of one blob and one second are one
     assert len(origin.signatures) > 10
     secrets = {*capabilities, *origin.signatures, MISLED, GOOD_TOKEN, EXPIRING, str(TOKENS["wrong"]), "X-Amz-"}

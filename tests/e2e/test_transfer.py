@@ -13,6 +13,8 @@ from pullthrough.store import Store
 from tests.e2e.conftest import MB, add_model, get, to_registry, unique
 from tests.support.a2 import A2Client
 from tests.support.carrying import import_into
+from tests.support.modelsfolder import manifest_of, pull_list, read_current, sha256
+from tests.support.modern import ModernClient
 from tests.support.origin import Origin
 from tests.support.proxy import Proxy
 
@@ -68,3 +70,28 @@ def test_across_an_air_gap(
     far = new_client(proxy)
     far.pull(model.name)
     assert far.blob_path(model.layer).read_bytes() == client.blob_path(model.layer).read_bytes()
+
+
+@pytest.mark.long
+def test_a_list_across_an_air_gap(origin: Origin, start_proxy: Callable[..., Proxy], tmp_path: Path) -> None:
+    """The folder of a newer Ollama is imported, and another one pulls the list with no registry: the same folder.
+
+    A child that nobody carried in is nobody's there.
+    """
+    path = "registry.ollama.ai/library/listed/latest"
+    children = {"ggml": [b"x" * 100, b"{}"], "llamacpp": [b"0123456789abcdef" * 200_000, b"{{ .Prompt }}", b"{}"]}
+    document = pull_list(tmp_path / "models", path, children, pulled=["llamacpp"])
+    with closing(Store.open(tmp_path / "proxy" / "store")) as store:
+        (outcome,) = import_into(store, tmp_path / "models", now=1.0)
+        assert outcome.fate is Fate.IMPORTED
+    origin.stop()
+    proxy = start_proxy(ollama_cache_offline=True)
+    client = ModernClient(proxy.url, proxy.ca_file, tmp_path / "client", min_part=MB, max_part=10 * MB)
+    client.pull("listed")
+    assert read_current(client.directory) == read_current(tmp_path / "models")
+    assert read_current(client.directory)[path].document == document
+    with to_registry(proxy) as connection:
+        status, _, body = get(connection, f"/v2/library/listed/blobs/sha256:{sha256(manifest_of(*children['ggml']))}")
+        assert (status >= 500, body) == (True, b"")
+        status, _, _ = get(connection, "/v2/library/listed/manifests/latest")
+        assert status >= 500  # a list is nothing for a client that takes none

@@ -94,6 +94,8 @@ class Release:
     tries: int = 2
     """Of one registry call that is answered 401."""
     idle_per_host: int = 2
+    accept: str = MANIFEST_ACCEPT
+    """Of the manifest."""
 
     @property
     def user_agent(self) -> str:
@@ -135,19 +137,24 @@ class ServerClient(PullClient):
         name = ModelName.parse(model)
         try:
             manifest = self._manifest(name)
-            layers = layers_of(manifest)
+            runnable, downloaded = self._runnable(name, manifest)
+            layers = layers_of(runnable)
         except (PullError, ValueError) as error:
             raise PullError(f"pull model manifest: {error}") from error
-        downloaded = self._fetch(name, layers)
+        downloaded += self._fetch(name, layers)
         self._save_manifest(model, manifest)
         return manifest, downloaded
+
+    def _runnable(self, name: ModelName, manifest: bytes) -> tuple[bytes, list[str]]:
+        """The manifest that has the layers, and the digests of the blobs that were downloaded to get it."""
+        return manifest, []
 
     @abstractmethod
     def _fetch(self, name: ModelName, layers: list[Layer]) -> list[str]:
         """Put the blobs at their paths, verified, and return the digests of those that were not there."""
 
     def _manifest(self, name: ModelName) -> bytes:
-        with self._registry("GET", name.url("manifests", name.tag), [("Accept", MANIFEST_ACCEPT)]) as reply:
+        with self._registry("GET", name.url("manifests", name.tag), [("Accept", self._release.accept)]) as reply:
             try:
                 return reply.read()
             except NETWORK as error:

@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +138,7 @@ class Layer:
 
     digest: str
     size: int
+    media_type: str = ""
 
 
 def layers_of(manifest: bytes) -> list[Layer]:
@@ -146,7 +147,11 @@ def layers_of(manifest: bytes) -> list[Layer]:
     if not isinstance(document, dict):
         raise ValueError(f"expected a JSON object, got {manifest[:100]!r}")
     descriptors = [*(document.get("layers") or []), document.get("config") or {}]
-    return [Layer(each["digest"], each.get("size", 0)) for each in descriptors if each.get("digest")]
+    return [
+        Layer(each["digest"], each.get("size", 0), each.get("mediaType", ""))
+        for each in descriptors
+        if each.get("digest")
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,21 +358,42 @@ class Transport:
     """http.Transport: connections by host, some of them idle."""
 
     def __init__(
-        self, proxy_url: str | None, context: ssl.SSLContext, resolve: Resolve | None, idle_per_host: int
+        self,
+        proxy_url: str | None,
+        context: ssl.SSLContext,
+        resolve: Resolve | None,
+        idle_per_host: int,
+        *,
+        no_proxy: Sequence[str] = (),
+        pin: Callable[[str], str] | None = None,
     ) -> None:
+        """`no_proxy` names hosts (with all below them) that are asked directly.
+
+        `pin` says which address of a name is dialled directly, or raises; it is looked up in `resolve` then.
+        """
         self._proxy_url = proxy_url
+        self._no_proxy = no_proxy
+        self._pin = pin
         self._context = context
         self._resolve = resolve
         self._idle_per_host = idle_per_host
         self._lock = threading.Lock()
         self._idle: dict[str, list[Connection]] = {}
 
+    def uses_proxy(self, url: str) -> bool:
+        """ProxyFromEnvironment: there is a proxy for this address.
+
+        This machine is never asked through one (golang.org/x/net/http/httpproxy, useProxy).
+        """
+        host = urlsplit(url).hostname or ""
+        is_loopback = host == "localhost" or host == "::1" or host.startswith("127.")
+        is_exempt = any(host == name or host.endswith(f".{name}") for name in self._no_proxy)
+        return self._proxy_url is not None and not is_loopback and not is_exempt
+
     def acquire(self, url: str, deadline: float) -> tuple[Connection, bool]:
         """A connection, and whether it is a fresh one."""
         split = urlsplit(url)
         host = split.hostname or ""
-        # golang.org/x/net/http/httpproxy, useProxy: this machine is never asked through a proxy.
-        is_loopback = host == "localhost" or host == "::1" or host.startswith("127.")
         while True:
             with self._lock:
                 idle = self._idle.get(split.netloc)
@@ -378,17 +404,23 @@ class Transport:
                 return kept, False
             kept.close()
         is_tls = split.scheme == "https"
+        port = split.port or (443 if is_tls else 80)
+        proxy_url = self._proxy_url if self.uses_proxy(url) else None
+        resolve = self._resolve or {}
+        if self._pin is not None and proxy_url is None:
+            address = (self._pin(host), port)
+            resolve = {(host, port): resolve.get(address, address)}
         dial_deadline = time.monotonic() + _CONNECT_TIMEOUT_S
         try:
             connection = connect(
-                None if is_loopback else self._proxy_url,
+                proxy_url,
                 host,
-                split.port or (443 if is_tls else 80),
+                port,
                 None,
                 context=self._context if is_tls else None,
                 timeout_s=None,
                 deadline=min(dial_deadline, deadline),
-                resolve=self._resolve,
+                resolve=resolve,
             )
         except TimeoutError:
             if time.monotonic() >= dial_deadline:
@@ -507,6 +539,9 @@ class Reply:
 class PullClient(ABC):
     """One daemon with its model directory; `pull` may be called again, also after an abort."""
 
+    _no_proxy: Sequence[str] = ()
+    """NO_PROXY."""
+
     def __init__(
         self,
         proxy_url: str | None,
@@ -529,6 +564,7 @@ class PullClient(ABC):
         self.on_progress = on_progress
         self._tls = client_context(cafile)
         self._resolve = resolve
+        self._proxy_url = proxy_url
         self._transports: list[Transport] = []
         self._transport = self._new_transport(proxy_url, idle_per_host)
         self._context = Cancellation()
@@ -595,8 +631,10 @@ class PullClient(ABC):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(manifest)
 
-    def _new_transport(self, proxy_url: str | None, idle_per_host: int) -> Transport:
-        transport = Transport(proxy_url, self._tls, self._resolve, idle_per_host)
+    def _new_transport(
+        self, proxy_url: str | None, idle_per_host: int, pin: Callable[[str], str] | None = None
+    ) -> Transport:
+        transport = Transport(proxy_url, self._tls, self._resolve, idle_per_host, no_proxy=self._no_proxy, pin=pin)
         self._transports.append(transport)
         return transport
 

@@ -25,7 +25,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from enum import StrEnum
 from functools import lru_cache
@@ -42,9 +42,18 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 REGISTRY_HOST: Final = "registry.ollama.ai"
 R2_HOST: Final = "dd20bb891979d25aebc8bec07b2b3bbc.r2.cloudflarestorage.com"
+REGISTRY_COM: Final = "registry.ollama.com"
+"""The registry's second name."""
+PUBLIC_ADDRESSES: Final = {
+    REGISTRY_HOST: ("104.21.75.227",),
+    REGISTRY_COM: ("104.21.75.227",),
+    R2_HOST: ("172.64.66.1", "2606:4700::1"),
+}
+"""What the real DNS says, for clients that judge addresses; `Origin.resolve` leads from there to the origin."""
 GOOD_TOKEN: Final = "good-token"
 
 MANIFEST_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
+LIST_TYPE: Final = "application/vnd.ollama.manifest.list.v2+json"
 CONFIG_TYPE: Final = "application/vnd.docker.container.image.v1+json"
 MODEL_TYPE: Final = "application/vnd.ollama.image.model"
 TEMPLATE_TYPE: Final = "application/vnd.ollama.image.template"
@@ -63,6 +72,7 @@ _CREDIT_S: Final = 0.05
 """How much lateness of a wake-up a token bucket makes up for; more would be a burst."""
 _ANY_PORT: Final = ("127.0.0.1", 0)
 _WAIT_S: Final = 20.0
+_URL_LIFETIME_S: Final = 86_400
 
 
 # --- content
@@ -389,6 +399,13 @@ class Counters:
             return Counter(self._registry_requests)
 
     @property
+    def manifest_requests(self) -> Counter[tuple[str, bool]]:
+        """Manifest requests by (method, whether Accept has the list type)."""
+        return Counter(
+            (request.method, _takes_lists(request)) for request in self.requests if _kind(request) == "manifest"
+        )
+
+    @property
     def cdn_requests(self) -> int:
         """CDN requests of any outcome."""
         with self._changed:
@@ -673,10 +690,22 @@ class _Response:
     """Sent before the body of the request has been read."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Model:
     manifest: bytes
     requires: tuple[int, ...]
+    listed: bytes | None = None
+    """What those get who take lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Signed:
+    """What an address of the CDN is good for."""
+
+    digest: str
+    method: str
+    expires: float
+    """In seconds since the epoch."""
 
 
 _MANIFEST_PATH: Final = re.compile(r"/v2/(?P<name>.+)/manifests/(?P<reference>[^/]+)")
@@ -685,6 +714,11 @@ _BLOB_PATH: Final = re.compile(r"/v2/(?P<name>.+)/blobs/(?P<digest>sha256[:-][0-
 _CHUNKSUMS_PATH: Final = re.compile(r"/v2/(?P<name>.+)/chunksums/(?P<digest>sha256[:-][0-9a-fA-F]{64})")
 _CDN_PATH: Final = re.compile(r"/ollama/docker/registry/v2/blobs/sha256/(?P<two>..)/(?P<hex>(?P=two).{62})/data")
 _SINGLE_RANGE: Final = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+def _takes_lists(request: Request) -> bool:
+    accepted = request.headers.get("accept", "").split(",")
+    return any(each.partition(";")[0].strip().lower() == LIST_TYPE for each in accepted)
 
 
 def _kind(request: Request) -> str:
@@ -728,21 +762,24 @@ class Origin:
         """The tokens that private repositories are open to."""
         self.redirects_uploads = False
         """Whether a client that offers to (X-Redirect-Uploads) sends its bytes to the CDN."""
+        self.url_lifetime_s = _URL_LIFETIME_S
+        """How long an address on the CDN is good (X-Amz-Expires)."""
+        self.clock_skew_s = 0.0
+        """How far the clocks of registry and CDN are ahead; a test that adds to it lets time pass there."""
 
         self._lock = threading.Lock()
         self._blobs: dict[str, Source] = {}
         self._models: dict[tuple[str, str], _Model] = {}
         self._members: dict[str, set[str]] = {}
         self._private: set[str] = set()
-        self._signatures: dict[str, tuple[str, str]] = {}
-        """The digest and the method that each one is for."""
-        self._expired: set[str] = set()
+        self._signed: dict[str, _Signed] = {}
+        """By the request target that was given out, byte for byte."""
         self._gates: list[tuple[str, str, Gate]] = []
         self._total_bucket = _Bucket()
 
         directory.mkdir(parents=True, exist_ok=True)
         self.ca_file = directory / "origin-ca.pem"
-        self._context = server_context(directory, self.ca_file, (REGISTRY_HOST, R2_HOST))
+        self._context = server_context(directory, self.ca_file, PUBLIC_ADDRESSES)
         self._stopping = Gate()
         self._listening: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -803,6 +840,7 @@ class Origin:
         self.chunk_size = 8 * _MIB
         self.accepted = {GOOD_TOKEN}
         self.redirects_uploads = False
+        self.url_lifetime_s, self.clock_skew_s = _URL_LIFETIME_S, 0.0
         if not self.is_running:
             self.start()
         self.reset_counters()
@@ -890,6 +928,15 @@ class Origin:
         `private` makes the whole repository need a token. `requires` is the oldest client version served.
         """
 
+        manifest = self.manifest_of(layers, config)
+        self.put_manifest(name, reference, manifest, requires=requires)
+        self.add_member(name, config, *(digest for _media_type, digest in layers))
+        self.set_private(name, private=private)
+        return manifest
+
+    def manifest_of(self, layers: Sequence[tuple[str, str]], config: str, **fields: str) -> bytes:
+        """A manifest of blobs that are here; `fields` are further ones, as `runner` and `format`."""
+
         def descriptor(media_type: str, digest: str) -> dict[str, object]:
             return {"mediaType": media_type, "digest": digest, "size": self._blobs[digest].size}
 
@@ -898,13 +945,37 @@ class Origin:
             "mediaType": MANIFEST_TYPE,
             "config": descriptor(CONFIG_TYPE, config),
             "layers": [descriptor(media_type, digest) for media_type, digest in layers],
+            **fields,
         }
-        # Spacing that no JSON library writes by itself: a re-serialised manifest is not taken for this one.
-        manifest = json.dumps(document, indent=3, separators=(" ,", ":  ")).encode() + b"\n \n"
-        self.put_manifest(name, reference, manifest, requires=requires)
-        self.add_member(name, config, *(digest for _media_type, digest in layers))
-        self.set_private(name, private=private)
-        return manifest
+        return _spaced(document)
+
+    def put_list(
+        self, name: str, reference: str, children: Sequence[bytes | Mapping[str, object]], *, plain: bytes | None = None
+    ) -> bytes:
+        """Publish (or move) a tag as a manifest list and return the list's bytes.
+
+        A child is a manifest with `runner` and `format`, which becomes a blob that the list refers to, or an entry
+        that is put in place as it is. What the manifests refer to becomes the repository's. Who does not take lists
+        gets `plain`, by default the first child.
+        """
+        entries: list[Mapping[str, object]] = []
+        for child in children:
+            if isinstance(child, bytes):
+                parsed = json.loads(child)
+                digest = self.add_blob(child)
+                self.add_member(name, digest)
+                about = {field: parsed[field] for field in ("runner", "format") if field in parsed}
+                entries.append({"mediaType": MANIFEST_TYPE, "digest": digest, **about})
+            else:
+                entries.append(parsed := child)
+            descriptors = [*parsed.get("layers", []), parsed.get("config", {})]
+            self.add_member(name, *(each["digest"] for each in descriptors if "digest" in each))
+        listed = _spaced({"schemaVersion": 2, "mediaType": LIST_TYPE, "manifests": entries})
+        if plain is None:
+            plain = next(child for child in children if isinstance(child, bytes))
+        with self._lock:
+            self._models[name, reference] = _Model(plain, (), listed)
+        return listed
 
     def put_manifest(self, name: str, reference: str, manifest: bytes, *, requires: str = "") -> None:
         """Publish any bytes as a manifest."""
@@ -931,24 +1002,27 @@ class Origin:
                 self._private.discard(name)
 
     def signed_url(self, digest: str, method: str = "GET") -> str:
-        """A new address of a blob on the CDN, as a redirect names it; good for one method."""
-        signature = secrets.token_hex(32)
-        with self._lock:
-            self._signatures[signature] = digest, method
+        """A new address of a blob on the CDN, as a redirect names it; good for one method, and byte for byte."""
         hexadecimal = digest.removeprefix("sha256:")
-        now = datetime.datetime.now(datetime.UTC)
+        now = datetime.datetime.fromtimestamp(self._now(), datetime.UTC).replace(microsecond=0)
         credential = quote(f"66040c77ac1b787c3af820529859349a/{now:%Y%m%d}/auto/s3/aws4_request", safe="")
-        return (
-            f"https://{R2_HOST}/ollama/docker/registry/v2/blobs/sha256/{hexadecimal[:2]}/{hexadecimal}/data"
+        target = (
+            f"/ollama/docker/registry/v2/blobs/sha256/{hexadecimal[:2]}/{hexadecimal}/data"
             f"?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential={credential}&X-Amz-Date={now:%Y%m%dT%H%M%SZ}"
-            f"&X-Amz-Expires=86400&X-Amz-SignedHeaders=host&X-Amz-Signature={signature}"
+            f"&X-Amz-Expires={self.url_lifetime_s}&X-Amz-SignedHeaders=host&X-Amz-Signature={secrets.token_hex(32)}"
         )
+        with self._lock:
+            self._signed[target] = _Signed(digest, method, now.timestamp() + self.url_lifetime_s)
+        return f"https://{R2_HOST}{target}"
 
     @property
     def signatures(self) -> list[str]:
         """All that were given out."""
         with self._lock:
-            return list(self._signatures)
+            return [target.rpartition("=")[2] for target in self._signed]
+
+    def _now(self) -> float:
+        return time.time() + self.clock_skew_s
 
     # --- steering
 
@@ -959,10 +1033,13 @@ class Origin:
             self._gates.append((path_substring, method, gate))
         return gate
 
-    def expire_signatures(self) -> None:
-        """Every address given out so far answers 403 from now on."""
+    def expire_signatures(self, digest: str = "") -> None:
+        """Every address given out so far, of one blob or of all, answers 403 from now on."""
+        name = digest.removeprefix("sha256:")
         with self._lock:
-            self._expired.update(self._signatures)
+            for target, signed in self._signed.items():
+                if name in target:
+                    self._signed[target] = replace(signed, expires=0.0)
 
     def reset_counters(self) -> None:
         """Start counting anew; the connections that are open stay counted as open."""
@@ -976,11 +1053,12 @@ class Origin:
 
     @property
     def resolve(self) -> dict[tuple[str, int], tuple[str, int]]:
-        """Where the real names are found, for a client without a proxy."""
-        return {
-            (REGISTRY_HOST, 443): ("127.0.0.1", self.registry_port),
-            (R2_HOST, 443): ("127.0.0.1", self.cdn_port),
-        }
+        """Where the real names, and their addresses, are found, for a client without a proxy."""
+        found: dict[tuple[str, int], tuple[str, int]] = {}
+        for name, addresses in PUBLIC_ADDRESSES.items():
+            port = self.cdn_port if name == R2_HOST else self.registry_port
+            found |= {(where, 443): ("127.0.0.1", port) for where in (name, *addresses)}
+        return found
 
     # --- answering
 
@@ -1053,7 +1131,9 @@ class Origin:
         response = _json(
             401, {"errors": [{"code": "UNAUTHORIZED", "message": "authentication required", "detail": {}}]}
         )
-        challenge = f'Bearer realm="https://{REGISTRY_HOST}/token",service="registry",scope="repository:{name}:pull"'
+        # Clients take a token from the name that they asked only.
+        host = REGISTRY_COM if request.headers.get("host") == REGISTRY_COM else REGISTRY_HOST
+        challenge = f'Bearer realm="https://{host}/token",service="registry",scope="repository:{name}:pull"'
         response.headers.append(("WWW-Authenticate", challenge))
         return response
 
@@ -1070,18 +1150,20 @@ class Origin:
             return _registry_error(405, "UNSUPPORTED", "The operation is unsupported.")
         if model.requires and (version := _client_version(request)) != (0, 0, 0) and version < model.requires:
             return _plain(412, "\nThe model you are attempting to pull requires a newer version of Ollama.\n")
+        is_list = model.listed is not None and _takes_lists(request)
+        body = model.listed if is_list and model.listed is not None else model.manifest
         if request.method == "HEAD":
-            digest = hashlib.sha256(model.manifest).hexdigest()
             return _Response(
                 200,
                 [
-                    ("Content-Type", "text/plain; charset=utf-8"),
-                    ("ollama-content-digest", digest),
+                    ("Content-Type", LIST_TYPE if is_list else "text/plain; charset=utf-8"),
+                    ("Content-Length", str(len(body))),
+                    ("Vary", "Accept"),
+                    ("ollama-content-digest", hashlib.sha256(body).hexdigest()),
                     ("ollama-push-time", "1790000000"),
                 ],
             )
-        headers = [("Content-Type", "text/plain"), ("Vary", "Accept")]
-        body = model.manifest
+        headers = [("Content-Type", LIST_TYPE if is_list else "text/plain"), ("Vary", "Accept")]
         if self.gzip_manifests and "gzip" in request.headers.get("accept-encoding", ""):
             headers.append(("Content-Encoding", "gzip"))
             body = gzip.compress(body)
@@ -1148,15 +1230,18 @@ class Origin:
     def _cdn(self, connection: _Connection, request: Request) -> _Response:
         match = _CDN_PATH.fullmatch(request.path)
         digest = f"sha256:{match['hex']}" if match else ""
-        signature = parse_qs(request.query).get("X-Amz-Signature", [""])[0]
-        with self._lock:
-            signed_for, expired = self._signatures.get(signature), signature in self._expired
-        if not signature:
+        if "X-Amz-Signature" not in parse_qs(request.query):
             return _xml(403, "AccessDenied", "Access Denied")
-        # The method is part of what is signed: a GET address is no good for a HEAD.
-        if signed_for != (digest, request.method):
+        with self._lock:
+            signed = self._signed.get(request.target)
+        # The method is part of what is signed: a GET address is no good for a HEAD. So is the whole query: nothing
+        # may be added to it or encoded anew.
+        # So is Host; a proxy under test is told to find R2 at localhost.
+        host = request.headers.get("host")
+        is_ours = host in (R2_HOST, f"localhost:{self.cdn_port}")
+        if signed is None or signed.method != request.method or not is_ours:
             return _xml(403, "SignatureDoesNotMatch", "The request signature we calculated does not match.")
-        if expired:
+        if self._now() >= signed.expires:
             return _xml(403, "AccessDenied", "Request has expired")
         if request.method == "PUT":
             self._take_in(connection, request)
@@ -1315,6 +1400,11 @@ def _phrase(status: int) -> str:
         return HTTPStatus(status).phrase
     except ValueError:
         return "Unknown"
+
+
+def _spaced(document: Mapping[str, object]) -> bytes:
+    """JSON with spacing that no library writes by itself: re-serialised it is not taken for this one."""
+    return json.dumps(document, indent=3, separators=(" ,", ":  ")).encode() + b"\n \n"
 
 
 def _whole(status: int, content_type: str, body: bytes) -> _Response:
