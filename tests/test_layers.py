@@ -14,8 +14,8 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability presigned cachestatus settings records datacheck"
-    " chunksums coding conditional requestlog options loopguard wording gcpause jsonlog fleet addressing manifestjson"
-    " termlog webpage",
+    " chunksums coding conditional requestlog options loopguard wording gcpause jsonlog fleet addressing"
+    " manifestjson termlog webpage",
     "L1": "assembly scheduler freshness retention access tunnel budget parent traffic catalogue pruning"
     " diagnosis breaker returns lease pulls connlimit",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"

@@ -30,5 +30,5 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          breaker  returns  lease                             state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  presigned  cachestatus  records  chunksums
          coding  conditional  requestlog  settings  options  addressing  loopguard  wording
-         jsonlog  termlog  fleet  gcpause  webpage  manifestjson
+         jsonlog  termlog  fleet  gcpause  manifestjson  webpage
 """

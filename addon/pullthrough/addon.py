@@ -334,8 +334,7 @@ class OllamaCache:
     async def _look_out(self, _: Mapping[str, Any], __: Tell) -> Any:
         """For the doctor: how the registry answers the client that pulls use."""
         assert self._settings and self._upstream and self._registry
-        bypassed = self._registry.pulls.counts.bypassed
-        return asdict(await look_out(self._upstream, self._settings, _now(), bypassed=bypassed))
+        return asdict(await look_out(self._upstream, self._settings, _now(), self._registry.pulls.counts.bypassed))
 
     async def _remint(self) -> None:
         while True:
