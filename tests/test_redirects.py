@@ -119,6 +119,21 @@ def test_the_registry_is_asked_once_in_half_a_day() -> None:
     run(scenario)
 
 
+def test_a_fresh_one_is_asked_for() -> None:
+    """Whoever comes again without having used the last one; where the registry is away, that one is all there is."""
+
+    async def scenario() -> None:
+        scene = Scene()
+        scene.grants.says = lambda digest: signed(digest, number=len(scene.grants.asked))
+        first = await scene.ask()
+        second = await scene.redirects.location(request(), BlobRoute("library/m", A), held=True, fresh=True)
+        assert second != first and await scene.ask() == second
+        scene.grants.error = UpstreamUnreachable("gone")
+        assert await scene.redirects.location(request(), BlobRoute("library/m", A), held=True, fresh=True) == second
+
+    run(scenario)
+
+
 def test_less_than_half_a_day_is_too_little() -> None:
     """A client that fetches past the cache cannot refresh an address within its pull."""
 

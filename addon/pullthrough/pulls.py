@@ -12,7 +12,7 @@ clock.
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from pullthrough.digest import Digest
@@ -35,6 +35,8 @@ class _Redirected:
     last: float
     bypasses: bool
     """Its version is known to fetch past every proxy."""
+    digests: set[Digest] = field(default_factory=set)
+    """The blobs whose addresses it was given."""
 
 
 @dataclass
@@ -73,10 +75,17 @@ class Pulls:
         """Return where the client has last asked for the blob; None if that is not known."""
         return self._places.get((client, digest))
 
-    def redirect(self, client: str, place: Place, *, bypasses: bool, now: float) -> None:
-        """Note that the client was sent to the registry's own address of a blob of `place`."""
+    def is_waiting(self, client: str, place: Place, digest: Digest) -> bool:
+        """Return whether the client was sent to the registry's own address of the blob, and nothing came of it here."""
+        pull = self._redirected.get((client, place))
+        return pull is not None and digest in pull.digests
+
+    def redirect(self, client: str, place: Place, digest: Digest, *, bypasses: bool, now: float) -> None:
+        """Note that the client was sent to the registry's own address of the blob."""
         key = (client, place)
-        self._redirected[key] = _Redirected(now, bypasses)
+        pull = self._redirected.setdefault(key, _Redirected(now, bypasses))
+        pull.last, pull.bypasses = now, bypasses
+        pull.digests.add(digest)
         self._redirected.move_to_end(key)
         if len(self._redirected) > self._limit:
             self._redirected.popitem(last=False)

@@ -73,13 +73,14 @@ class Redirects:
         self._quiet_until = 0.0
         self._warned: set[str] = set()
 
-    async def location(self, request: Request, pair: Pair, *, held: bool) -> str | None:
+    async def location(self, request: Request, pair: Pair, *, held: bool, fresh: bool = False) -> str | None:
         """Return the registry's own address of the blob; None where there is none, and ours must do.
 
-        `held` says that this caller may have the blob and that its size is known here. Raises UpstreamError where the
-        registry gives neither an address nor, were it `held`, a reason to hand out ours.
+        With `fresh` a remembered one will not do while the registry answers. `held` says that this caller may have the
+        blob and that its size is known here. Raises UpstreamError where the registry gives neither an address nor, were
+        it `held`, a reason to hand out ours.
         """
-        if address := self._shared(request, pair, left_s=SHARED_S):
+        if not fresh and (address := self._shared(request, pair, left_s=SHARED_S)):
             return address
         # Ours is no use to a client that is known to bypass: it waits for the registry as long as it can.
         patience_s = REVALIDATE_TIMEOUT_S if held and not request.is_known_to_bypass else DEADLINE_S
