@@ -403,6 +403,32 @@ def test_curl_shows_miss_then_hit(running: tuple[Origin, Proxy], play: Any) -> N
     assert "llama3.2" in play("curl -fsS http://127.0.0.1:9200/").stdout
 
 
+@pytest.mark.parametrize("line", [line for line in lines("CONTRIBUTING.md", "shell") if " -k " in line])
+def test_selections(line: str) -> None:
+    """An expression of ours selects tests."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *shlex.split(line)[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("code", fenced("CONTRIBUTING.md", "python"))
+def test_scenario_by_hand(tmp_path: Path, code: str) -> None:
+    """It runs until Enter, and says where the cache is."""
+    assert "/tmp/scenario" in code
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("/tmp/scenario", str(tmp_path))],
+        env=environment(tmp_path / "home", {"PYTHONPATH": str(ROOT)}),
+        cwd=ROOT,
+        input="\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("HTTPS_PROXY=http://127.0.0.1:")
+
+
 STACKS: Final = {
     "Python `requests`": ("REQUESTS_CA_BUNDLE", "import requests; print(requests.get(URL).status_code)"),
     "Python `httpx`": ("SSL_CERT_FILE", "import httpx; print(httpx.get(URL).status_code)"),
