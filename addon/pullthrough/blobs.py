@@ -13,6 +13,7 @@ from dataclasses import replace
 from pullthrough import capability, chunksums
 from pullthrough.blob_content import OCTETS, BlobContent
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.clock import lasting
 from pullthrough.datacheck import relayable
 from pullthrough.digest import Digest
 from pullthrough.errors import UnexpectedResponse, UpstreamRefused, UpstreamTimeout, UpstreamUnreachable
@@ -193,7 +194,7 @@ class Blobs:
         return origin + self._canonical_target(digest, size, offload=offload)
 
     def _canonical_target(self, digest: Digest, size: int, *, offload: bool = False) -> str:
-        granted = capability.Capability(digest, size, int(time.time()) + capability.LIFETIME_S, offload)
+        granted = capability.Capability(digest, size, int(lasting()) + capability.LIFETIME_S, offload)
         return f"{canonical_path(digest)}?{granted.to_query(self._store.secret)}"
 
     # --- chunk sums

@@ -50,7 +50,7 @@ class Outlook:
     skew_s: float = 0.0
 
 
-async def look_out(upstream: Upstream, settings: Settings, now: datetime, *, bypassed: int = 0) -> Outlook:
+async def look_out(upstream: Upstream, settings: Settings, now: datetime, bypassed: int = 0) -> Outlook:
     """Ask the first registry for a manifest and for one byte of a blob; `now` is aware.
 
     `bypassed` pulls have gone past the cache.

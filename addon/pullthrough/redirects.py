@@ -20,6 +20,7 @@ from yarl import URL
 
 from pullthrough import presigned
 from pullthrough.access import credential_key
+from pullthrough.clock import lasting
 from pullthrough.collapse import Collapser
 from pullthrough.digest import Digest
 from pullthrough.errors import UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnreachable
@@ -108,7 +109,7 @@ class Redirects:
     def prepare(self, request: Request, repository: str, digests: Iterable[Digest]) -> None:
         """Obtain the addresses of a public manifest's layers in the background: the client asks for them next."""
         place = (request.host, repository)
-        now = time.time()
+        now = lasting()
         missing = [each for each in digests if self._addresses.shared(each, left_s=SHARED_S, now=now) is None]
         idle = place not in self._ahead and time.monotonic() >= self._quiet_until
         if missing and idle and not self._settings.offline and self._upstream.is_up(request.host):
@@ -139,7 +140,7 @@ class Redirects:
                     return
                 try:
                     await self._obtain(request, BlobRoute(repository, digest))
-                    if self._addresses.shared(digest, left_s=SHARED_S, now=time.time()) is None:
+                    if self._addresses.shared(digest, left_s=SHARED_S, now=lasting()) is None:
                         # Nothing that lasts is to be had there.
                         over.set()
                 except UpstreamError as error:
@@ -154,7 +155,7 @@ class Redirects:
         """An address that is remembered of a blob which everybody may have."""
         if not self._grants.is_public(request.host, pair):
             return None
-        return self._addresses.shared(pair.digest, left_s=left_s, now=time.time())
+        return self._addresses.shared(pair.digest, left_s=left_s, now=lasting())
 
     async def _obtain(self, request: Request, pair: Pair) -> str | None:
         key = (request.host, pair.repository, pair.digest, credential_key(request.authorization))
@@ -174,7 +175,7 @@ class Redirects:
             return None
         if grant.stream is not None:
             grant.stream.close()
-        now = time.time()
+        now = lasting()
         until = expires if expires is not None else now + UNDATED_S
         self._addresses.add(pair.digest, location, expires=until, public=grant.public, obtain=grant.again, now=now)
         return location
