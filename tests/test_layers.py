@@ -43,6 +43,7 @@ SIDEWAYS: Final = {
     "addressing": {"settings"},
     "options": {"addressing", "errors", "settings"},
     "requestlog": {"cachestatus"},
+    "jsonlog": {"termlog"},
     "manifestjson": {"digest", "errors"},
     "records": {"digest", "errors", "manifestjson"},
     "fleet": {"digest", "errors", "records"},

@@ -82,6 +82,21 @@ def test_each_layer_starts_the_clock_again() -> None:
     assert pulls.counts == Counts()
 
 
+def test_a_pull_is_counted_once_however_long_its_layers_take() -> None:
+    """Ollama asks for a layer's address when the one before is complete; the next day it is another pull."""
+    told: list[str] = []
+    pulls = Pulls(lambda client, *_: told.append(client), limit=2)
+    for hour in (0, 2, 5, 40):
+        now = hour * 3600.0
+        pulls.redirect("c", PLACE, A, bypasses=True, now=now)
+        pulls.expire(now=now + LOST_S)
+    assert (pulls.counts, told) == (Counts(bypassed=2), ["c", "c"])
+    for client in "defg":
+        pulls.redirect(client, PLACE, A, bypasses=True, now=0.0)
+        pulls.expire(now=LOST_S)
+    assert len(pulls._lost) == 2
+
+
 def test_another_model_of_the_same_client_is_another_pull() -> None:
     """Bytes of one do not speak for the other."""
     pulls = Pulls()

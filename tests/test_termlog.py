@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pullthrough.termlog import PER_WINDOW, WINDOW_S, PlainText, Sparing, escape
+from pullthrough.termlog import LONGEST, PER_WINDOW, WINDOW_S, PlainText, Sparing, escape, shorten
 
 
 def record(message: str, *args: object, level: int = logging.WARNING, line: int = 1) -> logging.LogRecord:
@@ -45,6 +45,13 @@ def test_one_record_is_one_line() -> None:
     assert lines[1] == "Traceback (most recent call last):"
     assert lines[-1] == "ValueError: bad \\x1b[31m"
     assert failed.exc_info is not None, "expected the record itself to stay as it was"
+
+
+def test_a_message_has_an_end() -> None:
+    """What a peer sent is quoted as far as it may tell something."""
+    line = PlainText(logging.Formatter("%(message)s")).format(record("cannot parse %s", "ab" * 500_000))
+    assert line == f"cannot parse {'ab' * 993}a... (1000013 characters)"
+    assert shorten("x" * LONGEST) == "x" * LONGEST
 
 
 def test_a_flood_of_warnings() -> None:

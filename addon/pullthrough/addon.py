@@ -64,8 +64,7 @@ from pullthrough.workroom import Workroom
 
 _log = logging.getLogger(__name__)
 
-REMINT_S: Final = 60.0
-"""How often is looked whether a leaf is due: so soon after the machine's clock was set."""
+REMINT_S: Final = 60.0  # so soon after the machine's clock was set
 DESCRIPTORS: Final = 65_536
 PROXIES: Final = ("regular", "upstream")
 """Those of mitmproxy's modes whose clients know that they have a proxy."""

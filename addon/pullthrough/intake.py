@@ -10,7 +10,6 @@ mitmproxy internals that `drill` tries at start. Knows no policy and no content.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections.abc import Callable
@@ -37,8 +36,8 @@ IDLE_S: Final = 120.0
 """How long a connection may wait for a request: longer than Go keeps its end idle (net/http, 90 s)."""
 CROWD: Final = 256
 """So many connections leave memory behind that is worth to be released, once most of them have gone."""
-LOOK_AGAIN_S: Final = 1.0
-"""How often a held reader looks whether what it waits for has happened without a hook."""
+LOOK_AGAIN_S: Final = 0.25
+"""How soon a held reader looks again without a hook: mitmproxy goes on a little after one."""
 
 
 class Phase(Enum):
@@ -52,6 +51,13 @@ class Phase(Enum):
     """A request is answered, or a tunnel is open."""
 
 
+class Owed(Enum):
+    """What of an exchange is not complete."""
+
+    REQUEST = auto()
+    RESPONSE = auto()
+
+
 class Intake:
     """Stands in the place of the reader of one client's connection."""
 
@@ -62,6 +68,7 @@ class Intake:
         self._inner: asyncio.StreamReader = streams.reader
         self._writer: asyncio.StreamWriter = streams.writer
         self._phase = Phase.HEAD
+        self._owed: set[Owed] = set()
         self._moved = asyncio.Event()
         self._patience: asyncio.TimerHandle | None = None
         self.enter(Phase.HEAD)
@@ -73,18 +80,24 @@ class Intake:
     async def read(self, size: int) -> bytes:
         """As StreamReader.read, once mitmproxy has used what it has."""
         while unread(self._handler.layer, self._handler.client) > HEAD_BYTES:
-            if self._phase is not Phase.BUSY:
+            if not await self._moves() and self._phase is not Phase.BUSY:
                 _log.warning("closed client %s: more than %d bytes of a head", self._peer, HEAD_BYTES)
                 self._writer.transport.abort()
                 return b""
-            self._moved.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_AGAIN_S):
-                    await self._moved.wait()
         data = await self._inner.read(size)
         if data and self._phase is Phase.IDLE:
             self.enter(Phase.HEAD)
         return data
+
+    async def _moves(self) -> bool:
+        """Wait for a hook, after which mitmproxy may use more; False if none came soon."""
+        self._moved.clear()
+        try:
+            async with asyncio.timeout(LOOK_AGAIN_S):
+                await self._moved.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def enter(self, phase: Phase) -> None:
         """Be patient for as long as the phase may take."""
@@ -97,6 +110,17 @@ class Intake:
             seconds = HEAD_S if phase is Phase.HEAD else IDLE_S
             self._patience = asyncio.get_running_loop().call_later(seconds, self._expire)
         self._moved.set()
+
+    def begin(self) -> None:
+        """A request has come; its body may follow."""
+        self._owed = {Owed.REQUEST, Owed.RESPONSE}
+        self.enter(Phase.BUSY)
+
+    def settle(self, *owed: Owed) -> None:
+        """This much of the exchange is complete; once all is, the next request is awaited. An answer may come first."""
+        self._owed -= set(owed)
+        if not self._owed:
+            self.enter(Phase.IDLE)
 
     def move(self) -> None:
         """Look again at what mitmproxy has used."""
@@ -190,15 +214,23 @@ class Intakes:
         self._enter(data.context.client, Phase.IDLE)
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
-        self._enter(flow.client_conn, Phase.BUSY)
+        if (intake := self._of_client.get(flow.client_conn.id)) is not None:
+            intake.begin()
+
+    def request(self, flow: http.HTTPFlow) -> None:
+        self._settle(flow, Owed.REQUEST)
 
     def response(self, flow: http.HTTPFlow) -> None:
         # What follows a switch of protocols is a tunnel (RFC 9110 section 15.2.2).
-        switched = flow.response is not None and flow.response.status_code == 101
-        self._enter(flow.client_conn, Phase.BUSY if switched else Phase.IDLE)
+        if flow.response is not None and flow.response.status_code != 101:
+            self._settle(flow, Owed.RESPONSE)
 
     def error(self, flow: http.HTTPFlow) -> None:
-        self._enter(flow.client_conn, Phase.IDLE)
+        self._settle(flow, *Owed)
+
+    def _settle(self, flow: http.HTTPFlow, *owed: Owed) -> None:
+        if (intake := self._of_client.get(flow.client_conn.id)) is not None:
+            intake.settle(*owed)
 
     def server_connected(self, data: server_hooks.ServerConnectionHookData) -> None:
         self._move(data.client)

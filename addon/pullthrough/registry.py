@@ -59,7 +59,7 @@ class Registry:
         self._store = store
         self._upstream = upstream
         self.pulls = Pulls(_log_lost)
-        self._addresses = SignedAddresses(store.secret, store.ledger)
+        self._addresses = SignedAddresses(store.secret, store.ledger, store.is_public)
         self._manifests = Manifests(settings, store, upstream, tier)
         grants = Grants(settings, store, upstream)
         offload = Offload(store, tier if settings.offload else None)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from copy import copy
 from typing import Final
 
+LONGEST: Final = 2000
+"""Characters of a message."""
 WINDOW_S: Final = 60.0
 PER_WINDOW: Final = 20
 """Warnings and errors of one kind in a window; what comes beyond is counted and left out."""
@@ -23,7 +25,7 @@ class PlainText(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         plain = copy(record)
-        plain.msg, plain.args = escape(record.getMessage()), None
+        plain.msg, plain.args = escape(shorten(record.getMessage())), None
         if record.exc_info:
             # Its lines are ours, what stands in them is not.
             lines = self.formatException(record.exc_info).split("\n")
@@ -58,6 +60,11 @@ class Sparing(logging.Filter):
             record = copy(record)
             record.msg, record.args = f"{record.getMessage()} ({left_out} more like it were left out)", None
         return record
+
+
+def shorten(text: str) -> str:
+    """The text, or its beginning and how much there was: mitmproxy logs what it cannot parse, however long that is."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
 
 
 def escape(text: str) -> str:
