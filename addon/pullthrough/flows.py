@@ -172,6 +172,8 @@ class Flows:
         assert self._settings
         # No signature breaks: Ollama's and R2's cover the method, the address and named fields, of which this is none.
         flow.request.headers[CDN_LOOP] = self._loop.extend(flow.request.headers.get(CDN_LOOP))
+        # What it takes to use this proxy is nobody's business behind it (RFC 9110 section 11.7.2).
+        flow.request.headers.pop("Proxy-Authorization", None)
         endpoint = self._settings.upstream.get(normal(flow.request.host))
         if endpoint is not None:
             flow.request.scheme, flow.request.host, flow.request.port = endpoint.scheme, endpoint.host, endpoint.port
