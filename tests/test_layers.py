@@ -14,12 +14,13 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability presigned cachestatus settings records datacheck"
-    " chunksums coding conditional requestlog options loopguard wording gcpause jsonlog fleet addressing manifestjson",
+    " chunksums coding conditional requestlog options loopguard wording gcpause jsonlog fleet addressing manifestjson"
+    " boundedjson fields refusals",
     "L1": "assembly scheduler freshness retention access tunnel budget parent traffic catalogue pruning"
-    " diagnosis breaker returns lease pulls",
+    " diagnosis breaker returns lease pulls distrust",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
-    " authorities clientsetup objectstore manifesttable",
+    " authorities clientsetup objectstore manifesttable impostors claims",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
@@ -41,11 +42,12 @@ SIDEWAYS: Final = {
     "addressing": {"settings"},
     "options": {"addressing", "errors", "settings"},
     "requestlog": {"cachestatus"},
-    "manifestjson": {"digest", "errors"},
+    "manifestjson": {"boundedjson", "digest", "errors"},
+    "refusals": {"boundedjson"},
     "records": {"digest", "errors", "manifestjson"},
     "fleet": {"digest", "errors", "records"},
-    "datacheck": {"byterange", "errors"},
-    "chunksums": {"digest", "errors"},
+    "datacheck": {"byterange", "errors", "refusals"},
+    "chunksums": {"datacheck", "digest", "errors"},
     "coding": {"errors"},
     "access": {"tunnel"},
     "parent": {"tunnel"},
@@ -70,7 +72,9 @@ SIDEWAYS: Final = {
     "inventory": {"contents", "storefolder"},
     "modeltree": {"platform"},
     "bundle": {"modeltree"},
-    "upstream": {"datastream", "resolver"},
+    "impostors": {"datastream"},
+    "claims": {"store"},
+    "upstream": {"datastream", "impostors", "resolver"},
     "leaseholder": {"tier"},
     "nearby": {"leaseholder", "tier"},
     "supply": {"nearby"},
