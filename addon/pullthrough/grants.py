@@ -174,18 +174,21 @@ class Grants:
         pair: Pair,
         *,
         look: int = FIRST_SLICE,
+        stop: int | None = None,
         hands_on: Callable[[str], bool] = lambda _location: False,
     ) -> Grant:
         """The registry's yes to this caller, asked anonymously first. UpstreamRefused where it says no.
 
         `look` bytes are asked for from behind a redirect that proves nothing by itself. One that the caller is merely
-        handed, by `hands_on`, is looked behind until its host has given a blob.
+        handed, by `hands_on`, is looked behind until its host has given a blob. Of bytes that the registry gives itself
+        no more than `stop` are wanted.
         """
         refusal: UpstreamRefused | None = None
+        asked = (0, stop) if stop is not None else None
         for authorization, headers in attempts(request):
             denials = self.denials(request.host, pair)
             try:
-                found = await self._ask(request.host, pair, headers, look=look, hands_on=hands_on)
+                found = await self._ask(request.host, pair, headers, look=look, asked=asked, hands_on=hands_on)
             except UpstreamRefused as error:
                 if error.status_hint not in DENIED:
                     raise

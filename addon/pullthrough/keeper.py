@@ -16,6 +16,7 @@ from typing import Final
 
 import humanfriendly
 
+from pullthrough.clock import steady
 from pullthrough.digest import Digest
 from pullthrough.distrust import Distrust
 from pullthrough.errors import SourceDistrusted, StoreUnwritable
@@ -47,12 +48,13 @@ class Keeper:
         self._distrust = Distrust()
         self._turn = asyncio.Lock()
 
-    async def reserve(self, digest: Digest, size: int) -> None:
+    async def reserve(self, digest: Digest, size: int, *, whole: int | None = None) -> None:
         """Make room for a recording of `size` bytes; it counts in full until `release`. StoreUnwritable if none can be.
 
-        What an earlier recording of it has left is counted in. SourceDistrusted for what had another digest lately.
+        What an earlier recording of it has left is counted in. Nothing is evicted where there can be no room for the
+        `whole` of the blob. SourceDistrusted for what had another digest lately.
         """
-        if size > SMALL and self._distrust.holds(digest, now=time.monotonic()):
+        if size > SMALL and self._distrust.holds(digest, now=steady()):
             raise SourceDistrusted(f"{digest.short}: its source has brought other bytes twice; not kept now")
         async with self._turn:
             try:
@@ -65,9 +67,12 @@ class Keeper:
             excess = self._excess({**self._reserved, digest: size}, partials, suspect, free)
             if excess > 0:
                 # Bytes that are no model go before models.
-                excess -= await self._drop_evidence(evidence, excess)
+                freed = await self._drop_evidence(evidence, excess)
+                excess, free, suspect = excess - freed, free + freed, suspect - freed
             if excess > 0:
-                await self._evict(digest, size, excess, partials, free)
+                most = max(size, whole or 0)
+                total = self._excess({**self._reserved, digest: most}, partials, suspect, free)
+                await self._evict(digest, most, (excess, total), partials, free)
             self._reserved[digest] = size
 
     async def _drop_evidence(self, evidence: Mapping[Path, tuple[int, float]], excess: int) -> int:
@@ -85,7 +90,7 @@ class Keeper:
 
     def distrust(self, digest: Digest) -> None:
         """What was recorded for the blob had another digest: after a second time it is not recorded for a while."""
-        self._distrust.note(digest, now=time.monotonic())
+        self._distrust.note(digest, now=steady())
 
     def release(self, digest: Digest) -> None:
         """The recording has ended."""
@@ -99,12 +104,19 @@ class Keeper:
         excess = to_come + self._min_free - free
         if self._max_size is not None:
             idle = sum(size for digest, (size, _) in partials.items() if digest not in reserved)
-            excess = max(excess, self._store.held_bytes + sum(reserved.values()) + idle + suspect - self._max_size)
+            taken = sum(max(size, partials.get(digest, (0, 0.0))[0]) for digest, size in reserved.items())
+            excess = max(excess, self._store.held_bytes + taken + idle + suspect - self._max_size)
         return excess
 
     async def _evict(
-        self, digest: Digest, size: int, excess: int, partials: dict[Digest, tuple[int, float]], free: int
+        self,
+        digest: Digest,
+        size: int,
+        excess: tuple[int, int],
+        partials: dict[Digest, tuple[int, float]],
+        free: int,
     ) -> None:
+        """Free the first `excess`, if the second one, of all `size` bytes, could be freed too."""
         store = self._store
         busy = frozenset([digest, *self._reserved, *store.open_blobs()])
         idle = {store.ingest(part).partial_path: facts for part, facts in partials.items() if part not in busy}
@@ -147,7 +159,7 @@ def _choose(
     partials: Mapping[Path, tuple[int, float]],
     *,
     pins: Sequence[str],
-    excess: int,
+    excess: tuple[int, int],
     busy: frozenset[Digest],
 ) -> Choice | None:
     """What goes of what is known at one moment; it takes long where that is much."""
@@ -164,7 +176,10 @@ def _choose(
     for path, (size, changed) in partials.items():
         holdings.append(Holding(None, frozenset([path]), changed))
         sizes[path] = size
-    return choose(holdings, sizes, excess=excess, busy=busy)
+    least, most = excess
+    if most > least and choose(holdings, sizes, excess=most, busy=busy) is None:
+        return None
+    return choose(holdings, sizes, excess=least, busy=busy)
 
 
 def _text(size: int | None) -> str:

@@ -143,7 +143,7 @@ def _layers_of(manifest: Any) -> tuple[Layer, ...]:
 
 def _layer_of(item: Any) -> Layer:
     digest, size = Digest.parse(item["digest"]), item["size"]
-    if type(size) is not int or not 0 <= size <= MAX_SIZE:
+    if type(size) is not int or not 0 <= size < MAX_SIZE:
         raise TypeError("size")
     return Layer(digest, size, str(item.get("mediaType", "")))
 

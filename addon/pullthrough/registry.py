@@ -7,7 +7,6 @@ out only where `access.decide`, a valid capability or a signed address that was 
 
 import asyncio
 import logging
-import time
 from dataclasses import replace
 
 from pullthrough import capability
@@ -16,6 +15,7 @@ from pullthrough.blob_content import BlobContent
 from pullthrough.blobs import Blobs
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.claims import public_sizes
+from pullthrough.clock import lasting
 from pullthrough.datastream import Source
 from pullthrough.digest import Digest
 from pullthrough.errors import (
@@ -62,7 +62,7 @@ class Registry:
         self._store = store
         self._upstream = upstream
         self.pulls = Pulls(_log_lost)
-        self._addresses = SignedAddresses(store.secret, store.ledger)
+        self._addresses = SignedAddresses(store.secret, store.ledger, store.is_public)
         self._manifests = Manifests(settings, store, upstream, tier)
         grants = Grants(settings, store, upstream)
         offload = Offload(store, tier if settings.offload else None)
@@ -115,6 +115,9 @@ class Registry:
         try:
             async with asyncio.timeout(patience_s):
                 match route:
+                    case HandedOut() if request.method == "HEAD":
+                        # The method is part of what is signed: the blob host would refuse it, too.
+                        return Answer(403, CacheStatus(Outcome.BYPASS))
                     case HandedOut():
                         return await self._content.read(request, route.digest, handed_out=route)
                     case CanonicalRoute():
@@ -134,7 +137,7 @@ class Registry:
         canonical = parse_canonical_target(request.target)
         if canonical is not None and capability.is_claimed(canonical.query):
             return canonical
-        if handed_out := self._addresses.recognise(request.host, request.target, now=time.time()):
+        if handed_out := self._addresses.recognise(request.host, request.target, now=lasting()):
             return handed_out
         if canonical is None and request.host in self._settings.registries:
             return parse_registry_target(request.target)
@@ -156,7 +159,7 @@ class Registry:
 
     def _known_source(self, digest: Digest) -> Source | None:
         """A source of the blob that a client has been sent to."""
-        source = self._addresses.source(digest, now=time.time())
+        source = self._addresses.source(digest, now=lasting())
         return replace(source, sizes=public_sizes(self._store, digest)) if source is not None else None
 
     def _follow(self, place: Place, digest: Digest) -> None:
