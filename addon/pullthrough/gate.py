@@ -13,8 +13,8 @@ import socket
 from mitmproxy import connection, ctx, http, tls
 from mitmproxy.proxy import commands, events, layer, server_hooks
 from mitmproxy.proxy.context import Context
-from mitmproxy.proxy.layers import ServerTLSLayer
-from mitmproxy.proxy.layers.http import HTTPMode, HttpStream
+from mitmproxy.proxy.layers import ClientTLSLayer, ServerTLSLayer
+from mitmproxy.proxy.layers.http import HttpLayer, HTTPMode, HttpStream
 from mitmproxy.proxy.layers.modes import ReverseProxy, TransparentProxy
 
 from pullthrough import platform
@@ -25,10 +25,9 @@ from pullthrough.opening import read_opening
 from pullthrough.parent import Parents
 from pullthrough.parentleg import ParentLeg
 from pullthrough.settings import Settings, Tunnel
-from pullthrough.streamlayer import CachingLayer, Transfers, replace_http_layer
+from pullthrough.takeover import Takeover
 from pullthrough.tunnel import LegPolicy, check_elsewhere
 from pullthrough.upstream import exempt_hosts
-from pullthrough.widetls import WideTLSLayer, widen
 
 _log = logging.getLogger(__name__)
 
@@ -38,16 +37,19 @@ class Gate:
 
     name = "ollama_cache_gate"
 
-    def __init__(self, transfers: Transfers) -> None:
-        self._transfers = transfers
+    def __init__(self, takeover: Takeover) -> None:
+        """`takeover` takes connections to the blob host once they have been let through."""
+        self._takeover = takeover
+        self._private: tuple[str, int] | None = None
         self._intercepted: tuple[str, ...] = ()
         self._clients: ClientPolicy | None = None
         self._legs = LegPolicy(frozenset(), tunnels=False)
         self.parent = ParentLeg()
         self.addons = [self.parent]
 
-    def open(self, settings: Settings, parents: Parents, loop: LoopGuard) -> None:
-        """From now on clients are served, as the settings say."""
+    def open(self, settings: Settings, parents: Parents, loop: LoopGuard, private: tuple[str, int]) -> None:
+        """From now on clients are served, as the settings say; `private` is where we re-point flows ourselves."""
+        self._private = private
         self.parent.open(parents, loop)
         self._intercepted = settings.intercepted
         self._legs = LegPolicy(exempt_hosts(settings), tunnels=settings.tunnel is Tunnel.ANY)
@@ -74,8 +76,10 @@ class Gate:
                 raise Misdirected(f"expected {kind} {host}, got {name!r}")
 
     def check_plain(self, flow: http.HTTPFlow) -> None:
-        """AddressRefused for a plain request that the parent proxy would lead where we lead nobody."""
+        """AddressRefused for a plain request to where only we re-point one, or the parent proxy leads nobody."""
         host, port = flow.request.host, flow.request.port
+        if port == (self._private or ("", 0))[1]:
+            self._legs.check_port(port, encrypted=False)
         if not self._legs.is_exempt(host, port) and self.parent.leads(host, port, encrypted=False):
             self._legs.check_port(port, encrypted=False)
             self.parent.check(host, port, encrypted=False)
@@ -102,6 +106,7 @@ class Gate:
             if not self._intercepts(host, port) and not self._legs.is_exempt(host, port):
                 self._legs.check_port(flow.request.port, encrypted=True)
                 self.parent.check(host, port, encrypted=True)
+            self._takeover.take_connect(flow)
         except LoopDetected as error:
             refuse(flow, error.status_hint, str(error))
         except AddressRefused as error:
@@ -111,11 +116,11 @@ class Gate:
             refuse(flow, 403, "tunnel refused")
 
     def next_layer(self, nextlayer: layer.NextLayer) -> None:
-        """Intercept our hosts with our own HTTP layer; pass every other tunnel through unread."""
+        """Pass every tunnel through unread that does not lead to our hosts; mitmproxy intercepts those."""
         context = nextlayer.context
         if isinstance(context.layers[-1], TransparentProxy | ReverseProxy):
             try:
-                nextlayer.layer = self._captured(context, nextlayer.data_client())
+                nextlayer.layer = self._captured(context, nextlayer)
             except Exception:
                 # mitmproxy's own choice would be to decrypt.
                 _log.exception("capture policy failed; refused")
@@ -124,14 +129,9 @@ class Gate:
         in_tunnel = any(isinstance(item, HttpStream) for item in context.layers)
         if in_tunnel and not (context.server.address and self._intercepts(*context.server.address[:2])):
             nextlayer.layer = self.parent.tunnel(context)
-            return
-        ctx.master.addons.get("nextlayer").next_layer(nextlayer)
-        if nextlayer.layer is not None:
-            nextlayer.layer = replace_http_layer(nextlayer.layer, self._transfers)
-            widen(nextlayer.layer)
 
-    def _captured(self, context: Context, data: bytes) -> layer.Layer | None:
-        """The layer for a connection whose client takes us for the server; None while `data` does not say for which.
+    def _captured(self, context: Context, nextlayer: layer.NextLayer) -> layer.Layer | None:
+        """The layer for a connection whose client takes us for the server; None while nothing says for which.
 
         One of our names makes it as if the client had asked a proxy for that name. Another one is passed on unread to
         where the client dialled; in reverse mode that was us, so it ends.
@@ -140,7 +140,7 @@ class Gate:
         reverse = isinstance(context.layers[-1], ReverseProxy)
         if context.client.transport_protocol != "tcp":
             return _Closing(context)
-        opening = read_opening(data)
+        opening = read_opening(nextlayer.data_client())
         if opening is None:
             return None
         target, dialled = context.server.address[:2]
@@ -149,9 +149,11 @@ class Gate:
         if self.is_ours(name) and (reverse or dialled == port):
             context.server.address = (normal(name), port)
             if not opening.encrypted:
-                return CachingLayer(context, HTTPMode.transparent, self._transfers)
+                return HttpLayer(context, HTTPMode.transparent)
+            if not reverse and self._takeover.is_for(name) and self._takeover.take_captured(nextlayer):
+                return _Closing(context)
             top = ServerTLSLayer(context)
-            top.child_layer = WideTLSLayer(context)
+            top.child_layer = ClientTLSLayer(context)
             return top
         if reverse:
             peer = context.client.peername[0]
@@ -169,7 +171,7 @@ class Gate:
         try:
             assert data.server.address
             host, port = data.server.address[:2]
-            if self.parent.is_parent(host, port):
+            if self.parent.is_parent(host, port) or (host, port) == self._private:
                 return
             exempt = self._legs.is_exempt(host, port)
             if exempt and not (self.is_ours(host) and port in own_ports()):
