@@ -26,7 +26,7 @@ ROWS: Final = {
     "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants direct warm verbs"
     " examining ollamadaemon tierverbs",
     "L3c": "byte_sender passing_on blob_connection door sender loopback delivery",
-    "L4": "addon takeover blobserver cli gate modes opening parentleg flows messages desk"
+    "L4": "addon takeover idle_addons blobserver cli gate modes opening parentleg flows messages desk"
     " pages lookout cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
@@ -116,6 +116,7 @@ SIDEWAYS: Final = {
         "desk",
         "flows",
         "gate",
+        "idle_addons",
         "lookout",
         "modes",
         "parentleg",
@@ -139,7 +140,7 @@ OUTSIDE_CALLS: Final = {
     *("mkdir", "rmdir", "unlink"),
 }
 MITMPROXY_HOMES: Final = {
-    *("addon", "flows", "gate", "messages", "modes", "opening", "parentleg", "takeover"),
+    *("addon", "flows", "gate", "idle_addons", "messages", "modes", "opening", "parentleg", "takeover"),
 }
 LONGEST: Final = 400  # lines; past that a module has two jobs
 

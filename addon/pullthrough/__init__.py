@@ -3,7 +3,7 @@
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
     L4   addon  flows  messages  gate  parentleg  takeover
-         modes  opening
+         modes  opening  idle_addons
          blobserver  desk  pages  lookout
          clientpages  cli_ca  cli_setup  cli_tier
          cli  cli_base  cli_models  cli_progress

@@ -35,6 +35,7 @@ from pullthrough.errors import CacheError, TierError
 from pullthrough.examining import look_out
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
+from pullthrough.idle_addons import remove_idle
 from pullthrough.jsonlog import JsonLines
 from pullthrough.keeper import Keeper
 from pullthrough.leaseholder import Leaseholder
@@ -245,24 +246,18 @@ class OllamaCache:
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
         self._forbid_reload()
-        self._delivery = Delivery(
-            settings,
-            self._registry.answer,
-            self._requests,
-            self._tls,
-            self._upstream,
-            self._parents,
-            is_own=lambda host, port: self._gate.is_ours(host) and port in own_ports(),
-        )
+        remove_idle()
+        parts = (self._requests, self._tls, self._upstream, self._parents)
+        self._delivery = Delivery(settings, self._registry.answer, *parts, is_own=self._gate.is_own)
         await self._delivery.open()
         await self._takeover.open(self._delivery, settings.blob_host)
         self._gate.open(settings, self._parents, self._upstream.loop, self._delivery.loopback.address)
         self._flows.open(
             settings, self._registry, self._blob_server, self._upstream.loop, self._requests, self._delivery.loopback
         )
-        parts = (settings, self._store, self._recorder, self._upstream)
-        metrics = Metrics(*parts, self._requests, self._lag, self._vitals, self._desk.tier)
-        watch = Watch(*parts, self._vitals, self._desk.view, self._desk.tier)
+        views = (settings, self._store, self._recorder, self._upstream)
+        metrics = Metrics(*views, self._requests, self._lag, self._vitals, self._desk.tier)
+        watch = Watch(*views, self._vitals, self._desk.view, self._desk.tier)
         Lookout(metrics, self._vitals, watch).enter(self._blob_server.pages)
         proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
         given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)

@@ -10,7 +10,7 @@ Knows no request.
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -37,11 +37,15 @@ class LoopCalls:
         `discard` gets, on the loop, what nobody waits for any more.
         """
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        while not wait((future,), WAIT_S).done:
+        while True:
+            try:
+                return future.result(WAIT_S)
+            except TimeoutError:
+                if future.done():
+                    return future.result()
             if is_gone():
                 future.add_done_callback(lambda done: _discard(done, discard))
                 raise ClientGone("client disconnected")
-        return future.result()
 
     def soon(self, call: Callable[..., object], *arguments: object) -> None:
         """Have the loop call this."""

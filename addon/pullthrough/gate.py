@@ -63,6 +63,10 @@ class Gate:
         """Whether `host` is a registry or the blob host."""
         return normal(host) in self._intercepted
 
+    def is_own(self, host: str, port: int) -> bool:
+        """Whether a name of ours that leads to this machine would lead to this cache."""
+        return self.is_ours(host) and port in own_ports()
+
     def check_names(self, flow: http.HTTPFlow) -> None:
         """Misdirected unless CONNECT authority, SNI and Host of one of our flows are one name."""
         host = normal(flow.request.host)
@@ -174,7 +178,7 @@ class Gate:
             if self.parent.is_parent(host, port) or (host, port) == self._private:
                 return
             exempt = self._legs.is_exempt(host, port)
-            if exempt and not (self.is_ours(host) and port in own_ports()):
+            if exempt and not self.is_own(host, port):
                 return
             if not exempt:
                 # A CONNECT's port has been checked before; a plain request's, and that of a connection which was
