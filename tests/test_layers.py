@@ -20,14 +20,16 @@ ROWS: Final = {
     " diagnosis breaker returns lease pulls connlimit distrust",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
-    " authorities clientsetup objectstore manifesttable dialling clock impostors claims",
+    " authorities clientsetup objectstore manifesttable dialling clock impostors claims"
+    " tls_contexts readiness byte_threads outlets tls_outlet dialer",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
     "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants warm verbs"
     " examining ollamadaemon tierverbs offload redirects blobs blob_content signed_addresses",
-    "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
-    " pages lookout door cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier"
+    "L3c": "byte_sender passing_on blob_connection door sender loopback delivery",
+    "L4": "addon takeover idle_addons blobserver cli gate modes opening parentleg flows messages desk"
+    " pages lookout cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier"
     " intake drill logsetup",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
@@ -69,6 +71,10 @@ SIDEWAYS: Final = {
     "authorities": {"ca"},
     "clientsetup": {"platform"},
     "control": {"asking"},
+    "byte_threads": {"platform"},
+    "outlets": {"platform", "readiness"},
+    "tls_outlet": {"outlets", "readiness"},
+    "tls_contexts": {"ca"},
     "housekeeping": {"store"},
     "admission": {"store"},
     "threads": {"platform"},
@@ -114,9 +120,13 @@ SIDEWAYS: Final = {
         "signed_addresses",
         "warm",
     },
+    "blob_connection": {"byte_sender", "passing_on"},
+    "sender": {"byte_sender"},
+    "loopback": {"byte_sender", "door", "sender"},
+    "delivery": {"blob_connection", "byte_sender", "loopback", "passing_on"},
     "drill": {"gate", "intake"},
-    "gate": {"intake", "opening", "parentleg", "streamlayer", "widetls"},
-    "blobserver": {"door", "pages", "sender"},
+    "gate": {"intake", "opening", "parentleg", "takeover"},
+    "blobserver": {"pages"},
     "clientpages": {"pages"},
     "cli_ca": {"cli_base"},
     "cli_setup": {"cli_base"},
@@ -124,21 +134,21 @@ SIDEWAYS: Final = {
     "cli_models": {"cli_base", "cli_progress", "cli_tier"},
     "cli_transfer": {"cli_base", "cli_tier", "meter"},
     "cli": {"cli_base", "cli_ca", "cli_models", "cli_setup", "cli_transfer"},
-    "flows": {"gate", "messages", "streamlayer"},
+    "flows": {"gate", "messages"},
     "lookout": {"pages"},
     "addon": {
         "blobserver",
         "clientpages",
         "desk",
-        "dispatch",
         "drill",
         "flows",
         "gate",
+        "idle_addons",
         "logsetup",
         "lookout",
         "modes",
         "parentleg",
-        "streamlayer",
+        "takeover",
     },
 }
 
@@ -158,8 +168,8 @@ OUTSIDE_CALLS: Final = {
     *("mkdir", "rmdir", "unlink"),
 }
 MITMPROXY_HOMES: Final = {
-    *("addon", "dispatch", "drill", "flows", "gate", "intake", "logsetup", "messages", "modes", "opening"),
-    *("parentleg", "streamlayer", "widetls"),
+    *("addon", "drill", "flows", "gate", "idle_addons", "intake", "logsetup", "messages", "modes", "opening"),
+    *("parentleg", "takeover"),
 }
 LONGEST: Final = 400  # lines; past that a module has two jobs
 
@@ -360,7 +370,7 @@ def test_missing_row_docstring_and_length_are_caught() -> None:
         pytest.param("store", "from pullthrough.digest import Digest", id="downward"),
         pytest.param("route", "from pullthrough.digest import Digest", id="sideways-as-listed"),
         pytest.param("settings", "from pathlib import Path", id="path-value"),
-        pytest.param("streamlayer", "from mitmproxy import http", id="mitmproxy-at-home"),
+        pytest.param("takeover", "from mitmproxy import http", id="mitmproxy-at-home"),
         pytest.param("upstream", "import asyncio, time\nx = open('y')", id="world-above-the-pure-rows"),
         pytest.param("addon", "from pullthrough import __version__", id="name-of-the-package"),
     ],

@@ -11,28 +11,30 @@ from typing import Any, cast
 import pytest
 from aiohttp import web
 
-from pullthrough import sender
-from pullthrough.blobserver import Door
+from pullthrough import outlets
+from pullthrough.byte_sender import SPAN, Sending
+from pullthrough.byte_threads import ByteThreads
 from pullthrough.connlimit import ConnectionLimits
+from pullthrough.door import Door
 from pullthrough.errors import UpstreamUnreachable
 from pullthrough.ingest import SharedFile
 from pullthrough.reader import FileSpan, Memory, Pending, Reader
-from pullthrough.sender import Sending, send
+from pullthrough.sender import send
 
-SIZE = 3 * sender.SPAN + 12345
+SIZE = 3 * SPAN + 12345
 DATA = os.urandom(SIZE)
 
 
 class ScriptedReader:
-    """Hands out what it was told to, exceptions too."""
+    """Hands out what it was told to, exceptions too; `size` bytes in all."""
 
-    def __init__(self, *pieces: FileSpan | Memory | Pending | Exception) -> None:
+    start = 0
+    is_complete = False
+
+    def __init__(self, size: int, *pieces: FileSpan | Memory | Pending | Exception) -> None:
+        self.stop = size
         self._pieces = list(pieces)
         self.unreadable = 0
-
-    @property
-    def done(self) -> bool:
-        return not self._pieces
 
     def on_unreadable(self) -> None:
         self.unreadable += 1
@@ -64,12 +66,14 @@ async def serving(make: Callable[[], Any], length: int = SIZE) -> AsyncIterator[
         response.content_length = length
         await response.prepare(request)
         sending = Sending()
-        await send(request, response, cast(Reader, make()), sending)
+        await send(request, response, cast(Reader, make()), sending, threads)
         if sending.problem:
             response.force_close()
         await outcomes.put(sending)
         return response
 
+    threads = ByteThreads(16)
+    threads.open()
     runner = web.ServerRunner(
         Door(handle, lambda _: True, ConnectionLimits(100), access_log=None), shutdown_timeout=0.1
     )
@@ -79,6 +83,7 @@ async def serving(make: Callable[[], Any], length: int = SIZE) -> AsyncIterator[
         yield runner.addresses[0][1], outcomes
     finally:
         await runner.cleanup()
+        await asyncio.to_thread(threads.close, 0.0)
 
 
 async def fetch(port: int) -> bytes:
@@ -137,13 +142,11 @@ def test_files_go_by_sendfile(monkeypatch: pytest.MonkeyPatch, file: SharedFile)
     assert sum(calls) == 6 * (SIZE // 3)
 
 
-@pytest.mark.parametrize("lack", ["no call", "a file system that cannot", "a cold page cache"])
+@pytest.mark.parametrize("lack", ["no call", "a file system that cannot"])
 def test_without_sendfile(monkeypatch: pytest.MonkeyPatch, file: SharedFile, lack: str) -> None:
-    """The same bytes where the system has no such call, where it fails, and where the file has to be read first."""
+    """The same bytes where the system has no such call, and where it fails."""
     if lack == "no call":
         monkeypatch.delattr(os, "sendfile", raising=False)
-    elif lack == "a cold page cache":
-        monkeypatch.setattr("pullthrough.platform.read_cached", lambda *_: None)
     else:
 
         def sendfile(*_: Any) -> int:
@@ -164,7 +167,7 @@ def test_memory_and_waiting(file: SharedFile) -> None:
 
     async def test() -> None:
         pieces = [Pending(), Memory(b"abc"), Pending(), FileSpan(file.descriptor, 3, 10), Memory(DATA[10:20])]
-        async with serving(lambda: ScriptedReader(*pieces), 20) as (port, outcomes):
+        async with serving(lambda: ScriptedReader(20, *pieces), 20) as (port, outcomes):
             assert await fetch(port) == b"abc" + DATA[3:20]
             assert (await outcomes.get()).sent == 20
 
@@ -176,7 +179,7 @@ def test_a_failure_ends_short(file: SharedFile) -> None:
 
     async def test() -> None:
         pieces = [FileSpan(file.descriptor, 0, 10), UpstreamUnreachable("gone")]
-        async with serving(lambda: ScriptedReader(*pieces)) as (port, outcomes):
+        async with serving(lambda: ScriptedReader(SIZE, *pieces)) as (port, outcomes):
             assert await fetch(port) == DATA[:10]
             assert await outcomes.get() == Sending(10, "gone")
 
@@ -185,7 +188,7 @@ def test_a_failure_ends_short(file: SharedFile) -> None:
 
 def test_a_file_that_is_too_short_is_given_up(file: SharedFile) -> None:
     """Somebody cut the file: the body ends short, and the store is told."""
-    reader = ScriptedReader(FileSpan(file.descriptor, 0, 10), FileSpan(file.descriptor, SIZE - 5, SIZE + 5))
+    reader = ScriptedReader(SIZE, FileSpan(file.descriptor, 0, 10), FileSpan(file.descriptor, SIZE - 5, SIZE + 5))
 
     async def test() -> None:
         async with serving(lambda: reader) as (port, outcomes):
@@ -199,7 +202,7 @@ def test_a_file_that_is_too_short_is_given_up(file: SharedFile) -> None:
 @pytest.mark.parametrize("way", ["sendfile", "write"])
 def test_a_client_that_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str) -> None:
     """After the time limit, and nothing is held for it any more."""
-    monkeypatch.setattr(sender, "CLIENT_STALL_S", 0.2)
+    monkeypatch.setattr(outlets, "CLIENT_STALL_S", 0.2)
     large = tmp_path / "large"
     with large.open("wb") as hole:
         hole.truncate(1 << 30)
@@ -212,7 +215,6 @@ def test_a_client_that_takes_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch,
             _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
             writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             sending = await outcomes.get()
-            assert sending.stalled
             assert sending.problem == "client took no byte for 0 s"
             assert sending.sent < 1 << 30
             writer.transport.abort()
@@ -225,7 +227,7 @@ def test_a_client_that_leaves_is_noticed() -> None:
     """Also while there is nothing to send to it."""
 
     async def test() -> None:
-        async with serving(lambda: ScriptedReader(Memory(b"abc"), *[Pending()] * 1_000_000)) as (port, outcomes):
+        async with serving(lambda: ScriptedReader(SIZE, Memory(b"abc"), *[Pending()] * 1_000_000)) as (port, outcomes):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             await reader.readuntil(b"abc")

@@ -2,12 +2,14 @@
 
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
-    L4   addon  flows  messages  gate  parentleg  streamlayer  intake  drill  logsetup
-         dispatch  widetls  modes  opening
-         blobserver  door  sender  desk  pages  lookout
+    L4   addon  flows  messages  gate  parentleg  takeover
+         intake  drill  logsetup  modes  opening  idle_addons
+         blobserver  desk  pages  lookout
          clientpages  cli_ca  cli_setup  cli_tier
          cli  cli_base  cli_models  cli_progress
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
+    L3c  delivery  blob_connection  passing_on  loopback
+         byte_sender  sender  door                           bytes to clients, in threads
     L3b  registry  manifests  grants  exchange  prefetch
          refresh  redirects  offload  signed_addresses
          blobs  blob_content  warm  verbs  metrics  vitals
@@ -23,7 +25,8 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          ledger  control  asking  housekeeping
          copying  inventory  modeltree  bundle  admission
          authorities  clientsetup  objectstore
-         manifesttable                                       disk, sockets, tasks, keys
+         manifesttable  byte_threads  outlets  tls_outlet
+         tls_contexts  readiness  dialer                     disk, sockets, tasks, threads, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  pulls  connlimit
          traffic  catalogue  pruning  diagnosis

@@ -29,13 +29,14 @@ from pullthrough.ca import Leaf, is_due
 from pullthrough.clientsetup import clients_host, documents
 from pullthrough.connlimit import ConnectionLimits, most_connections
 from pullthrough.control import Tell
+from pullthrough.delivery import Delivery
 from pullthrough.desk import Desk
-from pullthrough.dispatch import Dispatch
 from pullthrough.drill import check_hooks
 from pullthrough.errors import CacheError, SettingsError, TierError
 from pullthrough.examining import look_out
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
+from pullthrough.idle_addons import remove_idle
 from pullthrough.keeper import Keeper
 from pullthrough.leaseholder import Leaseholder
 from pullthrough.logsetup import set_up_logs
@@ -46,16 +47,17 @@ from pullthrough.modes import check_modes
 from pullthrough.objectstore import ObjectStore, endpoint
 from pullthrough.options import OPTIONS, environment_texts, parse_settings
 from pullthrough.parent import Parents
-from pullthrough.parentleg import ways_out
+from pullthrough.parentleg import check_internals, ways_out
 from pullthrough.recorder import Recorder
 from pullthrough.records import by_model
 from pullthrough.registry import Registry
 from pullthrough.requestlog import RequestLog
 from pullthrough.settings import PREFIX, PROXY_PORT, Endpoint, Settings
 from pullthrough.store import Store
-from pullthrough.streamlayer import Transfers, check_internals
+from pullthrough.takeover import Takeover
 from pullthrough.threads import Threads
 from pullthrough.tier import Tier, load_secret
+from pullthrough.tls_contexts import TlsContext
 from pullthrough.uploader import Uploader
 from pullthrough.upstream import Upstream
 from pullthrough.vitals import Vitals
@@ -117,12 +119,13 @@ class OllamaCache:
         self._vitals: Vitals | None = None
         self._blob_server: BlobServer | None = None
         self._desk: Desk | None = None
-        self._dispatch: Dispatch | None = None
+        self._tls = TlsContext()
+        self._delivery: Delivery | None = None
         self._minting: asyncio.Task[None] | None = None
         self._descriptors = DESCRIPTORS
-        transfers: Transfers = {}
-        self._gate = Gate(transfers)
-        self._flows = Flows(self._gate, transfers)
+        self._takeover = Takeover(lambda client: self._gate.intakes.hand_over(client))
+        self._gate = Gate(self._takeover)
+        self._flows = Flows(self._gate)
         self.addons = [self._gate, self._flows]
 
     # --- life
@@ -185,7 +188,7 @@ class OllamaCache:
         self._mint()
 
     def _mint(self) -> None:
-        """Give mitmproxy a leaf for each intercepted host; its own CA is a throw-away that nobody trusts."""
+        """Make a leaf for each intercepted host, for mitmproxy too; its own CA is a throw-away that nobody trusts."""
         assert self._settings and self._authorities and self._confdir
         folder = Path(self._confdir.name)
         self._leaves = [self._authorities.issue(host, now=_now()) for host in self._settings.intercepted]
@@ -196,6 +199,8 @@ class OllamaCache:
             path.touch(mode=0o600)
             path.write_bytes(leaf.pem)
             specs.append(f"{leaf.host}={path}")
+            if leaf.host == self._settings.blob_host:
+                self._tls.renew(leaf)
         ctx.options.update(confdir=self._confdir.name, certs=specs)
 
     def _certificates(self) -> dict[str, datetime]:
@@ -242,24 +247,27 @@ class OllamaCache:
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
         self._forbid_reload()
-        self._dispatch = Dispatch(ctx.master.addons)
-        self._dispatch.install()
+        remove_idle()
         try:
             await check_hooks(self._gate)
         except CacheError as error:
             _stop(error)
+        parts = (self._requests, self._tls, self._upstream, self._parents)
+        self._delivery = Delivery(settings, self._registry.answer, *parts, is_own=self._gate.is_own)
+        await self._delivery.open()
+        await self._takeover.open(self._delivery, settings.blob_host)
         limits = ConnectionLimits(most_connections(self._descriptors))
-        self._gate.prepare(settings, self._parents, self._upstream.loop, limits)
-        self._flows.open(settings, self._registry, self._upstream.loop, self._requests)
+        self._gate.prepare(settings, self._parents, self._upstream.loop, limits, self._delivery.loopback.address)
+        self._flows.open(settings, self._registry, self._upstream.loop, self._requests, self._delivery.loopback)
         self._gate.open()
-        parts = (settings, self._store, self._recorder, self._upstream)
-        metrics = Metrics(*parts, self._requests, self._lag, self._vitals, self._registry.pulls.counts, self._desk.tier)
-        watch = Watch(*parts, self._vitals, self._desk.view, self._registry.pulls.counts, self._desk.tier)
+        views = (settings, self._store, self._recorder, self._upstream)
+        metrics = Metrics(*views, self._requests, self._lag, self._vitals, self._registry.pulls.counts, self._desk.tier)
+        watch = Watch(*views, self._vitals, self._desk.view, self._registry.pulls.counts, self._desk.tier)
         Lookout(metrics, self._vitals, watch).enter(self._blob_server.pages)
         proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
         given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)
         clientpages.add(self._blob_server.pages, given)
-        await self._blob_server.open(self._registry, self._gate.admits, limits, self._requests)
+        await self._blob_server.open(self._registry, self._gate.admits, limits, self._requests, self._delivery.threads)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
@@ -298,17 +306,18 @@ class OllamaCache:
         if self._vitals is not None:
             self._vitals.draining = True
         self._gate.close()
-        if self._dispatch is not None:
-            self._dispatch.remove()
+        self._takeover.close()
         self._lag.close()
         _log.info("event loop lag: %s", self._lag)
         if self._minting is not None:
             self._minting.cancel()
         if self._desk is not None:
             await self._desk.close()
+        self._flows.close()
         if self._blob_server is not None:
             await self._blob_server.close()
-        self._flows.close()
+        if self._delivery is not None:
+            await self._delivery.close()
         if self._registry is not None:
             await self._registry.close()
         if self._recorder is not None:
@@ -317,7 +326,6 @@ class OllamaCache:
             await self._uploader.close()
         if self._leases is not None:
             await self._leases.close()
-        self._flows.release()
         if self._threads is not None:
             self._threads.close()
         if self._upstream is not None:

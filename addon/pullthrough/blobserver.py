@@ -23,17 +23,19 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from pullthrough import platform
+from pullthrough.byte_sender import Sending
+from pullthrough.byte_threads import ByteThreads
 from pullthrough.cachestatus import CACHE_NAME, CacheStatus, Outcome
 from pullthrough.connlimit import ConnectionLimits
 from pullthrough.door import Door
-from pullthrough.errors import CacheError, SettingsError
-from pullthrough.exchange import Answer, Request, failure
+from pullthrough.errors import SettingsError
+from pullthrough.exchange import Answer, Request, gathered
 from pullthrough.pages import Pages
-from pullthrough.reader import WAIT_S, Reader
+from pullthrough.reader import Reader
 from pullthrough.registry import Registry
 from pullthrough.requestlog import RequestLog
 from pullthrough.route import ManifestRoute, parse_canonical_target, parse_registry_target
-from pullthrough.sender import Sending, send
+from pullthrough.sender import send
 from pullthrough.settings import PREFIX, Endpoint, Settings
 from pullthrough.webpage import asks_for_page
 
@@ -64,6 +66,7 @@ class BlobServer:
         self.pages = Pages(settings.advertise)
         """What this port gives besides models."""
         self._requests = RequestLog()
+        self._threads: ByteThreads
         self._runner: web.ServerRunner | None = None
         self._sockets: list[socket.socket] = []
         try:
@@ -106,10 +109,16 @@ class BlobServer:
         return None
 
     async def open(
-        self, registry: Registry, admits: Callable[[str], bool], limits: ConnectionLimits, requests: RequestLog
+        self,
+        registry: Registry,
+        admits: Callable[[str], bool],
+        limits: ConnectionLimits,
+        requests: RequestLog,
+        threads: ByteThreads,
     ) -> None:
-        """Serve from now on those whose address `admits`; `requests` is told of each answer."""
+        """Serve from now on those whose address `admits`; `requests` is told of each answer, `threads` send bodies."""
         self._requests = requests
+        self._threads = threads
         self._registry = registry
         door = Door(self._handle, admits, limits, access_log=None, keepalive_timeout=IDLE_S)
         self._runner = web.ServerRunner(door, shutdown_timeout=SHUTDOWN_S)
@@ -137,9 +146,9 @@ class BlobServer:
             if (page := await self.pages.answer(request)) is not None:
                 page.headers["Server"] = CACHE_NAME
                 return page
-            answer = await self._answer(request)
-            if answer.held and isinstance(answer.body, Reader):
-                answer = await _gathered(request, answer, answer.body)
+            answer = await gathered(
+                await self._answer(request), lambda: request.transport is None or request.transport.is_closing()
+            )
         except Exception:
             _log.exception("answering %s failed", request.raw_path.partition("?")[0])
             answer = Answer(502, CacheStatus(Outcome.MISS))
@@ -158,18 +167,16 @@ class BlobServer:
                 await response.write(answer.body)
             self._requests.answer(*line)
             return response
-        sending = Sending()
+        sending = Sending(problem="cut off")
         try:
             await response.prepare(request)
-            await send(request, response, answer.body, sending)
+            await send(request, response, answer.body, sending, self._threads)
         finally:
             answer.body.close()
             seconds = time.monotonic() - began
             self._requests.transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)
         if sending.problem:
             response.force_close()
-        if sending.stalled and request.transport is not None:
-            request.transport.abort()
         return response
 
     async def _answer(self, request: web.BaseRequest) -> Answer:
@@ -221,21 +228,6 @@ def _in_words(answer: Answer, target: str, host: str) -> Answer:
         "HTTPS_PROXY through the cache's proxy, or from the registry itself."
     )
     return _refusal(403, message, code="DENIED")
-
-
-async def _gathered(request: web.BaseRequest, answer: Answer, reader: Reader) -> Answer:
-    """The answer, once all of its bytes are here or the client has gone."""
-    try:
-        while not await reader.whole(WAIT_S):
-            if request.transport is None or request.transport.is_closing():
-                break
-    except CacheError as error:
-        reader.close()
-        return failure(error)
-    except BaseException:
-        reader.close()
-        raise
-    return answer
 
 
 def blob_origin(address: str, port: int) -> str:

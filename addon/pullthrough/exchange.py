@@ -6,7 +6,8 @@ turns an error into a blob route's answer. Knows neither mitmproxy nor how anyth
 
 import json
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +16,7 @@ from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, UpstreamRefused
 from pullthrough.loopguard import CDN_LOOP
 from pullthrough.manifestjson import takes_lists
-from pullthrough.reader import Reader
+from pullthrough.reader import WAIT_S, Reader
 from pullthrough.records import BYPASSING, Version, version_of
 
 _log = logging.getLogger(__name__)
@@ -132,3 +133,20 @@ def explained(status: int, code: str, message: str, cache: CacheStatus) -> Answe
     body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
     _log.warning("%s", message)
     return Answer(status, cache, (("Content-Type", "application/json"),), body, len(body))
+
+
+async def gathered(answer: Answer, is_gone: Callable[[], bool]) -> Answer:
+    """A held answer, once all of its bytes are here or the client has gone; any other one at once."""
+    if not answer.held or not isinstance(answer.body, Reader):
+        return answer
+    reader = answer.body
+    try:
+        while not await reader.whole(WAIT_S) and not is_gone():
+            pass
+    except CacheError as error:
+        reader.close()
+        return failure(error)
+    except BaseException:
+        reader.close()
+        raise
+    return answer

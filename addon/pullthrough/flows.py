@@ -6,26 +6,30 @@ response, never upstream's bytes by accident. Knows how mitmproxy works and noth
 
 import logging
 import time
+from dataclasses import replace
 from typing import Final
 
-from mitmproxy import ctx, http
+from mitmproxy import http
 
+from pullthrough.byte_sender import Sending
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.errors import AddressRefused, CacheError, LoopDetected, Misdirected, Offline
-from pullthrough.exchange import Answer, failure
+from pullthrough.exchange import Answer, failure, gathered
 from pullthrough.gate import Gate, normal, refuse
+from pullthrough.loopback import Loopback
 from pullthrough.loopguard import CDN_LOOP, LoopGuard
 from pullthrough.messages import has_body, request_of, response_of
 from pullthrough.reader import Reader
 from pullthrough.registry import Registry
 from pullthrough.requestlog import RequestLog
 from pullthrough.settings import Settings
-from pullthrough.streamlayer import Mouth, Transfer, Transfers
 
 _log = logging.getLogger(__name__)
 
 ANSWERED: Final = "ollama_cache_status"
 """Where a flow's metadata say how we have answered it."""
+REPOINTED: Final = "ollama_cache_answer"
+"""Where they have the answer whose body comes from our own listener."""
 
 
 class Flows:
@@ -33,23 +37,22 @@ class Flows:
 
     name = "ollama_cache_flows"
 
-    def __init__(self, gate: Gate, transfers: Transfers) -> None:
+    def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._transfers = transfers
-        self._mouth = Mouth(lambda client: ctx.master.addons.get("proxyserver").connections.get(client))
+        self._loopback: Loopback | None = None
         self._settings: Settings | None = None
         self._registry: Registry | None = None
         self._loop = LoopGuard("")
         self._requests = RequestLog()
 
     def open(
-        self,
-        settings: Settings,
-        registry: Registry,
-        loop: LoopGuard,
-        requests: RequestLog,
+        self, settings: Settings, registry: Registry, loop: LoopGuard, requests: RequestLog, loopback: Loopback
     ) -> None:
-        """From now on requests are answered by the registry's core; `requests` is told how each request ended."""
+        """From now on requests are answered by the registry's core; `requests` is told how each request ended.
+
+        `loopback` gives the bodies.
+        """
+        self._loopback = loopback
         self._requests = requests
         self._settings = settings
         self._registry = registry
@@ -58,11 +61,6 @@ class Flows:
     def close(self) -> None:
         """Answer nothing any more; bodies under way go on."""
         self._registry = None
-
-    def release(self) -> None:
-        """End all bodies."""
-        for transfer in list(self._transfers.values()):
-            transfer.close()
 
     # --- hooks
 
@@ -103,7 +101,7 @@ class Flows:
                 self._check_way(flow)
                 self._reroute(flow)
             else:
-                self._apply(flow, answer)
+                self._apply(flow, await gathered(answer, lambda: not flow.client_conn.connected))
         except Offline as error:
             self._apply(flow, failure(error))
         except Exception:
@@ -112,8 +110,13 @@ class Flows:
             self._apply(flow, Answer(502, CacheStatus(Outcome.MISS)))
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
-        if flow.response is not None and flow.id not in self._transfers:
-            flow.response.stream = True
+        if flow.response is None:
+            return
+        if answer := flow.metadata.get(REPOINTED):
+            head = _response(answer, flow.request.method)
+            flow.response.status_code, flow.response.reason = head.status_code, head.reason
+            flow.response.headers = head.headers
+        flow.response.stream = True
 
     def response(self, flow: http.HTTPFlow) -> None:
         self._finish(flow)
@@ -121,41 +124,36 @@ class Flows:
     def error(self, flow: http.HTTPFlow) -> None:
         self._finish(flow)
 
-    async def ollama_cache_piece(self, transfer: Transfer) -> None:
-        """The stream layer wants the next piece of a body."""
-        await self._mouth.fill(transfer)
-
     def _apply(self, flow: http.HTTPFlow, answer: Answer) -> None:
-        # A body behind the head that answers a HEAD would be taken for the next response.
-        body = answer.body if isinstance(answer.body, bytes) and flow.request.method != "HEAD" else b""
-        headers = [*answer.headers, ("Cache-Status", str(answer.cache))]
-        flow.response = response_of(answer.status, headers, body, answer.length)
         flow.metadata[ANSWERED] = answer.cache
         if isinstance(answer.body, Reader):
-            self._transfers[flow.id] = Transfer(flow, answer.body, held=answer.held)
+            self._repoint(flow, replace(answer, body=b""), answer.body)
+        else:
+            flow.response = _response(answer, flow.request.method)
+
+    def _repoint(self, flow: http.HTTPFlow, answer: Answer, reader: Reader) -> None:
+        """Have mitmproxy stream the body from our own listener, under the answer's head."""
+        assert self._loopback is not None
+        line = (flow.client_conn.peername[0], flow.request.method, flow.request.path, answer.status, answer.cache)
+        began = time.monotonic()
+
+        def note(sending: Sending) -> None:
+            seconds = time.monotonic() - began
+            self._requests.transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)
+
+        path = self._loopback.offer(reader, note)
+        flow.metadata[REPOINTED] = answer
+        self._gate.repoint(flow)
+        flow.request.path = path
+        flow.request.headers = http.Headers(Host=self._loopback.address[0])
 
     def _finish(self, flow: http.HTTPFlow) -> None:
-        transfer = self._transfers.pop(flow.id, None)
-        if transfer is not None:
-            transfer.close()
-        if flow.response is None:
+        if flow.response is None or REPOINTED in flow.metadata:
             return
         client, request, status = flow.client_conn.peername[0], flow.request, flow.response.status_code
         # What nobody here has answered was passed through, or refused.
         cache = flow.metadata.get(ANSWERED, CacheStatus(Outcome.BYPASS))
-        if transfer is None:
-            self._requests.answer(client, request.method, request.path, status, cache)
-            return
-        self._requests.transfer(
-            client,
-            request.method,
-            request.path,
-            status,
-            cache,
-            sent=transfer.sent,
-            seconds=time.monotonic() - transfer.began,
-            problem=flow.error.msg if flow.error else "",
-        )
+        self._requests.answer(client, request.method, request.path, status, cache)
 
     def _may_answer(self, flow: http.HTTPFlow) -> bool:
         return (
@@ -178,3 +176,9 @@ class Flows:
         # What it takes to use this proxy is nobody's business behind it (RFC 9110 section 11.7.2).
         flow.request.headers.pop("Proxy-Authorization", None)
         self._gate.pass_on(flow)
+
+
+def _response(answer: Answer, method: str) -> http.Response:
+    # A body behind the head that answers a HEAD would be taken for the next response.
+    body = answer.body if isinstance(answer.body, bytes) and method != "HEAD" else b""
+    return response_of(answer.status, [*answer.headers, ("Cache-Status", str(answer.cache))], body, answer.length)

@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary
 from mitmproxy import connection, ctx, http, tls
 from mitmproxy.proxy import commands, events, layer, server_hooks
 from mitmproxy.proxy.context import Context
-from mitmproxy.proxy.layers import ServerTLSLayer
-from mitmproxy.proxy.layers.http import HTTPMode, HttpStream
+from mitmproxy.proxy.layers import ClientTLSLayer, ServerTLSLayer
+from mitmproxy.proxy.layers.http import HttpLayer, HTTPMode, HttpStream
 from mitmproxy.proxy.layers.modes import ReverseProxy, TransparentProxy
 
 from pullthrough import platform
@@ -32,10 +32,9 @@ from pullthrough.opening import read_opening
 from pullthrough.parent import Parents
 from pullthrough.parentleg import ParentLeg
 from pullthrough.settings import Endpoint, Settings, Tunnel
-from pullthrough.streamlayer import CachingLayer, Transfers, replace_http_layer
+from pullthrough.takeover import Takeover
 from pullthrough.tunnel import SHARED, LegPolicy, check_elsewhere
 from pullthrough.upstream import exempt_hosts
-from pullthrough.widetls import WideTLSLayer, widen
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +51,10 @@ class Gate:
 
     name = "ollama_cache_gate"
 
-    def __init__(self, transfers: Transfers) -> None:
-        self._transfers = transfers
+    def __init__(self, takeover: Takeover) -> None:
+        """`takeover` takes connections to the blob host once they have been let through."""
+        self._takeover = takeover
+        self._loopback = ("", 0)
         self._intercepted: tuple[str, ...] = ()
         self._upstream: Mapping[str, Endpoint] = {}
         self._policy: ClientPolicy | None = None
@@ -79,8 +80,16 @@ class Gate:
         self._legs = LegPolicy(frozenset(), tunnels=True)
         self.intakes.open(ConnectionLimits(1))
 
-    def prepare(self, settings: Settings, parents: Parents, loop: LoopGuard, limits: ConnectionLimits) -> None:
-        """From now on it is known what the settings say."""
+    def prepare(
+        self,
+        settings: Settings,
+        parents: Parents,
+        loop: LoopGuard,
+        limits: ConnectionLimits,
+        loopback: tuple[str, int],
+    ) -> None:
+        """From now on it is known what the settings say; `loopback` is where flows are re-pointed."""
+        self._loopback = loopback
         self.parent.open(parents, loop)
         self.intakes.open(limits)
         self._intercepted = settings.intercepted
@@ -99,6 +108,10 @@ class Gate:
     def is_ours(self, host: str) -> bool:
         """Whether `host` is a registry or the blob host."""
         return normal(host) in self._intercepted
+
+    def is_own(self, host: str, port: int) -> bool:
+        """Whether a name of ours that leads to this machine would lead to this cache."""
+        return self.is_ours(host) and port in own_ports()
 
     def check_names(self, flow: http.HTTPFlow) -> None:
         """Misdirected unless CONNECT authority, SNI and Host of one of our flows are one name."""
@@ -119,6 +132,13 @@ class Gate:
             raise AddressRefused(f"{host}:{port} is for the cache's own requests; ask for a registry by its name")
         self._legs.check_port(port, encrypted=port == 443)
         self.parent.check(host, port, encrypted=False)
+
+    def repoint(self, flow: http.HTTPFlow) -> None:
+        """Send a request to our own listener, for what has been decided to be its answer's body."""
+        request = flow.request
+        flow.server_conn.via = None
+        request.scheme, (request.host, request.port) = "http", self._loopback
+        self._granted.setdefault(flow.client_conn, set()).add(self._loopback)
 
     def pass_on(self, flow: http.HTTPFlow) -> None:
         """Send a request to where its host is really reached: as `upstream` says, and through the parent proxy."""
@@ -168,6 +188,7 @@ class Gate:
             if not self._intercepts(host, port):
                 self._legs.check_port(port, encrypted=True)
                 self.parent.check(host, port, encrypted=True)
+            self._takeover.take_connect(flow)
         except LoopDetected as error:
             refuse(flow, error.status_hint, str(error))
         except AddressRefused as error:
@@ -177,11 +198,11 @@ class Gate:
             refuse(flow, 403, "tunnel refused")
 
     def next_layer(self, nextlayer: layer.NextLayer) -> None:
-        """Intercept our hosts with our own HTTP layer; pass every other tunnel through unread."""
+        """Pass every tunnel through unread that does not lead to our hosts; mitmproxy intercepts those."""
         context = nextlayer.context
         if isinstance(context.layers[-1], TransparentProxy | ReverseProxy):
             try:
-                nextlayer.layer = self._captured(context, nextlayer.data_client())
+                nextlayer.layer = self._captured(context, nextlayer)
             except Exception:
                 # mitmproxy's own choice would be to decrypt.
                 _log.exception("capture policy failed; refused")
@@ -190,14 +211,9 @@ class Gate:
         in_tunnel = any(isinstance(item, HttpStream) for item in context.layers)
         if in_tunnel and not (context.server.address and self._intercepts(*context.server.address[:2])):
             nextlayer.layer = self._tunnel(context)
-            return
-        ctx.master.addons.get("nextlayer").next_layer(nextlayer)
-        if nextlayer.layer is not None:
-            nextlayer.layer = replace_http_layer(nextlayer.layer, self._transfers)
-            widen(nextlayer.layer)
 
-    def _captured(self, context: Context, data: bytes) -> layer.Layer | None:
-        """The layer for a connection whose client takes us for the server; None while `data` does not say for which.
+    def _captured(self, context: Context, nextlayer: layer.NextLayer) -> layer.Layer | None:
+        """The layer for a connection whose client takes us for the server; None while nothing says for which.
 
         One of our names makes it as if the client had asked a proxy for that name. Another one is passed on unread to
         where the client dialled; in reverse mode that was us, so it ends.
@@ -206,7 +222,7 @@ class Gate:
         reverse = isinstance(context.layers[-1], ReverseProxy)
         if context.client.transport_protocol != "tcp":
             return _Closing(context)
-        opening = read_opening(data)
+        opening = read_opening(nextlayer.data_client())
         if opening is None:
             return None
         target, dialled = context.server.address[:2]
@@ -215,9 +231,11 @@ class Gate:
         if self.is_ours(name) and (reverse or dialled == port):
             context.server.address = (normal(name), port)
             if not opening.encrypted:
-                return CachingLayer(context, HTTPMode.transparent, self._transfers)
+                return HttpLayer(context, HTTPMode.transparent)
+            if not reverse and self._takeover.is_for(name) and self._takeover.take_captured(nextlayer):
+                return _Closing(context)
             top = ServerTLSLayer(context)
-            top.child_layer = WideTLSLayer(context)
+            top.child_layer = ClientTLSLayer(context)
             return top
         if reverse:
             peer = context.client.peername[0]
@@ -245,12 +263,12 @@ class Gate:
             assert data.server.address
             host, port = data.server.address[:2]
             granted = (normal(host), port) in self._granted.get(data.client, ())
-            if self.parent.is_parent(host, port) and granted:
+            if granted and (self.parent.is_parent(host, port) or (host, port) == self._loopback):
                 return
             if self.is_ours(host) and not granted:
                 raise AddressRefused("nothing was passed on to it")
             exempt = granted and self._legs.is_exempt(host, port)
-            if exempt and not (self.is_ours(host) and port in own_ports()):
+            if exempt and not self.is_own(host, port):
                 return
             if not exempt:
                 # A CONNECT's port has been checked before, that of a connection which was redirected to us has not.

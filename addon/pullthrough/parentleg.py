@@ -14,14 +14,14 @@ import socket
 from collections.abc import Collection, Mapping
 from weakref import WeakKeyDictionary
 
-from mitmproxy import connection, http
+from mitmproxy import connection, ctx, http, version
 from mitmproxy.net import server_spec
 from mitmproxy.proxy import layer, server_hooks, tunnel
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.layers.http._upstream_proxy import HttpUpstreamProxy
 
-from pullthrough.errors import LoopDetected
+from pullthrough.errors import LoopDetected, SettingsError
 from pullthrough.loopguard import CDN_LOOP, LoopGuard
 from pullthrough.parent import Parents, Proxy, check_remote
 from pullthrough.platform import own_addresses
@@ -116,6 +116,25 @@ class _Tunnel(HttpUpstreamProxy):
         assert self.conn.address
         _log.warning("%s:%d through the parent proxy: %s", *self.conn.address[:2], err)
         yield from super().on_handshake_error(err)
+
+
+def check_internals() -> None:
+    """SettingsError unless mitmproxy is of the generation that this cache was tried with, and a tunnel can be made."""
+    found = version.VERSION
+    if not found.startswith("12.") or tuple(int(part) for part in found.split(".")[:3]) < (12, 2, 3):
+        raise SettingsError(f"expected mitmproxy >=12.2.3,<13, got {found}")
+    client = connection.Client(peername=("127.0.0.1", 1), sockname=("127.0.0.1", 2))
+    context = Context(client, ctx.options)
+    context.server = connection.Server(address=("trial.invalid", 443), via=("http", ("127.0.0.1", 3)))
+    try:
+        trial = _Tunnel.make(context, True)[0]
+        is_ours = isinstance(trial, _Tunnel) and callable(HttpUpstreamProxy.on_handshake_error)
+    except Exception as error:
+        raise SettingsError(
+            f"mitmproxy {found} does not make tunnels as expected ({error!r}): use another one"
+        ) from error
+    if not is_ours:
+        raise SettingsError(f"expected a tunnel of our kind from mitmproxy {found}, got {trial!r}: use another one")
 
 
 def ways_out(environment: Mapping[str, str], ports: Collection[int]) -> Parents:

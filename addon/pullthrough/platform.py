@@ -62,6 +62,15 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
         return os.read(descriptor, size)
 
 
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Read into `buffer` at `offset`, and say how much; 0 at the end of the file. May block on the disk."""
+    if sys.platform != "win32" and hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    data = read_at(descriptor, offset, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
 def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
     """Write all of `data` at `offset`; may block on the disk. OSError as the system says."""
     view = memoryview(data)
@@ -192,6 +201,24 @@ def allow_descriptors(wanted: int) -> int:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     return min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def descriptors() -> int:
+    """How many files and sockets this process may have open."""
+    if sys.platform == "win32":
+        return 8192
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def free_memory() -> int:
+    """The bytes that this machine can give to programs without swapping; within a control group, at most its limit."""
+    available = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available
 
 
 def boot_id() -> str:

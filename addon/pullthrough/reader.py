@@ -78,6 +78,11 @@ class Reader:
                 self._pass_through()
 
     @property
+    def is_complete(self) -> bool:
+        """Whether all bytes are here: then `next` never waits, and may be asked for the whole interval."""
+        return self._file is not None
+
+    @property
     def done(self) -> bool:
         return self.position >= self.stop
 

@@ -1,102 +1,71 @@
-"""Send a reader's bytes to a client of the blob server, by sendfile where the system has it.
+"""Send a reader's bytes to a client of one of our aiohttp servers, from a thread and by sendfile where there is one.
 
 Invariant: a body is sent whole, or stops short of its Content-Length and the caller ends the connection with FIN
-(server/download.go: an unexpected EOF keeps progress, a reset does not). Descriptors are used by offset only, as
-several clients share one. Knows no registry and no request.
+(server/download.go: an unexpected EOF keeps progress, a reset does not). Knows no registry and no request.
 """
 
 import asyncio
-import errno
-import io
-import os
-from dataclasses import dataclass
-from typing import Final
+import contextlib
+import math
+import socket
 
 from aiohttp import web
 
-from pullthrough import platform
-from pullthrough.errors import CacheError
-from pullthrough.reader import CLIENT_STALL_S, WAIT_S, FileSpan, Memory, Pending, Reader, read_span
-
-SPAN: Final = 16 << 20
-"""Bytes per call: small enough that a client which takes them slowly is not taken for one that takes none. Each call
-costs Python a quarter of a millisecond."""
-PIECE: Final = 1 << 20
-"""Bytes that are in memory at once where the disk must be waited for, or sendfile is none."""
+from pullthrough import byte_sender
+from pullthrough.byte_sender import LoopCalls, LoopReader, Sending
+from pullthrough.byte_threads import ByteThreads
+from pullthrough.outlets import PlainOutlet
+from pullthrough.reader import Reader
 
 
-@dataclass
-class Sending:
-    """How a body fares; as it stands, should the sending be cancelled."""
-
-    sent: int = 0
-    problem: str = "cut off"
-    """Why it ended before its time; "" when it did not."""
-    stalled: bool = False
-    """The client takes nothing: there is no use in saying goodbye."""
-
-
-async def send(request: web.BaseRequest, response: web.StreamResponse, reader: Reader, sending: Sending) -> None:
+async def send(
+    request: web.BaseRequest, response: web.StreamResponse, reader: Reader, sending: Sending, threads: ByteThreads
+) -> None:
     """Send all that `reader` has behind the head of `response`, which has been sent ("prepared").
 
-    No error of the client, the network or the reader is raised: `sending` tells.
+    No error of the client, the network or the reader is raised: `sending` tells, also when this is cancelled.
     """
-    try:
-        while not reader.done:
-            if request.transport is None or request.transport.is_closing():
-                raise ConnectionResetError
-            piece = await reader.next(SPAN, WAIT_S)
-            if isinstance(piece, Pending):
-                continue
-            async with asyncio.timeout(CLIENT_STALL_S):
-                sending.sent += await _send_piece(request, response, reader, piece)
-        sending.problem = ""
-    except ConnectionError:
-        sending.problem = "client disconnected"
-    except TimeoutError:
-        sending.problem, sending.stalled = f"client took no byte for {CLIENT_STALL_S:.0f} s", True
-    except (CacheError, OSError) as error:
-        sending.problem = str(error)
-
-
-async def _send_piece(
-    request: web.BaseRequest, response: web.StreamResponse, reader: Reader, piece: FileSpan | Memory
-) -> int:
-    if isinstance(piece, Memory):
-        await response.write(piece.data)
-        return len(piece.data)
-    try:
-        # Without sendfile: Windows, and file systems that cannot. asyncio's own fallback reads by the file's position.
-        if not (hasattr(os, "sendfile") and await _send_file(request, piece)):
-            for start in range(piece.start, piece.stop, PIECE):
-                part = FileSpan(piece.descriptor, start, min(start + PIECE, piece.stop))
-                await response.write(await read_span(part))
-    except OSError as error:
-        # What the network does to a connection is no fault of the file.
-        if not isinstance(error, ConnectionError | TimeoutError) and error.errno in (None, errno.EIO):
-            reader.on_unreadable()
-        raise
-    return piece.stop - piece.start
-
-
-async def _send_file(request: web.BaseRequest, span: FileSpan) -> bool:
-    """Whether the span was sent; False before its first byte if that cannot be done here."""
-    size = span.stop - span.start
-    for start in range(span.start, span.stop, PIECE):
-        stop = min(start + PIECE, span.stop)
-        if platform.read_cached(span.descriptor, stop - 1, 1) is None:
-            # sendfile would wait for the disk on the event loop: the bytes are brought into the page cache first.
-            await asyncio.to_thread(platform.read_at, span.descriptor, start, stop - start)
+    sending.problem = "client disconnected"
     # Until nothing waits in the transport's own buffer, see `Door.connection_made`.
-    await request.writer.drain()
-    transport = request.transport
-    if transport is None or transport.is_closing():
-        raise ConnectionResetError
-    with io.FileIO(span.descriptor, closefd=False) as file:
-        try:
-            sent = await asyncio.get_running_loop().sendfile(transport, file, span.start, size, fallback=False)
-        except asyncio.SendfileNotAvailableError:
-            return False
-    if sent != size:
-        raise OSError(f"expected {size} bytes at {span.start}, got {sent}: the file is shorter")
-    return True
+    with contextlib.suppress(ConnectionError):
+        await request.writer.drain()
+    if request.transport is None or request.transport.is_closing():
+        return
+    sending.problem = "cut off"
+    body = _Body(request.transport.get_extra_info("socket").dup(), reader, sending, asyncio.get_running_loop())
+    threads.start(body)
+    try:
+        await asyncio.shield(body.sent)
+    except asyncio.CancelledError:
+        # The thread uses the reader.
+        body.stop()
+        await body.sent
+        raise
+
+
+class _Body:
+    """One body, as `byte_threads` serves it."""
+
+    deadline = math.inf
+
+    def __init__(self, sock: socket.socket, reader: Reader, sending: Sending, loop: asyncio.AbstractEventLoop) -> None:
+        self.sent: asyncio.Future[None] = loop.create_future()
+        self._calls = LoopCalls(loop)
+        self._reader = LoopReader(reader, self._calls)
+        self._out = PlainOutlet(sock)
+        self._sending = sending
+
+    def fileno(self) -> int:
+        return self._out.sock.fileno()
+
+    def run(self) -> bool:
+        self._sending.problem = ""
+        byte_sender.send(self._reader, self._out, self._sending)
+        return False
+
+    def stop(self) -> None:
+        self._out.stop()
+
+    def close(self) -> None:
+        self._out.sock.close()
+        self._calls.soon(self.sent.set_result, None)

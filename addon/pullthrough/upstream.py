@@ -100,7 +100,8 @@ class Upstream:
         self._own = own_addresses
         self._own_ports = own_ports
         self._named = Named({(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
-        self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
+        self.context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
+        """How the chain and the name of every server are verified."""
         self._session: aiohttp.ClientSession | None = None
         self._near: set[tuple[str, int]] = set()
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
@@ -109,7 +110,7 @@ class Upstream:
 
     async def open(self) -> None:
         connector = aiohttp.TCPConnector(
-            ssl=self._context,
+            ssl=self.context,
             limit=0,
             resolver=CheckedResolver(
                 self._policy, self._settings.intercepted, self._own, self._own_ports, self._named, self._near

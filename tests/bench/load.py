@@ -120,6 +120,12 @@ class Load:
             share.result()
         return latencies
 
+    def storm(self, route: Route, ask: Ask, connections: int) -> list[float]:
+        """Seconds, sorted, from each connection's beginning to its answer, when so many are made at once."""
+        numbers = [connections // PROCESSES] * PROCESSES
+        shares = [self._pool.submit(_storm, route, ask, number) for number in numbers]
+        return sorted(seconds for share in shares for seconds in share.result())
+
     def _start(
         self, route: Route, lists: Sequence[Sequence[Ask]], seconds: float, processes: int
     ) -> "list[Future[Tally]]":
@@ -229,6 +235,19 @@ def _fetch(route: Route, lists: Sequence[Sequence[Ask]], seconds: float) -> Tall
 
     with ThreadPoolExecutor(len(lists)) as threads:
         return Tally.of(list(threads.map(run, lists)))
+
+
+def _storm(route: Route, ask: Ask, connections: int) -> list[float]:
+    ready = threading.Barrier(connections)
+
+    def run(_: int) -> float:
+        ready.wait(_TIMEOUT_S)
+        began = time.monotonic()
+        once(route, ask)
+        return time.monotonic() - began
+
+    with ThreadPoolExecutor(connections) as threads:
+        return list(threads.map(run, range(connections)))
 
 
 def _pace(route: Route, ask: Ask, connections: int, rate: float, seconds: float) -> list[float]:

@@ -32,8 +32,8 @@ ROWS: Final = {
     ),
     "hit": Row(
         warm.hit,
-        "one core: all of mitmproxy is one thread, of which a fifth encrypts, a sixth copies and the rest is Python's "
-        "calls; nginx uses every core",
+        "encrypting and the kernel's copying, on the cores that the clients decrypt on too; the cache's threads and "
+        "nginx's workers use all of them",
     ),
     "plain": Row(warm.plain, "one core and the kernel's copying, with the reader on the other one"),
     "single": Row(
@@ -53,12 +53,17 @@ ROWS: Final = {
     "lag": Row(pulls.lag, "Python's one interpreter lock, which hashing and TLS release only in part"),
     "requests": Row(small.requests, "mitmproxy's Python for each request, one core"),
     "latency": Row(small.latency, "the same, and the generator's 64 threads on the same cores"),
-    "beside": Row(warm.beside, "the pieces of 512 KiB that go to the four clients between two turns"),
+    "many": Row(
+        warm.many,
+        "mitmproxy's Python for each CONNECT, one core, and the generator's own handshakes on the same cores; nginx is "
+        "asked directly",
+    ),
+    "beside": Row(warm.beside, "Python's one interpreter lock, and the cores, which the clients take too"),
     "keep": Row(
         keep.keep,
         "Python: a third of a second before a verb begins, and without a cache that has it in memory the whole index "
         "is read",
     ),
     "hashed": Row(keep.hashed, "the cores' sha256, and for `import` the disk"),
-    "model": Row(small.model, "mitmproxy's Python, twice for each blob: the redirect and the blob"),
+    "model": Row(small.model, "mitmproxy's Python for each blob's redirect; the blob itself comes from a thread"),
 }

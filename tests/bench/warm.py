@@ -24,7 +24,9 @@ from tests.support.proxy import Proxy, free_port
 SIZE: Final = 512 << 20
 PLAIN_SIZE: Final = 2 << 30
 """So that each of 16 parts is 128 MiB: Ollama's are 100 MB at least (server/download.go, minDownloadPartSize)."""
-STREAMS: Final = (1, 16)
+STREAMS: Final = (1, 4, 16)
+MACHINES: Final = 100
+"""That pull at the same time, each by Ollama's sixteen connections."""
 MANIFEST: Final = "/v2/library/tiny/manifests/latest"
 _PIECE: Final = 8 << 20
 
@@ -167,25 +169,47 @@ def plain(bench: Bench) -> Iterator[Figure]:
 
 
 def beside(bench: Bench) -> Iterator[Figure]:
-    """A manifest, twenty times a second on a connection of its own, beside four clients that take all they can."""
+    """A manifest, twenty times a second on a connection of its own, beside sixteen clients that take all they can."""
     with _scene(bench.size(SIZE)) as scene:
 
         def measure(route: Route, heavy: str, tiny: str) -> Callable[[int], Sample]:
             def run(_round: int) -> Sample:
-                latencies = bench.load.beside(route, [Ask(heavy)] * 4, Ask(tiny), rate=20, seconds=bench.seconds(4))
+                latencies = bench.load.beside(route, [Ask(heavy)] * 16, Ask(tiny), rate=20, seconds=bench.seconds(4))
                 return {"p50 ms": statistics.median(latencies) * 1e3, "longest ms": latencies[-1] * 1e3}
 
             return run
 
         behind = scene.behind_stock
         yield bench.compare(
-            "a manifest beside four saturating clients",
+            "a manifest beside sixteen saturating clients",
             {
                 OURS: measure(
                     scene.ours, f"https://{R2_HOST}{scene.path}?{scene.query}", f"https://{REGISTRY_HOST}{MANIFEST}"
                 ),
                 "stock mitmdump": measure(scene.stock.route, behind + scene.path, behind + MANIFEST),
                 "nginx": measure(scene.nginx.route, behind + scene.path, behind + MANIFEST),
+            },
+            warm=False,
+        )
+
+
+def many(bench: Bench) -> Iterator[Figure]:
+    """A small part of a stored blob, asked for over 1,600 connections that are made in the same moment."""
+    with _scene(bench.size(SIZE)) as scene:
+        connections = 16 * (4 if bench.is_quick else MACHINES)
+
+        def measure(route: Route, url: str) -> Callable[[int], Sample]:
+            def run(_round: int) -> Sample:
+                latencies = bench.load.storm(route, Ask(url, interval=(0, 4096)), connections)
+                return {"p50 ms": statistics.median(latencies) * 1e3, "longest ms": latencies[-1] * 1e3}
+
+            return run
+
+        yield bench.compare(
+            f"{connections} connections at once, through TLS",
+            {
+                OURS: measure(scene.ours, f"https://{R2_HOST}{scene.path}?{scene.query}"),
+                "nginx": measure(scene.nginx.route, scene.behind_stock + scene.path),
             },
             warm=False,
         )

@@ -1,0 +1,59 @@
+"""Whether a blocking socket can be read or written, and whether its peer has gone.
+
+Invariant: nothing is read. Windows has no poll(2); there select(2) is used, which sees a peer that has gone only by
+looking for the end of what it sent. Knows no protocol.
+"""
+
+import contextlib
+import select
+import socket
+import sys
+from typing import Final
+
+_GONE: Final = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
+
+
+def readable(sock: socket.socket, timeout_s: float) -> bool:
+    """Whether bytes or the end of them have come within the time."""
+    if sys.platform == "win32":
+        return bool(select.select([sock], [], [], timeout_s)[0])
+    return _poll(sock, select.POLLIN, timeout_s) != 0
+
+
+def writable(sock: socket.socket, timeout_s: float | None) -> bool:
+    """Whether bytes can be sent within the time, or can never be again."""
+    if sys.platform == "win32":
+        return bool(select.select([], [sock], [], timeout_s)[1])
+    return _poll(sock, select.POLLOUT, timeout_s) != 0
+
+
+def either_readable(one: socket.socket, other: socket.socket, timeout_s: float) -> tuple[bool, bool]:
+    """Whether bytes or their end have come on each of two sockets; returns as soon as one has."""
+    if sys.platform == "win32":
+        found = select.select([one, other], [], [], timeout_s)[0]
+        return one in found, other in found
+    poll = select.poll()
+    poll.register(one, select.POLLIN)
+    poll.register(other, select.POLLIN)
+    ready = {descriptor for descriptor, _ in poll.poll(timeout_s * 1000)}
+    return one.fileno() in ready, other.fileno() in ready
+
+
+def is_gone(sock: socket.socket) -> bool:
+    """Whether the peer has closed its end, or the connection is lost."""
+    if sys.platform == "linux":
+        return bool(_poll(sock, select.POLLRDHUP, 0.0) & _GONE)
+    if not readable(sock, 0.0):
+        return False
+    with contextlib.suppress(OSError):
+        return sock.recv(1, socket.MSG_PEEK) == b""
+    return True
+
+
+def _poll(sock: socket.socket, events: int, timeout_s: float | None) -> int:
+    if sock.fileno() < 0:
+        return _GONE
+    poll = select.poll()
+    poll.register(sock, events)
+    found = poll.poll(None if timeout_s is None else timeout_s * 1000)
+    return found[0][1] if found else 0
