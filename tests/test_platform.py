@@ -140,57 +140,14 @@ def test_threads_share_a_descriptor(tmp_path: Path, positioned: str) -> None:
     assert (tmp_path / "file").read_bytes() == b"".join(map(expected, range(blocks)))
 
 
-# --- reads of what the page cache has
-
-
 @pytest.mark.parametrize(("offset", "size"), [(0, 16), (4, 3), (14, 99), (99, 1)])
-def test_read_cached_agrees_with_read_at(tmp_path: Path, offset: int, size: int) -> None:
-    """What the page cache gives is what a thread would have read, or "ask a thread"."""
+def test_read_into_agrees_with_read_at(tmp_path: Path, positioned: str, offset: int, size: int) -> None:
+    """The same bytes at the beginning of the buffer, and how many they are."""
     with opened(tmp_path / "file") as descriptor:
+        buffer = bytearray(b"?" * size)
+        count = platform.read_into(descriptor, memoryview(buffer), offset)
         expected = platform.read_at(descriptor, offset, size)
-        assert platform.read_cached(descriptor, offset, size) in ((expected, None) if expected else (None,))
-
-
-def test_nobody_knows_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without RWF_NOWAIT, or on Windows, a thread reads."""
-    with opened(tmp_path / "file") as descriptor:
-        monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset, flags: len(buffers[0]), raising=False)
-        monkeypatch.setattr(platform, "_RWF_NOWAIT", 0)
-        assert platform.read_cached(descriptor, 0, 16) is None
-        monkeypatch.setattr(platform, "_RWF_NOWAIT", 8)
-        assert platform.read_cached(descriptor, 0, 16) is not None
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "platform", "win32")
-            cached = platform.read_cached(descriptor, 0, 16)
-        assert cached is None
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        pytest.param(BlockingIOError(errno.EAGAIN, "not cached"), None, id="not cached"),
-        pytest.param(OSError(errno.EOPNOTSUPP, "no such flag"), None, id="file system cannot tell"),
-        pytest.param(OSError(errno.EIO, "bad sector"), None, id="the thread shall meet the error"),
-        pytest.param(0, None, id="nothing, which may be the end of the file"),
-        pytest.param(5, b"45678", id="the edge of what is cached"),
-        pytest.param(8, b"456789ab", id="all of it"),
-    ],
-)
-def test_read_cached_takes_what_there_is(
-    monkeypatch: pytest.MonkeyPatch, answer: int | OSError, expected: bytes | None
-) -> None:
-    """A short count is bytes to send; none at all is for a thread to look into."""
-
-    def preadv(descriptor: int, buffers: list[bytearray], offset: int, flags: int) -> int:
-        assert (descriptor, offset, flags, len(buffers[0])) == (7, 4, 8, 8)
-        if isinstance(answer, OSError):
-            raise answer
-        buffers[0][:answer] = DATA[offset : offset + answer]
-        return answer
-
-    monkeypatch.setattr(platform, "_RWF_NOWAIT", 8)
-    monkeypatch.setattr(os, "preadv", preadv, raising=False)
-    assert platform.read_cached(7, 4, 8) == expected
+    assert (count, bytes(buffer)) == (len(expected), expected.ljust(size, b"?"))
 
 
 # --- descriptors and durability

@@ -25,26 +25,6 @@ import psutil
 from pullthrough.settings import Network
 
 _FICLONE = 0x40049409  # linux/fs.h
-_RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
-
-
-def read_cached(descriptor: int, offset: int, size: int) -> bytes | bytearray | None:
-    """Up to `size` bytes at `offset` if the page cache has them, else None: then a thread must read.
-
-    Where the system cannot tell (no RWF_NOWAIT: macOS, Windows), always None.
-    """
-    if sys.platform == "win32" or not _RWF_NOWAIT:
-        return None
-    buffer = bytearray(size)
-    try:
-        count = os.preadv(descriptor, [buffer], offset, _RWF_NOWAIT)
-    except OSError:
-        # EAGAIN: not cached. EOPNOTSUPP: this file system cannot tell (tmpfs before Linux 6.6, NFS, FUSE).
-        return None
-    # A short count may be the edge of what is cached as well as the end of the file: both are bytes to send.
-    if count == size:
-        return buffer
-    return buffer[:count] if count else None
 
 
 # Without pread and pwrite (Windows) the position is shared state: calls on one descriptor must not overlap. One lock

@@ -1,16 +1,14 @@
 """Hand out the bytes of one interval of one blob, whether it is complete, being recorded, or cannot be kept.
 
 Invariant: what is handed out lies in `[position, stop)` of the blob, in order and without gaps; a span names bytes
-that are written and stay readable until `close`. Two mouths use it: the stream layer and the blob server.
+that are written and stay readable until `close`. Threads use it through `byte_sender.LoopReader`.
 Knows no HTTP: when bytes are missing it waits for the recording, or passes them through where that cannot be written.
 """
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from pullthrough import platform
 from pullthrough.cursor import Cursor
 from pullthrough.errors import StoreUnwritable
 from pullthrough.ingest import SharedFile
@@ -18,10 +16,7 @@ from pullthrough.recording import Recording
 from pullthrough.relay import Relay
 
 WAIT_S: Final = 1.0
-"""How long a mouth waits for missing bytes before it looks whether its client is still there."""
-
-CLIENT_STALL_S: Final = 600.0
-"""A client that takes no byte for this long is dropped."""
+"""How long a sender waits for missing bytes before it looks whether its client is still there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,18 +157,3 @@ class Reader:
         if self._cursor is not None:
             self._cursor.close()
             self._cursor = None
-
-
-async def read_span(span: FileSpan) -> bytes | bytearray:
-    """The span's bytes, all of them: from the page cache at once, else through a thread. OSError if it cannot."""
-    size = span.stop - span.start
-    data = platform.read_cached(span.descriptor, span.start, size)
-    if data is not None and len(data) == size:
-        return data
-    result = bytearray(data or b"")
-    while len(result) < size:
-        more = await asyncio.to_thread(platform.read_at, span.descriptor, span.start + len(result), size - len(result))
-        if not more:
-            raise OSError(f"expected {size} bytes at {span.start}, got {len(result)}: the file is shorter")
-        result += more
-    return result
