@@ -209,8 +209,15 @@ class BlobConnection:
         for field, value in request.headers:
             name, text = field.decode("latin-1"), value.decode("latin-1")
             headers[name] = f"{headers[name]}, {text}" if name in headers else text
+        method = request.method.decode("latin-1")
         asked = Request(
-            request.method.decode("latin-1"), "https", self._service.host, target, headers, client=self._client
+            method,
+            "https",
+            self._service.host,
+            target,
+            headers,
+            client=self._client,
+            tunnelled=self._tunnelled,
         )
         return self._service.calls.wait(self._answer(asked), self._out.is_gone, _discard)
 

@@ -6,7 +6,6 @@ turns an error into a blob route's answer. Knows neither mitmproxy nor how anyth
 
 import json
 import logging
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final

@@ -282,8 +282,9 @@ def test_a_private_model_stays_private(origin: Origin, proxy: Proxy, tmp_path: P
         for target in (model.manifest_target, model.blob_target, f"/v2/{model.repository}/chunksums/{digest}"):
             for fields in ({}, {"Authorization": token}, {"Authorization": token, "Range": "bytes=0-9"}):
                 status, headers, body = get(connection, target, **fields)
-                assert status == 401
+                assert status == 403
                 assert "www-authenticate" not in headers
+                assert (b"is private" in body) is (target == model.manifest_target)
                 assert len(body) < 1000
     assert not any("authorization" in request.headers for request in origin.counters.requests)
 

@@ -18,14 +18,14 @@ from typing import Final
 
 import pytest
 
-from pullthrough import fetcher, grants, recording, supply, upstream
+from pullthrough import fetcher, grants, platform, recording, supply, upstream
 from pullthrough.budget import Budget
 from pullthrough.digest import Digest
 from pullthrough.exchange import Answer, Request
 from pullthrough.keeper import Keeper
 from pullthrough.manifestjson import DOCKER_TYPE
 from pullthrough.options import parse_settings
-from pullthrough.reader import FileSpan, Memory, Reader, read_span
+from pullthrough.reader import FileSpan, Memory, Reader
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
 from pullthrough.route import canonical_path
@@ -201,7 +201,7 @@ async def read(reader: Reader) -> bytes:
         while not reader.done:
             match await reader.next(1 << 20, 0.5):
                 case FileSpan() as span:
-                    found += await read_span(span)
+                    found += platform.read_at(span.descriptor, span.start, span.stop - span.start)
                 case Memory(data):
                     found += data
     finally:
