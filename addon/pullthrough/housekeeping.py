@@ -37,6 +37,7 @@ class Housekeeping:
 
     async def remove(self, texts: Sequence[str]) -> JSON:
         """These models go. NoSuchModel if one is not there: then none goes."""
+        await self._store.settle()
         async with self._turn:
             names = [find(text, self._store.manifests()) for text in texts]
             manifests, blobs = dict(self._store.manifests()), self._store.known_blobs()
@@ -45,6 +46,7 @@ class Housekeeping:
 
     async def prune(self, *, age_s: float, every: bool, dry_run: bool) -> JSON:
         """Clean up what is older than `age_s` seconds."""
+        await self._store.settle()
         async with self._turn:
             manifests, blobs = dict(self._store.manifests()), self._store.known_blobs()
             partials = await asyncio.to_thread(self._store.partials)

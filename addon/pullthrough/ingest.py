@@ -60,8 +60,10 @@ class Ingest:
     """
 
     def __init__(self, folder: Path, digest: Digest, stranger: Path | None = None) -> None:
-        """`stranger` is where a file of this name may lie that is no hit: `resume` adopts it."""
+        """`stranger` is where a file of this name may lie that is no hit: `resume` takes it where it is."""
         self.digest = digest
+        self.in_place = False
+        """The bytes lie among the blobs already, and are only to be verified."""
         self._stranger = stranger
         self.partial_path = folder / f"{digest.file_name}{PARTIAL}"
         self.journal_path = folder / f"{digest.file_name}{JOURNAL}"
@@ -70,22 +72,10 @@ class Ingest:
         self._journal_size = 0
         self._journal_lock = threading.Lock()
 
-    @classmethod
-    def adopt(cls, folder: Path, digest: Digest, path: Path) -> None:
-        """Make the file at `path` the partial of `digest` with every byte present, to be hashed again."""
-        ingest = cls(folder, digest)
-        size = path.stat().st_size
-        whole = Intervals([(0, size)])
-        # The journal comes first: without it the bytes are worth nothing. Left beside an older partial it speaks to
-        # nobody: the next start adopts again before anybody resumes.
-        ingest._rewrite_journal(size, whole, whole)
-        os.replace(path, ingest.partial_path)
-        ingest.close()
-
     @staticmethod
     def sweep(folder: Path, *, oldest: float) -> None:
         """Remove what no recording goes on with: halves, temporaries, and what was last written before `oldest`."""
-        for path in list(folder.glob(".sha256-*")):
+        for path in [*folder.glob(".sha256-*"), *folder.glob(".manifest-*"), *folder.glob(".verified.*")]:
             path.unlink()
         for name in {path.stem for path in folder.glob("sha256-*")}:
             pair = [folder / f"{name}{JOURNAL}", folder / f"{name}{PARTIAL}"]
@@ -99,11 +89,14 @@ class Ingest:
         """(size, what is present) of the partial an earlier recording left; None if there is none to be used."""
         if self._stranger is not None:
             try:
-                self.adopt(self.partial_path.parent, self.digest, self._stranger)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise StoreUnwritable(f"recording {self.digest}: {error}") from error
+                descriptor = platform.open_regular(self._stranger)
+            except OSError:
+                pass  # it is not there, or nothing that can be read
+            else:
+                self.in_place, self.partial_path = True, self._stranger
+                size = os.fstat(descriptor).st_size
+                self.file = SharedFile(descriptor, size).acquire()
+                return size, Intervals([(0, size)])
         found = self._read_journal()
         if found is None:
             return None
@@ -192,10 +185,11 @@ class Ingest:
             self.journal_path.unlink()
 
     def discard(self) -> None:
-        """Remove partial and journal."""
+        """Remove partial and journal; what lies among the blobs stays."""
         self.forget()
-        with contextlib.suppress(OSError):
-            self.partial_path.unlink()
+        if not self.in_place:
+            with contextlib.suppress(OSError):
+                self.partial_path.unlink()
 
     # --- the journal
 

@@ -4,16 +4,16 @@ Invariant: nothing is changed and no lock is taken, so it is true of one moment 
 Knows no bytes of blobs.
 """
 
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pullthrough.blobfiles import BlobFiles
 from pullthrough.contents import look
 from pullthrough.digest import Digest
 from pullthrough.errors import TransferRefused
 from pullthrough.records import BlobRecord, ManifestRecord, Name
-from pullthrough.storefolder import check_marker
+from pullthrough.storefolder import check_marker, load_pins
 from pullthrough.traffic import Totals
 
 
@@ -32,24 +32,26 @@ class Inventory:
 
     @classmethod
     def read(cls, folder: Path) -> "Inventory":
-        """StoreError where there is no sound store."""
+        """What the index says. Raises StoreError where there is no sound store."""
         check_marker(folder)
         contents = look(folder / "index")
-        return cls(
-            folder, contents.blobs, contents.manifests, contents.children, frozenset(contents.pins), contents.days
-        )
+        pins = frozenset(load_pins(folder))
+        return cls(folder, contents.blobs, contents.manifests, contents.children, pins, contents.days)
 
     def blob_path(self, digest: Digest) -> Path:
-        return self.folder / "blobs" / digest.file_name
+        """Where the blob's file lies, or would."""
+        files, record = BlobFiles(self.folder), self.blobs.get(digest, BlobRecord())
+        file = files.look(digest, public=record.public)
+        return files.path(digest, public=record.public if file is None else file.public)
 
     def held_sizes(self) -> dict[Digest, int]:
         """The blobs whose files are still those that were verified, with their sizes."""
+        files = BlobFiles(self.folder)
         found = {}
         for digest, record in self.blobs.items():
-            with contextlib.suppress(FileNotFoundError):
-                status = self.blob_path(digest).stat()
-                if record.is_file(status.st_size, status.st_mtime_ns, status.st_ino):
-                    found[digest] = status.st_size
+            file = files.look(digest, public=record.public)
+            if file is not None and record.is_file(file.size, file.mtime_ns, file.inode):
+                found[digest] = file.size
         return found
 
     def select(self, model: str) -> dict[Name, ManifestRecord]:

@@ -42,8 +42,12 @@ class Keeper:
     async def reserve(self, digest: Digest, size: int) -> None:
         """Make room for a recording of `size` bytes; it counts in full until `release`. StoreUnwritable if none can be.
 
-        What an earlier recording of it has left is counted in.
+        What an earlier recording of it has left is counted in, and a blob that is held takes no more.
         """
+        if (known := self._store.blob(digest)) is not None and known.held:
+            self._reserved[digest] = 0  # it is only verified
+            return
+        await self._store.settle()
         async with self._turn:
             try:
                 partials = await self._threads.disk(self._store.partials)

@@ -80,6 +80,17 @@ class ManifestTable:
             self._leave(name, before, still=record.children)
         self.take_in(Digest(record.digest))
 
+    def is_same(self, known: ManifestRecord, record: ManifestRecord) -> bool:
+        """Whether `known` is what `put` would make of the record."""
+        if not record.is_list:
+            return known == record
+        for child in record.children:
+            if (of_child := self._children.get(child)) is not None:
+                record = record.grown(of_child)
+        return set(known.digests) == set(record.digests) and known == record._replace(
+            listed=known.listed, claimed=known.claimed
+        )
+
     def drop(self, name: Name) -> None:
         """Forget the manifest, and the children that no other list refers to."""
         record = self._records.pop(name)

@@ -21,6 +21,23 @@ from pullthrough.settings import Network
 
 _FICLONE = 0x40049409  # linux/fs.h
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""Of os.open: fail where the last part of the path is a link. 0 on Windows."""
+_WITHOUT_MODES = {
+    "vfat",
+    "msdos",
+    "exfat",
+    "ntfs",
+    "ntfs3",
+    "fuseblk",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "9p",
+    "drvfs",
+    "msdosfs",
+}
+"""File systems that show the same owner and mode for all files, as their mount says."""
 
 
 def read_cached(descriptor: int, offset: int, size: int) -> bytes | bytearray | None:
@@ -156,6 +173,51 @@ def lock_exclusively(file: BinaryIO) -> bool:
     except OSError:
         return False
     return True
+
+
+def open_folder(path: Path) -> int | None:
+    """A descriptor of the folder to lock; None on Windows, which opens none."""
+    return None if sys.platform == "win32" else os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def lock_folder(descriptor: int) -> bool:
+    """Lock the open folder until it is closed; False when another process has it.
+
+    True without a lock where the file system has none for folders (NFS).
+    """
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+    return True
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds the existing path, as the system calls it; "" where that is not known."""
+    found = ("", "")
+    place = str(path.resolve())
+    with contextlib.suppress(OSError):
+        for entry in psutil.disk_partitions(all=True):
+            inside = place == entry.mountpoint or place.startswith(f"{entry.mountpoint.rstrip('/')}/")
+            if inside and len(entry.mountpoint) >= len(found[0]):  # a later mount hides an earlier one
+                found = (entry.mountpoint, entry.fstype)
+    return found[1].lower()
+
+
+def lacks_modes(path: Path) -> bool:
+    """Whether owner and mode of files mean nothing on the disk that holds the path."""
+    return file_system(path) in _WITHOUT_MODES
+
+
+def sync_all() -> None:
+    """Make all that was written to any disk durable. Windows cannot: files are flushed one by one there."""
+    if hasattr(os, "sync"):
+        os.sync()
 
 
 def allow_descriptors(wanted: int) -> None:
