@@ -1,8 +1,8 @@
 """What an index says: its rows, and what they mean.
 
     blob <digest>                         JSON of a BlobRecord, as a list
-    manifest <host> <repository> <ref>    JSON of a ManifestRecord's facts; a fourth word `lists` in the key of what
-                                          clients get that accept manifest lists
+    manifest <host> <repository> <ref>    JSON of a ManifestRecord's facts and their crc32; a fourth word `lists` in the
+                                          key of what clients get that accept manifest lists
     child <digest>                        the same of a blob that is a manifest, which a stored list refers to
     body <sha256>                         a manifest's bytes
     members <host> <repository>           blobs that upstream has granted to an anonymous request there
@@ -19,6 +19,7 @@ Knows the table (diskcache 5.6.3's), and neither who writes it nor any file of a
 import contextlib
 import json
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -51,6 +52,8 @@ VERSION: Final = "2"
 """Of the rows; an index of another one is made anew."""
 VERSION_KEY: Final = "index version"
 _LISTS: Final = "lists"
+_SUM: Final = "sum"
+_FACTS: Final = {*ManifestRecord._fields} - {"digest"}
 _TEXTS: Final = """
     SELECT group_concat(substr(key, length(?1) + 1), char(10)), group_concat(value)
     FROM Cache WHERE key >= ?1 AND key < ?2
@@ -150,11 +153,19 @@ def read_pins(sql: Sql) -> set[str]:
     return {pattern for pattern, _ in sql(_ROWS, _range("pin"))}
 
 
+def _sum(facts: dict[str, Any]) -> int:
+    """Tells damaged facts: what is wrong with a blob's shows at its file, with these nowhere."""
+    return zlib.crc32(json.dumps(facts).encode())
+
+
 def _record(key: str, fact: dict[str, Any], bodies: dict[str, bytes]) -> ManifestRecord:
     try:
         body = bodies[fact["body"]]
         if sha256(body).hexdigest() != fact["body"]:
             raise StoreError(f"manifest {key}: expected bytes of {fact['body']}, got others")
+        # Rows of version 1 have no sum, and those before manifest lists no references.
+        if (total := fact.pop(_SUM, None)) != (None if total is None else _sum(fact)) or not fact.keys() <= _FACTS:
+            raise StoreError(f"manifest {key}: expected facts that agree with their sum, got others")
         return ManifestRecord(
             body,
             fact["body"],
@@ -165,7 +176,7 @@ def _record(key: str, fact: dict[str, Any], bodies: dict[str, bytes]) -> Manifes
             tuple(fact["oldest"]) if fact["oldest"] is not None else None,
             fact["denied"],
             fact["pulled"],
-            fact.get("references"),  # rows of earlier versions have none
+            fact.get("references"),
         )
     except KeyError as error:
         raise StoreError(f"manifest {key}: expected all its facts and its bytes, got none of {error}") from error
@@ -214,7 +225,7 @@ def manifest_value(record: ManifestRecord) -> str:
     """Its bytes are a row of their own."""
     facts = record._asdict() | {"body": record.digest}
     del facts["digest"]
-    return json.dumps(facts)
+    return json.dumps(facts | {_SUM: _sum(facts)})
 
 
 def body_key(digest: str) -> str:

@@ -42,7 +42,8 @@ def migrate(folder: Path, found: int) -> None:
         with contextlib.suppress(OSError):  # something that is not ours is left where it is
             (folder / _FORMER).rmdir()
     held = {digest: record for digest, record in known.blobs.items() if record.held}
-    Proofs(folder).tidy({digest: Proof(r.size or 0, r.mtime_ns, r.inode) for digest, r in held.items()})
+    # Without inodes: the store may have been copied since.
+    Proofs(folder).tidy({digest: Proof(r.size or 0, r.mtime_ns, 0) for digest, r in held.items()})
     models = ModelFiles(folder, folds_case=folds_case(folder), durable=False)
     for model, manifest in known.manifests.items():
         models.put(model, manifest.body, denied=manifest.denied)

@@ -22,11 +22,13 @@ def make_format_1(folder: Path, *, references: bool = True) -> None:
         for pattern in (folder / "pins").read_text().splitlines() if (folder / "pins").exists() else ():
             columns, values = "key, raw, store_time, access_time, size, mode, value", "?, 1, 0, 0, 0, 1, ''"
             connection.execute(f"INSERT INTO Cache ({columns}) VALUES ({values})", (f"pin {pattern}",))
-        if not references:
-            for key, text in connection.execute("SELECT key, value FROM Cache WHERE key GLOB 'manifest *'").fetchall():
-                facts = json.loads(text)
+        rows = connection.execute("SELECT key, value FROM Cache WHERE key GLOB 'manifest *' OR key GLOB 'child *'")
+        for key, text in rows.fetchall():
+            facts = json.loads(text)
+            del facts["sum"]
+            if not references:
                 del facts["references"]
-                connection.execute("UPDATE Cache SET value = ? WHERE key = ?", (json.dumps(facts), key))
+            connection.execute("UPDATE Cache SET value = ? WHERE key = ?", (json.dumps(facts), key))
     for name in ("public", "private"):
         shutil.rmtree(folder / name)
     for name in ("pins", "verified"):
