@@ -71,13 +71,13 @@ def _another_tag(origin: Origin, layer: str) -> None:
     origin.faults.append(Fault(Mode.ETAG, digest=layer, times=None))
 
 
-def _expire(origin: Origin, _layer: str) -> None:
-    origin.expire_signatures()
+def _expire(origin: Origin, layer: str) -> None:
+    origin.expire_signatures(layer)
 
 
 def _expire_and_fail(origin: Origin, layer: str) -> None:
     origin.faults.append(Fault(Mode.STATUS, where="registry", digest=layer, method="GET", status=500))
-    origin.expire_signatures()
+    origin.expire_signatures(layer)
 
 
 def _restart(origin: Origin, _layer: str) -> None:

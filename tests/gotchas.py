@@ -146,7 +146,7 @@ GOTCHAS: Final = (
         "answer HEAD of a manifest with ollama-content-digest; leave ollama.com alone",
         (
             "e2e/test_answers.py::test_manifest_is_byte_exact",
-            "e2e/test_gate.py::test_other_hosts_are_tunnelled_unread",
+            "e2e/test_ways.py::test_other_hosts_are_tunnelled_unread",
         ),
     ),
     Gotcha(
@@ -187,7 +187,7 @@ GOTCHAS: Final = (
     Gotcha("serve hits while upstream is down", ("e2e/test_pull.py::test_cold_warm_offline_restarted", MATRIX)),
     Gotcha(
         "stream what is not its own: pushes, cloud models, tokens",
-        ("e2e/test_streams.py::test_uploads_flow_through", "e2e/test_gate.py::test_other_hosts_are_tunnelled_unread"),
+        ("e2e/test_streams.py::test_uploads_flow_through", "e2e/test_ways.py::test_other_hosts_are_tunnelled_unread"),
     ),
     Gotcha(
         "serve http:// too (--insecure)",

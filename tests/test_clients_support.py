@@ -1196,9 +1196,11 @@ def plain_port(origin: Origin) -> Iterator[int]:
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield server.server_address[1]
-        server.shutdown()
-        thread.join()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize("make", SINCE_35.values(), ids=SINCE_35)

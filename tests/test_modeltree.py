@@ -106,6 +106,14 @@ def test_a_dangling_link_falls_back(tmp_path: Path) -> None:
     assert documents(tmp_path) == {NAME: old}
 
 
+@pytest.mark.parametrize("kind", ["hard link", "copy"])
+def test_a_name_that_is_no_link_dangles_never(tmp_path: Path, kind: Kind) -> None:
+    """Its bytes are the document, whether or not that is still a blob."""
+    manifest = pull_plain(tmp_path, PATH, BLOBS, kind=kind)
+    (tmp_path / "blobs" / f"sha256-{sha256(manifest)}").unlink()
+    assert documents(tmp_path) == {NAME: manifest}
+
+
 def test_what_is_passed_over(tmp_path: Path) -> None:
     """Hidden files, interrupted writes, and what Ollama has converted for itself."""
     manifest = pull_plain(tmp_path, PATH, BLOBS)

@@ -249,8 +249,8 @@ def _dangling_alone(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
-        pytest.param(_without_children, "expected a list with all blobs of one of its manifests", id="no child"),
-        pytest.param(_without_a_layer, "expected a list with all blobs of one of its manifests", id="no layer"),
+        pytest.param(_without_children, "expected all blobs of one manifest of the list", id="no child"),
+        pytest.param(_without_a_layer, "expected all blobs of one manifest of the list", id="no layer"),
         pytest.param(_with_a_wrong_layer, f"got sha256:{sha256(b'x' * len(GGML[0]))}", id="wrong layer"),
         pytest.param(_with_a_short_layer, f"got sha256:{sha256(b'x')}", id="short layer"),
         pytest.param(_with_a_wrong_child, f"got sha256:{sha256(manifest_of(*LLAMACPP))}", id="wrong child"),
@@ -539,8 +539,8 @@ def test_that_bundle(tmp_path: Path, good: dict[str, bytes]) -> None:
         ),
         pytest.param({"anchor": "of more"}, "which it stands for, got others", id="anchor with more"),
         pytest.param(dict.fromkeys(_blobs(DOCUMENT)), "expected it in the bundle", id="list is no blob"),
-        pytest.param(dict.fromkeys(_blobs(GGML[0])), "expected a list with all blobs of one", id="no layer"),
-        pytest.param(dict.fromkeys(_blobs(manifest_of(*GGML))), "expected a list with all blobs of one", id="no child"),
+        pytest.param(dict.fromkeys(_blobs(GGML[0])), "expected all blobs of one manifest", id="no layer"),
+        pytest.param(dict.fromkeys(_blobs(manifest_of(*GGML))), "expected all blobs of one manifest", id="no child"),
         pytest.param(_blobs(manifest_of(*LLAMACPP)), "got it too", id="half a child"),
         pytest.param({NEW: b"<html>"}, "expected a manifest that lists blobs", id="no list"),
         pytest.param(

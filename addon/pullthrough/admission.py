@@ -63,7 +63,7 @@ class Model:
 
     @classmethod
     def parse(cls, name: Name, body: bytes, blobs: Callable[[ManifestRecord], Mapping[Digest, int]]) -> Self:
-        """A model of these bytes, which may be a list. TransferRefused if they are none."""
+        """Make a model of these bytes, which may be a list. Raises TransferRefused if they are neither."""
         # `confirmed` 0: upstream has said nothing about it here. It is stale from the beginning, and served when
         # upstream cannot be asked.
         record = ManifestRecord.parse(body, type_of(body), now=0.0)
@@ -75,9 +75,10 @@ class Model:
 def needs(
     record: ManifestRecord, *, document: Callable[[Digest], bytes | None], has: Callable[[Digest], bool]
 ) -> dict[Digest, int]:
-    """The blobs that come with a manifest or list; `document` reads a child of the place that `has` blobs.
+    """Find the blobs that come with a manifest or list; `document` reads a child where it comes from.
 
-    A child is absent where nobody has pulled it, which is usual. TransferRefused for a list of which all are.
+    A child is absent where nobody has pulled it, which is usual: a list comes with those of which everything is
+    there. Raises TransferRefused for a list that has none of these.
     """
     if not record.is_list:
         return {digest: size for digest, size in record.sizes.items() if size is not None}
@@ -94,7 +95,7 @@ def needs(
         if blobs and all(map(has, blobs)):
             found |= blobs
     if not found:
-        raise TransferRefused("expected a list with all blobs of one of its manifests, got one with none: pull it")
+        raise TransferRefused("expected all blobs of one manifest of the list, got those of none: pull the model again")
     return found
 
 

@@ -67,7 +67,7 @@ class Member:
 
     @property
     def is_document(self) -> bool:
-        """Whether the new tree has it: a list, and no anchor."""
+        """Whether the new tree has it: a list, and neither a manifest nor an anchor."""
         return self.name is not None and self.path == document_path(self.name)
 
 
@@ -125,7 +125,7 @@ def _parse_sums(text: bytes) -> dict[str, str]:
 
 
 def _name_of(path: str) -> Name | None:
-    """Of the model whose manifest or list lies there; None for another spelling of its place."""
+    """Tell which model's manifest or list lies there; None for another spelling of its place."""
     name = parse_manifest_path(path)
     return name if name is not None and path in (manifest_path(name), document_path(name)) else None
 

@@ -7,7 +7,7 @@
     body <sha256>                         a manifest's bytes
     members <host> <repository>           blobs that upstream has granted to an anonymous request there
     day <day number>                      JSON: bytes served and fetched on that day
-    address <hmac>                        JSON: digest, and until when a signed address is recognised (Unix seconds)
+    address <hmac>                        JSON: digest, and when a signed address expires (Unix seconds)
     index version                         VERSION
 
 All of it is derived from the files of the store, or has a safe default there. Invariant: keys are text, values are
@@ -83,7 +83,7 @@ Members = dict[tuple[str, str], str]
 
 
 Addresses = dict[str, tuple[Digest, float]]
-"""By the HMAC of a signed address, the blob and until when it is recognised (Unix seconds)."""
+"""By the HMAC of a signed address, the blob and when the address expires (Unix seconds)."""
 
 
 def look(folder: Path) -> Contents:

@@ -67,9 +67,9 @@ class _Part:
 
 
 def select(inventory: Inventory, models: Collection[str]) -> Cargo:
-    """These models of the store. TransferRefused unless each is there, whole and not private.
+    """Select these models of the store. Raises TransferRefused unless each is there, whole and not private.
 
-    Of a model that is stored for clients with lists and for others, what is whole; of a list its whole children.
+    Of the two representations of a model those that are whole; of a list the children that are.
     """
     found = {name: record for model in models for name, record in inventory.select(model).items()}
     cargo = Cargo({}, {}, {})
@@ -99,7 +99,7 @@ def select(inventory: Inventory, models: Collection[str]) -> Cargo:
 
 
 def _parts(inventory: Inventory, name: Name, record: ManifestRecord) -> list[_Part]:
-    """The manifest, or those of a list, whose blobs are here. TransferRefused for none."""
+    """Find the manifest, or those of a list, whose blobs are here. Raises TransferRefused for none."""
     if not record.is_list:
         if anchored(record.body) is not None:
             raise TransferRefused(
@@ -131,7 +131,7 @@ def _sizes(record: ManifestRecord) -> dict[Digest, int]:
 
 
 def _lacking(inventory: Inventory, blobs: Mapping[Digest, int]) -> str:
-    """Why they cannot be carried; "" if they can."""
+    """Tell why these blobs cannot be carried; "" if they can."""
     for digest, size in blobs.items():
         held = inventory.blobs.get(digest)
         if held is None or not held.held or held.size is None:
@@ -144,7 +144,7 @@ def _lacking(inventory: Inventory, blobs: Mapping[Digest, int]) -> str:
 
 
 def _anchor(record: ManifestRecord, parts: Sequence[_Part]) -> bytes:
-    """What an older Ollama runs of a list, and why it keeps the rest."""
+    """Make what an older Ollama runs of a list, and what lets it keep the rest."""
     children = {part.child: part for part in parts if part.child is not None}
     documents = {Digest(record.digest): (LIST_TYPE, len(record.body))}
     for child, part in children.items():
@@ -256,7 +256,7 @@ def _write(path: Path, body: bytes) -> None:
 
 
 def _link(path: Path, digest: Digest) -> bool:
-    """Let the name in the new tree be a link to its document; False where links cannot be made."""
+    """Make the name in the new tree a link to its document; False where links cannot be made."""
     temporary = _temporary(path)
     try:
         temporary.symlink_to(Path(link_target(digest)))

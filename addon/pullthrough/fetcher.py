@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from enum import StrEnum
 from typing import Final
 
 from pullthrough.assembly import Assembly
+from pullthrough.clock import steady
 from pullthrough.datastream import DataStream
 from pullthrough.errors import (
     CacheError,
@@ -91,7 +91,7 @@ class _Attempt:
 
     extent: Slice
     whole: bool = False
-    heard: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=steady)
     scope: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     over: asyncio.Event = field(default_factory=asyncio.Event)
     is_dropped: bool = False
@@ -145,7 +145,7 @@ class Fetcher:
         """Whether the source knows Range is not known: one connection is to find out."""
         self._failures = 0
         self._restarts = 0
-        self._heard = time.monotonic()
+        self._heard = steady()
         self._quiet_until = 0.0
         self._landing = Intervals()
         self._held = False
@@ -157,7 +157,7 @@ class Fetcher:
 
     def listen(self) -> None:
         """Somebody has begun to wait: silence is counted from now."""
-        self._heard = time.monotonic()
+        self._heard = steady()
 
     def wake(self) -> None:
         """Put as many connections to work as there are slices for."""
@@ -173,7 +173,7 @@ class Fetcher:
         """A reader waits for the byte at `position`: a silent connection that has it claimed loses it."""
         silent_s = SILENT_S * 2 ** min(self._failures, 3)
         for attempt in self._attempts:
-            if attempt.extent.start <= position < attempt.extent.stop and time.monotonic() - attempt.heard >= silent_s:
+            if attempt.extent.start <= position < attempt.extent.stop and steady() - attempt.heard >= silent_s:
                 attempt.stop()
 
     def drop(self) -> None:
@@ -220,14 +220,14 @@ class Fetcher:
         try:
             while self._wanted():
                 try:
-                    await asyncio.sleep(max(0.0, self._quiet_until - time.monotonic()))
+                    await asyncio.sleep(max(0.0, self._quiet_until - steady()))
                     await self._fetch_one()
                 except ValidatorChanged as error:
                     await self._change_version(error)
                 except UpstreamError as error:
                     self._note(error)
                     tries = 1 if self._heard > failed_at else tries + 1
-                    failed_at = time.monotonic()
+                    failed_at = steady()
                     delay = min(BACKOFF_LIMIT_S, BACKOFF_S * 2 ** min(tries - 1, 10))
                     await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter
         except StoreError as error:
@@ -256,7 +256,7 @@ class Fetcher:
             try:
                 await self._attempt(taken, fetch)
             except UpstreamError as error:
-                self._supply.failed(source, error, silent_s=time.monotonic() - self._heard)
+                self._supply.failed(source, error, silent_s=steady() - self._heard)
                 raise
 
     async def _attempt(self, taken: Slice, work: Callable[[_Attempt], Awaitable[None]]) -> None:
@@ -270,7 +270,7 @@ class Fetcher:
         except TimeoutError:
             if attempt.is_dropped:
                 return
-            silent = time.monotonic() - attempt.heard
+            silent = steady() - attempt.heard
             raise UpstreamTimeout(f"no byte for {silent:.1f} s; another connection takes over") from None
         finally:
             self._attempts.discard(attempt)
@@ -287,7 +287,7 @@ class Fetcher:
         attempt.extent = Slice(stream.start, limit or stream.stop)
         self._whole_only = self._whole_only or (stream.whole and limit is None)
         offset = stream.start
-        began = time.monotonic()
+        began = steady()
         try:
             async for data in stream.batches():
                 self._counters.take(stream, len(data))
@@ -304,7 +304,7 @@ class Fetcher:
                     finally:
                         self._landing.remove(start, position)
                 offset += len(view)
-                self._heard = attempt.heard = time.monotonic()
+                self._heard = attempt.heard = steady()
                 self._failures = 0
                 if offset == limit:
                     break
@@ -315,7 +315,7 @@ class Fetcher:
         finally:
             if offset > stream.start:
                 await self._finish(stream.start, offset)
-        elapsed = time.monotonic() - began
+        elapsed = steady() - began
         if elapsed > 0 and offset - stream.start >= MIN_SLICE:
             rate = (offset - stream.start) / elapsed
             self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
@@ -353,7 +353,7 @@ class Fetcher:
         """Count a failure; give up when nothing speaks for another try."""
         self._failures += 1
         self._counters.retries += 1
-        now = time.monotonic()
+        now = steady()
         silent = now - self._heard
         if isinstance(error, UpstreamRefused):
             self._quiet_until = max(self._quiet_until, now + min(error.retry_after_s, RETRY_AFTER_LIMIT_S))

@@ -88,16 +88,17 @@ class Staging:
                 return source.size
 
         def arrived(digest: Digest, result: Callable[[], int]) -> None:
-            size, wrong = -1, ""
+            size, unread = -1, ""
             try:
                 size = result()
             except (OSError, TransferRefused) as error:
-                wrong = _told(error, digest)
+                unread = _told(error, digest)
             for model, claimed in users[digest]:
                 left = missing.get(id(model))
                 if left is None:
                     continue  # refused for another blob
                 left.discard(digest)
+                wrong = unread
                 if not wrong and size != claimed:
                     wrong = f"blob {digest}: expected {claimed} bytes, got {size}"
                 if wrong or not left:
@@ -133,7 +134,7 @@ class Staging:
         return models
 
     def holds(self, digest: Digest) -> bool:
-        """Whether the store has the blob."""
+        """Tell whether the store has the blob."""
         return digest in self._held
 
     def _stage(self, digest: Digest, source: Extent, linked: Path | None = None) -> None:
@@ -215,9 +216,9 @@ def take(source: Path, staging: Staging, admit: Callable[[Model], Outcome]) -> l
 
 
 def _read_tree(tree: ModelTree, name: Name, paths: Sequence[str], holds: Callable[[Digest], bool]) -> list[Model]:
-    """The model that the first of these paths names which leads somewhere; a list, and what clients without lists get.
+    """Read the model at the first of these paths that leads somewhere; beside a list also what takes its place.
 
-    OSError, TransferRefused.
+    That is what clients get that take no lists. Raises OSError and TransferRefused.
     """
 
     def has(digest: Digest) -> bool:
@@ -240,7 +241,7 @@ def _read_tree(tree: ModelTree, name: Name, paths: Sequence[str], holds: Callabl
 def _read_bundle(
     descriptor: int, members: Sequence[Member], blobs: Mapping[Digest, Member]
 ) -> tuple[list[Model], dict[Digest, int]]:
-    """The models of a bundle, and the documents that the new tree names, with their sizes."""
+    """Read the models of a bundle, and find the documents that its new tree names, with their sizes."""
 
     def document(digest: Digest) -> bytes | None:
         return _read_member(descriptor, blobs[digest]) if digest in blobs else None
@@ -263,7 +264,7 @@ def _read_bundle(
 
 
 def _check_anchor(member: Member, body: bytes, stands_for: Digest, model: Model | None) -> None:
-    """See that it says nothing beyond what its document says. TransferRefused otherwise."""
+    """Raise TransferRefused if an anchor says anything beyond what its list says."""
     if model is None or model.record.digest != stands_for.hex:
         raise TransferRefused(f"{member.path}: expected to stand for {stands_for}, got no such document of that name")
     record = ManifestRecord.parse(body, DOCKER_TYPE, now=0.0)

@@ -41,12 +41,18 @@ _SHADOW: Final = re.compile(r"[0-9a-fA-F]{64}")
 
 
 def manifest_path(name: Name) -> str:
-    """The path below the folder of a manifest, in the old tree. TransferRefused for a name without a place."""
+    """Return the path of a manifest below the folder, in the old tree.
+
+    Raises TransferRefused for a name that Ollama has no place for.
+    """
     return _path(MANIFESTS, DEFAULT_HOST if name.host == _PUBLIC_HOST else name.host, name)
 
 
 def document_path(name: Name) -> str:
-    """The path below the folder of a document's name, in the new tree. TransferRefused for a name without a place."""
+    """Return the path of a document's name below the folder, in the new tree.
+
+    Raises TransferRefused for a name that Ollama has no place for.
+    """
     return _path(NAMED_DOCUMENTS, _PUBLIC_HOST if name.host == DEFAULT_HOST else name.host.replace(":", "%3A"), name)
 
 
@@ -59,17 +65,17 @@ def _path(tree: str, host: str, name: Name) -> str:
 
 
 def link_target(digest: Digest) -> str:
-    """The text of the link in the new tree that names a document."""
+    """Return the target of the link in the new tree that names a document."""
     return f"../../../../{blob_path(digest)}"
 
 
 def blob_path(digest: Digest) -> str:
-    """Where a blob lies below the folder."""
+    """Return the path of a blob below the folder."""
     return f"{BLOBS}/{digest.file_name}"
 
 
 def parse_manifest_path(path: str) -> Name | None:
-    """The name of the model whose manifest or list lies there, in either tree; None where none can."""
+    """Tell which model's manifest or list lies there, in either tree; None where none can."""
     parts = path.split("/")
     if len(parts) != 5 or parts[0] not in (MANIFESTS, NAMED_DOCUMENTS):
         return None
@@ -81,21 +87,21 @@ def parse_manifest_path(path: str) -> Name | None:
 
 
 def parse_blob_path(path: str) -> Digest | None:
-    """The digest of the blob that lies there; None where none can."""
+    """Tell which blob lies there; None where none can."""
     match = re.fullmatch(rf"{BLOBS}/sha256-([0-9a-f]{{64}})", path)
     return Digest(match[1]) if match else None
 
 
 def anchor(manifest: Mapping[str, Any], documents: Mapping[Digest, tuple[str, int]]) -> bytes:
-    """The anchor that lets an older Ollama run the manifest and keep the documents: digest → (media type, size)."""
+    """Make the anchor by which an older Ollama runs a manifest and keeps documents: digest → (media type, size)."""
     kept = [{"mediaType": kind, "digest": digest, "size": size} for digest, (kind, size) in documents.items()]
     return json.dumps({**manifest, "layers": [*(manifest["layers"] or []), *kept]}, separators=(",", ":")).encode()
 
 
 def anchored(body: bytes) -> Digest | None:
-    """The document that an anchor stands for: the list that it names, else the manifest; None if it is no anchor.
+    """Tell which document an anchor stands for: the list that it names, else the manifest; None if it is no anchor.
 
-    TransferRefused where it names several.
+    Raises TransferRefused where it names several.
     """
     found: dict[str, list[Digest]] = {LIST_TYPE: [], DOCKER_TYPE: []}
     try:
@@ -111,7 +117,10 @@ def anchored(body: bytes) -> Digest | None:
 
 
 def default_tree(environment: Mapping[str, str]) -> Path:
-    """The models of the Ollama on this machine: OLLAMA_MODELS, the user's, or those of the Linux service."""
+    """Find the models of the Ollama on this machine: OLLAMA_MODELS, the user's, or those of the Linux service.
+
+    Raises TransferRefused where there are none.
+    """
     if named := environment.get("OLLAMA_MODELS"):
         return Path(named)
     places = [Path.home() / ".ollama" / "models"]
@@ -127,16 +136,16 @@ class ModelTree:
     """A models folder that is there."""
 
     def __init__(self, folder: Path) -> None:
-        """TransferRefused when it is none."""
+        """Raise TransferRefused if it is none."""
         if not any((folder / tree).is_dir() for tree in _TREES):
             raise TransferRefused(f"expected a models folder of Ollama, with {MANIFESTS} in it, got {folder}")
         self.folder = folder
 
     def models(self) -> tuple[dict[Name, list[str]], list[str]]:
-        """The paths below the folder at which each model is named, in the order in which Ollama looks; and all others.
+        """Find the paths at which each model is named, in the order in which Ollama looks; and those that name none.
 
-        Passed over are hidden files, as file managers and interrupted pulls leave them, and what Ollama has named
-        after its own conversions.
+        Paths are below the folder. Passed over are hidden files, as file managers and interrupted pulls leave them,
+        and what Ollama has named after its own conversions.
         """
         named: dict[Name, list[str]] = {}
         strays = []
@@ -154,7 +163,7 @@ class ModelTree:
         return named, strays
 
     def _walk(self, path: PurePosixPath, *, depth: int) -> Iterator[tuple[str, bool]]:
-        """(path below the folder, whether a name may be there) of all that is no folder on the way to one."""
+        """Yield (path below the folder, whether it may name a model) of all that is no folder on the way to a name."""
         self._check_folder(path)
         try:
             with os.scandir(self.folder / path) as entries:
@@ -171,9 +180,9 @@ class ModelTree:
                 yield str(below), depth == 1 and (entry.is_symlink() or entry.is_file(follow_symlinks=False))
 
     def read(self, path: str) -> bytes | None:
-        """The document that is named at this path, an anchor's too; None where its link leads to no file.
+        """Read the document that is named at this path, or that its anchor stands for; None where a link leads nowhere.
 
-        TransferRefused when it cannot be the one that Ollama means, OSError as the disk says.
+        Raises TransferRefused if it cannot be the one that Ollama means, OSError as the disk says.
         """
         if (self.folder / path).is_symlink():
             body = self.document(self._linked(path))
@@ -189,7 +198,7 @@ class ModelTree:
         return body
 
     def document(self, digest: Digest) -> bytes | None:
-        """The bytes of a manifest or list among the blobs; None where it is not there. As `read` otherwise."""
+        """Read a manifest or list among the blobs; None where it is not there. Raises as `read`."""
         try:
             body = _read(self.open_blob(digest), blob_path(digest))
         except FileNotFoundError:
@@ -199,16 +208,19 @@ class ModelTree:
         return body
 
     def has(self, digest: Digest) -> bool:
-        """Whether there is something at the blob's place."""
+        """Tell whether there is something at the blob's place."""
         return os.path.lexists(self.folder / blob_path(digest))
 
     def open_blob(self, digest: Digest) -> int:
-        """A descriptor of its file. OSError where there is none."""
+        """Open its file. Raises OSError where there is none, TransferRefused where the folder is a link."""
         self._check_folder(PurePosixPath(BLOBS))
         return platform.open_regular(self.folder / blob_path(digest))
 
     def _linked(self, path: str) -> Digest:
-        """The blob that a link names. TransferRefused where it leads elsewhere; nothing is followed to find out."""
+        """Tell which blob a link names, without following it.
+
+        Raises TransferRefused where it leads elsewhere.
+        """
         target = os.readlink(self.folder / path)  # noqa: PTH115 -- a Path would lose what Windows says
         folder = Path(os.path.normpath(self.folder.absolute()))
         full = Path(os.path.normpath(folder / PurePosixPath(path).parent / target))
@@ -223,7 +235,7 @@ class ModelTree:
 
 
 def _is_shadow(name: Name) -> bool:
-    """Whether Ollama names a conversion of its own so: never pulled, and nobody else's."""
+    """Tell whether Ollama names its own conversions so: manifests that no registry has."""
     return name.place == (DEFAULT_HOST, "library/llamacpp") and bool(_SHADOW.fullmatch(name.reference))
 
 

@@ -47,7 +47,7 @@ class Recorder:
         """The recording of `digest`: the running one, or a new one.
 
         `obtain` gets a source again when the present one has expired; `stream` is a response whose body is the blob
-        from byte 0, and belongs to the recording from here on. `wanted` has a new one completed though nobody reads.
+        from byte 0, and belongs to the recording from here on. `wanted` has it completed though nobody reads.
         """
         recording = self._recordings.get(digest)
         if recording is None:
@@ -57,6 +57,8 @@ class Recorder:
             self._recordings[digest] = recording
             recording.start(stream, after=self._closing.get(digest))
             return recording
+        if wanted:
+            recording.want()
         if source is not None:
             recording.supply.offer(source, obtain)
         if stream is not None:

@@ -175,7 +175,7 @@ class Recording:
     async def _has_room(self, size: int, begin: Callable[[int], None] | None = None) -> bool:
         """Make room for what is to come and `begin`; where that cannot be, clients are served past the disk."""
         try:
-            await self._room.keeper.reserve(self.digest, size if self._pulled else min(size, FAR))
+            await self._room.keeper.reserve(self.digest, size if self._pulled else min(size, FAR), whole=size)
             if begin is not None:
                 await self._room.threads.disk(begin, size)
         except StoreUnwritable as error:
@@ -253,15 +253,21 @@ class Recording:
 
     def pull(self) -> None:
         """A client has shown that it pulls the blob: from now on it is recorded ahead of its readers."""
-        if self._pulled:
-            return
-        self._pulled = True
-        if not self._ended and self._error is None:
+        pulled, self._pulled = self._pulled, True
+        if not pulled and not self._ended and self._error is None:
             self._spawn(self._reserve_whole(), "reserve")
+
+    def want(self) -> None:
+        """Record all of the blob from now on, even if nobody reads."""
+        self._wanted = True
+        self.pull()
+        if self.size is not None:
+            self.wake()
 
     async def _reserve_whole(self) -> None:
         """Make room for all of the blob; where that cannot be, clients are served past the disk."""
-        if await self._has_room(self.assembly.size):
+        size = await self.ready()
+        if self._error is None and await self._has_room(size):
             self.wake()
 
     @property
@@ -296,24 +302,15 @@ class Recording:
         if self._fetcher.busy or self.assembly.complete:
             self._watch_idleness()
             return
-        _log.info(
-            "recording %s: left by all clients with %s",
-            self.digest.short,
-            self._extent(),
-            extra=self._ending(Ending.LEFT),
-        )
+        extra = self._ending(Ending.LEFT)
+        _log.info("recording %s: left by all clients with %s", self.digest.short, self._extent(), extra=extra)
         self._end()
 
     def _fail(self, error: CacheError) -> None:
         if self._ended:
             return
-        _log.warning(
-            "recording %s failed with %s: %s",
-            self.digest.short,
-            self._extent(),
-            error,
-            extra=self._ending(Ending.FAILED, error),
-        )
+        extra = self._ending(Ending.FAILED, error)
+        _log.warning("recording %s failed with %s: %s", self.digest.short, self._extent(), error, extra=extra)
         self._error = error
         if not self._ready.done():
             self._ready.set_exception(error)

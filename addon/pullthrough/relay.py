@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator
 from typing import Final
 
 from pullthrough.budget import Budget
+from pullthrough.clock import steady
 from pullthrough.errors import UnexpectedResponse, UpstreamError
 from pullthrough.fetcher import BACKOFF_LIMIT_S, BACKOFF_S, GIVE_UP_S, MAX_UNEXPECTED, Counters
 from pullthrough.supply import Supply
@@ -113,7 +114,7 @@ class _Line:
 
     async def _fetch(self) -> AsyncGenerator[bytes]:
         position = self._start
-        heard, failures = time.monotonic(), 0
+        heard, failures = steady(), 0
         relays = self._relays
         source = None
         while position < self._stop:
@@ -131,16 +132,16 @@ class _Line:
                             if piece:
                                 position += len(piece)
                                 yield piece
-                                heard, failures = time.monotonic(), 0
+                                heard, failures = steady(), 0
                             if position >= self._stop:
                                 return
                             await asyncio.sleep(relays.budget.spend(len(data), live=True, now=time.monotonic()))
             except UpstreamError as error:
                 failures += 1
                 if source is not None:
-                    relays.supply.failed(source, error, silent_s=time.monotonic() - heard)
+                    relays.supply.failed(source, error, silent_s=steady() - heard)
                 relays.counters.retries += 1
-                silent = time.monotonic() - heard
+                silent = steady() - heard
                 if silent > GIVE_UP_S or (isinstance(error, UnexpectedResponse) and failures > MAX_UNEXPECTED):
                     raise
                 _log.info("passing through: %s; trying again (%.1f s without a byte)", error, silent)

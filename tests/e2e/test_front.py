@@ -201,6 +201,29 @@ def test_nothing_else_is_served_or_forwarded(
     assert not origin.counters.requests
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"Sec_Fetch_Site": "cross-site"},
+        {"Origin": "https://evil.example"},
+        {"User_Agent": "Mozilla/5.0"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_page_of_another_site_gets_no_models(origin: Origin, proxy: Proxy, fields: dict[str, str]) -> None:
+    """Nothing is asked of upstream for it, nothing recorded, and what is stored is not told."""
+    stored, other = add_model(origin, unique(SIZE)), add_model(origin, unique(SIZE))
+    address = address_of(proxy, stored)
+    origin.reset_counters()
+    with to_front(proxy) as connection:
+        for target in (other.manifest_target, other.blob_target, stored.manifest_target, stored.blob_target):
+            status, _, body = get(connection, target, **fields)
+            assert (status, b"not for pages in a browser" in body) == (403, True), target
+        assert get(connection, address, **fields)[::2] == (403, b"")
+        assert get(connection, "/", **fields)[0] == 200
+    assert not origin.counters.requests
+
+
 def test_what_is_no_http_is_one_line(origin: Origin, proxy: Proxy) -> None:
     """A malformed request is 400, and neither a traceback nor what it asked for gets into the log."""
     for request in (
