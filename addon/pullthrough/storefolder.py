@@ -108,7 +108,9 @@ def _check_mode(path: Path, status: os.stat_result, forbidden: int, mend: str) -
         raise StoreError(
             f"{path} belongs to user {status.st_uid}: run this as that user, or give the store a new owner"
         )
-    if status.st_mode & forbidden and not platform.lacks_modes(path):
+    # In a sticky folder nobody renames or removes what is another's.
+    is_open = status.st_mode & forbidden and not (forbidden == 0o002 and status.st_mode & stat.S_ISVTX)
+    if is_open and not platform.lacks_modes(path):
         raise StoreError(
             f"{path}: other users of this machine may {'write to' if forbidden == 0o002 else 'use'} it "
             f"(mode {stat.S_IMODE(status.st_mode):04o}): {mend} {path}"
