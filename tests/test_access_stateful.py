@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from multidict import CIMultiDict
 
-from pullthrough import grants, manifests, registry
+from pullthrough import blobs, grants, manifests
 from pullthrough.access import VOUCHED_S
 from pullthrough.datastream import Source
 from pullthrough.digest import Digest
@@ -131,7 +131,7 @@ class Upstreams:
         if kind == "chunksums":
             self._give(caller, repository, digest)
             body = f"{digest} 0-0\n".encode()
-            return Response(200, CIMultiDict({"Content-Location": "https://cdn/x"}), body)
+            return Response(200, CIMultiDict({"Content-Location": f"https://{R2_HOST}{canonical_path(digest)}"}), body)
         return Response(200, CIMultiDict({"Content-Length": "1"}), b"")
 
     async def obtain(
@@ -141,8 +141,8 @@ class Upstreams:
         digest: Digest,
         headers: Mapping[str, str],
         *,
+        asked: tuple[int, int] | None = None,
         timeout_s: float,
-        stop: int | None = None,
     ) -> tuple[Source, None]:
         caller = headers.get("Authorization")
         if status := self._judge(repository, caller):
@@ -193,7 +193,7 @@ class Access(RuleBasedStateMachine):
         self._folder = tempfile.TemporaryDirectory()
         self._runner = asyncio.Runner()
         clock = SimpleNamespace(time=lambda: self.upstream.now, monotonic=lambda: self.upstream.now)
-        self._patches = [patch.object(module, "time", clock) for module in (registry, grants, manifests)]
+        self._patches = [patch.object(module, "time", clock) for module in (blobs, grants, manifests)]
         for each in self._patches:
             each.start()
         self._numbers = iter(range(10_000))

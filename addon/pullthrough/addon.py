@@ -174,7 +174,7 @@ class OllamaCache:
             ) from error
         if settings.object_store is not None and settings.fleet_secret_file is not None:
             self._fleet = ObjectStore(settings.object_store), load_secret(settings.fleet_secret_file)
-        self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
+        self._confdir = platform.temporary_folder()
         self._store = Store.open(settings.dir)
         self._vitals = Vitals(settings.dir, self._certificates)
         # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.

@@ -149,7 +149,7 @@ def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, stat
 
 def _is_refused(store: Store, name: Name) -> bool:
     """Upstream has refused the repository; what was imported as private is denied as well, and never confirmed."""
-    return any(record.denied and record.confirmed for record in store.manifests_of(*name.place, private=True).values())
+    return any(record.confirmed for record in store.refused(*name.place))
 
 
 def _is_public(store: Store, name: Name, digest: Digest) -> bool:

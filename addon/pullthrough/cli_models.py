@@ -254,12 +254,14 @@ def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: 
             from contextlib import closing
 
             from pullthrough.housekeeping import Housekeeping
+            from pullthrough.platform import become_owner
             from pullthrough.store import Store
             from pullthrough.storefolder import MARKER
 
             if not (folder / MARKER).exists():
                 raise StoreError(f"expected a store in {folder}, got none; see --dir") from None
             pins = own_settings(given).pins
+            become_owner(folder)
             with closing(Store.open(folder)) as store:
                 return asyncio.run(local(Housekeeping(store, pins, ())))
 

@@ -10,7 +10,7 @@ import logging
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -161,8 +161,9 @@ class Index:
     def delete_address(self, key: str) -> None:
         self._put(contents.address_key(key), None)
 
-    def put_members(self, host: str, repository: str, digests: str) -> None:
-        self._put(contents.members_key(host, repository), lambda: digests)
+    def put_members(self, host: str, repository: str, digests: Collection[str]) -> None:
+        """As they are when the row is written, by another thread."""
+        self._put(contents.members_key(host, repository), lambda: " ".join(list(digests)))
 
     def delete_members(self, host: str, repository: str) -> None:
         self._put(contents.members_key(host, repository), None)

@@ -1,8 +1,9 @@
 """Keep the store within its bounds: room is made before a recording begins.
 
-Invariant: what is held, what is being recorded (at its full size) and what earlier recordings have left never exceed
-`max_size`, and never leave less than `min_free` of the disk, as far as eviction can help: a blob for which no room can
-be made is not recorded, and nothing is evicted for it. Knows no client and no upstream.
+Invariant: what is held, what is being recorded (at its full size), what earlier recordings have left and what is in
+quarantine never exceed `max_size`, and never leave less than `min_free` of the disk, as far as eviction can help: a
+blob is not recorded where no room can be made for the rest of its model too, and nothing is evicted for it. Quarantine
+goes first, then what recordings have left, then models. Knows no client and no upstream.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from pullthrough.errors import StoreUnwritable
 from pullthrough.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
 from pullthrough.retention import Choice, Holding, choose
 from pullthrough.store import Store
+from pullthrough.storefolder import restore
 from pullthrough.threads import Threads
 
 _log = logging.getLogger(__name__)
@@ -50,29 +52,42 @@ class Keeper:
             return
         async with self._turn:
             try:
+                await self._threads.disk(restore, self._store.folder)
                 partials = await self._threads.disk(self._store.partials)
+                quarantined = await self._threads.disk(self._store.quarantined)
                 free = (await self._threads.disk(shutil.disk_usage, self._store.folder)).free
             except OSError as error:
                 raise StoreUnwritable(f"recording {digest}: {error}") from error
-            excess = self._excess({**self._reserved, digest: size}, partials, free)
+            kept = sum(taken for taken, _ in quarantined.values())
+            excess = self._excess({**self._reserved, digest: size}, partials, kept, free)
             if excess > 0:
+                await self._store.settle()  # what is not known yet would go first, as nobody's
+                rest = await self._threads.disk(
+                    _rest_of_model,
+                    digest,
+                    [*self._store.manifests().values(), *self._store.children().values()],
+                    self._store.known_blobs(),
+                )
                 most = max(size, whole or 0)
-                total = self._excess({**self._reserved, digest: most}, partials, free)
-                await self._evict(digest, most, (excess, total), partials, free)
+                total = self._excess({**rest, **self._reserved, digest: most}, partials, kept, free)
+                model = most + sum(rest.values())
+                await self._evict(digest, model, (excess, total), partials, quarantined, free)
             self._reserved[digest] = size
 
     def release(self, digest: Digest) -> None:
         """The recording has ended."""
         self._reserved.pop(digest, None)
 
-    def _excess(self, reserved: dict[Digest, int], partials: dict[Digest, tuple[int, float]], free: int) -> int:
+    def _excess(
+        self, reserved: dict[Digest, int], partials: dict[Digest, tuple[int, float]], quarantined: int, free: int
+    ) -> int:
         """By how many bytes the bounds would be exceeded once all that is reserved has come in."""
         to_come = sum(max(0, size - partials.get(digest, (0, 0.0))[0]) for digest, size in reserved.items())
         excess = to_come + self._min_free - free
         if self._max_size is not None:
             idle = sum(size for digest, (size, _) in partials.items() if digest not in reserved)
             taken = sum(max(size, partials.get(digest, (0, 0.0))[0]) for digest, size in reserved.items())
-            excess = max(excess, self._store.held_bytes + taken + idle - self._max_size)
+            excess = max(excess, self._store.held_bytes + taken + idle + quarantined - self._max_size)
         return excess
 
     async def _evict(
@@ -81,11 +96,11 @@ class Keeper:
         size: int,
         excess: tuple[int, int],
         partials: dict[Digest, tuple[int, float]],
+        quarantined: dict[Path, tuple[int, float]],
         free: int,
     ) -> None:
-        """Free the first `excess`, if the second one, of all `size` bytes, could be freed too."""
+        """Free the first `excess`, if the second one, of all `size` bytes of a model, could be freed too."""
         store = self._store
-        await store.settle()  # what is not known yet would go first, as nobody's
         busy = frozenset([digest, *self._reserved, *store.open_blobs()])
         idle = {store.ingest(part).partial_path: facts for part, facts in partials.items() if part not in busy}
         choice: Choice | None = await self._threads.disk(
@@ -93,6 +108,7 @@ class Keeper:
             dict(store.manifests()),
             store.known_blobs(),
             idle,
+            quarantined,
             pins=(*self._pins, *store.ledger.pins),
             excess=excess,
             busy=busy,
@@ -121,10 +137,27 @@ class Keeper:
         return record is not None and record.held and not self._store.is_open(digest)
 
 
+def _rest_of_model(
+    digest: Digest, manifests: Sequence[ManifestRecord], blobs: Mapping[Digest, BlobRecord]
+) -> dict[Digest, int]:
+    """What else is not here of the model that the blob is wanted for: of the smallest that lists it."""
+    rests = []
+    for manifest in manifests:
+        # Of a list a client takes one child, which is a manifest itself.
+        if manifest.lists(digest) and not manifest.is_list:
+            absent = {
+                each: size or 0 for each, size in manifest.sizes.items() if not blobs.get(each, BlobRecord()).held
+            }
+            absent.pop(digest, None)
+            rests.append(absent)
+    return min(rests, key=lambda rest: sum(rest.values()), default={})
+
+
 def _choose(
     manifests: Mapping[Name, ManifestRecord],
     blobs: Mapping[Digest, BlobRecord],
     partials: Mapping[Path, tuple[int, float]],
+    quarantined: Mapping[Path, tuple[int, float]],
     *,
     pins: Sequence[str],
     excess: tuple[int, int],
@@ -141,9 +174,10 @@ def _choose(
     for digest, record in blobs.items():
         if record.held and digest not in listed:
             holdings.append(Holding(None, frozenset([digest]), record.recorded))
-    for path, (size, changed) in partials.items():
-        holdings.append(Holding(None, frozenset([path]), changed))
-        sizes[path] = size
+    for rank, leftovers in enumerate((quarantined, partials)):
+        for path, (size, changed) in leftovers.items():
+            holdings.append(Holding(None, frozenset([path]), changed, rank=rank))
+            sizes[path] = size
     least, most = excess
     if most > least and choose(holdings, sizes, excess=most, busy=busy) is None:
         return None

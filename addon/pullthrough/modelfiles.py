@@ -3,7 +3,7 @@
     manifests/<host>/<namespace>/<model>/<tag>      for clients that take no lists; as Ollama keeps its models
     manifests-v2/<host>/<namespace>/<model>/<tag>   for those that do; a copy of the document, as Ollama 0.40 reads it
     other-names/<host/repository>/@<reference>      what Ollama's folders have no place for, percent-encoded in lower
-                                                    case, cut into folders that end in `+`; `.lists` as the second
+                                                    case, cut at `+/+` where it is long; `.lists` as the second
 
 They lie below `public/`, or below `private/` while upstream refuses them to an anonymous request. On a disk that folds
 case, names with capitals are other names.
@@ -298,7 +298,7 @@ def _parse(path: str) -> Name | None:
     if tree != OTHER_NAMES:
         name = parse_manifest_path(path)
         return name and name._replace(takes_lists=tree == NAMED_DOCUMENTS)
-    text = rest.replace("+/", "")
+    text = rest.replace("+/+", "")
     takes_lists = text.endswith(_LISTS)
     place, at, reference = text.removesuffix(_LISTS).partition("/@")
     host, _, repository = _decoded(place).partition("/")
@@ -310,7 +310,7 @@ def _parse(path: str) -> Name | None:
 
 def _pieces(text: str) -> str:
     encoded = re.sub(r"[^a-z0-9_@-]", lambda match: "".join(f"%{byte:02x}" for byte in match[0].encode()), text)
-    return "+/".join(encoded[start : start + _PIECE] for start in range(0, len(encoded), _PIECE))
+    return "+/+".join(encoded[start : start + _PIECE] for start in range(0, len(encoded), _PIECE))
 
 
 def _decoded(text: str) -> str:

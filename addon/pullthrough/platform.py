@@ -11,9 +11,11 @@ import gc
 import ipaddress
 import math
 import os
+import shutil
 import socket
 import stat
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from pullthrough.settings import Network
 
 _FICLONE = 0x40049409  # linux/fs.h
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+_TEMPORARY = "ollama-cache-"
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 """Of os.open: fail where the last part of the path is a link. 0 on Windows."""
 _WITHOUT_MODES = {
@@ -223,6 +226,29 @@ def sync_all() -> None:
     """Make all that was written to any disk durable. Windows cannot: files are flushed one by one there."""
     if hasattr(os, "sync"):
         os.sync()
+
+
+def become_owner(path: Path) -> None:
+    """Go on as the user who owns the existing path, if we are root and he is another: a link of his leads us nowhere
+    where he may not go, and what is made there is his."""
+    if sys.platform == "win32" or os.geteuid() != 0 or not path.exists():
+        return
+    status = path.stat()
+    if status.st_uid != 0:
+        os.setgroups([])
+        os.setegid(status.st_gid)
+        os.seteuid(status.st_uid)
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for this user and as long as this process lives; those of processes that were killed are removed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*-*"):
+        number = path.name.removeprefix(_TEMPORARY).partition("-")[0]
+        with contextlib.suppress(OSError):
+            is_ours = sys.platform == "win32" or path.lstat().st_uid == os.geteuid()
+            if is_ours and number.isdecimal() and not path.is_symlink() and not psutil.pid_exists(int(number)):
+                shutil.rmtree(path, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{_TEMPORARY}{os.getpid()}-")
 
 
 def release_memory() -> None:

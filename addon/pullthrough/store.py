@@ -79,7 +79,7 @@ class Store:
         self._blobs = BlobTable(folder, index, contents.blobs)
         self._manifests = ManifestTable(index, contents, self.read_manifest)
         self._survey = Survey(self._files, self._manifests, self._blobs, self._count_change)
-        self._members = members
+        self._members: dict[tuple[str, str], str | set[str]] = {**members}
         """What upstream has granted of each (host, repository) to an anonymous request, besides the manifests."""
         self._denials: Counter[tuple[str, str]] = Counter()
         self._manifests.open()
@@ -238,7 +238,7 @@ class Store:
 
     def is_member(self, host: str, repository: str, digest: Digest) -> bool:
         """A stored manifest of the repository lists it, or upstream granted it there to an anonymous request."""
-        granted = self._members.get(_place(host, repository), "")
+        granted = self._granted(_place(host, repository))
         return digest in granted or any(record.lists(digest) for record in self.manifests_of(host, repository).values())
 
     def repositories(self, digest: Digest) -> list[tuple[str, str]]:
@@ -252,10 +252,17 @@ class Store:
         """Upstream granted the blob of this repository to an anonymous request."""
         self._blobs.show(digest, public=True)
         place = _place(host, repository)
-        members = self._members.get(place, "")
-        if digest not in members:
-            self._members[place] = members = f"{members} {digest}".lstrip()
-            self._index.put_members(*place, members)
+        granted = self._granted(place)
+        if digest not in granted:
+            granted.add(digest)
+            self._index.put_members(*place, granted)
+
+    def _granted(self, place: tuple[str, str]) -> set[str]:
+        """The digests of the repository; taken apart when they are asked for first, because most never are."""
+        granted = self._members.get(place, "")
+        if isinstance(granted, str):
+            granted = self._members[place] = set(granted.split())
+        return granted
 
     def adopt(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest of the fleet's: a cache of it has recorded every blob, and each is public."""
@@ -268,7 +275,12 @@ class Store:
 
     def is_denied(self, host: str, repository: str) -> bool:
         """Whether upstream has refused an anonymous request in this repository, and granted none since."""
-        return any(record.denied for record in self.manifests_of(host, repository, private=True).values())
+        return bool(self.refused(host, repository))
+
+    def refused(self, host: str, repository: str) -> list[ManifestRecord]:
+        """The manifests of the repository that upstream has refused to an anonymous request."""
+        self._survey.look(_place(host, repository))
+        return self._manifests.denied(_place(host, repository))
 
     def deny(self, host: str, repository: str) -> bool:
         """Upstream refuses an anonymous request in this repository: nothing of it is known any more.
@@ -279,7 +291,7 @@ class Store:
         """
         place = _place(host, repository)
         self._denials[place] += 1
-        digests = set(map(trusted, self._members.get(place, "").split()))
+        digests = set(map(trusted, self._granted(place)))
         granted = self.manifests_of(host, repository)
         was_known = bool(digests or granted)
         for name, record in granted.items():
@@ -287,10 +299,11 @@ class Store:
             self._files.hide(name, record.body)
             self._manifests.put(name, record._replace(denied=True))
             self._count_change()
-        if self._members.pop(place, None) is not None:
+        if self._members.pop(place):
             self._index.delete_members(*place)
-        for digest in digests.difference(" ".join(self._members.values()).split()):
-            self._blobs.show(digest, public=False)
+        for digest in digests:
+            if not any(digest in granted for granted in self._members.values()):
+                self._blobs.show(digest, public=False)
         return was_known
 
     def denials(self, host: str, repository: str) -> int:

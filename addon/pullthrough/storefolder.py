@@ -5,6 +5,7 @@ in it is a link to elsewhere, and nobody but its owner may write to it. Knows ne
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -74,6 +75,14 @@ def make_folders(folder: Path) -> None:
     """Make what is missing of the store's folders. Raises OSError if the disk refuses."""
     for name in _FOLDERS:
         (folder / name).mkdir(exist_ok=True, mode=0o700 if name == PRIVATE else 0o755)
+
+
+def restore(folder: Path) -> None:
+    """Make again what somebody has removed of the store's folders. Raises OSError if the disk refuses, or has gone."""
+    if not (folder / MARKER).exists():
+        # Another disk, or none, is mounted there by now: nothing is made on it.
+        raise FileNotFoundError(errno.ENOENT, f"no store any more, {MARKER} has gone", str(folder))
+    make_folders(folder)
 
 
 def check_safe(folder: Path) -> None:
