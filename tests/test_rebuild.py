@@ -25,6 +25,7 @@ from pullthrough.store import Store
 from tests.support.crashdisk import AtOnce
 from tests.support.formats import make_format_1
 from tests.support.modelsfolder import list_of, manifest_of, read_current, read_models
+from tests.support.ollamaprune import start
 
 PUBLIC, PRIVATE = Name(DEFAULT_HOST, "library/open", "latest"), Name(DEFAULT_HOST, "me/closed", "latest")
 DEEP = Name("hub.example:5000", "a/b/C", "Q4")
@@ -252,6 +253,44 @@ def test_an_ollama_reads_it(filled: Path) -> None:
     ((name, listed),) = new.items()
     assert (name.split("/", 1)[1], listed.document) == ("library/open/latest", LISTED)
     assert listed.runnable == {str(digest_of(BODY)): (OPEN, SHARED, CONFIG)}
+
+
+def tree_of(folder: Path) -> dict[str, bytes]:
+    """All files of a folder, and its empty folders."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in folder.rglob("*")
+        if path.is_file() or not list(path.iterdir())
+    }
+
+
+@pytest.mark.parametrize("current", [False, True], ids=["before 0.40", "0.40"])
+def test_an_ollama_that_starts_there(filled: Path, tmp_path: Path, current: bool) -> None:
+    """With OLLAMA_NOPRUNE it changes nothing; without, it takes what its own kind of manifest does not list."""
+    folder = copied(filled, tmp_path)
+    before = tree_of(folder)
+    assert start(folder / "public", current=current, noprune=True) == []
+    assert tree_of(folder) == before
+    gone = start(folder / "public", current=current)
+    assert gone == ([] if current else [digest_of(BODY).file_name])
+    assert tree_of(folder / "private") == tree_of(filled / "private")
+    with closing(Store.open(folder)) as store:
+        settle(store)
+        assert len(store.manifests()) == 4
+        assert {digest.file_name for digest in store.blobs()}.isdisjoint(gone)
+
+
+def test_an_inventory_of_files(filled: Path, tmp_path: Path) -> None:
+    """Without an index what people look at is the same."""
+    folder = copied(filled, tmp_path)
+    without_index(folder)
+    found, usual = Inventory.read(folder), Inventory.read(filled)
+    assert found.held_sizes() == usual.held_sizes()
+    assert {name: (record.body, record.denied) for name, record in found.manifests.items()} == {
+        name: (record.body, record.denied) for name, record in usual.manifests.items()
+    }
+    assert found.pins == usual.pins == {"open*"}
+    assert not (folder / "index").exists()
 
 
 @pytest.mark.timeout(600)

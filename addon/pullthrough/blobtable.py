@@ -176,7 +176,7 @@ class BlobTable:
             return
         is_proven = known is not None and known.is_file(file.size, file.mtime_ns, file.inode)
         if not is_proven and (proof := self.proofs.find(digest)) is not None:
-            is_proven = BlobRecord(proof.size, True, False, proof.mtime_ns, proof.inode).is_file(*file[2:])
+            is_proven = proof.proves(file.size, file.mtime_ns, file.inode)
         record = BlobRecord(
             size=file.size,
             held=True,

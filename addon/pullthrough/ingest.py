@@ -21,11 +21,13 @@ from typing import Any, Final
 
 from pullthrough import platform
 from pullthrough.digest import Digest
-from pullthrough.errors import StoreUnwritable
+from pullthrough.errors import InvalidRequest, StoreUnwritable
 from pullthrough.intervals import Intervals
 
 FORMAT: Final = 1
 
+INGEST: Final = "ingest"
+QUARANTINE: Final = "quarantine"
 PARTIAL: Final = ".partial"
 JOURNAL: Final = ".journal"
 
@@ -256,6 +258,25 @@ class Ingest:
         if any(start < 0 or stop > size for start, stop in present):
             return None
         return size, present, flushed
+
+
+def partials(store: Path) -> dict[Digest, tuple[int, float]]:
+    """What recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
+    found = {}
+    for path in (store / INGEST).glob(f"*{PARTIAL}"):
+        with contextlib.suppress(InvalidRequest, FileNotFoundError):
+            found[Digest.parse(path.stem)] = _taken(path)
+    return found
+
+
+def quarantined(store: Path) -> dict[Path, tuple[int, float]]:
+    """The same of the bytes that did not hash to their name."""
+    return {path: _taken(path) for path in (store / QUARANTINE).glob("sha256-*")}
+
+
+def _taken(path: Path) -> tuple[int, float]:
+    status = path.stat()
+    return platform.allocated(status), status.st_mtime
 
 
 def _line(record: dict[str, Any]) -> bytes:

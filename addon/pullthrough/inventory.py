@@ -1,19 +1,23 @@
-"""What a store holds, read from its index beside the daemon that runs on it.
+"""What a store holds, read from its index beside the daemon that runs on it, or from its files where it has no index.
 
 Invariant: nothing is changed and no lock is taken, so it is true of one moment only: who acts on it looks again.
 Knows no bytes of blobs.
 """
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from pullthrough.blobfiles import BlobFiles
-from pullthrough.contents import look
+from pullthrough.contents import Contents, look
 from pullthrough.digest import Digest
-from pullthrough.errors import TransferRefused
+from pullthrough.errors import StoreError, TransferRefused
+from pullthrough.modelfiles import ModelFiles
+from pullthrough.proofs import Proofs
 from pullthrough.records import BlobRecord, ManifestRecord, Name
-from pullthrough.storefolder import check_marker, load_pins
+from pullthrough.storefolder import check_marker, folds_case, load_pins
+from pullthrough.surveying import record_of
 from pullthrough.traffic import Totals
 
 
@@ -32,9 +36,12 @@ class Inventory:
 
     @classmethod
     def read(cls, folder: Path) -> "Inventory":
-        """What the index says. Raises StoreError where there is no sound store."""
+        """What the index says, or what the files say. Raises StoreError where there is no sound store."""
         check_marker(folder)
-        contents = look(folder / "index")
+        try:
+            contents = look(folder / "index")
+        except StoreError:
+            contents = _read_files(folder)
         pins = frozenset(load_pins(folder))
         return cls(folder, contents.blobs, contents.manifests, contents.children, pins, contents.days)
 
@@ -67,3 +74,20 @@ class Inventory:
         if not found:
             raise TransferRefused(f"expected a model of the store, got {model!r}")
         return found
+
+
+def _read_files(folder: Path) -> Contents:
+    """What the next start will make the index of."""
+    proofs, blobs = Proofs(folder), {}
+    try:
+        for file in BlobFiles(folder).walk():
+            record = BlobRecord(file.size, True, file.public, 0, 0, file.mtime_ns / 1e9)
+            if (proof := proofs.find(file.digest)) is not None and proof.proves(file.size, file.mtime_ns, file.inode):
+                record = record._replace(mtime_ns=file.mtime_ns, inode=file.inode)
+            blobs[file.digest] = record
+        with closing(ModelFiles(folder, folds_case=folds_case(folder))) as files:
+            found = {name: record_of(document, None) for _, each in files.walk() for name, document in each.items()}
+    except OSError as error:
+        raise StoreError(f"store {folder}: expected files that can be read, got: {error}") from error
+    manifests = {name: record for name, record in found.items() if record is not None}
+    return Contents(blobs, manifests, {}, {}, {})

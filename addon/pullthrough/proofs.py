@@ -35,6 +35,10 @@ class Proof(NamedTuple):
     inode: int
     """0 where it is of another disk."""
 
+    def proves(self, size: int, mtime_ns: int, inode: int) -> bool:
+        """Whether these are of the file that was verified."""
+        return (size, mtime_ns) == (self.size, self.mtime_ns) and self.inode in (inode, 0)
+
 
 class Proofs:
     """The file of one store. Its methods may be called from any thread, and wait for the disk."""

@@ -33,10 +33,10 @@ from pullthrough import platform
 from pullthrough.blobtable import BlobTable
 from pullthrough.contents import Contents, Members
 from pullthrough.digest import Digest, trusted
-from pullthrough.errors import InvalidRequest, StoreError
+from pullthrough.errors import StoreError
 from pullthrough.gcpause import gc_paused
 from pullthrough.index import Index
-from pullthrough.ingest import JOURNAL, PARTIAL, Ingest, SharedFile
+from pullthrough.ingest import JOURNAL, PARTIAL, Ingest, SharedFile, partials, quarantined
 from pullthrough.ledger import Ledger
 from pullthrough.manifestjson import DOCKER_TYPE
 from pullthrough.manifesttable import ManifestTable
@@ -187,15 +187,11 @@ class Store:
 
     def partials(self) -> dict[Digest, tuple[int, float]]:
         """What recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
-        found = {}
-        for path in (self.folder / "ingest").glob(f"*{PARTIAL}"):
-            with contextlib.suppress(InvalidRequest, FileNotFoundError):
-                found[Digest.parse(path.stem)] = _taken(path)
-        return found
+        return partials(self.folder)
 
     def quarantined(self) -> dict[Path, tuple[int, float]]:
         """The same of the bytes that did not hash to their name."""
-        return {path: _taken(path) for path in (self.folder / "quarantine").glob("sha256-*")}
+        return quarantined(self.folder)
 
     def remove_files(self, paths: Iterable[Path]) -> None:
         """Remove blobs' files, quarantined bytes, and partials with their journals; what the disk refuses is logged."""
@@ -385,8 +381,3 @@ class Store:
 
 def _place(host: str, repository: str) -> tuple[str, str]:
     return canonical(host), repository
-
-
-def _taken(path: Path) -> tuple[int, float]:
-    status = path.stat()
-    return platform.allocated(status), status.st_mtime

@@ -100,7 +100,7 @@ class Survey:
             if self._files.is_pending(name):
                 continue
             known = table.records.get(name)
-            record = _record(document, known)
+            record = record_of(document, known)
             if record is None:
                 _log.warning("the file of %s is no manifest; it is recorded anew when asked for", name)
                 if known is not None:
@@ -110,7 +110,7 @@ class Survey:
                 self._changed()
 
 
-def _record(document: Document, known: ManifestRecord | None) -> ManifestRecord | None:
+def record_of(document: Document, known: ManifestRecord | None) -> ManifestRecord | None:
     """What the file says, with what is known besides; None if it is no manifest."""
     record = ManifestRecord.parse(document.body, type_of(document.body), now=0.0)
     if record is None:
