@@ -2,7 +2,7 @@
 
 One row per trap that the clients' sources and issues have taught. `tests` are node ids below `tests/`; a row without
 any says in `why` why it cannot arise. The table is printed after a test run with what has become of each row, and
-stands in the README. `python -m tests.gotchas` writes the README's form.
+stands in docs/compatibility.md.
 """
 
 from collections.abc import Iterator, Mapping
@@ -226,10 +226,6 @@ def shown(outcomes: Mapping[str, str] | None = None) -> Iterator[tuple[int, str,
 
 
 def markdown() -> str:
-    """The README's table."""
+    """Return the table of docs/compatibility.md."""
     rows = [f"| {number} | {must} | {proof} |" for number, must, proof in shown()]
     return "\n".join(["| | a cache must… | shown by |", "| --- | --- | --- |", *rows, ""])
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

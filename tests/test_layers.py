@@ -15,13 +15,13 @@ PACKAGE: Final = ADDON / "pullthrough"
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability presigned cachestatus settings records datacheck"
     " chunksums coding conditional requestlog options loopguard wording gcpause jsonlog fleet addressing"
-    " manifestjson termlog webpage",
+    " manifestjson termlog webpage boundedjson fields refusals",
     "L1": "assembly scheduler freshness retention access tunnel budget parent traffic catalogue pruning"
-    " diagnosis breaker returns lease pulls connlimit",
+    " diagnosis breaker returns lease pulls connlimit distrust",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
     " authorities clientsetup objectstore manifesttable blobfiles modelfiles blobtable proofs surveying migration"
-    " dialling clock",
+    " dialling clock impostors claims",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
@@ -45,11 +45,12 @@ SIDEWAYS: Final = {
     "options": {"addressing", "errors", "settings"},
     "requestlog": {"cachestatus"},
     "jsonlog": {"termlog"},
-    "manifestjson": {"digest", "errors"},
+    "manifestjson": {"boundedjson", "digest", "errors"},
+    "refusals": {"boundedjson"},
     "records": {"digest", "errors", "manifestjson"},
     "fleet": {"digest", "errors", "records"},
-    "datacheck": {"byterange", "errors"},
-    "chunksums": {"digest", "errors"},
+    "datacheck": {"byterange", "errors", "refusals"},
+    "chunksums": {"datacheck", "digest", "errors"},
     "coding": {"errors"},
     "access": {"tunnel"},
     "connlimit": {"tunnel"},
@@ -94,7 +95,9 @@ SIDEWAYS: Final = {
     "inventory": {"blobfiles", "contents", "modelfiles", "proofs", "storefolder", "surveying"},
     "modeltree": {"platform"},
     "bundle": {"modeltree"},
-    "upstream": {"datastream", "resolver"},
+    "impostors": {"datastream"},
+    "claims": {"store"},
+    "upstream": {"datastream", "impostors", "resolver"},
     "leaseholder": {"tier"},
     "nearby": {"leaseholder", "tier"},
     "supply": {"nearby"},

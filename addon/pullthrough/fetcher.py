@@ -358,5 +358,6 @@ class Fetcher:
         if isinstance(error, UpstreamRefused):
             self._quiet_until = max(self._quiet_until, now + min(error.retry_after_s, RETRY_AFTER_LIMIT_S))
         _log.info("recording %s: %s; trying again (%.1f s without a byte)", self._name, error, silent)
-        if silent > GIVE_UP_S or (isinstance(error, UnexpectedResponse) and self._failures > MAX_UNEXPECTED):
+        lies = isinstance(error, UnexpectedResponse) and self._failures > MAX_UNEXPECTED
+        if silent > GIVE_UP_S or lies or error.discards:
             self._fail(error)

@@ -3,7 +3,8 @@
 Invariant: what is held, what is being recorded (at its full size), what earlier recordings have left and what is in
 quarantine never exceed `max_size`, and never leave less than `min_free` of the disk, as far as eviction can help: a
 blob is not recorded where no room can be made for the rest of its model too, and nothing is evicted for it. Quarantine
-goes first, then what recordings have left, then models. Knows no client and no upstream.
+goes first, then what recordings have left, then models. What had another digest twice has no room for a while. Knows no
+client and no upstream.
 """
 
 import asyncio
@@ -12,11 +13,14 @@ import shutil
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import humanfriendly
 
+from pullthrough.clock import steady
 from pullthrough.digest import Digest
-from pullthrough.errors import StoreUnwritable
+from pullthrough.distrust import Distrust
+from pullthrough.errors import SourceDistrusted, StoreUnwritable
 from pullthrough.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
 from pullthrough.retention import Choice, Holding, choose
 from pullthrough.store import Store
@@ -24,6 +28,10 @@ from pullthrough.storefolder import restore
 from pullthrough.threads import Threads
 
 _log = logging.getLogger(__name__)
+
+
+SMALL: Final = 64 << 10
+"""Bytes of a blob that is recorded anew however often it was wrong: it costs little, and is not given unverified."""
 
 
 class Keeper:
@@ -39,27 +47,35 @@ class Keeper:
         self._min_free = min_free
         self._pins = pins
         self._reserved: dict[Digest, int] = {}
+        self._distrust = Distrust()
         self._turn = asyncio.Lock()
 
     async def reserve(self, digest: Digest, size: int, *, whole: int | None = None) -> None:
         """Make room for a recording of `size` bytes; it counts in full until `release`. StoreUnwritable if none can be.
 
         What an earlier recording of it has left is counted in, and a blob that is held takes no more. Nothing is
-        evicted where there can be no room for the `whole` of the blob.
+        evicted where there can be no room for the `whole` of the blob and for the rest of its model. SourceDistrusted
+        for what had another digest lately.
         """
         if (known := self._store.blob(digest)) is not None and known.held:
             self._reserved[digest] = 0  # it is only verified
             return
+        if size > SMALL and self._distrust.holds(digest, now=steady()):
+            raise SourceDistrusted(f"{digest.short}: its source has brought other bytes twice; not kept now")
         async with self._turn:
             try:
                 await self._threads.disk(restore, self._store.folder)
                 partials = await self._threads.disk(self._store.partials)
-                quarantined = await self._threads.disk(self._store.quarantined)
+                evidence = await self._threads.disk(self._store.quarantined)
                 free = (await self._threads.disk(shutil.disk_usage, self._store.folder)).free
             except OSError as error:
                 raise StoreUnwritable(f"recording {digest}: {error}") from error
-            kept = sum(taken for taken, _ in quarantined.values())
-            excess = self._excess({**self._reserved, digest: size}, partials, kept, free)
+            suspect = sum(taken for taken, _ in evidence.values())
+            excess = self._excess({**self._reserved, digest: size}, partials, suspect, free)
+            if excess > 0:
+                # Bytes that are no model go before models.
+                freed = await self._drop_evidence(evidence, excess)
+                excess, free, suspect = excess - freed, free + freed, suspect - freed
             if excess > 0:
                 await self._store.settle()  # what is not known yet would go first, as nobody's
                 rest = await self._threads.disk(
@@ -69,17 +85,33 @@ class Keeper:
                     self._store.known_blobs(),
                 )
                 most = max(size, whole or 0)
-                total = self._excess({**rest, **self._reserved, digest: most}, partials, kept, free)
-                model = most + sum(rest.values())
-                await self._evict(digest, model, (excess, total), partials, quarantined, free)
+                total = self._excess({**rest, **self._reserved, digest: most}, partials, suspect, free)
+                await self._evict(digest, most + sum(rest.values()), (excess, total), partials, free)
             self._reserved[digest] = size
+
+    async def _drop_evidence(self, evidence: Mapping[Path, tuple[int, float]], excess: int) -> int:
+        """Remove quarantined files, the oldest first, until `excess` bytes are free; returns how many are."""
+        freed, paths = 0, []
+        for path, (taken, _) in sorted(evidence.items(), key=lambda item: item[1][1]):
+            if freed >= excess:
+                break
+            freed += taken
+            paths.append(path)
+        await self._threads.disk(self._store.remove_files, paths)
+        if paths:
+            _log.info("removed %d quarantined files, %s, to make room", len(paths), _text(freed))
+        return freed
+
+    def distrust(self, digest: Digest) -> None:
+        """What was recorded for the blob had another digest: after a second time it is not recorded for a while."""
+        self._distrust.note(digest, now=steady())
 
     def release(self, digest: Digest) -> None:
         """The recording has ended."""
         self._reserved.pop(digest, None)
 
     def _excess(
-        self, reserved: dict[Digest, int], partials: dict[Digest, tuple[int, float]], quarantined: int, free: int
+        self, reserved: dict[Digest, int], partials: dict[Digest, tuple[int, float]], suspect: int, free: int
     ) -> int:
         """By how many bytes the bounds would be exceeded once all that is reserved has come in."""
         to_come = sum(max(0, size - partials.get(digest, (0, 0.0))[0]) for digest, size in reserved.items())
@@ -87,7 +119,7 @@ class Keeper:
         if self._max_size is not None:
             idle = sum(size for digest, (size, _) in partials.items() if digest not in reserved)
             taken = sum(max(size, partials.get(digest, (0, 0.0))[0]) for digest, size in reserved.items())
-            excess = max(excess, self._store.held_bytes + taken + idle + quarantined - self._max_size)
+            excess = max(excess, self._store.held_bytes + taken + idle + suspect - self._max_size)
         return excess
 
     async def _evict(
@@ -96,7 +128,6 @@ class Keeper:
         size: int,
         excess: tuple[int, int],
         partials: dict[Digest, tuple[int, float]],
-        quarantined: dict[Path, tuple[int, float]],
         free: int,
     ) -> None:
         """Free the first `excess`, if the second one, of all `size` bytes of a model, could be freed too."""
@@ -108,7 +139,6 @@ class Keeper:
             dict(store.manifests()),
             store.known_blobs(),
             idle,
-            quarantined,
             pins=(*self._pins, *store.ledger.pins),
             excess=excess,
             busy=busy,
@@ -157,7 +187,6 @@ def _choose(
     manifests: Mapping[Name, ManifestRecord],
     blobs: Mapping[Digest, BlobRecord],
     partials: Mapping[Path, tuple[int, float]],
-    quarantined: Mapping[Path, tuple[int, float]],
     *,
     pins: Sequence[str],
     excess: tuple[int, int],
@@ -174,10 +203,9 @@ def _choose(
     for digest, record in blobs.items():
         if record.held and digest not in listed:
             holdings.append(Holding(None, frozenset([digest]), record.recorded))
-    for rank, leftovers in enumerate((quarantined, partials)):
-        for path, (size, changed) in leftovers.items():
-            holdings.append(Holding(None, frozenset([path]), changed, rank=rank))
-            sizes[path] = size
+    for path, (size, changed) in partials.items():
+        holdings.append(Holding(None, frozenset([path]), changed, is_leftover=True))
+        sizes[path] = size
     least, most = excess
     if most > least and choose(holdings, sizes, excess=most, busy=busy) is None:
         return None

@@ -158,7 +158,7 @@ class Recording:
         try:
             if after is not None:
                 await after.closed()
-            found = await self._room.threads.disk(self._ingest.resume)
+            found = await self._room.threads.disk(self._ingest.resume, self.supply.permits)
             if found is not None:
                 if await self._has_room(found[0]):
                     self._open(Assembly(*found))
@@ -224,6 +224,7 @@ class Recording:
     async def _complete(self) -> None:
         actual = await self._sealer.hash()
         sealed = await self._sealer.seal(actual)
+        self.supply.prove()
         size = self.assembly.size
         _log.info(
             "recorded %s: %d bytes in %.2f s; fetched %.3f x; unhashed at the last byte %.1f %%; "
@@ -363,8 +364,8 @@ class Recording:
                 if not self.assembly.complete:
                     await self._sealer.flush()
             self._file.release()
-        if isinstance(self._error, StoreUnwritable):
-            # What it holds is the room that the next recording may need.
+        if self._error is not None and self._error.discards:
+            # What it holds is the room that the next recording may need, or not of this blob.
             await self._room.threads.disk(self._ingest.discard)
         await self._room.threads.disk(self._ingest.close)
         self._room.keeper.release(self.digest)
@@ -389,6 +390,7 @@ class Recording:
             await work
         except DigestMismatch as error:
             self._room.counters.mismatches += 1
+            self._room.keeper.distrust(self.digest)
             self.supply.mistrust()
             self._fail(error)
         except CacheError as error:

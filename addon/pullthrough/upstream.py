@@ -8,34 +8,38 @@ credentials stay in memory and out of every message. Knows neither the store nor
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import secrets
 import ssl
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 import aiohttp
 import certifi
-from multidict import CIMultiDict
 from yarl import URL
 
 from pullthrough.byterange import format_range
 from pullthrough.coding import decode
-from pullthrough.datacheck import check_data, relayable
+from pullthrough.datacheck import SOURCE_GONE, check_data, check_length, relayable
 from pullthrough.datastream import FAILURES, DataStream, Errors, Source, translate
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
     Offline,
+    SourceExpired,
     UnexpectedResponse,
     UpstreamRefused,
     UpstreamUnreachable,
     ValidatorChanged,
 )
+from pullthrough.fields import cleaned
+from pullthrough.impostors import REDIRECTS, TOO_MANY_REQUESTS, Impostors, Response
 from pullthrough.loopguard import CDN_LOOP, LoopGuard
 from pullthrough.parent import Parents, check_remote
+from pullthrough.refusals import REFUSAL_LIMIT, described, is_page, is_refusal
 from pullthrough.resolver import CheckedResolver, Named
 from pullthrough.settings import Settings
 from pullthrough.tunnel import LegPolicy, check_address
@@ -56,7 +60,6 @@ PAUSES_S: Final = (0.1, 0.4)
 DEADLINE_S: Final = 20.0
 """All work for one control-plane request, retries included: Ollama's probe gives up after 30 s."""
 
-REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 DENIED: Final = frozenset({401, 403, 404})
 """What a registry answers to somebody who may not know, or may not be told."""
 
@@ -69,18 +72,10 @@ LOOP_DETECTED: Final = 508
 PROXY_AUTHENTICATION_REQUIRED: Final = 407
 """Never a registry's own word, which goes through a tunnel (RFC 9110 section 15.5.8)."""
 
-TOO_MANY_REQUESTS: Final = 429
 
 MAX_HOPS: Final = 5
 
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """A control-plane response, its body decoded."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
+_log = logging.getLogger(__name__)
 
 
 class Upstream:
@@ -110,6 +105,7 @@ class Upstream:
         self._near: set[tuple[str, int]] = set()
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
         self._down_until: dict[str, float] = {}
+        self.impostors = Impostors(settings.registries, self.errors)
 
     async def open(self) -> None:
         connector = aiohttp.TCPConnector(
@@ -161,23 +157,20 @@ class Upstream:
     ) -> Response:
         """One exchange with a registry; redirects are handed on, not followed.
 
-        UpstreamUnreachable, UpstreamTimeout or UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no
-        usable answer.
+        NotTheRegistry if the answer has not the shape of a registry's. UpstreamUnreachable, UpstreamTimeout or
+        UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no usable answer.
         """
         url = self._settings.endpoint(host).origin + target
 
         async def once() -> Response:
             with contextlib.closing(await self._send(method, url, headers)) as response:
-                body = b""
-                while data := await response.content.readany():
-                    body += data
-                    if len(body) > MAX_CONTROL_BODY:
-                        raise UnexpectedResponse(f"expected at most {MAX_CONTROL_BODY} bytes, got more")
-                return Response(response.status, CIMultiDict(response.headers), body)
+                limit = MAX_CONTROL_BODY if response.status < 400 else REFUSAL_LIMIT
+                return Response(response.status, cleaned(response.headers), await _body(response, limit))
 
         response = await self._patiently(host, once, timeout_s)
         coding = response.headers.get("Content-Encoding", "identity")
-        return replace(response, body=decode(response.body, coding, limit=MAX_CONTROL_BODY))
+        response = replace(response, body=decode(response.body, coding, limit=MAX_CONTROL_BODY))
+        return self.impostors.judged(host, response, head=method == "HEAD")
 
     async def obtain(
         self,
@@ -186,32 +179,46 @@ class Upstream:
         digest: Digest,
         headers: Mapping[str, str],
         *,
-        stop: int | None = None,
+        asked: tuple[int, int] | None = None,
         timeout_s: float,
     ) -> tuple[Source, DataStream | None]:
         """Ask the registry for a blob: its source, and the body itself where the registry has no other.
 
-        Of such a body no more than `stop` bytes are wanted. UpstreamRefused with the registry's status where it
-        says no.
+        Of such a body no more than `[asked)` is wanted. UpstreamRefused with the registry's status where it says no;
+        NotTheRegistry where something else does.
         """
         target = f"/v2/{repository}/blobs/{digest}"
         url = self._settings.endpoint(host).origin + target
-        asked = (0, stop) if stop is not None else None
         ranged = {"Range": format_range(*asked)} if asked else {}
         response = await self._patiently(host, lambda: self._send("GET", url, {**headers, **ranged}), timeout_s)
         # Under the registry's public name: that is what signatures are made for, and what redirects start from.
         source = Source(f"https://{host}{target}", {k: v for k, v in headers.items() if k.lower() == "authorization"})
         if response.status == 200 or (asked and response.status in (206, 416)):
             with _closing_on_error(response):
-                extent = check_data(response.status, response.headers, asked=asked, length=None)
+                if is_page(response.headers):
+                    raise self.impostors.displaced(host, described(response.status, response.headers))
+                extent = check_data(response.status, cleaned(response.headers), asked=asked, length=None)
                 return source, DataStream(response, extent, self.errors, source, ranged=asked is not None)
         with contextlib.closing(response):
-            location = response.headers.get("Location")
+            fields = cleaned(response.headers)
+            location = fields.get("Location")
             if response.status in REDIRECTS and location:
-                return _moved(source, location), None
+                return source.moved(location), None
             if response.status >= 400:
-                raise UpstreamRefused(response.status, relayable(response.headers))
+                refusal = self.impostors.judged(host, await self._refusal(response))
+                raise UpstreamRefused(refusal.status, relayable(refusal.headers))
             raise UnexpectedResponse(f"expected 200, a redirect or a refusal, got {response.status}")
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> Response:
+        """An answer of 400 and above, with as much of its body as is needed to tell whose it is."""
+        body = b""
+        try:
+            async with asyncio.timeout(STALL_TIMEOUT_S):
+                body = await _body(response, REFUSAL_LIMIT)
+        except FAILURES as error:
+            # What is missing proves nothing either.
+            _log.debug("a refusal broke off: %s", translate(error))
+        return Response(response.status, cleaned(response.headers), body)
 
     async def _patiently[T: (Response, aiohttp.ClientResponse)](
         self, host: str, once: Callable[[], Awaitable[T]], timeout_s: float
@@ -246,7 +253,7 @@ class Upstream:
     @staticmethod
     def source_at(host: str, target: str, location: str) -> Source:
         """The source that an answer to `target` points to; `location` may be relative."""
-        return _moved(Source(f"https://{host}{target}"), location)
+        return Source(f"https://{host}{target}").moved(location)
 
     # --- data plane
 
@@ -256,7 +263,8 @@ class Upstream:
         """A checked response to a GET of `[start, stop)`.
 
         The stream may be the whole blob from byte 0, when the source ignores Range. SourceExpired if the address is
-        no longer good; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
+        no longer good; LengthContradicted if the blob has not the length that was expected, or none of those that the
+        source is known by; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
         """
         with self.errors.counted():
             try:
@@ -265,7 +273,15 @@ class Upstream:
             except FAILURES as error:
                 raise translate(error) from None
         with self.errors.counted(), _closing_on_error(response):
-            extent = check_data(response.status, response.headers, asked=(start, stop), length=expected_length)
+            if response.status in SOURCE_GONE:
+                refusal = await self._refusal(response)
+                shaped = is_refusal(refusal.status, refusal.headers, refusal.body)
+                what = "" if shaped else described(refusal.status, refusal.headers)
+                raise SourceExpired(refusal.status, relayable(refusal.headers), what=what)
+            fields = cleaned(response.headers)
+            extent = check_data(response.status, fields, asked=(start, stop), length=expected_length)
+            if not source.near:
+                check_length(extent.length, source.sizes)
             stream = DataStream(response, extent, self.errors, source)
             if validator is not None and stream.validator != validator:
                 raise ValidatorChanged(validator, stream.validator)
@@ -279,7 +295,7 @@ class Upstream:
             if response.status not in REDIRECTS or not location:
                 return response, source
             response.close()
-            source = _moved(source, location)
+            source = source.moved(location)
         raise UnexpectedResponse(f"expected at most {MAX_HOPS} redirects, got more")
 
     def _reach(self, url: str) -> str:
@@ -343,26 +359,16 @@ def _closing_on_error(response: aiohttp.ClientResponse) -> Iterator[None]:
         raise
 
 
-def _moved(source: Source, location: str) -> Source:
-    """Where a Location leads that an answer of `source` has: with its credentials only within its origin."""
-    there = _join(source.url, location)
-    return Source(there, source.headers if _origin(there) == _origin(source.url) else {}, source.near)
-
-
-def _join(base: str, location: str) -> str:
-    """Where a Location leads. UnexpectedResponse if it is no address; it may be signed, so it is not quoted."""
-    try:
-        return str(URL(base, encoded=True).join(URL(location, encoded=True)))
-    except ValueError:
-        raise UnexpectedResponse(
-            f"expected an address in Location, got {len(location)} characters that are none"
-        ) from None
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    """Scheme, host and port: what an Authorization is for (RFC 6454 section 4)."""
-    parsed = URL(url, encoded=True)
-    return parsed.scheme, parsed.host, parsed.port
+async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The whole body. UnexpectedResponse if it is longer than `limit`; a refusal is cut there."""
+    found = bytearray()
+    while data := await response.content.readany():
+        found += data
+        if len(found) > limit:
+            if response.status >= 400:
+                return b""
+            raise UnexpectedResponse(f"expected at most {limit} bytes, got more")
+    return bytes(found)
 
 
 def _is_address(host: str) -> bool:

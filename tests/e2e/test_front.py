@@ -111,6 +111,21 @@ def test_every_client(origin: Origin, proxy: Proxy, tmp_path: Path, client: str,
     assert origin.counters.cdn_bytes_by_digest[model.layer] == SIZE
 
 
+@pytest.mark.parametrize("client", ["A0 0.1.1", "A2 current", "M1 0.35.1", "M2 0.40.2", "x/transfer current"])
+def test_insecure_needs_no_scheme(origin: Origin, proxy: Proxy, tmp_path: Path, client: str) -> None:
+    """`ollama pull --insecure host:port/library/model`: the flag alone makes it http, which client2 ignores."""
+    model = add_model(origin, blob := unique(SIZE))
+    kind, options = CLIENTS[client]
+    puller = kind(None, proxy.ca_file, tmp_path, **options)
+    puller.insecure = True
+    puller.pull(f"{ADDRESS}:{proxy.front_port}/{model.repository}")
+    assert puller.blob_path(model.layer).read_bytes() == blob.read(0, SIZE)
+    client2 = Client2(None, proxy.ca_file, tmp_path, version="chunksums")
+    client2.insecure = True
+    with pytest.raises(PullError):
+        client2.pull(f"{ADDRESS}:{proxy.front_port}/{model.repository}")
+
+
 # --- what is answered
 
 

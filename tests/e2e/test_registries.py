@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pullthrough.grants import PIECE
 from tests.e2e.conftest import MB, get, unique
 from tests.support.a2 import A2Client, PullError
 from tests.support.http1 import ClosedBeforeResponse, Connection, connect
@@ -101,8 +102,8 @@ def test_hugging_face_by_a_new_client(hub: Hub, proxy: Proxy, tmp_path: Path) ->
         assert report.retries == report.stalls == 0
         assert any(f"{HUGGING_FACE}/v2/" in exchange.url for exchange in report.requests)
         proxy.wait_for_line(f"recorded {digest[7:19]}")
-    # Each probe is a request of its own, which a byte from behind the redirects has to prove right.
-    assert 4 * MB <= hub.sent[digest] <= 4 * MB + 4
+    # Each probe is a request of its own, which a piece from behind the redirects has to prove right.
+    assert 4 * MB <= hub.sent[digest] <= 4 * MB + 4 * PIECE
     assert not any("__sign=" in line for line in proxy.output)
 
 
