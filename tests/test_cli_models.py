@@ -19,6 +19,7 @@ from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import Store
 from pullthrough.traffic import Totals
 from tests.support.bigstore import fill
+from tests.support.storefiles import blob_file, blob_files
 
 VERBS: Final = ("ls", "show", "rm", "pin", "unpin", "stats", "config", "prune", "warm")
 Run = Callable[..., Result]
@@ -147,7 +148,7 @@ def test_rm(run: Run, folder: Path) -> None:
     """The model and what is its alone; with one unknown name nothing goes."""
     assert "got 'nope'" in refused(run("rm", "me/x", "nope"))
     assert said(run("rm", "me/x")) == "removed me/x:latest\n3 B freed\n"
-    assert {path.name for path in (folder / "blobs").iterdir()} == {
+    assert {path.name for path in blob_files(folder)} == {
         digest(data).file_name for data in (b"one", b"both", b"alone")
     }
     store = Store.open(folder)
@@ -174,9 +175,9 @@ def test_prune(run: Run, folder: Path) -> None:
     assert said(run("prune")) == "removed 0 blobs and 0 leftovers, 0 B\n"
     dry = said(run("prune", "--age", "0", "--dry-run"))
     assert re.fullmatch(r"would remove 1 blobs and 1 leftovers, .+ B\n", dry)
-    assert (folder / "blobs" / digest(b"alone").file_name).exists()
+    assert blob_file(folder, digest(b"alone").file_name).exists()
     assert said(run("prune", "--age", "0")) == dry.replace("would remove", "removed")
-    assert not (folder / "blobs" / digest(b"alone").file_name).exists()
+    assert not blob_file(folder, digest(b"alone").file_name).exists()
     assert list((folder / "ingest").iterdir()) == []
     done = said(run("prune", "--age", "90m", "--all"))
     assert done.startswith("removed me/x:latest\nremoved 1 blobs")

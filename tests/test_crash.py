@@ -90,8 +90,8 @@ class Machine:
 
     def planted(self) -> "Machine":
         """Somebody has put a wrong file among the blobs."""
-        file, path = 1000 + len(self.changes), f"blobs/{DIGEST.file_name}"
-        added: list[Change] = [Named(file, None, path), Written(file, 0, WRONG), Synced(file), Synced("blobs")]
+        file, path = 1000 + len(self.changes), f"private/blobs/{DIGEST.file_name}"
+        added: list[Change] = [Named(file, None, path), Written(file, 0, WRONG), Synced(file), Synced("private/blobs")]
         return replace(self, changes=self.changes + added, promise=Promise(delivered=WRONG))
 
 
@@ -194,7 +194,7 @@ class Life:
                     await mark(step.start, step.stop)
                 case "flush":
                     await flush(step)
-                case "again":
+                case "again" if not ingest.in_place:  # what is only verified has no source
                     self._withdraw()
                     await sealer.begin_again()
                     disk.promise = Promise()

@@ -129,15 +129,21 @@ def test_a_foreign_journal_line_beyond_the_end(tmp_path: Path) -> None:
     assert reopen(tmp_path) is None
 
 
-def test_adopt_makes_a_complete_partial(tmp_path: Path) -> None:
-    """A blob that lost its index entry is there again, to be hashed."""
-    orphan = tmp_path / "orphan"
-    orphan.write_bytes(b"0123456789")
-    Ingest.adopt(tmp_path, DIGEST, orphan)
-    ingest = Ingest(tmp_path, DIGEST)
+def test_a_file_among_the_blobs_is_read_where_it_is(tmp_path: Path) -> None:
+    """A blob without proof is whole, to be hashed, and not removed with what a recording leaves."""
+    stranger = tmp_path / "blobs" / DIGEST.file_name
+    stranger.parent.mkdir()
+    stranger.write_bytes(b"0123456789")
+    ingest = Ingest(tmp_path, DIGEST, stranger)
     assert ingest.resume() == (10, Intervals([(0, 10)]))
-    assert not orphan.exists()
+    assert (ingest.in_place, ingest.partial_path) == (True, stranger)
+    ingest.flush(Intervals([(0, 10)]))
+    ingest.discard()
+    assert stranger.exists()
     ingest.close()
+    stranger.unlink()
+    stranger.symlink_to(tmp_path)
+    assert Ingest(tmp_path, DIGEST, stranger).resume() is None
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

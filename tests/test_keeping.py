@@ -64,6 +64,56 @@ def test_the_keeper(store: Store, pinned: bool) -> None:
     assert (store.manifest(NAME) is not None) == pinned
 
 
+def reserve(store: Store, digest: Digest, size: int, **bounds: int) -> None:
+    async def work() -> None:
+        threads = Threads()
+        try:
+            await Keeper(store, threads, **{"max_size": 1500, "min_free": 0, **bounds}).reserve(digest, size)
+        finally:
+            threads.close()
+
+    asyncio.run(work())
+
+
+def put_large(store: Store, name: str, large: int) -> Digest:
+    """A model of a large blob and a config, neither of which is here; the config."""
+    config = Digest("c" * 64)
+    layers = [{"digest": str(Digest("d" * 64)), "size": large}, {"digest": str(config), "size": 71}]
+    record = ManifestRecord.parse(json.dumps({"layers": layers}).encode(), "application/json", now=2.0)
+    assert record is not None
+    store.put_manifest(Name.parse(name), record)
+    return config
+
+
+def test_nothing_goes_for_a_model_that_cannot_fit(store: Store) -> None:
+    """The first of its blobs that is asked for is small, and the others would not find room after it."""
+    config = put_large(store, "large", 2000)
+    with pytest.raises(StoreUnwritable, match=r"expected room for 2\.07 KB within the bounds"):
+        reserve(store, config, 71, max_size=1050)
+    assert store.manifest(NAME) is not None
+    put_large(store, "smaller", 900)
+    reserve(store, config, 71, max_size=1050)
+    assert store.manifest(NAME) is None
+
+
+def test_leftovers_count_and_go_first(store: Store) -> None:
+    """What is in quarantine, then what recordings have left; a model that was pulled long ago stays."""
+    (store.folder / "quarantine" / f"sha256-{'a' * 64}-1").write_bytes(b"x" * 8192)
+    ingest = store.ingest(Digest("b" * 64))
+    ingest.begin(8192)
+    ingest.write_at(0, b"x" * 8192)
+    ingest.close()
+    bound = 1000 + 2 * 8192 + 10
+    reserve(store, Digest("0" * 64), 10, max_size=bound)
+    assert len(list((store.folder / "quarantine").iterdir())) == 1
+    reserve(store, Digest("0" * 64), 11, max_size=bound)
+    assert not list((store.folder / "quarantine").iterdir())
+    assert store.partials()
+    reserve(store, Digest("0" * 64), 8192 + 11, max_size=bound)
+    assert not store.partials()
+    assert store.manifest(NAME) is not None
+
+
 def test_the_keeper_takes_both_representations(store: Store) -> None:
     """A model goes whole, by when either was pulled last."""
     record = store.manifest(NAME)

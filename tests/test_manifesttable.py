@@ -16,6 +16,7 @@ from pullthrough.digest import Digest
 from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE, LONGEST
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import Store
+from tests.support.formats import make_format_1
 
 HOST = "registry.ollama.ai"
 NAME = Name(HOST, "library/tiny", "latest")
@@ -207,7 +208,7 @@ def test_children_go_with_the_last_list(store: Store) -> None:
     store.close()
     with closing(sqlite3.connect(store.folder / "index" / "cache.db")) as connection:
         kinds = {key.partition(" ")[0] for (key,) in connection.execute("SELECT key FROM Cache")}
-    assert kinds == {"blob"}
+    assert kinds == {"blob", "index"}
 
 
 def test_a_crash_between_blob_and_child(store: Store) -> None:
@@ -247,11 +248,7 @@ def test_rows_of_earlier_versions(store: Store) -> None:
     """They lack what was not known then."""
     store.put_manifest(NAME, parsed(FIRST))
     store.close()
-    with closing(sqlite3.connect(store.folder / "index" / "cache.db")) as connection, connection:
-        (text,) = connection.execute("SELECT value FROM Cache WHERE key GLOB 'manifest *'").fetchone()
-        facts = json.loads(text)
-        del facts["references"]
-        connection.execute("UPDATE Cache SET value = ? WHERE key GLOB 'manifest *'", (json.dumps(facts),))
+    make_format_1(store.folder, references=False)
     store = Store.open(store.folder)
     assert store.manifest(NAME) == parsed(FIRST)
     store.close()
@@ -263,6 +260,7 @@ def test_a_registry_of_two_names(store: Store) -> None:
     store.put_manifest(NAME, parsed(FIRST))
     store.confirm_public(*PLACE, digest_of(b"a"))
     store.close()
+    make_format_1(store.folder)
     alias = "registry.ollama.com"
     with closing(sqlite3.connect(store.folder / "index" / "cache.db")) as connection, connection:
         for kind, rest, new in (

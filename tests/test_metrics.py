@@ -44,7 +44,7 @@ class Daemon:
         room = Workroom(store, keeper, self.upstream, threads, 16, self.settings.finish, Budget(None))
         self.recorder = Recorder(room)
         self.requests = RequestLog()
-        self.vitals = Vitals(folder, lambda: {"CA": END})
+        self.vitals = Vitals(store.folder, lambda: {"CA": END})
         self.metrics = Metrics(
             self.settings,
             store,

@@ -1,10 +1,12 @@
 """store: ingest → verify → publish, and what survives a restart."""
 
+import asyncio
 import hashlib
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import sqlite3
 import time
 from pathlib import Path
@@ -19,6 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreError
 from pullthrough.intervals import Intervals
+from pullthrough.inventory import Inventory
+from pullthrough.manifestjson import DOCKER_TYPE
 from pullthrough.manifesttable import TOLD_S
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import KEPT_S, Store
@@ -258,17 +262,28 @@ def test_a_changed_file_is_no_hit(tmp_path: Path, damage: str) -> None:
     store.close()
 
 
-def test_an_orphan_is_to_be_hashed_again(tmp_path: Path) -> None:
-    """A blob file without an index entry becomes a complete partial, not a hit."""
+def test_a_file_without_proof_is_verified_where_it_is(tmp_path: Path) -> None:
+    """A blob file that nothing says was verified is no hit; it counts as held, and is found whole."""
     store = Store.open(tmp_path / "store")
     store.close()
-    digest = digest_of(b"orphan")
-    (tmp_path / "store" / "blobs" / digest.file_name).write_bytes(b"orphan")
-    (tmp_path / "store" / "blobs" / "README").write_text("not ours")
+    digest = digest_of(b"stranger")
+    folder = tmp_path / "store" / "private" / "blobs"
+    (folder / digest.file_name).write_bytes(b"stranger")
+    (folder / "README").write_text("not ours")
     store = Store.open(tmp_path / "store")
     assert store.held(digest) is None
-    assert store.ingest(digest).resume() == (6, Intervals([(0, 6)]))
-    assert (tmp_path / "store" / "blobs" / "README").exists()
+    known = store.blob(digest)
+    assert known is not None
+    assert (known.size, known.held, known.public, store.held_bytes) == (8, True, False, 8)
+    ingest = store.ingest(digest)
+    assert ingest.resume() == (8, Intervals([(0, 8)]))
+    assert (ingest.in_place, ingest.partial_path) == (True, folder / digest.file_name)
+    ingest.discard()
+    store.publish(digest, store.place(digest, ingest.partial_path), now=1.0)
+    ingest.close()
+    assert read(store, digest) == b"stranger"
+    assert store.held_bytes == 8
+    assert (folder / "README").exists()
     store.close()
 
 
@@ -365,8 +380,8 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_newer_format(tmp_path: Path) -> None:
     """A store of a later version is left alone."""
     Store.open(tmp_path / "store").close()
-    (tmp_path / "store" / "ollama-cache.json").write_text('{"format": 2}')
-    with pytest.raises(StoreError, match=r"expected format 1 in ollama-cache\.json, got 2"):
+    (tmp_path / "store" / "ollama-cache.json").write_text('{"format": 3}')
+    with pytest.raises(StoreError, match=r"expected format 1 to 2 in ollama-cache\.json, got 3: a newer version"):
         Store.open(tmp_path / "store")
 
 
@@ -378,12 +393,13 @@ def test_unwritable_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["noise", "cut", "foreign row", "pickle"])
-def test_corrupt_index(tmp_path: Path, damage: str) -> None:
-    """A broken index stops the start and names the mend; a pickle in it is never run; the lock is free again."""
+def test_corrupt_index(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A broken index is made anew from the files; a pickle in it is never run (CVE-2025-69872)."""
     folder = tmp_path / "store"
     store = Store.open(folder)
     for number in range(200):
         record(store, b"%d" % number)
+    store.put_manifest(NAME, manifest(b"7"))
     store.close()
     database = folder / "index" / "cache.db"
     match damage:
@@ -398,12 +414,20 @@ def test_corrupt_index(tmp_path: Path, damage: str) -> None:
             with sqlite3.connect(database) as connection:
                 bomb = pickle.dumps(Bomb())
                 connection.execute("UPDATE Cache SET mode = 4, value = ?", (sqlite3.Binary(bomb),))
-    with pytest.raises(StoreError, match=r"expected a sound index in .*; move that folder away"):
-        Store.open(folder)
-    (folder / "index").rename(folder.parent / "away")
     store = Store.open(folder)
-    assert store.ingest(digest_of(b"7")).resume() == (1, Intervals([(0, 1)]))
+    assert [message.partition(" from ")[0] for message in caplog.messages] == [
+        f"the index in {folder / 'index'} is made anew"
+    ]
+    assert store.manifest(NAME) == manifest(b"7", confirmed=0.0)._replace(
+        content_type=DOCKER_TYPE,
+        pulled=store.manifest(NAME).pulled,  # type: ignore[union-attr]
+    )
+    assert read(store, digest_of(b"7")) == b"7"
+    assert store.is_member(*NAME.place, digest_of(b"7"))
+    asyncio.run(store.settle())
+    assert len(store.blobs()) == 200
     store.close()
+    assert len(Inventory.read(folder).held_sizes()) == 200
 
 
 class Bomb:
@@ -483,14 +507,27 @@ class AgainstADict(RuleBasedStateMachine):
 
     @rule(data=st.binary(min_size=1, max_size=8))
     def crash_before_the_index(self, data: bytes) -> None:
-        """The rename happened, the index write did not: an orphan, found at the next start."""
+        """The rename happened, nothing else did: a file without proof."""
         digest = digest_of(data)
         if digest in self.model:
             return
-        self.store.blob_path(digest).write_bytes(data)
+        path = self.store.blob_path(digest)
+        path.write_bytes(data)
         self.store.close()
         self.store = Store.open(self.folder)
         assert self.store.ingest(digest).resume() is not None
+        assert self.store.held(digest) is None
+        self.store.disown(digest)
+
+    @rule(how=st.sampled_from(["gone", "noise"]))
+    def lose_the_index(self, how: str) -> None:
+        self.store.close()
+        if how == "gone":
+            shutil.rmtree(self.folder / "index")
+        else:
+            (self.folder / "index" / "cache.db").write_bytes(b"noise" * 1000)
+        self.store = Store.open(self.folder)
+        asyncio.run(self.store.settle())
 
     @invariant()
     def holds(self) -> None:

@@ -27,6 +27,7 @@ from pullthrough.records import Name
 from pullthrough.store import STAGING, Store
 from tests.support.carrying import import_into
 from tests.support.modelsfolder import manifest_of, read_models, sha256, write_model
+from tests.support.storefiles import blob_file, blob_files
 
 HOST = "registry.ollama.ai"
 PATH = f"{HOST}/library/tiny/latest"
@@ -65,9 +66,9 @@ def contents(store: Path) -> tuple[set[str], set[str]]:
     """(models, blob files); nothing else may lie about."""
     with opened(store) as opened_store:
         models = {str(name) for name in opened_store.manifests()}
-        assert set(opened_store.blobs()) == {Digest.parse(path.name) for path in (store / "blobs").iterdir()}
+        assert set(opened_store.blobs()) == {Digest.parse(path.name) for path in blob_files(store)}
     assert list((store / "ingest").iterdir()) == []
-    return models, {path.name for path in (store / "blobs").iterdir()}
+    return models, {path.name for path in blob_files(store)}
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_a_damaged_blob_is_not_exported(tmp_path: Path, tree: Path) -> None:
     """Neither into a bundle nor into a folder; what was begun is gone."""
     store = tmp_path / "store"
     take_tree(store, tree)
-    (store / BLOB).write_bytes(b"X" * len(BLOBS[0]))
+    blob_file(store, Path(BLOB).name).write_bytes(b"X" * len(BLOBS[0]))
     inventory = Inventory.read(store)
     cargo = select(inventory, ["tiny"])
     for target, export in ((tmp_path / "x.tar", export_bundle_file), (tmp_path / "x", export_tree)):
@@ -345,8 +346,8 @@ def test_links_only_to_what_nobody_else_can_change(tmp_path: Path, tree: Path) -
     open_to_all = tree / "blobs" / f"sha256-{sha256(BLOBS[1])}"
     open_to_all.chmod(0o666)
     take_tree(tmp_path / "store", tree, link=True)
-    assert (tmp_path / "store" / BLOB).samefile(tree / BLOB)
-    assert not (tmp_path / "store" / "blobs" / open_to_all.name).samefile(open_to_all)
+    assert blob_file(tmp_path / "store", (tree / BLOB).name).samefile(tree / BLOB)
+    assert not blob_file(tmp_path / "store", open_to_all.name).samefile(open_to_all)
     with opened(tmp_path / "store") as store:
         assert store.held(Digest(sha256(BLOBS[0]))) is not None
 
@@ -406,7 +407,8 @@ def test_any_damage_is_refused_whole(receiving: tuple[Store, bytes], data: st.Da
     with pytest.raises(TransferRefused, match="expected"):
         import_into(store, path)
     assert (dict(store.manifests()), store.blobs()) == ({}, {})
-    assert not any(list((store.folder / name).iterdir()) for name in ("blobs", "ingest", "quarantine"))
+    assert not any(list((store.folder / name).iterdir()) for name in ("ingest", "quarantine"))
+    assert blob_files(store.folder) == []
 
 
 def member(path: str, data: bytes) -> bytes:

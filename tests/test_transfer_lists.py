@@ -40,6 +40,7 @@ from tests.support.modelsfolder import (
     write_model,
     write_shadow,
 )
+from tests.support.storefiles import blob_file, blob_files
 
 HOST = "registry.ollama.ai"
 PATH = f"{HOST}/library/tiny/latest"
@@ -73,7 +74,7 @@ def stored(store: Path) -> dict[Name, bytes]:
 
 def held(store: Path) -> set[str]:
     """The blobs of a store by the hashes of their bytes."""
-    return {sha256(path.read_bytes()) for path in (store / "blobs").iterdir()}
+    return {sha256(path.read_bytes()) for path in blob_files(store)}
 
 
 def hashes(*blobs: bytes) -> set[str]:
@@ -631,4 +632,4 @@ def test_hard_links_of_a_list(tmp_path: Path) -> None:
     assert take(tmp_path / "store", tmp_path / "tree", link=True) == IMPORTED
     for blob in (manifest_of(*GGML), *GGML):
         name = f"blobs/sha256-{sha256(blob)}"
-        assert (tmp_path / "store" / name).samefile(tmp_path / "tree" / name)
+        assert blob_file(tmp_path / "store", Path(name).name).samefile(tmp_path / "tree" / name)

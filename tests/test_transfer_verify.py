@@ -20,6 +20,7 @@ from pullthrough.store import Store
 from pullthrough.verifying import JOURNAL, Finding, Problem, check, mend
 from tests.support.carrying import import_into
 from tests.support.modelsfolder import read_models, sha256, write_model
+from tests.support.storefiles import blob_file
 
 ADDON = Path(__file__).parents[1] / "addon"
 PATHS = tuple(f"registry.ollama.ai/library/{name}/latest" for name in ("one", "two"))
@@ -55,7 +56,7 @@ def held(folder: Path) -> set[Digest]:
 
 
 def path_of(folder: Path, number: int) -> Path:
-    return folder / "blobs" / DIGESTS[number].file_name
+    return blob_file(folder, DIGESTS[number].file_name)
 
 
 def _flip(path: Path) -> None:
@@ -117,7 +118,7 @@ def test_files_that_the_index_does_not_know(folder: Path) -> None:
     """A right one becomes a hit, a wrong one goes to quarantine, and what is no blob is left alone."""
     right, wrong = Digest(sha256(b"right")), Digest(sha256(b"wrong"))
     for name, data in ((right.file_name, b"right"), (wrong.file_name, b"not it"), ("README", b"hello")):
-        (folder / "blobs" / name).write_bytes(data)
+        (folder / "private" / "blobs" / name).write_bytes(data)
     report = check(folder, (), now=5.0)
     assert {(finding.name, finding.problem) for finding in report.findings} == {
         (right.file_name, Problem.UNKNOWN),
@@ -261,7 +262,7 @@ def test_export_to_standard_output(folder: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32" or platform.cores() < 2, reason="needs SIGINT and two cores")
 def test_ctrl_c(folder: Path) -> None:
     """The program ends at once in the middle of a blob, says how to go on, and has remembered the others."""
-    huge = folder / "blobs" / f"sha256-{'0' * 64}"
+    huge = folder / "private" / "blobs" / f"sha256-{'0' * 64}"
     with huge.open("wb") as file:
         file.truncate(1 << 40)
     command = [sys.executable, "-c", "from pullthrough.cli import main; main()", "verify"]

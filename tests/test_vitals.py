@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pullthrough import vitals
+from pullthrough.storefolder import write_marker
 from pullthrough.vitals import Disk, Vitals
 
 FAR = datetime.now(UTC) + timedelta(days=30)
@@ -15,6 +16,7 @@ FAR = datetime.now(UTC) + timedelta(days=30)
 
 def test_problems(tmp_path: Path) -> None:
     """Nothing, a store that has gone, a certificate that has ended, and the daemon's own end."""
+    write_marker(tmp_path)
     ends = {"CA": FAR}
 
     async def ask() -> list[list[str]]:
@@ -30,6 +32,16 @@ def test_problems(tmp_path: Path) -> None:
     ]
     gone = Vitals(tmp_path / "gone", dict)
     assert asyncio.run(gone.problems()) == ["store: No such file or directory"]
+    (tmp_path / "ollama-cache.json").unlink()
+    assert asyncio.run(Vitals(tmp_path, dict).problems()) == ["store: no store any more, ollama-cache.json has gone"]
+
+
+def test_missing_folders_are_made_again(tmp_path: Path) -> None:
+    """While the cache runs; a closed one stays closed."""
+    write_marker(tmp_path)
+    assert asyncio.run(Vitals(tmp_path, dict).problems()) == []
+    assert (tmp_path / "public" / "blobs").is_dir()
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_disk_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

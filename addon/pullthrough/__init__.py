@@ -21,6 +21,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          tier  uploader  leaseholder  nearby                 what a fleet of caches shares
          verifying  importing  exporting                     the ones that check the store and carry models in and out
     L2a  store  storefolder  index  contents  ingest  upstream  impostors  datastream  claims  resolver  collapse
+         blobfiles  modelfiles  blobtable  proofs  surveying  migration
          ca  threads  places  looplag  platform  dialling  clock
          ledger  control  asking  housekeeping
          copying  inventory  modeltree  bundle  admission

@@ -177,7 +177,7 @@ class OllamaCache:
             ) from error
         if settings.object_store is not None and settings.fleet_secret_file is not None:
             self._fleet = ObjectStore(settings.object_store), load_secret(settings.fleet_secret_file)
-        self._confdir = tempfile.TemporaryDirectory(prefix="ollama-cache-")
+        self._confdir = platform.temporary_folder()
         self._store = Store.open(settings.dir)
         self._vitals = Vitals(settings.dir, self._certificates)
         # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
@@ -216,14 +216,9 @@ class OllamaCache:
         await self._upstream.open()
         self._threads = Threads()
         keeper = Keeper(
-            self._store,
-            self._threads,
-            max_size=settings.max_size,
-            min_free=settings.min_free,
-            pins=settings.pins,
+            self._store, self._threads, max_size=settings.max_size, min_free=settings.min_free, pins=settings.pins
         )
         fleet = self._join(*self._fleet) if self._fleet is not None else None
-        tier = fleet[0] if fleet is not None else None
         room = Workroom(
             self._store,
             keeper,
@@ -235,14 +230,12 @@ class OllamaCache:
             fleet=fleet,
         )
         self._recorder = Recorder(room)
-        self._registry = Registry(settings, self._store, self._upstream, self._recorder, tier)
+        self._registry = Registry(settings, self._store, self._upstream, self._recorder, fleet and fleet[0])
         self._registry.open()
-        others = {"proxy": _tell_address, "look out": self._look_out}
-        options = _origins(settings)
+        told = {"proxy": _tell_address, "look out": self._look_out}
+        origins = _origins(settings)
         shared = await self._share(*fleet) if fleet is not None else None
-        self._desk = Desk(
-            settings, self._store, self._recorder, self._registry, self._requests, options, others, shared
-        )
+        self._desk = Desk(settings, self._store, self._recorder, self._registry, self._requests, origins, told, shared)
         await self._desk.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()

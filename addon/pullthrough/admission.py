@@ -4,7 +4,6 @@ Invariant: blobs come first and the manifest last, and what upstream has refused
 here. Knows neither where the models come from nor a terminal.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,14 +14,12 @@ from typing import Final, Self
 
 from pullthrough.digest import Digest
 from pullthrough.errors import TransferRefused
-from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE, children_of
+from pullthrough.manifestjson import DOCKER_TYPE, children_of, type_of
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import Store
 
 MANIFEST: Final = "manifest"
 """The file of a staging folder with the manifest of the model that is to be admitted."""
-
-_OCI_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
 
 
 class Fate(StrEnum):
@@ -69,13 +66,9 @@ class Model:
         """Make a model of these bytes, which may be a list. Raises TransferRefused if they are neither."""
         # `confirmed` 0: upstream has said nothing about it here. It is stale from the beginning, and served when
         # upstream cannot be asked.
-        record = ManifestRecord.parse(body, DOCKER_TYPE, now=0.0)
+        record = ManifestRecord.parse(body, type_of(body), now=0.0)
         if record is None or not record.listed:
             raise TransferRefused(f"{name}: expected a manifest that lists blobs, got {body[:60]!r}")
-        if record.is_list:
-            record = record._replace(content_type=LIST_TYPE)
-        elif re.search(rf'"mediaType"\s*:\s*"{re.escape(_OCI_TYPE)}"', body.decode("utf-8", "replace")):
-            record = record._replace(content_type=_OCI_TYPE)
         return cls(name._replace(takes_lists=record.is_list), record, blobs(record))
 
 
@@ -156,7 +149,7 @@ def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, stat
 
 def _is_refused(store: Store, name: Name) -> bool:
     """Upstream has refused the repository; what was imported as private is denied as well, and never confirmed."""
-    return any(record.denied and record.confirmed for record in store.manifests_of(*name.place, private=True).values())
+    return any(record.confirmed for record in store.refused(*name.place))
 
 
 def _is_public(store: Store, name: Name, digest: Digest) -> bool:

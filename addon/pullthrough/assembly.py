@@ -10,7 +10,7 @@ from pullthrough.intervals import Intervals
 class Assembly:
     """Which bytes of a blob of `size` bytes are here, which are being fetched, and how far the hash has gone."""
 
-    __slots__ = ("_taken", "generation", "hashed", "present", "size")
+    __slots__ = ("_taken", "generation", "hashed", "present", "shown", "size")
 
     def __init__(self, size: int, present: Intervals | None = None) -> None:
         if size < 0:
@@ -22,6 +22,8 @@ class Assembly:
         self._taken = self.present.copy()
         self.hashed = 0
         """The length of the prefix that has gone through the hash."""
+        self.shown = size
+        """Readers get no byte from here on: what follows waits for the verification."""
         self.generation = 0
         """How often it was begun again: what was hashed before counts no more."""
 

@@ -174,6 +174,10 @@ class Blobs:
             return None
         if (held := self._store.held(route.digest)) is not None:
             return held.size
+        record = self._store.blob(route.digest)
+        if record is not None and record.held:
+            # It is here without proof: the recording verifies it, and asks nobody.
+            return await self._content.recording(route.digest).ready()
         recording = self._recorder.find(route.digest)
         return await recording.ready() if recording is not None else None
 

@@ -170,9 +170,13 @@ def prune(
         age_s = float(humanfriendly.parse_timespan(age))
     except humanfriendly.InvalidTimespan:
         raise typer.BadParameter(f"expected a duration such as 0, 12h or 7d, got {age!r}") from None
+    from pullthrough.housekeeping import would_prune
+
     arguments = {"age": age_s, "all": all, "dry_run": dry_run}
     if tier:
         done = cli_tier.ask_tier(dir, "tier-prune", arguments)
+    elif dry_run:
+        done = _survey(dir, "prune", arguments, lambda held, pins: would_prune(held, pins, age_s=age_s, every=all))
     else:
         done = _change(dir, "prune", arguments, lambda keeping: keeping.prune(age_s=age_s, every=all, dry_run=dry_run))
     word = "would remove" if dry_run else "removed"
@@ -231,6 +235,16 @@ def warm(
 
 
 def _look(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[View], Any]) -> Any:
+    return _survey(
+        given,
+        verb,
+        arguments,
+        lambda held, pins: local(View(held.manifests, held.blobs, pins, held.days, held.children)),
+    )
+
+
+def _survey(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[..., Any]) -> Any:
+    """`local` is told an Inventory, and all pins."""
     folder = folder_of(given)
     with refusals(), gc_paused():
         try:
@@ -239,8 +253,7 @@ def _look(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Ca
             from pullthrough.inventory import Inventory
 
             held = Inventory.read(folder)
-            pins = (*own_settings(given).pins, *sorted(held.pins))
-            return local(View(held.manifests, held.blobs, pins, held.days, held.children))
+            return local(held, (*own_settings(given).pins, *sorted(held.pins)))
 
 
 def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[Any], Any]) -> Any:
@@ -254,12 +267,14 @@ def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: 
             from contextlib import closing
 
             from pullthrough.housekeeping import Housekeeping
+            from pullthrough.platform import become_owner
             from pullthrough.store import Store
             from pullthrough.storefolder import MARKER
 
             if not (folder / MARKER).exists():
                 raise StoreError(f"expected a store in {folder}, got none; see --dir") from None
             pins = own_settings(given).pins
+            become_owner(folder)
             with closing(Store.open(folder)) as store:
                 return asyncio.run(local(Housekeeping(store, pins, ())))
 

@@ -43,10 +43,12 @@ def verify(
     if tier:
         cli_tier.verify(dir, json=json)
     from pullthrough.meter import Meter
+    from pullthrough.platform import become_owner
     from pullthrough.verifying import check
 
     with refusals("; the same command goes on from here"):
         folder = folder_of(dir)
+        become_owner(folder)
         with Meter("verified") as meter:
             report = check(folder, models or (), now=time.time(), on_total=meter.expect, on_bytes=meter.advance)
         mended = _mend(folder, report.findings)
@@ -163,9 +165,14 @@ def _door(folder: Path, terms: "Terms") -> Iterator[Callable[[Path, "Model"], "O
     try:
         ask(folder, "config", {})
     except NoDaemon:
+        import asyncio
+
+        from pullthrough.platform import become_owner
         from pullthrough.store import Store
 
+        become_owner(folder)
         with closing(Store.open(folder)) as store:
+            asyncio.run(store.settle())
             yield lambda staging, model: admit(store, staging, model, terms, now=time.time())
     else:
         yield by_daemon

@@ -1,26 +1,28 @@
 """What an index says: its rows, and what they mean.
 
     blob <digest>                         JSON of a BlobRecord, as a list
-    manifest <host> <repository> <ref>    JSON of a ManifestRecord's facts; a fourth word `lists` in the key of what
-                                          clients get that accept manifest lists
+    manifest <host> <repository> <ref>    JSON of a ManifestRecord's facts and their crc32; a fourth word `lists` in the
+                                          key of what clients get that accept manifest lists
     child <digest>                        the same of a blob that is a manifest, which a stored list refers to
     body <sha256>                         a manifest's bytes
     members <host> <repository>           blobs that upstream has granted to an anonymous request there
-    pin <pattern>                         empty: models that stay, besides those that the option names
     day <day number>                      JSON: bytes served and fetched on that day
     address <hmac>                        JSON: digest, and when a signed address expires (Unix seconds)
+    index version                         VERSION
 
-Invariant: keys are text, values are text or bytes, and nothing is ever unpickled: a pickle in an index that somebody
-else may write to is code that runs here. A kind comes out of SQLite as one text, because a hundred thousand rows as
-Python objects take four times as long. Knows the table (diskcache 5.6.3's), and neither who writes it nor any file of
-a blob.
+All of it is derived from the files of the store, or has a safe default there. Invariant: keys are text, values are
+text or bytes, and nothing is ever unpickled: a pickle in an index that somebody else may write to is code that runs
+here. A kind comes out of SQLite as one text, because a hundred thousand rows as Python objects take four times as long.
+Knows the table (diskcache 5.6.3's), and neither who writes it nor any file of a blob.
 """
 
 import contextlib
 import json
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Final
@@ -42,11 +44,16 @@ _FOREIGN: Final = """
     SELECT key, raw, mode FROM Cache NOT INDEXED
     WHERE raw IS NOT 1 OR mode IS NOT 1 OR NOT (
         key GLOB 'blob *' OR key GLOB 'manifest *' OR key GLOB 'child *' OR key GLOB 'body *'
-        OR key GLOB 'members *' OR key GLOB 'pin *' OR key GLOB 'day *' OR key GLOB 'address *'
+        OR key GLOB 'members *' OR key GLOB 'day *' OR key GLOB 'address *' OR key IS 'index version'
     ) LIMIT 1
 """
 """Rows that are not plain (MODE_RAW is 1: neither in files of their own nor pickled), or of no kind."""
+VERSION: Final = "2"
+"""Of the rows; an index of another one is made anew."""
+VERSION_KEY: Final = "index version"
 _LISTS: Final = "lists"
+_SUM: Final = "sum"
+_FACTS: Final = {*ManifestRecord._fields} - {"digest"}
 _TEXTS: Final = """
     SELECT group_concat(substr(key, length(?1) + 1), char(10)), group_concat(value)
     FROM Cache WHERE key >= ?1 AND key < ?2
@@ -67,7 +74,6 @@ class Contents:
     manifests: dict[Name, ManifestRecord]
     children: dict[Digest, ManifestRecord]
     """The manifests that stored lists refer to, as far as their bytes have come."""
-    pins: set[str]
     days: dict[int, Totals]
     addresses: "Addresses"
 
@@ -99,6 +105,8 @@ def check(sql: Sql) -> None:
     for (problem,) in sql("PRAGMA quick_check(1)"):
         if problem != "ok":
             raise StoreError(str(problem))
+    if (found := list(sql("SELECT value FROM Cache WHERE key = ?", (VERSION_KEY,)))) != [(VERSION,)]:
+        raise StoreError(f"expected version {VERSION}, got {found!r:.80}")
     for key, raw, mode in sql(_FOREIGN):
         raise StoreError(f"expected plain rows of known kinds, got {key!r:.80} (raw {raw}, mode {mode})")
 
@@ -137,14 +145,29 @@ def read(sql: Sql) -> Contents:
         key: (Digest.parse(digest), float(until))
         for key, (digest, until) in zip(*_texts(sql(_TEXTS, _range("address"))), strict=True)
     }
-    pins = {pattern for pattern, _ in sql(_ROWS, _range("pin"))}
-    return Contents(blobs, manifests, children, pins, days, addresses)
+    return Contents(blobs, manifests, children, days, addresses)
+
+
+def read_pins(sql: Sql) -> set[str]:
+    """The pins of an index of version 1, whose rows `pin <pattern>` were. UNSOUND."""
+    return {pattern for pattern, _ in sql(_ROWS, _range("pin"))}
+
+
+def _sum(facts: dict[str, Any]) -> int:
+    """Tells damaged facts: what is wrong with a blob's shows at its file, with these nowhere."""
+    return zlib.crc32(json.dumps(facts).encode())
 
 
 def _record(key: str, fact: dict[str, Any], bodies: dict[str, bytes]) -> ManifestRecord:
     try:
+        body = bodies[fact["body"]]
+        if sha256(body).hexdigest() != fact["body"]:
+            raise StoreError(f"manifest {key}: expected bytes of {fact['body']}, got others")
+        # Rows of version 1 have no sum, and those before manifest lists no references.
+        if (total := fact.pop(_SUM, None)) != (None if total is None else _sum(fact)) or not fact.keys() <= _FACTS:
+            raise StoreError(f"manifest {key}: expected facts that agree with their sum, got others")
         return ManifestRecord(
-            bodies[fact["body"]],
+            body,
             fact["body"],
             fact["content_type"],
             fact["confirmed"],
@@ -153,7 +176,7 @@ def _record(key: str, fact: dict[str, Any], bodies: dict[str, bytes]) -> Manifes
             tuple(fact["oldest"]) if fact["oldest"] is not None else None,
             fact["denied"],
             fact["pulled"],
-            fact.get("references"),  # rows of earlier versions have none
+            fact.get("references"),
         )
     except KeyError as error:
         raise StoreError(f"manifest {key}: expected all its facts and its bytes, got none of {error}") from error
@@ -202,7 +225,7 @@ def manifest_value(record: ManifestRecord) -> str:
     """Its bytes are a row of their own."""
     facts = record._asdict() | {"body": record.digest}
     del facts["digest"]
-    return json.dumps(facts)
+    return json.dumps(facts | {_SUM: _sum(facts)})
 
 
 def body_key(digest: str) -> str:
@@ -211,10 +234,6 @@ def body_key(digest: str) -> str:
 
 def members_key(host: str, repository: str) -> str:
     return f"members {host} {repository}"
-
-
-def pin_key(pattern: str) -> str:
-    return f"pin {pattern}"
 
 
 def day_key(day: int) -> str:

@@ -60,7 +60,8 @@ class Cursor:
     @property
     def present(self) -> int:
         """How far bytes are present from `position`."""
-        return self._feed.assembly.present.stop_at(self.position)
+        assembly = self._feed.assembly
+        return min(assembly.present.stop_at(self.position), max(assembly.shown, self.position))
 
     async def wait(self, timeout_s: float) -> int:
         """How far bytes are present from `position`; `position` itself if none came within `timeout_s`.

@@ -5,12 +5,14 @@ need, and nothing of flows.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from typing import Final
 
 from pullthrough.catalogue import JSON, View
 from pullthrough.control import Control, Verb
+from pullthrough.errors import StoreError
 from pullthrough.housekeeping import Housekeeping
 from pullthrough.recorder import Recorder
 from pullthrough.registry import Registry
@@ -22,6 +24,8 @@ from pullthrough.tierverbs import TierVerbs
 from pullthrough.traffic import Traffic
 from pullthrough.uploader import Uploader
 from pullthrough.verbs import Verbs
+
+_log = logging.getLogger(__name__)
 
 WRITE_S: Final = 60.0
 
@@ -61,17 +65,19 @@ class Desk:
             tier=self.tier,
         )
         self._control = Control(settings.dir, {**self._verbs.table(), **(shared.table() if shared else {}), **others})
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
         await self._control.open()
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="count bytes")
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._run(), name="count bytes"))
+        self._tasks.append(loop.create_task(self._settle(), name="compare the store"))
 
     async def close(self) -> None:
         """Take no verb any more; what is still sent and fetched is for one more `count`."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._control.close()
 
     def view(self) -> View:
@@ -85,6 +91,12 @@ class Desk:
         fetched = self._recorder.counters.upstream_bytes
         self._traffic.count_up_to(served=self._requests.sent, fetched=fetched, now=time.time())
         self._store.ledger.put_days(self._traffic.take())
+
+    async def _settle(self) -> None:
+        try:
+            await self._store.settle()
+        except StoreError as error:
+            _log.warning("%s; it is tried again before anything is removed", error)
 
     async def _run(self) -> None:
         while True:

@@ -15,6 +15,8 @@ from typing import Final
 from pullthrough.catalogue import JSON, find
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, NoSuchModel
+from pullthrough.ingest import INGEST, PARTIAL, partials, quarantined
+from pullthrough.inventory import Inventory
 from pullthrough.pruning import Plan, plan_prune, plan_removal
 from pullthrough.records import Name, listed_by
 from pullthrough.store import Store
@@ -23,6 +25,16 @@ _log = logging.getLogger(__name__)
 
 STEP: Final = 100
 """Blobs that go without a pause: some milliseconds."""
+
+
+def would_prune(inventory: Inventory, pins: Sequence[str], *, age_s: float, every: bool) -> JSON:
+    """What `prune` would do of a store that nobody has; nothing is changed or locked."""
+    leftovers = quarantined(inventory.folder)
+    for digest, facts in partials(inventory.folder).items():
+        leftovers[inventory.folder / INGEST / f"{digest.file_name}{PARTIAL}"] = facts
+    oldest = time.time() - age_s
+    manifests, blobs = inventory.manifests, inventory.blobs
+    return _told(plan_prune(manifests, blobs, leftovers, oldest=oldest, every=every, pins=pins, busy=()))
 
 
 class Housekeeping:
@@ -37,6 +49,7 @@ class Housekeeping:
 
     async def remove(self, texts: Sequence[str]) -> JSON:
         """These models go. NoSuchModel if one is not there: then none goes."""
+        await self._store.settle()
         async with self._turn:
             names = [find(text, self._store.manifests()) for text in texts]
             manifests, blobs = dict(self._store.manifests()), self._store.known_blobs()
@@ -45,11 +58,11 @@ class Housekeeping:
 
     async def prune(self, *, age_s: float, every: bool, dry_run: bool) -> JSON:
         """Clean up what is older than `age_s` seconds."""
+        await self._store.settle()
         async with self._turn:
             manifests, blobs = dict(self._store.manifests()), self._store.known_blobs()
-            partials = await asyncio.to_thread(self._store.partials)
             idle = await asyncio.to_thread(self._store.quarantined)
-            for digest, facts in partials.items():
+            for digest, facts in (await asyncio.to_thread(self._store.partials)).items():
                 if digest not in self._recording:
                     idle[self._store.ingest(digest).partial_path] = facts
             plan = await asyncio.to_thread(

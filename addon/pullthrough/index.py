@@ -5,10 +5,12 @@ may wait; what comes while it writes is one transaction, and what could not be w
 next. `cull_limit=0`, because diskcache's own culling drops ten rows of any size. Knows no files of blobs.
 """
 
+import contextlib
 import logging
+import shutil
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -25,6 +27,11 @@ from pullthrough.records import BlobRecord, ManifestRecord, Name
 from pullthrough.traffic import Totals
 
 _log = logging.getLogger(__name__)
+
+DATABASE: Final = "cache.db"
+"""The file of diskcache's that is SQLite's."""
+LOCKED_S: Final = 3.0
+"""How long another process may have the database locked."""
 
 _NO_LIMIT: Final = 1 << 62
 
@@ -68,6 +75,7 @@ class Index:
                 eviction_policy="none",
                 statistics=0,
                 tag_index=0,
+                timeout=LOCKED_S,
             )
         except sqlite3.DatabaseError as error:
             raise self._unsound(error) from error
@@ -78,12 +86,34 @@ class Index:
         """Whether the writer will look at it."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ollama-cache-index")
 
+    @classmethod
+    def open(cls, folder: Path) -> tuple["Index", Contents, Members]:
+        """The index and what it holds. One that is not sound, or of another version, begins again with nothing.
+
+        Raises StoreError if another process has it locked.
+        """
+        check_free(folder)
+        if (folder / DATABASE).exists():
+            try:
+                return cls(folder)._loaded()
+            except Exception as error:  # whatever a damaged database and a library that trusts it make of each other
+                _log.warning("the index in %s is made anew from the files of the store: %s", folder, error)
+                shutil.rmtree(folder)
+        index = cls(folder)
+        index._put(contents.VERSION_KEY, lambda: contents.VERSION)
+        index.flush()
+        return index._loaded()
+
+    def _loaded(self) -> tuple["Index", Contents, Members]:
+        try:
+            return self, self.load(), self.load_members()
+        except BaseException:
+            self.close()
+            raise
+
     def load(self) -> Contents:
         """Check it, and read all but the members."""
-        try:
-            contents.rename_aliases(self.cache._sql)
-        except contents.UNSOUND as error:
-            raise self._unsound(error) from error
+        # `_sql` is not diskcache's public interface, which reads row by row: a minute for a store of 10,000 models.
         checked = self._writer.submit(lambda: contents.check(self.cache._sql))
         try:
             found = contents.read(self.cache._sql)
@@ -122,12 +152,6 @@ class Index:
         """Those bytes, which no manifest has any more."""
         self._put(contents.body_key(digest), None)
 
-    def put_pin(self, pattern: str) -> None:
-        self._put(contents.pin_key(pattern), str)
-
-    def delete_pin(self, pattern: str) -> None:
-        self._put(contents.pin_key(pattern), None)
-
     def put_day(self, day: int, totals: Totals) -> None:
         self._put(contents.day_key(day), partial(contents.day_value, replace(totals)))
 
@@ -137,8 +161,9 @@ class Index:
     def delete_address(self, key: str) -> None:
         self._put(contents.address_key(key), None)
 
-    def put_members(self, host: str, repository: str, digests: str) -> None:
-        self._put(contents.members_key(host, repository), lambda: digests)
+    def put_members(self, host: str, repository: str, digests: Collection[str]) -> None:
+        """As they are when the row is written, by another thread."""
+        self._put(contents.members_key(host, repository), lambda: " ".join(list(digests)))
 
     def delete_members(self, host: str, repository: str) -> None:
         self._put(contents.members_key(host, repository), None)
@@ -171,12 +196,12 @@ class Index:
         if not pending:
             return
         try:
-            with self.cache.transact(retry=True):
+            with self.cache.transact():
                 for key, value in pending.items():
                     if value is None:
-                        self.cache.delete(key, retry=True)
+                        self.cache.delete(key)
                     else:
-                        self.cache.set(key, value(), retry=True)
+                        self.cache.set(key, value())
         except (sqlite3.Error, OSError, diskcache.Timeout):
             # What is resident stays right; what is never written is forgotten at the next start, and learnt again.
             _log.exception("index write of %d rows failed, the first is %s", len(pending), next(iter(pending)))
@@ -187,7 +212,23 @@ class Index:
             _log.exception("index rows given up: %s", ", ".join(pending))
 
     def _unsound(self, error: Exception) -> StoreError:
-        return StoreError(
-            f"store {self._folder.parent}: expected a sound index in {self._folder}, got: {error}; "
-            f"move that folder away and start again: blobs are kept and re-verified, manifests fetched anew"
-        )
+        return StoreError(f"store {self._folder.parent}: expected a sound index in {self._folder}, got: {error}")
+
+
+def check_free(folder: Path) -> None:
+    """See that nobody has the database locked. Raises StoreError after LOCKED_S seconds if somebody has.
+
+    diskcache would wait a minute, and say no more than that the database is locked.
+    """
+    if not (folder / DATABASE).exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(folder / DATABASE, timeout=LOCKED_S)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise StoreError(
+                f"the index in {folder} is locked by another process for {LOCKED_S:.0f} s: end that process"
+            ) from error
+    except sqlite3.DatabaseError:
+        return  # what it is worth is seen when it is read

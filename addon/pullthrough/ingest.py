@@ -22,13 +22,15 @@ from typing import Any, Final
 
 from pullthrough import platform
 from pullthrough.digest import Digest
-from pullthrough.errors import StoreUnwritable
+from pullthrough.errors import InvalidRequest, StoreUnwritable
 from pullthrough.intervals import Intervals
 
 _log = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 
+INGEST: Final = "ingest"
+QUARANTINE: Final = "quarantine"
 PARTIAL: Final = ".partial"
 JOURNAL: Final = ".journal"
 
@@ -63,8 +65,10 @@ class Ingest:
     """
 
     def __init__(self, folder: Path, digest: Digest, stranger: Path | None = None) -> None:
-        """`stranger` is where a file of this name may lie that is no hit: `resume` adopts it."""
+        """`stranger` is where a file of this name may lie that is no hit: `resume` takes it where it is."""
         self.digest = digest
+        self.in_place = False
+        """The bytes lie among the blobs already, and are only to be verified."""
         self._stranger = stranger
         self.partial_path = folder / f"{digest.file_name}{PARTIAL}"
         self.journal_path = folder / f"{digest.file_name}{JOURNAL}"
@@ -73,22 +77,10 @@ class Ingest:
         self._journal_size = 0
         self._journal_lock = threading.Lock()
 
-    @classmethod
-    def adopt(cls, folder: Path, digest: Digest, path: Path) -> None:
-        """Make the file at `path` the partial of `digest` with every byte present, to be hashed again."""
-        ingest = cls(folder, digest)
-        size = path.stat().st_size
-        whole = Intervals([(0, size)])
-        # The journal comes first: without it the bytes are worth nothing. Left beside an older partial it speaks to
-        # nobody: the next start adopts again before anybody resumes.
-        ingest._rewrite_journal(size, whole, whole)
-        os.replace(path, ingest.partial_path)
-        ingest.close()
-
     @staticmethod
     def sweep(folder: Path, *, oldest: float) -> None:
         """Remove what no recording goes on with: halves, temporaries, and what was last written before `oldest`."""
-        for path in list(folder.glob(".sha256-*")):
+        for path in [*folder.glob(".sha256-*"), *folder.glob(".manifest-*"), *folder.glob(".verified.*")]:
             path.unlink()
         for name in {path.stem for path in folder.glob("sha256-*")}:
             pair = [folder / f"{name}{JOURNAL}", folder / f"{name}{PARTIAL}"]
@@ -105,11 +97,14 @@ class Ingest:
         """
         if self._stranger is not None:
             try:
-                self.adopt(self.partial_path.parent, self.digest, self._stranger)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise StoreUnwritable(f"recording {self.digest}: {error}") from error
+                descriptor = platform.open_regular(self._stranger)
+            except OSError:
+                pass  # it is not there, or nothing that can be read
+            else:
+                self.in_place, self.partial_path = True, self._stranger
+                size = os.fstat(descriptor).st_size
+                self.file = SharedFile(descriptor, size).acquire()
+                return size, Intervals([(0, size)])
         found = self._read_journal()
         if found is None:
             return None
@@ -201,10 +196,11 @@ class Ingest:
             self.journal_path.unlink()
 
     def discard(self) -> None:
-        """Remove partial and journal."""
+        """Remove partial and journal; what lies among the blobs stays."""
         self.forget()
-        with contextlib.suppress(OSError):
-            self.partial_path.unlink()
+        if not self.in_place:
+            with contextlib.suppress(OSError):
+                self.partial_path.unlink()
 
     # --- the journal
 
@@ -271,6 +267,25 @@ class Ingest:
         if any(start < 0 or stop > size for start, stop in present):
             return None
         return size, present, flushed
+
+
+def partials(store: Path) -> dict[Digest, tuple[int, float]]:
+    """What recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
+    found = {}
+    for path in (store / INGEST).glob(f"*{PARTIAL}"):
+        with contextlib.suppress(InvalidRequest, FileNotFoundError):
+            found[Digest.parse(path.stem)] = _taken(path)
+    return found
+
+
+def quarantined(store: Path) -> dict[Path, tuple[int, float]]:
+    """The same of the bytes that did not hash to their name."""
+    return {path: _taken(path) for path in (store / QUARANTINE).glob("sha256-*")}
+
+
+def _taken(path: Path) -> tuple[int, float]:
+    status = path.stat()
+    return platform.allocated(status), status.st_mtime
 
 
 def _line(record: dict[str, Any]) -> bytes:

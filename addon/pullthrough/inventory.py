@@ -1,19 +1,23 @@
-"""What a store holds, read from its index beside the daemon that runs on it.
+"""What a store holds, read from its index beside the daemon that runs on it, or from its files where it has no index.
 
 Invariant: nothing is changed and no lock is taken, so it is true of one moment only: who acts on it looks again.
 Knows no bytes of blobs.
 """
 
-import contextlib
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from pullthrough.contents import look
+from pullthrough.blobfiles import BlobFiles
+from pullthrough.contents import Contents, look
 from pullthrough.digest import Digest
-from pullthrough.errors import TransferRefused
+from pullthrough.errors import StoreError, TransferRefused
+from pullthrough.modelfiles import ModelFiles
+from pullthrough.proofs import Proofs
 from pullthrough.records import BlobRecord, ManifestRecord, Name
-from pullthrough.storefolder import check_marker
+from pullthrough.storefolder import check_marker, folds_case, load_pins
+from pullthrough.surveying import record_of
 from pullthrough.traffic import Totals
 
 
@@ -32,24 +36,29 @@ class Inventory:
 
     @classmethod
     def read(cls, folder: Path) -> "Inventory":
-        """StoreError where there is no sound store."""
+        """What the index says, or what the files say. Raises StoreError where there is no sound store."""
         check_marker(folder)
-        contents = look(folder / "index")
-        return cls(
-            folder, contents.blobs, contents.manifests, contents.children, frozenset(contents.pins), contents.days
-        )
+        try:
+            contents = look(folder / "index")
+        except StoreError:
+            contents = _read_files(folder)
+        pins = frozenset(load_pins(folder))
+        return cls(folder, contents.blobs, contents.manifests, contents.children, pins, contents.days)
 
     def blob_path(self, digest: Digest) -> Path:
-        return self.folder / "blobs" / digest.file_name
+        """Where the blob's file lies, or would."""
+        files, record = BlobFiles(self.folder), self.blobs.get(digest, BlobRecord())
+        file = files.look(digest, public=record.public)
+        return files.path(digest, public=record.public if file is None else file.public)
 
     def held_sizes(self) -> dict[Digest, int]:
         """The blobs whose files are still those that were verified, with their sizes."""
+        files = BlobFiles(self.folder)
         found = {}
         for digest, record in self.blobs.items():
-            with contextlib.suppress(FileNotFoundError):
-                status = self.blob_path(digest).stat()
-                if record.is_file(status.st_size, status.st_mtime_ns, status.st_ino):
-                    found[digest] = status.st_size
+            file = files.look(digest, public=record.public)
+            if file is not None and record.is_file(file.size, file.mtime_ns, file.inode):
+                found[digest] = file.size
         return found
 
     def select(self, model: str) -> dict[Name, ManifestRecord]:
@@ -65,3 +74,20 @@ class Inventory:
         if not found:
             raise TransferRefused(f"expected a model of the store, got {model!r}")
         return found
+
+
+def _read_files(folder: Path) -> Contents:
+    """What the next start will make the index of."""
+    proofs, blobs = Proofs(folder), {}
+    try:
+        for file in BlobFiles(folder).walk():
+            record = BlobRecord(file.size, True, file.public, 0, 0, file.mtime_ns / 1e9)
+            if (proof := proofs.find(file.digest)) is not None and proof.proves(file.size, file.mtime_ns, file.inode):
+                record = record._replace(mtime_ns=file.mtime_ns, inode=file.inode)
+            blobs[file.digest] = record
+        with closing(ModelFiles(folder, folds_case=folds_case(folder))) as files:
+            found = {name: record_of(document, None) for _, each in files.walk() for name, document in each.items()}
+    except OSError as error:
+        raise StoreError(f"store {folder}: expected files that can be read, got: {error}") from error
+    manifests = {name: record for name, record in found.items() if record is not None}
+    return Contents(blobs, manifests, {}, {}, {})

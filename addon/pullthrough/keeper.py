@@ -2,8 +2,9 @@
 
 Invariant: what is held, what is being recorded (at its full size), what earlier recordings have left and what is in
 quarantine never exceed `max_size`, and never leave less than `min_free` of the disk, as far as eviction can help: a
-blob for which no room can be made is not recorded, and nothing is evicted for it. What had another digest twice has no
-room for a while. Knows no client and no upstream.
+blob is not recorded where no room can be made for the rest of its model too, and nothing is evicted for it. Quarantine
+goes first, then what recordings have left, then models. What had another digest twice has no room for a while. Knows no
+client and no upstream.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from pullthrough.errors import SourceDistrusted, StoreUnwritable
 from pullthrough.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
 from pullthrough.retention import Choice, Holding, choose
 from pullthrough.store import Store
+from pullthrough.storefolder import restore
 from pullthrough.threads import Threads
 
 _log = logging.getLogger(__name__)
@@ -51,13 +53,18 @@ class Keeper:
     async def reserve(self, digest: Digest, size: int, *, whole: int | None = None) -> None:
         """Make room for a recording of `size` bytes; it counts in full until `release`. StoreUnwritable if none can be.
 
-        What an earlier recording of it has left is counted in. Nothing is evicted where there can be no room for the
-        `whole` of the blob. SourceDistrusted for what had another digest lately.
+        What an earlier recording of it has left is counted in, and a blob that is held takes no more. Nothing is
+        evicted where there can be no room for the `whole` of the blob and for the rest of its model. SourceDistrusted
+        for what had another digest lately.
         """
+        if (known := self._store.blob(digest)) is not None and known.held:
+            self._reserved[digest] = 0  # it is only verified
+            return
         if size > SMALL and self._distrust.holds(digest, now=steady()):
             raise SourceDistrusted(f"{digest.short}: its source has brought other bytes twice; not kept now")
         async with self._turn:
             try:
+                await self._threads.disk(restore, self._store.folder)
                 partials = await self._threads.disk(self._store.partials)
                 evidence = await self._threads.disk(self._store.quarantined)
                 free = (await self._threads.disk(shutil.disk_usage, self._store.folder)).free
@@ -70,9 +77,16 @@ class Keeper:
                 freed = await self._drop_evidence(evidence, excess)
                 excess, free, suspect = excess - freed, free + freed, suspect - freed
             if excess > 0:
+                await self._store.settle()  # what is not known yet would go first, as nobody's
+                rest = await self._threads.disk(
+                    _rest_of_model,
+                    digest,
+                    [*self._store.manifests().values(), *self._store.children().values()],
+                    self._store.known_blobs(),
+                )
                 most = max(size, whole or 0)
-                total = self._excess({**self._reserved, digest: most}, partials, suspect, free)
-                await self._evict(digest, most, (excess, total), partials, free)
+                total = self._excess({**rest, **self._reserved, digest: most}, partials, suspect, free)
+                await self._evict(digest, most + sum(rest.values()), (excess, total), partials, free)
             self._reserved[digest] = size
 
     async def _drop_evidence(self, evidence: Mapping[Path, tuple[int, float]], excess: int) -> int:
@@ -116,7 +130,7 @@ class Keeper:
         partials: dict[Digest, tuple[int, float]],
         free: int,
     ) -> None:
-        """Free the first `excess`, if the second one, of all `size` bytes, could be freed too."""
+        """Free the first `excess`, if the second one, of all `size` bytes of a model, could be freed too."""
         store = self._store
         busy = frozenset([digest, *self._reserved, *store.open_blobs()])
         idle = {store.ingest(part).partial_path: facts for part, facts in partials.items() if part not in busy}
@@ -153,6 +167,22 @@ class Keeper:
         return record is not None and record.held and not self._store.is_open(digest)
 
 
+def _rest_of_model(
+    digest: Digest, manifests: Sequence[ManifestRecord], blobs: Mapping[Digest, BlobRecord]
+) -> dict[Digest, int]:
+    """What else is not here of the model that the blob is wanted for: of the smallest that lists it."""
+    rests = []
+    for manifest in manifests:
+        # Of a list a client takes one child, which is a manifest itself.
+        if manifest.lists(digest) and not manifest.is_list:
+            absent = {
+                each: size or 0 for each, size in manifest.sizes.items() if not blobs.get(each, BlobRecord()).held
+            }
+            absent.pop(digest, None)
+            rests.append(absent)
+    return min(rests, key=lambda rest: sum(rest.values()), default={})
+
+
 def _choose(
     manifests: Mapping[Name, ManifestRecord],
     blobs: Mapping[Digest, BlobRecord],
@@ -174,7 +204,7 @@ def _choose(
         if record.held and digest not in listed:
             holdings.append(Holding(None, frozenset([digest]), record.recorded))
     for path, (size, changed) in partials.items():
-        holdings.append(Holding(None, frozenset([path]), changed))
+        holdings.append(Holding(None, frozenset([path]), changed, is_leftover=True))
         sizes[path] = size
     least, most = excess
     if most > least and choose(holdings, sizes, excess=most, busy=busy) is None:

@@ -1,23 +1,28 @@
-"""What people have said, what was counted and what was handed out: pins, bytes by day, signed addresses; in the index.
+"""What people have said, what was counted and what was handed out: pins, bytes by day, signed addresses.
 
-Invariant: a pin that was set is in force at once and after a restart. Knows neither options nor blobs.
+Pins are a file of the store, the rest is in the index. Invariant: a pin that was set is in force at once and after a
+restart. Knows neither options nor blobs.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from pullthrough.contents import Contents
 from pullthrough.digest import Digest
+from pullthrough.errors import StoreUnwritable
 from pullthrough.index import Index
 from pullthrough.records import Name
+from pullthrough.storefolder import load_pins, save_pins
 from pullthrough.traffic import Totals
 
 
 class Ledger:
     """The pins and days of one store."""
 
-    def __init__(self, index: Index, contents: Contents) -> None:
+    def __init__(self, folder: Path, index: Index, contents: Contents) -> None:
+        self._folder = folder
         self._index = index
-        self.pins = contents.pins
+        self.pins = load_pins(folder)
         """Patterns of models that stay, besides those that the option names."""
         self.days = contents.days
         self.addresses = contents.addresses
@@ -28,12 +33,19 @@ class Ledger:
         return name.is_among((*pins, *self.pins))
 
     def pin(self, pattern: str) -> None:
-        self.pins.add(pattern)
-        self._index.put_pin(pattern)
+        """Keep what the pattern names. Raises StoreUnwritable if the disk refuses."""
+        self._save(self.pins | {pattern})
 
     def unpin(self, pattern: str) -> None:
-        self.pins.discard(pattern)
-        self._index.delete_pin(pattern)
+        """Take a pin back. Raises StoreUnwritable if the disk refuses."""
+        self._save(self.pins - {pattern})
+
+    def _save(self, pins: set[str]) -> None:
+        try:
+            save_pins(self._folder, pins)
+        except OSError as error:
+            raise StoreUnwritable(f"pins: {error}") from error
+        self.pins = pins
 
     def put_days(self, days: Mapping[int, Totals]) -> None:
         """Write the totals of these days."""

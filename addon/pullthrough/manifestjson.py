@@ -17,6 +17,7 @@ from pullthrough.errors import InvalidRequest
 
 DOCKER_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
 LIST_TYPE: Final = "application/vnd.ollama.manifest.list.v2+json"
+OCI_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
 
 LONGEST: Final = 4 << 20
 """Bytes of a document that is read; the largest of tensor models have a few hundred KiB."""
@@ -91,6 +92,15 @@ def parse(body: bytes) -> Document:
         return Document(_layers_of(document), runner=_word(document, "runner"))
     except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest) as error:
         raise ValueError(f"expected a manifest or a list of manifests, got {body[:60]!r}") from error
+
+
+def type_of(body: bytes) -> str:
+    """The Content-Type of a document whose registry's word is not known: the one that it names, if that is one."""
+    try:
+        named = loads(body, limit=LONGEST).get("mediaType")
+    except (ValueError, AttributeError):
+        named = None
+    return named if named in (LIST_TYPE, OCI_TYPE) else DOCKER_TYPE
 
 
 @lru_cache(maxsize=16)

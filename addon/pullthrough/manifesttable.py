@@ -34,6 +34,8 @@ class ManifestTable:
         """Those that a stored list refers to and whose bytes have come."""
         self._names: dict[tuple[str, str], set[Name]] = {}
         """Under which the manifests of each (host, repository) are stored."""
+        self._denied: dict[tuple[str, str], set[Name]] = {}
+        """Those of them that are denied."""
         self._bodies = Counter(record.digest for record in self._children.values())
         """By how many names and children the bytes of a manifest are stored."""
         self._parents: dict[Digest, set[Name]] = {}
@@ -42,6 +44,8 @@ class ManifestTable:
         """Since when the index lacks the time of a manifest's last pull."""
         for name, record in self._records.items():
             self._names.setdefault(name.place, set()).add(name)
+            if record.denied:
+                self._denied.setdefault(name.place, set()).add(name)
             self._bodies[record.digest] += 1
             if record.is_list:
                 for child in record.children:
@@ -61,6 +65,10 @@ class ManifestTable:
         """The manifests of the (host, repository)."""
         return ((name, self._records[name]) for name in self._names.get(place, ()))
 
+    def denied(self, place: tuple[str, str]) -> list[ManifestRecord]:
+        """Those that are denied of the (host, repository)."""
+        return [self._records[name] for name in self._denied.get(place, ())]
+
     def put(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest, in the place of what the name had."""
         before = self._records.get(name)
@@ -73,6 +81,8 @@ class ManifestTable:
                 record = record.grown(known)
         self._records[name] = record
         self._names.setdefault(name.place, set()).add(name)
+        denied = self._denied.setdefault(name.place, set())
+        (denied.add if record.denied else denied.discard)(name)
         self._untold.pop(name, None)
         self._bodies[record.digest] += 1
         self._index.put_manifest(name, record)
@@ -80,11 +90,23 @@ class ManifestTable:
             self._leave(name, before, still=record.children)
         self.take_in(Digest(record.digest))
 
+    def is_same(self, known: ManifestRecord, record: ManifestRecord) -> bool:
+        """Whether `known` is what `put` would make of the record."""
+        if not record.is_list:
+            return known == record
+        for child in record.children:
+            if (of_child := self._children.get(child)) is not None:
+                record = record.grown(of_child)
+        return set(known.digests) == set(record.digests) and known == record._replace(
+            listed=known.listed, claimed=known.claimed
+        )
+
     def drop(self, name: Name) -> None:
         """Forget the manifest, and the children that no other list refers to."""
         record = self._records.pop(name)
         self._untold.pop(name, None)
         self._names[name.place].discard(name)
+        self._denied.get(name.place, set()).discard(name)
         self._index.delete_manifest(name)
         self._leave(name, record, still=())
 

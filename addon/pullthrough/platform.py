@@ -11,9 +11,11 @@ import gc
 import ipaddress
 import math
 import os
+import shutil
 import socket
 import stat
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +27,11 @@ import psutil
 from pullthrough.settings import Network
 
 _FICLONE = 0x40049409  # linux/fs.h
+_TEMPORARY = "ollama-cache-"
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""Of os.open: fail where the last part of the path is a link. 0 on Windows."""
+_WITHOUT_MODES = frozenset("vfat msdos exfat ntfs ntfs3 fuseblk cifs smb3 smbfs 9p drvfs msdosfs".split())
+"""File systems that show the same owner and mode for all files, as their mount says."""
 
 
 # Without pread and pwrite (Windows) the position is shared state: calls on one descriptor must not overlap. One lock
@@ -150,6 +157,74 @@ def lock_exclusively(file: BinaryIO) -> bool:
     except OSError:
         return False
     return True
+
+
+def open_folder(path: Path) -> int | None:
+    """A descriptor of the folder to lock; None on Windows, which opens none."""
+    return None if sys.platform == "win32" else os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def lock_folder(descriptor: int) -> bool:
+    """Lock the open folder until it is closed; False when another process has it.
+
+    True without a lock where the file system has none for folders (NFS).
+    """
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+    return True
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds the existing path, as the system calls it; "" where that is not known."""
+    found = ("", "")
+    place = str(path.resolve())
+    with contextlib.suppress(OSError):
+        for entry in psutil.disk_partitions(all=True):
+            inside = place == entry.mountpoint or place.startswith(f"{entry.mountpoint.rstrip('/')}/")
+            if inside and len(entry.mountpoint) >= len(found[0]):  # a later mount hides an earlier one
+                found = (entry.mountpoint, entry.fstype)
+    return found[1].lower()
+
+
+def lacks_modes(path: Path) -> bool:
+    """Whether owner and mode of files mean nothing on the disk that holds the path."""
+    return file_system(path) in _WITHOUT_MODES
+
+
+def sync_all() -> None:
+    """Make all that was written to any disk durable. Windows cannot: files are flushed one by one there."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
+def become_owner(path: Path) -> None:
+    """Go on as the user who owns the existing path, if we are root and he is another: a link of his leads us nowhere
+    where he may not go, and what is made there is his."""
+    if sys.platform == "win32" or os.geteuid() != 0 or not path.exists():
+        return
+    status = path.stat()
+    if status.st_uid != 0:
+        os.setgroups([])
+        os.setegid(status.st_gid)
+        os.seteuid(status.st_uid)
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for this user and as long as this process lives; those of processes that were killed are removed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*-*"):
+        number = path.name.removeprefix(_TEMPORARY).partition("-")[0]
+        with contextlib.suppress(OSError):
+            is_ours = sys.platform == "win32" or path.lstat().st_uid == os.geteuid()
+            if is_ours and number.isdecimal() and not path.is_symlink() and not psutil.pid_exists(int(number)):
+                shutil.rmtree(path, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{_TEMPORARY}{os.getpid()}-")
 
 
 def release_memory() -> None:

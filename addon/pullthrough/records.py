@@ -43,17 +43,18 @@ class BlobRecord(NamedTuple):
     size: int | None = None
     """None until upstream or its bytes have told."""
     held: bool = False
-    """Its bytes are here, verified."""
+    """Its bytes are here; verified, unless `mtime_ns` is 0."""
     public: bool = False
     """An anonymous request for it succeeded upstream."""
     mtime_ns: int = 0
     inode: int = 0
+    """0 where the file has been copied since."""
     recorded: float = 0.0
     """When it was verified, Unix seconds."""
 
     def is_file(self, size: int, mtime_ns: int, inode: int) -> bool:
         """Whether these are of the file that was verified."""
-        return self.held and (size, mtime_ns, inode) == (self.size, self.mtime_ns, self.inode)
+        return self.held and (size, mtime_ns) == (self.size, self.mtime_ns) and self.inode in (inode, 0)
 
 
 def canonical(host: str) -> str:

@@ -22,6 +22,8 @@ class Holding:
     """When it was last pulled, Unix seconds."""
     kept: bool = False
     """Pinned."""
+    is_leftover: bool = False
+    """What a recording has left; goes before models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +42,14 @@ def choose(
 ) -> Choice | None:
     """The least recently used holdings that free `excess` bytes together; None if all that may go is not enough.
 
-    `sizes` are the bytes of the parts that are here; `busy` parts are in flight.
+    Leftovers go before all others. `sizes` are the bytes of the parts that are here; `busy` parts are in
+    flight.
     """
     every = list(holdings)
     needed = Counter(part for holding in every for part in holding.parts)
     gone: list[Holding] = []
     freed = 0
-    for holding in sorted(every, key=lambda item: item.used):
+    for holding in sorted(every, key=lambda item: (not item.is_leftover, item.used)):
         if freed >= excess:
             break
         if holding.kept or not holding.parts.isdisjoint(busy):

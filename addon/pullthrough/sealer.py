@@ -28,6 +28,8 @@ HASH_PIECE: Final = 4 << 20
 HASH_STRETCH: Final = 64 << 20
 # A visit at low priority may take ten times as long, and the daemon's end waits for it.
 REHASH_STRETCH: Final = 16 << 20
+HELD_BACK: Final = 1 << 20
+"""Bytes at the end of a blob found without proof that nobody gets before its digest is right."""
 FLUSH_S: Final = 2.0
 FLUSH_BYTES: Final = 256 << 20
 
@@ -51,6 +53,8 @@ class Sealer:
         self._assembly = assembly
         self._found = assembly.present.copy()
         """What an earlier daemon has written."""
+        if ingest.in_place:
+            assembly.shown = max(0, assembly.size - HELD_BACK)
         self._grown = asyncio.Event()
         self._much = asyncio.Event()
         # What an earlier daemon has written may not be durable yet.
@@ -146,11 +150,13 @@ class Sealer:
         digest = self._ingest.digest
         if actual != digest.hex:
             path = await self._threads.disk(self._store.quarantine, self._ingest)
+            self._store.disown(digest)
             _log.error("expected %s, got sha256:%s: quarantined as %s", digest, actual, path.name)
             raise DigestMismatch(str(digest), f"sha256:{actual}")
         await self._threads.disk(self._ingest.sync)
         synced = time.monotonic()
         placed = await self._threads.disk(self._store.place, digest, self._ingest.partial_path)
         self._store.publish(digest, placed, now=time.time())
+        self._assembly.shown = self._assembly.size
         await self._threads.disk(self._ingest.forget)
         return Sealed(time.monotonic() - began, synced - began, self._unhashed)

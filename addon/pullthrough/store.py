@@ -3,14 +3,19 @@
     <dir>/ollama-cache.json   the marker: this folder is a store, and of which format
     <dir>/lock                held by the one daemon
     <dir>/secret              signs capabilities (0600)
-    <dir>/index/              diskcache: what is known of blobs and manifests
-    <dir>/blobs/sha256-<hex>  verified blobs, complete, never changed
+    <dir>/pins                models that stay, besides those that the option names: a pattern on each line
+    <dir>/public/             what everybody may have, in the shape of an Ollama models folder:
+        blobs/sha256-<hex>    verified blobs, complete, never changed
+        manifests/, manifests-v2/, other-names/   as `modelfiles` says
+    <dir>/private/            the same of what upstream refuses to an anonymous request, or has not been asked (0700)
+    <dir>/verified            proofs that blobs were verified (0600)
+    <dir>/index/              diskcache: what is known of blobs and manifests; derived, made anew where it is missing
     <dir>/ingest/             recordings in progress: <name>.partial and <name>.journal, swept after two weeks
     <dir>/quarantine/         bytes that did not hash to their name, swept after two weeks
 
-Invariant: a file under `blobs/` was hashed in full before it was moved there (ingest → verify → publish), and it is
-a hit only while its size, time and inode are those of that moment. Blob files lie beside diskcache's own folder
-because its `check(fix=True)` deletes files that it does not know (5.6.3). Knows no network.
+Invariant: the files are right, and the index is compared with them: with those of a model before it is answered for,
+with all behind that. A file that is moved among the blobs was hashed in full before (ingest → verify → publish); one
+that came there otherwise is hashed before its end is served. Knows no network.
 """
 
 import contextlib
@@ -21,21 +26,25 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from pullthrough import platform
+from pullthrough.blobtable import BlobTable
+from pullthrough.contents import Contents, Members
 from pullthrough.digest import Digest, trusted
-from pullthrough.errors import InvalidRequest, StoreError, StoreUnwritable
+from pullthrough.errors import StoreError
 from pullthrough.gcpause import gc_paused
 from pullthrough.index import Index
-from pullthrough.ingest import JOURNAL, PARTIAL, Ingest, SharedFile
+from pullthrough.ingest import JOURNAL, PARTIAL, Ingest, SharedFile, partials, quarantined
 from pullthrough.ledger import Ledger
 from pullthrough.manifestjson import DOCKER_TYPE, LONGEST
 from pullthrough.manifesttable import ManifestTable
+from pullthrough.migration import migrate
+from pullthrough.modelfiles import ModelFiles
 from pullthrough.records import BlobRecord, ManifestRecord, Name, canonical
-from pullthrough.storefolder import load_secret, prepare, take_lock
+from pullthrough.storefolder import folds_case, load_secret, prepare, take_lock
+from pullthrough.surveying import Survey
 
 _log = logging.getLogger(__name__)
 
@@ -53,25 +62,22 @@ class Store:
     resident: the daemon calls them in a thread. The rest is for the one thread that owns the store.
     """
 
-    def __init__(self, folder: Path, lock: BinaryIO, index: Index, secret: bytes) -> None:
+    def __init__(
+        self, folder: Path, lock: contextlib.ExitStack, index: Index, contents: Contents, members: Members
+    ) -> None:
+        """Of what the index says; `lock` is let go of at the end."""
         self.folder = folder
-        self.secret = secret
+        self.secret = load_secret(folder)
         self._lock = lock
         self._index = index
-        contents = index.load()
-        self.changes = 0
-        """How often what is known of a blob or a manifest has changed, but for the time of a pull."""
-        self.ledger = Ledger(index, contents)
-        self._blobs = contents.blobs
-        self.held_bytes = sum([record.size or 0 for record in self._blobs.values() if record.held])
-        """What all held blobs take together."""
-        self.evicted = 0
-        """Blobs that have gone since the start, to make room or because somebody said so."""
-        self.evicted_bytes = 0
+        self._manifest_changes = 0
+        self.ledger = Ledger(folder, index, contents)
+        self._files = ModelFiles(folder, folds_case=folds_case(folder))
+        self._blobs = BlobTable(folder, index, contents.blobs)
         self._manifests = ManifestTable(index, contents, self.read_manifest)
-        self._members = index.load_members()
+        self._survey = Survey(self._files, self._manifests, self._blobs, self._count_change)
+        self._members: dict[tuple[str, str], str | set[str]] = {**members}
         """What upstream has granted of each (host, repository) to an anonymous request, besides the manifests."""
-        self._open: dict[Digest, SharedFile] = {}
         self._denials: Counter[tuple[str, str]] = Counter()
         self._manifests.open()
 
@@ -79,18 +85,17 @@ class Store:
     def open(cls, folder: Path) -> "Store":
         """Open the store in `folder`, making it if the folder is absent or empty.
 
-        StoreError: a foreign or newer folder, another daemon, an unwritable disk, a corrupt index.
+        Raises StoreError: a foreign or newer folder, another daemon, an unwritable disk, a folder that is not safe.
         """
-        with gc_paused(), ThreadPoolExecutor(1) as beside, contextlib.ExitStack() as undo:
+        with gc_paused(), contextlib.ExitStack() as undo:
             try:
-                prepare(folder)
+                found = prepare(folder)
                 lock = undo.enter_context(take_lock(folder))
-                index = Index(folder / "index")
+                migrate(folder, found)
+                index, contents, members = Index.open(folder / "index")
                 undo.callback(index.close)
-                names = beside.submit(os.listdir, folder / "blobs")  # a Path for each of many costs seconds
-                store = cls(folder, lock, index, load_secret(folder))
+                store = cls(folder, lock, index, contents, members)
                 store._sweep(oldest=time.time() - KEPT_S)
-                store._adopt_orphans(names.result())
             except OSError as error:
                 reason = error.strerror or error
                 raise StoreError(f"store {folder}: expected a writable folder, got {reason}") from error
@@ -104,101 +109,86 @@ class Store:
             shutil.rmtree(path, ignore_errors=True)
         self.remove_files(path for path, (_, changed) in self.quarantined().items() if changed < oldest)
 
-    def _adopt_orphans(self, names: Sequence[str]) -> None:
-        """Blob files that the index does not know become complete partials: hashed again before they are hits.
-
-        `names` are those of the folder. Only they are looked at: a file that is not the one that was verified is
-        adopted when it is asked for.
-        """
-        folder = self.folder / "blobs"
-        texts = {name.replace("-", ":", 1): name for name in names}
-        for text in texts.keys() - {digest for digest, record in self._blobs.items() if record.held}:
-            with contextlib.suppress(InvalidRequest):  # whatever it is, it is not ours to touch
-                Ingest.adopt(self.folder / "ingest", Digest.parse(text), folder / texts[text])
+    async def settle(self) -> None:
+        """Wait until all that is known has been compared with the files. Raises StoreUnwritable if that cannot be."""
+        await self._survey.settle()
 
     def close(self) -> None:
         """Write out what is pending and give the folder free."""
         self._manifests.close()
+        self._files.close()
         self._index.close()
         self._lock.close()
 
+    @property
+    def changes(self) -> int:
+        """How often what is known of a blob or a manifest has changed, but for the time of a pull."""
+        return self._blobs.changes + self._manifest_changes
+
+    def _count_change(self) -> None:
+        self._manifest_changes += 1
+
     # --- blobs
+
+    @property
+    def held_bytes(self) -> int:
+        """What all held blobs take together."""
+        return self._blobs.held_bytes
+
+    @property
+    def evicted(self) -> int:
+        """Blobs that have gone since the start, to make room or because somebody said so."""
+        return self._blobs.evicted
+
+    @property
+    def evicted_bytes(self) -> int:
+        """What they took."""
+        return self._blobs.evicted_bytes
 
     def blob(self, digest: Digest) -> BlobRecord | None:
         """What is known of `digest`, whether or not its bytes are here."""
-        return self._blobs.get(digest)
+        return self._blobs.find(digest)
 
     def is_public(self, digest: Digest) -> bool:
         """Whether an anonymous request for it has succeeded upstream, and none was refused since."""
-        record = self._blobs.get(digest)
+        record = self._blobs.find(digest)
         return record is not None and record.public
 
     def held(self, digest: Digest) -> BlobRecord | None:
         """The record of a blob whose verified file is still the one that was verified, else None."""
-        record = self._blobs.get(digest)
-        if record is None or not record.held:
-            return None
-        if digest in self._open:
-            return record
-        try:
-            # Not by blob_path: a Path takes five times as long, and this is asked for each request.
-            status = os.stat(f"{self.folder}/blobs/{digest.file_name}")  # noqa: PTH116
-        except OSError:
-            return None
-        return record if record.is_file(status.st_size, status.st_mtime_ns, status.st_ino) else None
+        return self._blobs.held(digest)
 
     def blob_path(self, digest: Digest) -> Path:
-        return self.folder / "blobs" / digest.file_name
+        """Where its file lies, or would."""
+        return self._blobs.path(digest)
 
     def open_blob(self, digest: Digest) -> SharedFile | None:
         """The blob's bytes to read, None when they are not here; `release` it after use."""
-        record = self.held(digest)
-        if record is None:
-            return None
-        blob = self._open.get(digest)
-        if blob is None:
-            try:
-                descriptor = platform.open_descriptor(self.blob_path(digest), os.O_RDONLY)
-            except OSError:
-                return None
-            blob = self._open[digest] = SharedFile(descriptor, record.size or 0, lambda: self._open.pop(digest))
-        return blob.acquire()
+        return self._blobs.acquire(digest)
 
     def disown(self, digest: Digest) -> None:
         """The blob's file cannot be read any more: it is no hit from now on, and recorded anew when asked for."""
-        record = self._blobs.get(digest)
-        if record is not None and record.held:
-            self._put_blob(digest, record._replace(held=False))
-            with contextlib.suppress(OSError):
-                self.blob_path(digest).unlink()
+        self._blobs.disown(digest)
 
     def evict(self, digests: Sequence[Digest]) -> list[Path]:
         """Their blobs are no hits from now on; the files that are returned are the caller's to remove."""
-        for digest in digests:
-            self.evicted += 1
-            self.evicted_bytes += self._blobs[digest].size or 0
-            self._put_blob(digest, self._blobs[digest]._replace(held=False))
-        return [self.blob_path(digest) for digest in digests]
+        return self._blobs.evict(digests)
 
     def open_blobs(self) -> frozenset[Digest]:
         """Those that somebody reads now."""
-        return frozenset(self._open)
+        return frozenset(self._blobs.open)
 
     def is_open(self, digest: Digest) -> bool:
         """Whether somebody reads the blob."""
-        return digest in self._open
+        return digest in self._blobs.open
 
     def partials(self) -> dict[Digest, tuple[int, float]]:
         """What recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
-        found = {}
-        for path in (self.folder / "ingest").glob(f"*{PARTIAL}"):
-            with contextlib.suppress(InvalidRequest, FileNotFoundError):
-                found[Digest.parse(path.stem)] = _taken(path)
-        return found
+        return partials(self.folder)
 
     def quarantined(self) -> dict[Path, tuple[int, float]]:
         """The same of the bytes that did not hash to their name."""
-        return {path: _taken(path) for path in (self.folder / "quarantine").glob("sha256-*")}
+        return quarantined(self.folder)
 
     def remove_files(self, paths: Iterable[Path]) -> None:
         """Remove blobs' files, quarantined bytes, and partials with their journals; what the disk refuses is logged."""
@@ -217,28 +207,13 @@ class Store:
     def place(self, digest: Digest, verified: Path) -> os.stat_result:
         """Move a file among the blobs; it is no hit before `publish`.
 
-        The caller has hashed it; its bytes are already durable. StoreUnwritable if the disk refuses.
+        The caller has hashed it; its bytes are already durable. Raises StoreUnwritable if the disk refuses.
         """
-        path = self.blob_path(digest)
-        try:
-            # Readable bytes under the final name first, then the index: a crash between leaves an orphan, which is
-            # hashed again, never an index entry without its file.
-            os.replace(verified, path)
-            platform.sync_folder(path.parent)
-            return path.stat()
-        except OSError as error:
-            raise StoreUnwritable(f"publishing {digest}: {error}") from error
+        return self._blobs.place(digest, verified)
 
     def publish(self, digest: Digest, placed: os.stat_result, *, now: float) -> BlobRecord:
         """The blob is a hit from now on, as long as its file is the one that was placed."""
-        record = self._blobs.get(digest, BlobRecord())._replace(
-            size=placed.st_size,
-            held=True,
-            mtime_ns=placed.st_mtime_ns,
-            inode=placed.st_ino,
-            recorded=now,
-        )
-        self._put_blob(digest, record)
+        record = self._blobs.publish(digest, placed, now=now)
         self._manifests.take_in(digest)
         return record
 
@@ -248,22 +223,17 @@ class Store:
         older = list(path.parent.glob(f"{ingest.digest.file_name}-*"))
         with contextlib.suppress(FileNotFoundError):
             os.replace(ingest.partial_path, path)
+            if ingest.in_place:
+                platform.sync_folder(path.parent)  # else it may be back among the blobs
         self.remove_files(older)
         ingest.forget()
         return path
-
-    def _put_blob(self, digest: Digest, record: BlobRecord) -> None:
-        known = self._blobs.get(digest, BlobRecord())
-        self.held_bytes += (record.size or 0) * record.held - (known.size or 0) * known.held
-        self._blobs[digest] = record
-        self.changes += 1
-        self._index.put_blob(digest, record)
 
     # --- membership and visibility
 
     def is_member(self, host: str, repository: str, digest: Digest) -> bool:
         """A stored manifest of the repository lists it, or upstream granted it there to an anonymous request."""
-        granted = self._members.get(_place(host, repository), "")
+        granted = self._granted(_place(host, repository))
         return digest in granted or any(record.lists(digest) for record in self.manifests_of(host, repository).values())
 
     def repositories(self, digest: Digest) -> list[tuple[str, str]]:
@@ -275,27 +245,37 @@ class Store:
 
     def confirm_public(self, host: str, repository: str, digest: Digest) -> None:
         """Upstream granted the blob of this repository to an anonymous request."""
-        known = self._blobs.get(digest, BlobRecord())
-        if not known.public:
-            self._put_blob(digest, known._replace(public=True))
+        self._blobs.show(digest, public=True)
         place = _place(host, repository)
-        members = self._members.get(place, "")
-        if digest not in members:
-            self._members[place] = members = f"{members} {digest}".lstrip()
-            self._index.put_members(*place, members)
+        granted = self._granted(place)
+        if digest not in granted:
+            granted.add(digest)
+            self._index.put_members(*place, granted)
+
+    def _granted(self, place: tuple[str, str]) -> set[str]:
+        """The digests of the repository; taken apart when they are asked for first, because most never are."""
+        granted = self._members.get(place, "")
+        if isinstance(granted, str):
+            granted = self._members[place] = set(granted.split())
+        return granted
 
     def adopt(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest of the fleet's: a cache of it has recorded every blob, and each is public."""
         self.put_manifest(name, record)
         for digest, size in record.sizes.items():
-            known = self._blobs.get(digest, BlobRecord())
+            known = self._blobs.find(digest) or BlobRecord()
             if known.size is None and size is not None:
-                self._put_blob(digest, known._replace(size=size))
+                self._blobs.put(digest, known._replace(size=size))
             self.confirm_public(name.host, name.repository, digest)
 
     def is_denied(self, host: str, repository: str) -> bool:
         """Whether upstream has refused an anonymous request in this repository, and granted none since."""
-        return any(record.denied for record in self.manifests_of(host, repository, private=True).values())
+        return bool(self.refused(host, repository))
+
+    def refused(self, host: str, repository: str) -> list[ManifestRecord]:
+        """The manifests of the repository that upstream has refused to an anonymous request."""
+        self._survey.look(_place(host, repository))
+        return self._manifests.denied(_place(host, repository))
 
     def deny(self, host: str, repository: str) -> bool:
         """Upstream refuses an anonymous request in this repository: nothing of it is known any more.
@@ -306,17 +286,19 @@ class Store:
         """
         place = _place(host, repository)
         self._denials[place] += 1
-        digests = set(map(trusted, self._members.get(place, "").split()))
+        digests = set(map(trusted, self._granted(place)))
         granted = self.manifests_of(host, repository)
         was_known = bool(digests or granted)
         for name, record in granted.items():
             digests.update(record.digests)
-            self.put_manifest(name, record._replace(denied=True))
-        if self._members.pop(place, None) is not None:
+            self._files.hide(name, record.body)
+            self._manifests.put(name, record._replace(denied=True))
+            self._count_change()
+        if self._members.pop(place):
             self._index.delete_members(*place)
-        for digest in digests.difference(" ".join(self._members.values()).split()):
-            if (known := self._blobs.get(digest)) is not None and known.public:
-                self._put_blob(digest, known._replace(public=False))
+        for digest in digests:
+            if not any(digest in granted for granted in self._members.values()):
+                self._blobs.show(digest, public=False)
         return was_known
 
     def denials(self, host: str, repository: str) -> int:
@@ -326,6 +308,7 @@ class Store:
     # --- manifests
 
     def manifest(self, name: Name) -> ManifestRecord | None:
+        self._survey.look(_place(*name.place))
         return self.manifests().get(name)
 
     def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
@@ -335,18 +318,22 @@ class Store:
 
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest that an anonymous request got. A list grows by what is known of its children."""
-        self.changes += 1
+        known = self.manifest(name)
+        if known is None or (known.digest, known.denied) != (record.digest, record.denied):
+            self._files.put(name, record.body, denied=record.denied)
+        self._count_change()
         self._manifests.put(name, record)
 
     def drop_manifest(self, name: Name) -> None:
         """Forget this representation of the model; its blobs stay, and so do those that other manifests list."""
+        self._files.remove(name)
         self._manifests.drop(name)
 
     def drop_model(self, name: Name) -> None:
         """Forget the model, in both representations, as far as it is there."""
         for each in (name, name.twin):
-            if each in self.manifests():
-                self._manifests.drop(each)
+            if self.manifest(each) is not None:
+                self.drop_manifest(each)
 
     def touch(self, name: Name, now: float) -> None:
         """A client has pulled the model `now`: this representation, or the other one where this is not stored."""
@@ -354,6 +341,7 @@ class Store:
 
     def manifests_of(self, host: str, repository: str, *, private: bool = False) -> dict[Name, ManifestRecord]:
         """The repository's manifests; those that are private by now only if asked for."""
+        self._survey.look(_place(host, repository))
         found = self._manifests.of(_place(host, repository))
         return {name: record for name, record in found if private or not record.denied}
 
@@ -367,7 +355,7 @@ class Store:
 
     def read_manifest(self, digest: Digest) -> ManifestRecord | None:
         """The manifest that a held blob is; None where it is none, or not here."""
-        known = self._blobs.get(digest)
+        known = self._blobs.find(digest)
         if known is None or (known.size or 0) > LONGEST or (file := self.open_blob(digest)) is None:
             return None
         try:
@@ -383,17 +371,12 @@ class Store:
 
     def known_blobs(self) -> dict[Digest, BlobRecord]:
         """All that is known of blobs, held or not; a copy that costs a millisecond for 60,000, as it hashes nothing."""
-        return dict(self._blobs)
+        return dict(self._blobs.records)
 
     def blobs(self) -> dict[Digest, BlobRecord]:
         """All held blobs; walks all that are known."""
-        return {digest: record for digest, record in self._blobs.items() if record.held}
+        return {digest: record for digest, record in self._blobs.records.items() if record.held}
 
 
 def _place(host: str, repository: str) -> tuple[str, str]:
     return canonical(host), repository
-
-
-def _taken(path: Path) -> tuple[int, float]:
-    status = path.stat()
-    return platform.allocated(status), status.st_mtime

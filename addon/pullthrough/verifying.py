@@ -13,14 +13,15 @@ import stat
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Self
 
 from pullthrough import platform
+from pullthrough.blobfiles import ROOTS
 from pullthrough.copying import Crew, Extent
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest
-from pullthrough.ingest import Ingest
 from pullthrough.inventory import Inventory
 from pullthrough.modeltree import BLOBS, parse_blob_path
 from pullthrough.store import Store
@@ -41,7 +42,7 @@ class Problem(StrEnum):
     ALTERED = "altered"
     """The bytes are right; size, time or inode are not those of the index."""
     UNKNOWN = "unknown"
-    """The bytes are right; the index does not know them."""
+    """The bytes are right; nothing says that they were verified."""
     MISSING = "missing"
     """The index has it, the folder does not."""
     FOREIGN = "foreign"
@@ -176,8 +177,9 @@ def check(
 def _survey(folder: Path, wanted: Collection[Digest] | None, report: Report) -> dict[Digest, Identity]:
     """The blob files, or those of them that are wanted; all else in their folder is a finding."""
     files: dict[Digest, Identity] = {}
-    with os.scandir(folder / BLOBS) as entries:
-        for entry in entries:
+    with contextlib.ExitStack() as open_folders:
+        roots = [open_folders.enter_context(os.scandir(folder / root / BLOBS)) for root in ROOTS]
+        for entry in chain(*roots):
             digest = parse_blob_path(f"{BLOBS}/{entry.name}")
             if wanted is not None and digest not in wanted:
                 continue
@@ -244,8 +246,10 @@ def _hash(
 def _compare(inventory: Inventory, digest: Digest, identity: Identity) -> Finding | None:
     """What the index has against a file whose bytes are right."""
     record = inventory.blobs.get(digest)
-    if record is None or not record.held:
-        return Finding(Problem.UNKNOWN, digest.file_name, "only what the index knows", "a blob", digest, identity)
+    if record is None or not record.held or not record.mtime_ns:
+        return Finding(Problem.UNKNOWN, digest.file_name, "only verified blobs", "another", digest, identity)
+    if record.is_file(*identity):
+        return None
     expected = (record.size, record.mtime_ns, record.inode)
     for what, wanted, found in zip(("size", "mtime", "inode"), expected, identity, strict=True):
         if wanted != found:
@@ -255,8 +259,11 @@ def _compare(inventory: Inventory, digest: Digest, identity: Identity) -> Findin
 
 def _stands(finding: Finding, inventory: Inventory) -> bool:
     """Whether it is still so: a daemon may have recorded or evicted the blob meanwhile."""
-    path = inventory.folder / BLOBS / finding.name
+    places = (inventory.folder / root / BLOBS / finding.name for root in ROOTS)
+    path = next(filter(os.path.lexists, places), None)
     try:
+        if path is None:
+            raise FileNotFoundError
         status = path.lstat()
     except FileNotFoundError:
         record = inventory.blobs.get(finding.digest) if finding.digest is not None else None
@@ -281,10 +288,7 @@ def mend(store: Store, finding: Finding, *, now: float) -> str:
     if (digest := finding.digest) is None:
         return ""
     path = store.blob_path(digest)
-    ingest = store.ingest(digest)
-    # The opening of the store makes partials of the files that its index does not know.
-    place = path if os.path.lexists(path) else ingest.partial_path
-    identity = _identity(place.lstat()) if os.path.lexists(place) else None
+    identity = _identity(path.lstat()) if os.path.lexists(path) else None
     if finding.problem is Problem.MISSING:
         if store.held(digest) is None:
             store.disown(digest)
@@ -294,14 +298,10 @@ def mend(store: Store, finding: Finding, *, now: float) -> str:
         return ""  # it is another file by now
     if finding.problem is Problem.DAMAGED:
         moved = store.folder / "quarantine" / f"{digest.file_name}-{secrets.token_hex(4)}"
-        os.replace(place, moved)
+        os.replace(path, moved)
         store.disown(digest)
-        ingest.forget()
         return f"quarantined as {moved.name}"
-    if place == path:
-        Ingest.adopt(store.folder / "ingest", digest, path)
-    store.publish(digest, store.place(digest, ingest.partial_path), now=now)
-    ingest.forget()
+    store.publish(digest, store.place(digest, path), now=now)
     return "entered into the index"
 
 

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from pullthrough.storefolder import restore
+
 FRESH_S: Final = 1.0
 """How long the disk is not looked at again."""
 PATIENCE_S: Final = 2.0
@@ -65,6 +67,7 @@ class Vitals:
 def _look(folder: Path) -> Disk:
     try:
         free = shutil.disk_usage(folder).free
+        restore(folder)
     except OSError as error:
         return Disk(0, error.strerror or str(error))
     return Disk(free, "" if os.access(folder, os.W_OK) else "not writable")

@@ -13,6 +13,7 @@ from tests.e2e.conftest import MB, add_model, canonical, get, to_cdn, to_registr
 from tests.support.http1 import connect
 from tests.support.origin import R2_HOST, Fault, Mode, Origin
 from tests.support.proxy import Proxy
+from tests.support.storefiles import blob_file
 
 
 def test_head_never_has_a_body(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
@@ -229,7 +230,7 @@ def test_a_corrupted_byte_never_becomes_a_hit(origin: Origin, proxy: Proxy) -> N
     with to_cdn(proxy) as connection:
         get(connection, address)
     proxy.wait_for_line("quarantined")
-    assert not (proxy.store / "blobs" / model.layer.replace(":", "-")).exists()
+    assert not (blob_file(proxy.store, model.layer.replace(":", "-"))).exists()
     with to_cdn(proxy) as connection:
         assert get(connection, canonical(proxy, model))[2] == blob.read(0, 3 * MB)
     proxy.wait_for_line(model.recorded)

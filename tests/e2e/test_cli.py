@@ -21,6 +21,7 @@ from tests.support.a2 import A2Client
 from tests.support.modelsfolder import manifest_of, pull_list, read_current, sha256
 from tests.support.origin import Origin
 from tests.support.proxy import Proxy, environment
+from tests.support.storefiles import blob_file, blob_files
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no control socket")
 
@@ -53,7 +54,7 @@ def check_agreement(store: Path) -> None:
     """Index and files agree: each held blob has its file, each file its row, each manifest's row is whole."""
     contents = look(store / "index")
     held = {digest for digest, record in contents.blobs.items() if record.held}
-    assert held == {Digest.parse(path.name) for path in (store / "blobs").iterdir()}
+    assert held == {Digest.parse(path.name) for path in blob_files(store)}
     opened = Store.open(store)
     assert all(opened.held(digest) for digest in held)
     assert list((store / "ingest").iterdir()) == []
@@ -91,7 +92,7 @@ def test_one_store_two_hands(
     pruned = said(proxy, "prune", "--age", "0", "--all")
     assert pruned.startswith("removed small:latest\n")
     assert [(row["name"], row["pinned"]) for row in told(proxy, "ls")] == [("other:latest", True)]
-    assert not (proxy.store / "blobs" / Digest.parse(small.layer).file_name).exists()
+    assert not blob_file(proxy.store, Digest.parse(small.layer).file_name).exists()
     new_client(proxy).pull(small.name)
     proxy.stop()
 
@@ -153,7 +154,7 @@ def test_import_and_verify_beside_the_daemon(
     new_client(proxy).pull(model.name)
     assert origin.counters.cdn_bytes == fetched
 
-    path = proxy.store / "blobs" / Digest.parse(model.layer).file_name
+    path = blob_file(proxy.store, Digest.parse(model.layer).file_name)
     path.write_bytes(b"x" + path.read_bytes()[1:])
     done = cli(proxy, "verify", model.name)
     assert done.returncode == 1

@@ -16,6 +16,7 @@ from tests.e2e.test_pull import assert_complete
 from tests.support.a2 import A2Client
 from tests.support.origin import Origin
 from tests.support.proxy import PROGRAM, PeakRss, Proxy
+from tests.support.storefiles import blob_file
 
 NewClient = Callable[..., A2Client]
 
@@ -66,7 +67,7 @@ def test_full_disk(
     client.pull(small.name)
     assert_complete(client, small)
     proxy.wait_for_line(small.recorded)
-    assert small.layer.replace(":", "-") in files_of(proxy, "blobs")
+    assert small.layer.replace(":", "-") in files_of(proxy, "public/blobs")
 
 
 @pytest.mark.long
@@ -135,7 +136,7 @@ def test_store_that_vanishes(
     first, second = add_model(origin, unique(4 * MB)), add_model(origin, unique(4 * MB))
     new_client(proxy).pull(first.name)
     proxy.wait_for_line(first.recorded)
-    for name in ("blobs", "ingest", "quarantine"):
+    for name in ("public/blobs", "private/blobs", "ingest", "quarantine"):
         shutil.rmtree(proxy.store / name)
     for model in (first, second):
         client = new_client(proxy)
@@ -150,7 +151,7 @@ def test_file_that_cannot_be_read(origin: Origin, start_proxy: Callable[..., Pro
     model = add_model(origin, unique(40 * MB))
     new_client(proxy).pull(model.name)
     proxy.wait_for_line(model.recorded)
-    blob = proxy.store / "blobs" / model.layer.replace(":", "-")
+    blob = blob_file(proxy.store, model.layer.replace(":", "-"))
 
     intact = True
 

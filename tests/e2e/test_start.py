@@ -74,13 +74,20 @@ def unwritable(folder: Path) -> str:
 def newer_format(folder: Path) -> str:
     Store.open(folder / "store").close()
     (folder / "store" / "ollama-cache.json").write_text('{"format": 99}')
-    return "expected format 1 in ollama-cache.json, got 99"
+    return "expected format 1 to 2 in ollama-cache.json, got 99: a newer version of ollama-cache made it"
 
 
-def corrupt_index(folder: Path) -> str:
+def linked_blobs(folder: Path) -> str:
     Store.open(folder / "store").close()
-    (folder / "store" / "index" / "cache.db").write_bytes(b"no database" * 1000)
-    return "expected a sound index in"
+    (folder / "store" / "public" / "blobs").rename(folder / "elsewhere")
+    (folder / "store" / "public" / "blobs").symlink_to(folder / "elsewhere")
+    return "which the store does not follow: remove it, and move the whole store"
+
+
+def open_to_all(folder: Path) -> str:
+    Store.open(folder / "store").close()
+    (folder / "store").chmod(0o777)
+    return f"(mode 0777): chmod o-w {folder / 'store'}"
 
 
 def unconstrained_ca(folder: Path) -> str:
@@ -96,7 +103,9 @@ def unconstrained_ca(folder: Path) -> str:
     return "expected"
 
 
-@pytest.mark.parametrize("damage", [foreign_folder, unwritable, newer_format, corrupt_index, unconstrained_ca])
+@pytest.mark.parametrize(
+    "damage", [foreign_folder, unwritable, newer_format, linked_blobs, open_to_all, unconstrained_ca]
+)
 def test_bad_folders(tmp_path: Path, damage: Callable[[Path], str]) -> None:
     """What lies on disk is not ours, or not usable."""
     expected = damage(tmp_path)

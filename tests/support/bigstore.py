@@ -1,4 +1,4 @@
-"""A store of many models, made by writing its index and empty blob files of the right times.
+"""A store of many models, made by writing its index, its manifests, and empty blob files of the right times.
 
 Writes the index's rows itself, so that ten thousand models cost seconds and not minutes.
 """
@@ -18,6 +18,7 @@ from pullthrough.contents import (
     members_key,
 )
 from pullthrough.digest import Digest
+from pullthrough.proofs import Proof, Proofs
 from pullthrough.records import BlobRecord, ManifestRecord, Name
 from pullthrough.store import Store
 
@@ -28,6 +29,7 @@ def fill(folder: Path, *, models: int, layers: int, day: float) -> None:
     rows: list[tuple[str, str | bytes]] = []
     shared = "sha256:" + sha256(b"shared").hexdigest()
     digests = {Digest.parse(shared)}
+    proofs = {}
     for number in range(models):
         own = ["sha256:" + sha256(f"{number} {layer}".encode()).hexdigest() for layer in range(layers - 1)]
         body = json.dumps(
@@ -40,13 +42,18 @@ def fill(folder: Path, *, models: int, layers: int, day: float) -> None:
         value = manifest_value(record._replace(pulled=number * day))
         rows += [(body_key(record.digest), body.encode()), (manifest_key(name), value)]
         rows.append((members_key(*name.place), " ".join(record.digests)))
+        path = folder / "public" / "manifests" / name.host / name.repository / name.reference
+        path.parent.mkdir(parents=True)
+        path.write_bytes(record.body)
     for digest in digests:
-        path = folder / "blobs" / digest.file_name
+        path = folder / "public" / "blobs" / digest.file_name
         with path.open("wb") as file:
             os.truncate(file.fileno(), 1000)
         status = path.stat()
         blob = BlobRecord(1000, True, True, status.st_mtime_ns, status.st_ino, 0.0)
         rows.append((blob_key(digest), blob_value(blob)))
+        proofs[digest] = Proof(1000, status.st_mtime_ns, status.st_ino)
+    Proofs(folder).tidy(proofs)
     with sqlite3.connect(folder / "index" / "cache.db") as connection:
         connection.executemany(
             "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, value) VALUES (?, 1, 0, 0, 0, 1, ?)",

@@ -1,6 +1,7 @@
 """A simulated disk: a real folder, every change to it written down in order, and what a death leaves of them.
 
-`Disk` stands in the way of every call that changes files under `ingest/`, `blobs/` and `quarantine/` of a store. A
+`Disk` stands in the way of every call that changes files under `ingest/`, the two `blobs/` and `quarantine/` of a
+store. A
 death is a cut of what it has written down, from which the files are made anew.
 
 - `kill -9`: everything before the cut has happened; a write at the cut, in part.
@@ -28,11 +29,11 @@ from typing import Any
 import diskcache
 import pytest
 
-from pullthrough import index, platform, storefolder
+from pullthrough import contents, index, platform, storefolder
 from pullthrough.digest import Digest
 from pullthrough.records import BlobRecord
 
-FOLDERS = ("ingest", "blobs", "quarantine")
+FOLDERS = ("ingest", "public/blobs", "private/blobs", "quarantine")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def survivors(changes: list[Change], choose: Choose) -> list[Change]:
         match change:
             case Synced(what):
                 synced.add(what)
-            case Named(_, old, new) if (new or old or "").partition("/")[0] not in synced:
+            case Named(_, old, new) if (new or old or "").rpartition("/")[0] not in synced:
                 if not choose(1, change):
                     continue
             case Sized(file) if file not in synced:
@@ -158,15 +159,20 @@ class Disk[P]:
         self._by_inode: dict[int, int] = {}
         (folder / storefolder.MARKER).write_text(json.dumps({"format": storefolder.FORMAT}))
         (folder / "secret").write_bytes(bytes(32))
+        (folder / "index").mkdir()
+        (folder / "index" / index.DATABASE).touch()
+        self.rows.put(contents.VERSION_KEY, contents.VERSION)
         for name in FOLDERS:
-            (folder / name).mkdir()
+            (folder / name).mkdir(parents=True, mode=0o755)
+        (folder / "private").chmod(0o700)
+        (folder / "secret").chmod(0o600)
         names, files = result(changes)
         for path, file in names.items():
             (folder / path).write_bytes(files[file])
             self._by_inode[(folder / path).stat().st_ino] = file
         for row in (change for change in changes if isinstance(change, Row)):
             record = BlobRecord._make(json.loads(row.value))
-            for path in (path for path, file in names.items() if file == row.file):
+            for path in (path for path, file in names.items() if file == row.file and record.mtime_ns):
                 status = (folder / path).stat()
                 record = record._replace(inode=status.st_ino, mtime_ns=status.st_mtime_ns)
             self.rows.put(row.key, json.dumps(record))
@@ -175,7 +181,7 @@ class Disk[P]:
         """Stand in the way of the calls."""
         patch.setattr(platform, "boot_id", lambda: boot_id)
         patch.setattr(platform, "sync_data", self._sync_data)
-        patch.setattr(platform, "sync_folder", lambda path: self._note(Synced(path.name)))
+        patch.setattr(platform, "sync_folder", self._sync_folder)
         patch.setattr(platform, "open_descriptor", functools.partial(self._open, platform.open_descriptor))
         patch.setattr(platform, "write_at", functools.partial(self._write_at, platform.write_at))
         patch.setattr(os, "fsync", lambda descriptor: None)
@@ -195,7 +201,8 @@ class Disk[P]:
 
     def _note_row(self, key: str, value: str) -> None:
         names, _ = result(self._before + self.changes)
-        self._note(Row(key, value, names.get(f"blobs/{Digest.parse(key.split()[1]).file_name}")))
+        name = Digest.parse(key.split()[1]).file_name
+        self._note(Row(key, value, names.get(f"public/blobs/{name}", names.get(f"private/blobs/{name}"))))
 
     def _note(self, change: Change) -> None:
         self.promises.append(self.promise)
@@ -203,9 +210,8 @@ class Disk[P]:
 
     def _name(self, path: Any) -> str | None:
         """The path within the store if it is in one of the folders."""
-        folder, _, name = os.fspath(path).rpartition("/")
-        parent, _, folder = folder.rpartition("/")
-        return f"{folder}/{name}" if folder in FOLDERS and parent == str(self._folder) else None
+        name = os.fspath(path).removeprefix(f"{self._folder}/")
+        return name if name.rpartition("/")[0] in FOLDERS else None
 
     def _file(self, place: int | Path) -> int | None:
         status = os.fstat(place) if isinstance(place, int) else place.stat()
@@ -214,7 +220,7 @@ class Disk[P]:
     def _open(self, system: Callable[[Path, int], int], path: Path, flags: int) -> int:
         is_new = not path.exists()
         descriptor = system(path, flags)
-        if is_new:
+        if is_new and self._name(path) is not None:
             file = self._by_inode[os.fstat(descriptor).st_ino] = next(self._numbers)
             self._note(Named(file, None, self._name(path)))
         return descriptor
@@ -239,9 +245,13 @@ class Disk[P]:
             self._note(Named(file, name, None))
         system(path, **options)
 
+    def _sync_folder(self, path: Path) -> None:
+        if (name := str(path.relative_to(self._folder))) in FOLDERS:
+            self._note(Synced(name))
+
     def _sync_data(self, descriptor: int) -> None:
-        file = self._file(descriptor)
-        assert file is not None
+        if (file := self._file(descriptor)) is None:
+            return
         self._note(Synced(file))
         work, self.during_sync = self.during_sync, None
         if work is not None:
@@ -256,14 +266,14 @@ class Rows:
         connection = sqlite3.connect(":memory:")
         connection.execute("CREATE TABLE Cache (key BLOB UNIQUE, raw INTEGER, mode INTEGER, value BLOB)")
         self._sql = connection.execute
-        self.transact = lambda retry: contextlib.nullcontext()
+        self.transact = contextlib.nullcontext
         self.close = connection.close
 
     def put(self, key: str, value: str) -> None:
         """Not noted."""
         self._sql("INSERT OR REPLACE INTO Cache VALUES (?, 1, ?, ?)", (key, diskcache.core.MODE_RAW, value))
 
-    def set(self, key: str, value: str, *, retry: bool) -> None:
+    def set(self, key: str, value: str) -> None:
         self._note(key, value)
         self.put(key, value)
 
