@@ -30,7 +30,9 @@ _FICLONE = 0x40049409  # linux/fs.h
 _TEMPORARY = "ollama-cache-"
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 """Of os.open: fail where the last part of the path is a link. 0 on Windows."""
-_WITHOUT_MODES = frozenset(["vfat", "msdos", "exfat", "ntfs", "ntfs3", "fuseblk", "cifs", "smb3", "smbfs", "9p", "drvfs", "msdosfs"])
+_WITHOUT_MODES = frozenset(
+    ["vfat", "msdos", "exfat", "ntfs", "ntfs3", "fuseblk", "cifs", "smb3", "smbfs", "9p", "drvfs", "msdosfs"]
+)
 """File systems that show the same owner and mode for all files, as their mount says."""
 
 
