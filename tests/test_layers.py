@@ -16,7 +16,7 @@ ROWS: Final = {
     "L0": "errors digest route byterange intervals capability presigned cachestatus settings records datacheck"
     " chunksums coding conditional requestlog options loopguard wording gcpause jsonlog fleet addressing manifestjson",
     "L1": "assembly scheduler freshness retention access tunnel budget parent traffic catalogue pruning"
-    " diagnosis breaker returns lease pulls",
+    " diagnosis breaker returns lease pulls patience",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
     " authorities clientsetup objectstore manifesttable",

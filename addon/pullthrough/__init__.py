@@ -27,7 +27,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  pulls
          traffic  catalogue  pruning  diagnosis
-         breaker  returns  lease                             state and policy, no I/O; `now` is a parameter
+         breaker  returns  lease  patience                    state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  presigned  cachestatus  records  chunksums
          coding  conditional  requestlog  settings  options  addressing  loopguard  wording
          jsonlog  fleet  gcpause  manifestjson

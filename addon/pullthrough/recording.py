@@ -21,7 +21,7 @@ from pullthrough.fetcher import Ending, Fetcher
 from pullthrough.ingest import SharedFile
 from pullthrough.pulls import FAR
 from pullthrough.relay import Relay, Relays
-from pullthrough.scheduler import FIRST_SLICE, Demand, Slice, next_slice
+from pullthrough.scheduler import MAX_SLICE, Demand, Slice, first_slice, next_slice
 from pullthrough.sealer import Sealer
 from pullthrough.settings import Finish
 from pullthrough.supply import Supply
@@ -56,8 +56,11 @@ class Recording:
         *,
         on_end: Callable[["Recording"], None],
         wanted: bool = False,
+        look: int = 0,
     ) -> None:
-        """`on_end` is called once, when no reader can be added any more; `wanted` is whole even if nobody reads."""
+        """`on_end` is called once, when no reader can be added any more; `wanted` is whole even if nobody reads, and
+        of any other the first `look` bytes are surely wanted."""
+        self._look = MAX_SLICE if wanted else look
         self.over = asyncio.Event()
         self._wanted = wanted
         self._pulled = wanted  # somebody pulls the blob, and does not only look into it
@@ -85,8 +88,7 @@ class Recording:
     @property
     def size(self) -> int | None:
         """The blob's size, None while nothing has told it."""
-        told = self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
-        return self._ready.result() if told else None
+        return self.assembly.size if hasattr(self, "assembly") else None
 
     @property
     def present(self) -> int:
@@ -163,7 +165,10 @@ class Recording:
                 if await self._has_room(found[0]):
                     self._open(Assembly(*found))
                 return
-            stream = stream or await self.supply.open_first(FIRST_SLICE)
+            rates = self._room.rates
+            stream = stream or await self.supply.open_first(
+                lambda host: first_slice(rates.of(host, time.monotonic()), self._look)
+            )
             self.supply.expect(stream.validator)
             if await self._has_room(stream.length, self._ingest.begin):
                 self._open(Assembly(stream.length))
@@ -194,6 +199,7 @@ class Recording:
             assembly,
             self.supply,
             room.counters,
+            room.rates,
             connections=room.budget.connections(room.connections),
             choose=self._choose,
             accept=self._accept,
@@ -296,24 +302,15 @@ class Recording:
         if self._fetcher.busy or self.assembly.complete:
             self._watch_idleness()
             return
-        _log.info(
-            "recording %s: left by all clients with %s",
-            self.digest.short,
-            self._extent(),
-            extra=self._ending(Ending.LEFT),
-        )
+        left = self._ending(Ending.LEFT)
+        _log.info("recording %s: left by all clients with %s", self.digest.short, self._extent(), extra=left)
         self._end()
 
     def _fail(self, error: CacheError) -> None:
         if self._ended:
             return
-        _log.warning(
-            "recording %s failed with %s: %s",
-            self.digest.short,
-            self._extent(),
-            error,
-            extra=self._ending(Ending.FAILED, error),
-        )
+        failed = self._ending(Ending.FAILED, error)
+        _log.warning("recording %s failed with %s: %s", self.digest.short, self._extent(), error, extra=failed)
         self._error = error
         if not self._ready.done():
             self._ready.set_exception(error)
