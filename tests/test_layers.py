@@ -19,7 +19,7 @@ ROWS: Final = {
     " diagnosis breaker returns lease pulls patience",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
-    " authorities clientsetup objectstore manifesttable",
+    " authorities clientsetup objectstore manifesttable dialer",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
@@ -70,7 +70,8 @@ SIDEWAYS: Final = {
     "inventory": {"contents", "storefolder"},
     "modeltree": {"platform"},
     "bundle": {"modeltree"},
-    "upstream": {"datastream", "resolver"},
+    "dialer": {"resolver"},
+    "upstream": {"datastream", "dialer", "resolver"},
     "leaseholder": {"tier"},
     "nearby": {"leaseholder", "tier"},
     "supply": {"nearby"},

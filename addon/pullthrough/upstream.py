@@ -25,6 +25,7 @@ from pullthrough.byterange import format_range
 from pullthrough.coding import decode
 from pullthrough.datacheck import check_data, relayable
 from pullthrough.datastream import FAILURES, DataStream, Errors, Source, translate
+from pullthrough.dialer import Dialer
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
@@ -36,7 +37,7 @@ from pullthrough.errors import (
 )
 from pullthrough.loopguard import CDN_LOOP, LoopGuard
 from pullthrough.parent import Parents, check_remote
-from pullthrough.resolver import CheckedResolver, Named
+from pullthrough.resolver import AddressRules, CheckedResolver, Named
 from pullthrough.settings import Settings
 from pullthrough.tunnel import LegPolicy, check_address
 
@@ -103,11 +104,15 @@ class Upstream:
         ways_out = {(proxy.host, proxy.port) for proxy in parents.all}
         self._policy = LegPolicy(exempt_hosts(settings) | ways_out, tunnels=True)
         self._own = own_addresses
-        self._own_ports = own_ports
         self._named = Named({(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
         self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
         self._session: aiohttp.ClientSession | None = None
         self._near: set[tuple[str, int]] = set()
+        self._rules = AddressRules(
+            self._policy, settings.intercepted, own_addresses, own_ports, self._named, self._near
+        )
+        self.dialer = Dialer(self._context, self._rules, parents, self.loop)
+        """Connections for threads, under the same rules."""
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
         self._down_until: dict[str, float] = {}
 
@@ -115,9 +120,7 @@ class Upstream:
         connector = aiohttp.TCPConnector(
             ssl=self._context,
             limit=0,
-            resolver=CheckedResolver(
-                self._policy, self._settings.intercepted, self._own, self._own_ports, self._named, self._near
-            ),
+            resolver=CheckedResolver(self._rules),
             keepalive_timeout=30,
         )
         self._session = aiohttp.ClientSession(
