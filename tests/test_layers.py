@@ -19,7 +19,7 @@ ROWS: Final = {
     " diagnosis breaker returns lease pulls patience",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
-    " authorities clientsetup objectstore manifesttable dialer",
+    " authorities clientsetup objectstore manifesttable dialer dataclient",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
@@ -71,12 +71,14 @@ SIDEWAYS: Final = {
     "modeltree": {"platform"},
     "bundle": {"modeltree"},
     "dialer": {"resolver"},
-    "upstream": {"datastream", "dialer", "resolver"},
+    "dataclient": {"dialer"},
+    "datastream": {"dataclient", "dialer", "threads"},
+    "upstream": {"dataclient", "datastream", "dialer", "resolver", "threads"},
     "leaseholder": {"tier"},
     "nearby": {"leaseholder", "tier"},
     "supply": {"nearby"},
     "uploader": {"tier"},
-    "fetcher": {"supply"},
+    "fetcher": {"sealer", "supply"},
     "relay": {"fetcher", "supply"},
     "workroom": {"fetcher", "keeper", "leaseholder", "nearby", "tier"},
     "recording": {"cursor", "fetcher", "relay", "sealer", "supply", "workroom"},

@@ -23,7 +23,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          ledger  control  asking  housekeeping
          copying  inventory  modeltree  bundle  admission
          authorities  clientsetup  objectstore
-         manifesttable  dialer                                disk, sockets, tasks, keys
+         manifesttable  dialer dataclient                      disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  pulls
          traffic  catalogue  pruning  diagnosis

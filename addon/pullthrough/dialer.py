@@ -12,6 +12,7 @@ import os
 import selectors
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -44,16 +45,26 @@ class Caller:
     """Who wants a connection, for as long as it does: `stop` may come from any thread, and frees what blocks."""
 
     def __init__(self) -> None:
-        self.stopped = False
+        self._stop = threading.Event()
         self._sock: socket.socket | None = None
 
     def stop(self) -> None:
         """Let what is under way end with UpstreamUnreachable."""
-        self.stopped = True
+        self._stop.set()
         if (sock := self._sock) is not None:
             with contextlib.suppress(OSError):  # it is not connected yet, or no more
                 # Not the method of a TLS socket, which would have it go on in the clear.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nobody wants it any more."""
+        return self._stop.is_set()
+
+    def pause(self, seconds: float) -> None:
+        """Do nothing for so long. UpstreamUnreachable once stopped."""
+        self._stop.wait(seconds)
+        self.check()
 
     def watch(self, sock: socket.socket | None) -> None:
         """Shut this socket down when stopped. UpstreamUnreachable if that has happened."""

@@ -12,44 +12,25 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
 from pullthrough.assembly import Assembly
-from pullthrough.datastream import DataStream
+from pullthrough.dataclient import PIECE
+from pullthrough.datastream import BATCH, DataStream, ThreadStream
 from pullthrough.errors import CacheError, StoreError, UpstreamError, UpstreamTimeout, ValidatorChanged
 from pullthrough.intervals import Intervals
-from pullthrough.patience import RATE_WEIGHT, Pace, Patience, Rates, backoff_s
+from pullthrough.patience import LEARN, RATE_WEIGHT, Pace, Patience, Ranges, Rates, backoff_s
 from pullthrough.scheduler import MAX_SLICE, MIN_SLICE, Slice
+from pullthrough.sealer import Sealer
 from pullthrough.supply import Supply
 
 _log = logging.getLogger(__name__)
 
 MAX_RESTARTS: Final = 3
 """Changes of version: then the source cannot make up its mind."""
-
-
-class Ranges(StrEnum):
-    """What is known of whether the source serves ranges."""
-
-    UNKNOWN = "unknown"
-    """The whole was asked for, and comes: another connection tries a range."""
-    YES = "yes"
-    """As far as is known: every recording but such a one begins so."""
-    NO = "no"
-    """It answers with the whole, from its first byte: that is fetched over one connection."""
-
-
-LEARN: Final = {
-    # What is known, and whether the answer to a range was the whole: what is known then.
-    (Ranges.UNKNOWN, False): Ranges.YES,
-    (Ranges.UNKNOWN, True): Ranges.NO,
-    (Ranges.YES, False): Ranges.YES,
-    (Ranges.YES, True): Ranges.NO,
-    (Ranges.NO, False): Ranges.NO,
-    (Ranges.NO, True): Ranges.NO,
-}
 
 
 class Ending(StrEnum):
@@ -89,6 +70,8 @@ class _Attempt:
 
     extent: Slice
     whole: bool = False
+    position: int = 0
+    """Up to where its bytes are written."""
     pace: Pace = field(default_factory=lambda: Pace(time.monotonic()))
     scope: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -109,21 +92,18 @@ class Fetcher:
         name: str,
         assembly: Assembly,
         supply: Supply,
+        sealer: Sealer,
         counters: Counters,
         rates: Rates,
         *,
         connections: int,
         choose: Callable[[float | None], Slice | None],
-        accept: Callable[[int, memoryview], Awaitable[None]],
-        finish: Callable[[int, int], Awaitable[None]],
-        spend: Callable[[int], float],
-        begin_again: Callable[[], Awaitable[None]],
+        spend: Callable[[int], float] | None,
         fail: Callable[[CacheError], None],
     ) -> None:
-        """`rates` are those of all hosts. `choose` names the next slice for a connection that delivers so many bytes/s;
-        `accept` writes bytes at an offset and adds them to the assembly; `finish` is told the interval that one
-        response has delivered; `spend` says how long to wait before reading more after so many bytes; `begin_again`
-        empties the assembly.
+        """`sealer` takes the bytes; `rates` are those of all hosts. `choose` names the next slice for a connection that
+        delivers so many bytes/s; `spend`, where there is a limit, says how long to wait before reading more after so
+        many bytes.
         """
         self.fetched = 0
         self._name = name
@@ -133,10 +113,8 @@ class Fetcher:
         self._rates = rates
         self._connections = connections
         self._choose = choose
-        self._accept = accept
-        self._finish = finish
+        self._sealer = sealer
         self._spend = spend
-        self._begin_again = begin_again
         self._fail = fail
         self._workers: set[asyncio.Task[None]] = set()
         self._attempts: set[_Attempt] = set()
@@ -286,39 +264,72 @@ class Fetcher:
         """
         attempt.whole = stream.whole
         attempt.extent = Slice(stream.start, limit or stream.stop)
+        attempt.position = stream.start
         if stream.whole and limit is None:
             self._ranges = Ranges.NO
-        offset = stream.start
         began = time.monotonic()
         try:
-            async for data in stream.batches():
-                self._counters.take(stream, len(data))
-                self.fetched += len(data)
-                if limit is not None and self._ranges is Ranges.NO:
-                    limit, attempt.extent = None, Slice(stream.start, stream.stop)
-                view = memoryview(data)[: None if limit is None else limit - offset]
-                position = offset
-                while (gap := self._free_to_write(position, offset + len(view))) is not None:
-                    start, position = gap
-                    self._landing.add(start, position)
-                    try:
-                        await self._accept(start, view[start - offset : position - offset])
-                    finally:
-                        self._landing.remove(start, position)
-                offset += len(view)
-                now = time.monotonic()
-                self._patience.hear(now)
-                attempt.pace.bring(len(data), now)
-                if offset == limit:
-                    break
-                if pause := self._spend(len(data)):
-                    # Not silent: held back by ourselves.
-                    attempt.pace.hold_back(now + pause)
-                    await asyncio.sleep(pause)
+            if isinstance(stream, ThreadStream) and not stream.whole:
+                await self._pour(stream, attempt)
+            else:
+                await self._sift(stream, attempt, limit)
         finally:
-            if offset > stream.start:
-                await self._finish(stream.start, offset)
-            self._learn_rate(stream, offset - stream.start, time.monotonic() - began)
+            if attempt.position > stream.start:
+                await self._sealer.mark(stream.start, attempt.position)
+            self._learn_rate(stream, attempt.position - stream.start, time.monotonic() - began)
+
+    async def _pour(self, stream: ThreadStream, attempt: _Attempt) -> None:
+        """Let a thread write what was claimed: nobody else brings it."""
+        loop = asyncio.get_running_loop()
+        waits = self._spend is not None
+
+        def write(offset: int, data: memoryview) -> None:
+            self._sealer.put(offset, data)
+            told: Future[float] = Future()
+            loop.call_soon_threadsafe(self._note_landed, stream, attempt, offset, offset + len(data), told)
+            if waits:
+                stream.pause(told.result())
+
+        await stream.pour(write, BATCH if waits else PIECE)
+
+    def _note_landed(self, stream: DataStream, attempt: _Attempt, start: int, stop: int, told: "Future[float]") -> None:
+        attempt.position = stop
+        self._sealer.landed(start, stop)
+        told.set_result(self._note_progress(stream, attempt, stop - start))
+
+    def _note_progress(self, stream: DataStream, attempt: _Attempt, count: int) -> float:
+        """Bytes have come; returns for how long to read no more."""
+        self._counters.take(stream, count)
+        self.fetched += count
+        now = time.monotonic()
+        self._patience.hear(now)
+        attempt.pace.bring(count, now)
+        pause = self._spend(count) if self._spend is not None else 0.0
+        if pause:
+            attempt.pace.hold_back(now + pause)  # not silent: held back by ourselves
+        return pause
+
+    async def _sift(self, stream: DataStream, attempt: _Attempt, limit: int | None) -> None:
+        """Write what of a response is not here already: it is longer than what was claimed."""
+        async for data in stream.batches():
+            if limit is not None and self._ranges is Ranges.NO:
+                limit, attempt.extent = None, Slice(stream.start, stream.stop)
+            offset = attempt.position
+            view = memoryview(data)[: None if limit is None else limit - offset]
+            position = offset
+            while (gap := self._free_to_write(position, offset + len(view))) is not None:
+                start, position = gap
+                self._landing.add(start, position)
+                try:
+                    await self._sealer.write(start, view[start - offset : position - offset])
+                finally:
+                    self._landing.remove(start, position)
+            attempt.position = offset + len(view)
+            pause = self._note_progress(stream, attempt, len(data))
+            if attempt.position == limit:
+                break
+            if pause:
+                await asyncio.sleep(pause)
 
     def _learn_rate(self, stream: DataStream, count: int, elapsed: float) -> None:
         """What was too slow counts as well: so a line that has become slow is not taken for slow connections."""
@@ -353,7 +364,7 @@ class Fetcher:
             attempt.stop()
         for attempt in others:
             await attempt.over.wait()
-        await self._begin_again()
+        await self._sealer.begin_again()
         self._supply.expect(error.validator)
         self._held = False
         self.wake()

@@ -1,4 +1,5 @@
-"""How long to go on with a source that fails, how soon to try again, and when a connection counts as silent.
+"""How long to go on with a source that fails, how soon to try again, which connection counts as silent, and what is
+known of ranges and rates.
 
 The one place for back-off and failure: whoever fetches notes what it hears and what goes wrong, and is told what
 follows.
@@ -8,6 +9,7 @@ time. Pure state: `now` is a parameter, in seconds of any steady clock.
 """
 
 from collections import deque
+from enum import StrEnum
 from typing import Final
 
 from pullthrough.errors import UnexpectedResponse, UpstreamError, UpstreamRefused
@@ -33,6 +35,28 @@ drops packets leaves single connections at a hundredth of the others for many se
 
 _STEP_S: Final = 0.25
 _REMEMBERED_S: Final = 8 * SILENT_S + 1.0
+
+
+class Ranges(StrEnum):
+    """What is known of whether the source serves ranges."""
+
+    UNKNOWN = "unknown"
+    """The whole was asked for, and comes: another connection tries a range."""
+    YES = "yes"
+    """As far as is known: every recording but such a one begins so."""
+    NO = "no"
+    """It answers with the whole, from its first byte: that is fetched over one connection."""
+
+
+LEARN: Final = {
+    # What is known, and whether the answer to a range was the whole: what is known then.
+    (Ranges.UNKNOWN, False): Ranges.YES,
+    (Ranges.UNKNOWN, True): Ranges.NO,
+    (Ranges.YES, False): Ranges.YES,
+    (Ranges.YES, True): Ranges.NO,
+    (Ranges.NO, False): Ranges.NO,
+    (Ranges.NO, True): Ranges.NO,
+}
 
 
 class Patience:

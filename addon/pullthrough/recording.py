@@ -193,19 +193,17 @@ class Recording:
         room = self._room
         self.assembly = assembly
         self._file = self._ingest.file.acquire()
-        self._sealer = Sealer(room.store, room.threads, self._ingest, assembly)
+        self._sealer = Sealer(room.store, room.threads, self._ingest, assembly, self._rouse)
         self._fetcher = Fetcher(
             self.digest.short,
             assembly,
             self.supply,
+            self._sealer,
             room.counters,
             room.rates,
             connections=room.budget.connections(room.connections),
             choose=self._choose,
-            accept=self._accept,
-            spend=self._spend,
-            finish=self._sealer.mark,
-            begin_again=self._sealer.begin_again,
+            spend=self._spend if room.budget.is_limited else None,
             fail=self._fail,
         )
         self._ready.set_result(assembly.size)
@@ -279,10 +277,10 @@ class Recording:
             return True
         return self._room.finish is Finish.AUTO and self.assembly.present.size * 2 >= self.assembly.size
 
-    async def _accept(self, offset: int, data: memoryview) -> None:
-        await self._sealer.write(offset, data)
+    def _rouse(self, start: int, stop: int) -> None:
+        """Wake the readers that wait for these bytes."""
         for cursor in self._cursors:
-            if offset <= cursor.position < offset + len(data):
+            if start <= cursor.position < stop:
                 cursor.rouse()
 
     def _spend(self, count: int) -> float:

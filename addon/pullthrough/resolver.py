@@ -43,6 +43,8 @@ class AddressRules:
 
     def check(self, host: str, port: int, addresses: Sequence[str]) -> None:
         """AddressRefused if the name has led to an address that we never connect to. From any thread."""
+        if (host, port) in self._named.addresses:
+            return
         if not self._policy.is_exempt(host, port) and (host, port) not in self._near:
             self._policy.pin(addresses, own=self._own())
         elif host in self._intercepted and port in self._own_ports():

@@ -24,8 +24,17 @@ from yarl import URL
 from pullthrough.byterange import format_range
 from pullthrough.coding import decode
 from pullthrough.datacheck import check_data, relayable
-from pullthrough.datastream import FAILURES, DataStream, Errors, Source, translate
-from pullthrough.dialer import Dialer
+from pullthrough.dataclient import KEPT_S, PROXY_AUTHENTICATION_REQUIRED, Ask, DataClient, DataResponse
+from pullthrough.datastream import (
+    FAILURES,
+    DataStream,
+    Errors,
+    LoopStream,
+    Source,
+    ThreadStream,
+    translate,
+)
+from pullthrough.dialer import Caller, Dialer
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
@@ -38,18 +47,21 @@ from pullthrough.errors import (
 from pullthrough.loopguard import CDN_LOOP, LoopGuard
 from pullthrough.parent import Parents, check_remote
 from pullthrough.resolver import AddressRules, CheckedResolver, Named
-from pullthrough.settings import Settings
+from pullthrough.settings import Endpoint, Settings
+from pullthrough.threads import Crew
 from pullthrough.tunnel import LegPolicy, check_address
 
 CONNECT_TIMEOUT_S: Final = 10.0
-STALL_TIMEOUT_S: Final = 10.0
-"""Half of what the shortest-lived clients in use wait for a byte would be 2.5 s; a slow line needs more. Clients that
-wait behind a stalled slice are fed by other connections meanwhile only once it is given up."""
-
 CONNECTIONS_PER_HOST: Final = 32
 MAX_CONTROL_BODY: Final = 8 << 20
 """A manifest of a tensor model with 1000+ layers takes about 300 KiB."""
 
+STALL_TIMEOUT_S: Final = 10.0
+"""Half of what the shortest-lived clients in use wait for a byte would be 2.5 s; a slow line needs more. Clients that
+wait behind a stalled slice are fed by other connections meanwhile only once it is given up."""
+
+FETCHING: Final = 128
+"""Threads that fetch, for all hosts together."""
 READ_BUFFER: Final = 512 << 10
 PAUSES_S: Final = (0.1, 0.4)
 """Before the second and the third try of a control-plane request."""
@@ -66,9 +78,6 @@ PRIVATE: Final = frozenset({401, 403})
 
 LOOP_DETECTED: Final = 508
 """What a cache says to a request that has been there before (RFC 5842 section 7.2): it will say so again."""
-
-PROXY_AUTHENTICATION_REQUIRED: Final = 407
-"""Never a registry's own word, which goes through a tunnel (RFC 9110 section 15.5.8)."""
 
 TOO_MANY_REQUESTS: Final = 429
 
@@ -115,6 +124,9 @@ class Upstream:
         """Connections for threads, under the same rules."""
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
         self._down_until: dict[str, float] = {}
+        self._crew = Crew(FETCHING)
+        self._data = DataClient(self.dialer)
+        self._sweep: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         connector = aiohttp.TCPConnector(
@@ -131,7 +143,17 @@ class Upstream:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S),
         )
 
+        self._expire()
+
+    def _expire(self) -> None:
+        """Close connections that nobody uses, now and then."""
+        self._data.expire()
+        self._sweep = asyncio.get_running_loop().call_later(KEPT_S / 3, self._expire)
+
     async def close(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self._data.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -207,11 +229,11 @@ class Upstream:
         if response.status == 200 or (asked and response.status in (206, 416)):
             with _closing_on_error(response):
                 extent = check_data(response.status, response.headers, asked=asked, length=None)
-                return source, DataStream(response, extent, self.errors, source, ranged=asked is not None)
+                return source, LoopStream(response, extent, self.errors, source, ranged=asked is not None)
         with contextlib.closing(response):
             location = response.headers.get("Location")
             if response.status in REDIRECTS and location:
-                return _moved(source, location), None
+                return source.moved(location), None
             if response.status >= 400:
                 raise UpstreamRefused(response.status, relayable(response.headers))
             raise UnexpectedResponse(f"expected 200, a redirect or a refusal, got {response.status}")
@@ -249,7 +271,7 @@ class Upstream:
     @staticmethod
     def source_at(host: str, target: str, location: str) -> Source:
         """The source that an answer to `target` points to; `location` may be relative."""
-        return _moved(Source(f"https://{host}{target}"), location)
+        return Source(f"https://{host}{target}").moved(location)
 
     # --- data plane
 
@@ -269,20 +291,20 @@ class Upstream:
                 raise translate(error) from None
         with self.errors.counted(), _closing_on_error(response):
             extent = check_data(response.status, response.headers, asked=(start, stop), length=expected_length)
-            stream = DataStream(response, extent, self.errors, source)
+            stream = ThreadStream(response, self._crew, extent, self.errors, source)
             if validator is not None and stream.validator != validator:
                 raise ValidatorChanged(validator, stream.validator)
         return stream
 
-    async def _follow(self, source: Source, headers: dict[str, str]) -> tuple[aiohttp.ClientResponse, Source]:
+    async def _follow(self, source: Source, headers: dict[str, str]) -> tuple[DataResponse, Source]:
         """The response behind all redirects, and where it came from."""
         for _ in range(MAX_HOPS + 1):
-            response = await self._send("GET", self._reach(source.url), {**source.headers, **headers})
+            response = await self._fetch(self._reach(source.url), {**source.headers, **headers})
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or not location:
                 return response, source
             response.close()
-            source = _moved(source, location)
+            source = source.moved(location)
         raise UnexpectedResponse(f"expected at most {MAX_HOPS} redirects, got more")
 
     def _reach(self, url: str) -> str:
@@ -302,14 +324,34 @@ class Upstream:
             check_remote(host)
         return url
 
-    async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        there = URL(url, encoded=True)
+    def _check(self, there: URL) -> None:
+        """Offline or UpstreamUnreachable where nothing is asked now."""
         if self._settings.offline and (there.host or "", there.port or 0) not in self._near:
             raise Offline("offline: upstream is not asked")
         if self._session is None:
             raise UpstreamUnreachable("expected an open client, got a closed one")
+
+    def _fields(self, headers: Mapping[str, str]) -> dict[str, str]:
         # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
-        fields = {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
+        return {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
+
+    async def _fetch(self, url: str, headers: Mapping[str, str]) -> DataResponse:
+        """A response to a GET whose body is read by threads."""
+        there = URL(url, encoded=True)
+        self._check(there)
+        if there.host is None or there.port is None:
+            raise ValueError("no host")
+        endpoint = Endpoint(there.scheme, there.host, there.port)
+        fields = {"Host": there.host_port_subcomponent or "", **self._fields(headers)}
+        ask = Ask(endpoint, there.raw_path_qs, fields, STALL_TIMEOUT_S)
+        caller = Caller()
+        return await self._crew.run_or_leave(lambda: self._data.get(ask, caller), caller.stop, DataResponse.close)
+
+    async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        there = URL(url, encoded=True)
+        self._check(there)
+        assert self._session is not None
+        fields = self._fields(headers)
         proxy = self._parents.of(there.scheme, there.host or "", there.port or 0)
         connect: dict[str, str] | None = None
         if proxy is not None and there.scheme == "https":
@@ -338,34 +380,12 @@ def exempt_hosts(settings: Settings) -> frozenset[tuple[str, int]]:
 
 
 @contextlib.contextmanager
-def _closing_on_error(response: aiohttp.ClientResponse) -> Iterator[None]:
+def _closing_on_error(response: aiohttp.ClientResponse | DataResponse) -> Iterator[None]:
     try:
         yield
     except BaseException:
         response.close()
         raise
-
-
-def _moved(source: Source, location: str) -> Source:
-    """Where a Location leads that an answer of `source` has: with its credentials only within its origin."""
-    there = _join(source.url, location)
-    return Source(there, source.headers if _origin(there) == _origin(source.url) else {}, source.near)
-
-
-def _join(base: str, location: str) -> str:
-    """Where a Location leads. UnexpectedResponse if it is no address; it may be signed, so it is not quoted."""
-    try:
-        return str(URL(base, encoded=True).join(URL(location, encoded=True)))
-    except ValueError:
-        raise UnexpectedResponse(
-            f"expected an address in Location, got {len(location)} characters that are none"
-        ) from None
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    """Scheme, host and port: what an Authorization is for (RFC 6454 section 4)."""
-    parsed = URL(url, encoded=True)
-    return parsed.scheme, parsed.host, parsed.port
 
 
 def _is_address(host: str) -> bool:

@@ -142,7 +142,7 @@ def set_scene(origin: Origin, proxy: Proxy, record_property: Callable[[str, obje
 
     @contextmanager
     def make(trouble: Trouble, situation: str) -> Iterator[Scene]:
-        if trouble.rate:
+        if trouble.rate or situation == "half":
             # How fast the line was before is not remembered: half-way comes before all has been asked for.
             proxy.restart()
         begin = len(proxy.output)
