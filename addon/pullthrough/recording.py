@@ -69,6 +69,7 @@ class Recording:
         self._room = room
         self._on_end = on_end
         self._ingest = room.store.ingest(digest)
+        self._ingest.reserves = wanted
         self._cursors: set[Cursor] = set()
         self._ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -259,7 +260,7 @@ class Recording:
         """A client has shown that it pulls the blob: from now on it is recorded ahead of its readers."""
         if self._pulled:
             return
-        self._pulled = True
+        self._pulled = self._ingest.reserves = True
         if not self._ended and self._error is None:
             self._spawn(self._reserve_whole(), "reserve")
 
@@ -359,7 +360,7 @@ class Recording:
         if hasattr(self, "_file"):
             with contextlib.suppress(StoreError):
                 if not self.assembly.complete:
-                    await self._sealer.flush()
+                    await self._sealer.abandon()
             self._file.release()
         if isinstance(self._error, StoreUnwritable):
             # What it holds is the room that the next recording may need.

@@ -109,6 +109,11 @@ class Sealer:
                 self._unflushed = 0
                 await self._threads.disk(self._ingest.flush, self._assembly.present.copy())
 
+    async def abandon(self) -> None:
+        """Make what is written durable, and give back the room for what is not."""
+        await self.flush()
+        await self._threads.disk(self._ingest.give_back, self._assembly.present.copy())
+
     async def begin_again(self) -> None:
         """Forget every byte, in memory and in the journal."""
         async with self._journal:
