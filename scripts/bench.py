@@ -29,14 +29,14 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios there")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/benchmarks.md")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.rows if name not in ROWS]:
         parser.error(f"expected rows of {', '.join(ROWS)}, got {unknown[0]}")
     if arguments.pairs < 1:
         parser.error(f"expected at least 1 pair, got {arguments.pairs}")
-    if arguments.readme and (arguments.quick or arguments.rows):
-        parser.error("expected a full run for --readme, got --quick or some rows")
+    if arguments.docs and (arguments.quick or arguments.rows):
+        parser.error("expected a full run for --docs, got --quick or some rows")
     if arguments.plot and find_spec("matplotlib") is None:
         parser.error("expected matplotlib for --plot, got none: it is in the extra `dev`")
     if arguments.source:
@@ -51,9 +51,9 @@ def main() -> None:
     Console(width=max(160, shutil.get_terminal_size().columns)).print(report.table(document), highlight=False)
     if arguments.plot:
         report.plot(document, arguments.plot)
-    if arguments.readme:
-        path = ROOT / "README.md"
-        path.write_text(report.readme(path.read_text(encoding="utf-8"), document), encoding="utf-8")
+    if arguments.docs:
+        path = ROOT / "docs" / "benchmarks.md"
+        path.write_text(report.page(path.read_text(encoding="utf-8"), document), encoding="utf-8")
 
 
 def measure(names: list[str], *, pairs: int, is_quick: bool, file: Path | None) -> dict[str, Any]:

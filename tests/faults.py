@@ -2,7 +2,7 @@
 
 One row per trouble: how the hostile origin is told to make it, and the bound on upstream bytes / blob with its reason.
 tests/e2e/test_faults.py meets every row in several situations, and the measured ratios are printed after a test run.
-`python -m tests.faults` writes the README's form.
+`python -m tests.documents` writes it into docs/compatibility.md.
 """
 
 import threading
@@ -71,13 +71,13 @@ def _another_tag(origin: Origin, layer: str) -> None:
     origin.faults.append(Fault(Mode.ETAG, digest=layer, times=None))
 
 
-def _expire(origin: Origin, _layer: str) -> None:
-    origin.expire_signatures()
+def _expire(origin: Origin, layer: str) -> None:
+    origin.expire_signatures(layer)
 
 
 def _expire_and_fail(origin: Origin, layer: str) -> None:
     origin.faults.append(Fault(Mode.STATUS, where="registry", digest=layer, method="GET", status=500))
-    origin.expire_signatures()
+    origin.expire_signatures(layer)
 
 
 def _restart(origin: Origin, _layer: str) -> None:
@@ -220,7 +220,7 @@ ALL: Final = (*TROUBLES, FLIPPED)
 
 
 def markdown() -> str:
-    """The README's table."""
+    """Return the table of docs/compatibility.md."""
     rows = []
     for trouble in ALL:
         bound = f"{trouble.bound:.3f}"
@@ -240,7 +240,3 @@ def lines(ratios: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
         if row := ratios.get(trouble.name):
             bound = f"{trouble.bound:.3f}" + (f", half {trouble.half:.3f}" if trouble.half is not None else "")
             yield f"{trouble.name:{width}}  " + "".join(f"{row.get(each, '-'):14}" for each in situations) + bound
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

@@ -2,7 +2,7 @@
 
 One row per trap that the clients' sources and issues have taught. `tests` are node ids below `tests/`; a row without
 any says in `why` why it cannot arise. The table is printed after a test run with what has become of each row, and
-stands in the README. `python -m tests.gotchas` writes the README's form.
+stands in docs/compatibility.md.
 """
 
 from collections.abc import Iterator, Mapping
@@ -146,7 +146,7 @@ GOTCHAS: Final = (
         "answer HEAD of a manifest with ollama-content-digest; leave ollama.com alone",
         (
             "e2e/test_answers.py::test_manifest_is_byte_exact",
-            "e2e/test_gate.py::test_other_hosts_are_tunnelled_unread",
+            "e2e/test_ways.py::test_other_hosts_are_tunnelled_unread",
         ),
     ),
     Gotcha(
@@ -187,7 +187,7 @@ GOTCHAS: Final = (
     Gotcha("serve hits while upstream is down", ("e2e/test_pull.py::test_cold_warm_offline_restarted", MATRIX)),
     Gotcha(
         "stream what is not its own: pushes, cloud models, tokens",
-        ("e2e/test_streams.py::test_uploads_flow_through", "e2e/test_gate.py::test_other_hosts_are_tunnelled_unread"),
+        ("e2e/test_streams.py::test_uploads_flow_through", "e2e/test_ways.py::test_other_hosts_are_tunnelled_unread"),
     ),
     Gotcha(
         "serve http:// too (--insecure)",
@@ -226,10 +226,6 @@ def shown(outcomes: Mapping[str, str] | None = None) -> Iterator[tuple[int, str,
 
 
 def markdown() -> str:
-    """The README's table."""
+    """Return the table of docs/compatibility.md."""
     rows = [f"| {number} | {must} | {proof} |" for number, must, proof in shown()]
     return "\n".join(["| | a cache must… | shown by |", "| --- | --- | --- |", *rows, ""])
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

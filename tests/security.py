@@ -2,7 +2,7 @@
 
 The statuses are what the design promises, not what the code does. Bytes may flow in the cells below 400, and in no
 other. tests/e2e/test_security.py walks all cells, and what has become of them is printed after a test run.
-`python -m tests.security` writes the README's form.
+`python -m tests.documents` writes its short form into docs/who-gets-what.md.
 """
 
 from collections.abc import Iterator, Mapping
@@ -164,7 +164,7 @@ _LINES: Final = {
 
 
 def markdown() -> str:
-    """The README's table."""
+    """Return the table of docs/who-gets-what.md."""
     cells = table()
     lines = [f"| of a recorded model | {' | '.join(_COLUMNS)} |", "| --- |" + " --- |" * len(_COLUMNS)]
     for name, requests in _LINES.items():
@@ -201,7 +201,3 @@ def _mark(status: int | None, expected: int) -> str:
     if status is None:
         return "?"
     return "!" if status != expected else "+" if gives(status) else "-"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

@@ -5,8 +5,9 @@ from itertools import product
 
 import pytest
 
-from pullthrough.access import ClientPolicy, Decision, Evidence, Vouchers, credential_key, decide
+from pullthrough.access import ClientPolicy, Decision, Evidence, Vouchers, credential_key, decide, is_shared
 from pullthrough.digest import Digest
+from pullthrough.tunnel import SHARED
 
 DIGEST = Digest("ab" * 32)
 
@@ -61,8 +62,29 @@ def test_vouchers_are_bounded() -> None:
 )
 def test_default_clients(peer: str, admitted: bool) -> None:
     """Private ranges, loopback and the networks that this machine is on."""
-    policy = ClientPolicy(("private", "local"), local=(ipaddress.ip_network("203.0.113.0/24"),))
-    assert policy.admits(peer) is admitted
+    policy = ClientPolicy(("private", "local"))
+    assert policy.admits(peer, local=(ipaddress.ip_network("203.0.113.0/24"),)) is admitted
+
+
+def test_networks_of_this_machine_count_where_they_are_named() -> None:
+    """Only with the word `local`, and only as long as they are given."""
+    here = (ipaddress.ip_network("203.0.113.0/24"), ipaddress.ip_network("2001:db8::/64"))
+    assert ClientPolicy(("local",)).admits("2001:db8::7", local=here)
+    assert not ClientPolicy(("local",)).admits("2001:db8::7")
+    assert not ClientPolicy(("private",)).admits("203.0.113.9", local=here)
+
+
+def test_shared_addresses_are_admitted_by_number_only() -> None:
+    """What Tailscale gives, a carrier gives to strangers: neither word covers it."""
+    assert not ClientPolicy(("private", "local")).admits("100.101.102.103")
+    assert ClientPolicy((SHARED,)).admits("100.101.102.103")
+    assert [is_shared(peer) for peer in ("100.64.0.1", "::ffff:100.127.0.1", "100.128.0.1", "fd7a::1", "x")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_client_networks_and_any() -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from multidict import CIMultiDict
 
-from pullthrough import grants, manifests, registry
+from pullthrough import blobs, grants, manifests
 from pullthrough.access import VOUCHED_S
 from pullthrough.datastream import Source
 from pullthrough.digest import Digest
@@ -193,7 +193,7 @@ class Access(RuleBasedStateMachine):
         self._folder = tempfile.TemporaryDirectory()
         self._runner = asyncio.Runner()
         clock = SimpleNamespace(time=lambda: self.upstream.now, monotonic=lambda: self.upstream.now)
-        self._patches = [patch.object(module, "time", clock) for module in (registry, grants, manifests)]
+        self._patches = [patch.object(module, "time", clock) for module in (blobs, grants, manifests)]
         for each in self._patches:
             each.start()
         self._numbers = iter(range(10_000))

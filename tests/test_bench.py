@@ -1,4 +1,4 @@
-"""The benchmark measures and tells; the README says of its rows what they say of themselves."""
+"""The benchmark measures, and writes its page of the documentation."""
 
 import json
 import os
@@ -13,17 +13,12 @@ import pytest
 from tests.bench import report
 
 ROOT: Final = Path(__file__).parents[1]
-README: Final = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_readme_lists_the_rows() -> None:
-    """What each row does, and what limits it, is in the README as in the code."""
-    assert report.with_block(README, "rows", report.rows_block()) == README
+PAGE: Final = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.long
 def test_quick_run(tmp_path: Path) -> None:
-    """One row in its smoke form: a table on stdout, JSON beside it, and a README made from that JSON."""
+    """One row in its smoke form: a table on stdout, JSON beside it, and a page made from that JSON."""
     if sys.platform != "linux" or shutil.which("nginx") is None:
         pytest.skip("needs Linux and nginx on PATH")
     file = tmp_path / "figures.json"
@@ -42,8 +37,8 @@ def test_quick_run(tmp_path: Path) -> None:
         assert all(sample["MB/s"] > 0 and sample["peak RSS MiB"] > 0 for sample in figure["sides"].values())
         assert list(figure["ratios"]) == ["stock mitmdump", "nginx"]
     with pytest.raises(ValueError, match="full run"):
-        report.readme(README, document)
+        report.page(PAGE, document)
     document["quick"] = False
-    made = report.readme(README, document)
-    assert report.figures_block(document) in made and report.readme(made, document) == made
-    assert made.partition("## How fast")[0] == README.partition("## How fast")[0]
+    made = report.page(PAGE, document)
+    assert report.figures_block(document) in made and report.page(made, document) == made
+    assert made.partition("<!--")[0] == PAGE.partition("<!--")[0]

@@ -403,10 +403,17 @@ def test_mitmproxy_serves_leaf(authority: Authority, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("left", "due"), [(timedelta(30), False), (timedelta(30) - timedelta(seconds=1), True), (-DAY, True)]
+    ("left", "due"),
+    [
+        (timedelta(30), False),
+        (timedelta(30) - timedelta(seconds=1), True),
+        (-DAY, True),
+        (91 * DAY, False),
+        (92 * DAY, True),
+    ],
 )
 def test_is_due(left: timedelta, due: bool) -> None:
-    """A leaf is due when less than a third of its life is left."""
+    """A leaf is due when less than a third of its life is left, and when the clock was set back to before its time."""
     leaf = Leaf(HOST, b"", issued_at=NOW, not_after=NOW + 90 * DAY)
 
     assert is_due(leaf, leaf.not_after - left) is due

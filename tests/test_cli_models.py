@@ -19,9 +19,7 @@ from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import Store
 from pullthrough.traffic import Totals
 from tests.support.bigstore import fill
-from tests.support.helptext import words
 
-README: Final = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 VERBS: Final = ("ls", "show", "rm", "pin", "unpin", "stats", "config", "prune", "warm")
 Run = Callable[..., Result]
 
@@ -239,11 +237,9 @@ def test_looking_changes_nothing(run: Run, folder: Path) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help(run: Run, verb: str) -> None:
-    """It fits 80 columns, and the README has it, in the columns and the case of one of the versions of typer."""
+    """It fits 80 columns."""
     text = said(run(verb, "--help"))
     assert max(map(len, text.splitlines())) <= 80
-    section = README.partition("\n## The command line\n")[2].partition("\n## ")[0]
-    assert words(text) in words(section)
 
 
 @pytest.mark.long

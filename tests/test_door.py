@@ -8,6 +8,7 @@ import pytest
 from aiohttp import web
 
 from pullthrough import door
+from pullthrough.connlimit import ConnectionLimits
 from pullthrough.door import Door
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -17,11 +18,12 @@ Line = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class Served:
     """A door with a page behind it that is answered when `go` is set."""
 
-    def __init__(self, admits: Callable[[str], bool] = lambda _: True) -> None:
+    def __init__(self, admits: Callable[[str], bool] = lambda _: True, most: int = 100) -> None:
         self.asked = 0
         self._asking: asyncio.Queue[None] = asyncio.Queue()
         self.go = asyncio.Event()
-        self.door = Door(self._answer, admits)
+        self.limits = ConnectionLimits(1000, most)
+        self.door = Door(self._answer, admits, self.limits)
         self._lines: list[asyncio.StreamWriter] = []
         self._port = 0
 
@@ -102,12 +104,11 @@ def test_those_who_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(main())
 
 
-def test_those_who_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_who_are_too_many() -> None:
     """The one that has waited longest goes, never one that is being answered; without such a one, the newcomer."""
-    monkeypatch.setattr(door, "PER_ADDRESS", 3)
 
     async def main() -> None:
-        served = Served()
+        served = Served(most=3)
         async with served.running():
             first = await served.connect(GET)
             await served.asks()
@@ -122,5 +123,6 @@ def test_those_who_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
             assert served.asked == 3
             served.go.set()
             assert (await first[0].readuntil(b"here")).startswith(b"HTTP/1.1 200")
+        assert len(served.limits) == 0
 
     asyncio.run(main())

@@ -31,3 +31,10 @@ def test_client_classes(agent: str, follows: bool, may_bypass: bool, is_known: b
     assert request.is_known_to_bypass is is_known
     other_way = Request("GET", "https", "registry.ollama.ai", "/", {"user-agent": agent})
     assert not other_way.may_bypass and not other_way.is_known_to_bypass
+
+
+@pytest.mark.parametrize("field", ["ollama/999.0.0 \x01", "ollama/999.0.0 \udcff", "a\x7f"])
+def test_what_cannot_be_sent_on_is_not_there(field: str) -> None:
+    """Else each request in that client's name would fail, and the registry be taken for one that is down."""
+    request = Request("GET", "https", "registry.ollama.ai", "/", {"user-agent": field, "cdn-loop": field})
+    assert (request.agent, request.trail, request.version, request.forwarded) == ("", "", None, {})

@@ -1,4 +1,4 @@
-"""The table of traps: each has a test that exists or a reason, and the README shows the same."""
+"""The table of traps: each has a test that exists or a reason."""
 
 import ast
 from itertools import product, starmap
@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import faults, security
-from tests.gotchas import GOTCHAS, markdown
+from tests import security
+from tests.gotchas import GOTCHAS
 
 TESTS = Path(__file__).parent
-README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_all_of_them() -> None:
@@ -25,21 +24,6 @@ def test_proof_exists(test: str) -> None:
     path, _, name = test.partition("::")
     tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-
-def test_readme_shows_them() -> None:
-    """The README's table is this one; `python -m tests.gotchas` prints it."""
-    assert markdown() in README
-
-
-def test_readme_shows_the_troubles() -> None:
-    """And what each may cost; `python -m tests.faults` prints it."""
-    assert faults.markdown() in README
-
-
-def test_readme_shows_who_gets_what() -> None:
-    """And what tests/security.py promises; `python -m tests.security` prints it."""
-    assert security.markdown() in README
 
 
 def test_every_request_has_its_row() -> None:

@@ -158,3 +158,39 @@ def test_the_refresher(store: Store, tmp_path: Path) -> None:
     assert list(refresher._due(10, now)) == [NAME]
     store.ledger.unpin("llama3.2:latest")
     assert list(refresher._due(10, now)) == []
+
+
+def keep(store: Store, *asked: tuple[str, int, int], max_size: int = 1500) -> None:
+    """Reserve for each (letter of the digest, size, whole)."""
+
+    async def reserve() -> None:
+        threads = Threads()
+        try:
+            keeper = Keeper(store, threads, max_size=max_size, min_free=0)
+            for letter, size, whole in asked:
+                await keeper.reserve(Digest(letter * 64), size, whole=whole)
+        finally:
+            threads.close()
+
+    asyncio.run(reserve())
+
+
+def test_nothing_goes_for_what_can_never_be_whole(store: Store) -> None:
+    """A client looks at the head of a blob that is larger than the store: no model goes for it, not even in part."""
+    with pytest.raises(StoreUnwritable, match="nothing left to evict"):
+        keep(store, ("a", 600, 2000))
+    assert store.manifest(NAME) is not None
+    keep(store, ("a", 400, 2000))
+    assert store.manifest(NAME) is not None
+    keep(store, ("a", 600, 1400))
+    assert store.manifest(NAME) is None
+
+
+def test_what_an_earlier_recording_has_left_counts_in_full(store: Store) -> None:
+    """Though only the head of the blob is asked for this time."""
+    left = store.ingest(Digest("a" * 64))
+    left.begin(1 << 20)
+    left.write_at(0, bytes(1 << 18))
+    left.close()
+    with pytest.raises(StoreUnwritable, match="nothing left to evict"):
+        keep(store, ("a", 1 << 16, 1 << 20), ("b", 1 << 16, 1 << 16), max_size=3 << 16)

@@ -14,19 +14,21 @@ PACKAGE: Final = ADDON / "pullthrough"
 # From the bottom up. A module imports from the rows below its own.
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability presigned cachestatus settings records datacheck"
-    " chunksums coding conditional requestlog options loopguard wording gcpause jsonlog fleet addressing manifestjson",
+    " chunksums coding conditional requestlog options loopguard wording gcpause jsonlog fleet addressing"
+    " manifestjson termlog webpage",
     "L1": "assembly scheduler freshness retention access tunnel budget parent traffic catalogue pruning"
-    " diagnosis breaker returns lease pulls patience",
+    " diagnosis breaker returns lease pulls patience connlimit",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
-    " authorities clientsetup objectstore manifesttable dialer dataclient",
+    " authorities clientsetup objectstore manifesttable dialer dataclient dialling clock",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
     "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants warm verbs"
     " examining ollamadaemon tierverbs offload redirects blobs blob_content signed_addresses",
     "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
-    " pages lookout door cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier",
+    " pages lookout door cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier"
+    " intake drill logsetup",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -41,6 +43,7 @@ SIDEWAYS: Final = {
     "addressing": {"settings"},
     "options": {"addressing", "errors", "settings"},
     "requestlog": {"cachestatus"},
+    "jsonlog": {"termlog"},
     "manifestjson": {"digest", "errors"},
     "records": {"digest", "errors", "manifestjson"},
     "fleet": {"digest", "errors", "records"},
@@ -48,6 +51,7 @@ SIDEWAYS: Final = {
     "chunksums": {"digest", "errors"},
     "coding": {"errors"},
     "access": {"tunnel"},
+    "connlimit": {"tunnel"},
     "parent": {"tunnel"},
     "diagnosis": {"parent"},
     "examining": {"manifests"},
@@ -55,6 +59,7 @@ SIDEWAYS: Final = {
     "catalogue": {"traffic"},
     "scheduler": {"assembly"},
     "ingest": {"platform"},
+    "looplag": {"clock"},
     "storefolder": {"platform"},
     "index": {"contents"},
     "ledger": {"contents", "index"},
@@ -109,7 +114,8 @@ SIDEWAYS: Final = {
         "signed_addresses",
         "warm",
     },
-    "gate": {"opening", "parentleg", "streamlayer", "widetls"},
+    "drill": {"gate", "intake"},
+    "gate": {"intake", "opening", "parentleg", "streamlayer", "widetls"},
     "blobserver": {"door", "pages", "sender"},
     "clientpages": {"pages"},
     "cli_ca": {"cli_base"},
@@ -125,8 +131,10 @@ SIDEWAYS: Final = {
         "clientpages",
         "desk",
         "dispatch",
+        "drill",
         "flows",
         "gate",
+        "logsetup",
         "lookout",
         "modes",
         "parentleg",
@@ -150,7 +158,8 @@ OUTSIDE_CALLS: Final = {
     *("mkdir", "rmdir", "unlink"),
 }
 MITMPROXY_HOMES: Final = {
-    *("addon", "dispatch", "flows", "gate", "messages", "modes", "opening", "parentleg", "streamlayer", "widetls"),
+    *("addon", "dispatch", "drill", "flows", "gate", "intake", "logsetup", "messages", "modes", "opening"),
+    *("parentleg", "streamlayer", "widetls"),
 }
 LONGEST: Final = 400  # lines; past that a module has two jobs
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pullthrough import looplag
+from pullthrough import clock, looplag
 from pullthrough.looplag import LoopLag
 
 
@@ -27,3 +27,28 @@ def test_a_blocking_call_is_seen(caplog: pytest.LogCaptureFixture, monkeypatch: 
     assert lag.quantiles(1.0)[0] > 0.3
     assert "the event loop was held up for 0." in caplog.text
     assert str(lag).startswith("median ")
+
+
+def test_what_was_not_run_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timer that was set before the process stood still is not due at once when it goes on."""
+    monkeypatch.setattr(clock, "LONGEST_S", 0.3)
+
+    async def main() -> tuple[float, float]:
+        loop = asyncio.get_running_loop()
+        lag = LoopLag()
+        lag.open()
+        await asyncio.sleep(0.1)
+        began = loop.time()
+        fired = loop.create_future()
+        loop.call_later(0.6, fired.set_result, None)
+        time.sleep(1.0)  # noqa: ASYNC251 -- as SIGSTOP does it
+        await asyncio.sleep(0.05)
+        assert not fired.done()
+        await fired
+        spent = loop.time() - began
+        lag.close()
+        return spent, loop.time() - time.monotonic()
+
+    spent, difference = asyncio.run(main())
+    assert 0.55 < spent < 0.9
+    assert abs(difference) < 0.1

@@ -60,6 +60,7 @@ IN_PLACE = {"schemaVersion": 2, "mediaType": DOCKER_TYPE, "layers": [item(A, 1)]
         pytest.param({"digest": [str(A)]}, None, id="a digest that is a list"),
         pytest.param({"digest": f"sha512:{'a' * 128}"}, None, id="another hash"),
         pytest.param({"layers": [item(A, 1), item(B, -1)]}, None, id="one bad layer of two"),
+        pytest.param({"layers": [item(A, 1 << 63)]}, None, id="a size that no client can count"),
         pytest.param({"layers": {"0": item(A, 1)}}, None, id="layers an object"),
         pytest.param({"runner": "mlx"}, None, id="neither digest nor layers"),
         pytest.param(None, None, id="null"),

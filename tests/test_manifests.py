@@ -664,6 +664,14 @@ def test_the_newest_client_speaks_for_the_cache() -> None:
     assert World(GRANTED).manifests.newest_agent == ""
 
 
+def test_an_absurd_client_does_not_speak_for_the_cache() -> None:
+    """Neither now, nor where a store has kept what such a one was granted."""
+    world = World(GRANTED, stored_ago=0, oldest=(999, 0, 0))
+    for agent in ("ollama/0.40.1", "ollama/999999.0.0", "ollama/2.0.0"):
+        world.ask(user_agent=agent)
+    assert world.manifests.newest_agent == "ollama/0.40.1"
+
+
 def test_a_refusal_overtakes_a_yes() -> None:
     """Upstream granted it, and refused the repository before that answer was here: nothing is stored."""
 

@@ -131,7 +131,10 @@ def test_sdist_holds_sources_and_tests(archives: dict[str, Path]) -> None:
     assert {
         "addon/ollama_cache.py",
         "addon/pullthrough/py.typed",
+        "CONTRIBUTING.md",
         "certs/README.md",
+        "docs/README.md",
+        "docs/status-light.png",
         "pyproject.toml",
         "scripts/constraints.txt",
         "scripts/setup",

@@ -449,18 +449,32 @@ def test_a_bad_entry_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     assert platform.local_networks() == expected
 
 
+def test_networks_come_and_go() -> None:
+    """They are looked at again when they are older than the caller can bear, and not before."""
+    now, there = 0.0, [(ipaddress.ip_network("192.0.2.0/24"),)]
+    networks = platform.LocalNetworks(lambda: there[0], lambda: now)
+    assert networks.known(age_s=10) == there[0]
+    there[0] = (ipaddress.ip_network("198.51.100.0/24"),)
+    now = 5.0
+    assert networks.known(age_s=10) == (ipaddress.ip_network("192.0.2.0/24"),)
+    assert networks.known(age_s=1) == networks.known(age_s=10) == there[0]
+    there[0] = ()
+    now = 15.5
+    assert networks.known(age_s=10) == ()
+
+
 def test_more_descriptors_are_allowed() -> None:
     """The soft limit goes up to what is wanted or to the hard one, and never down."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        platform.allow_descriptors(300)
+        assert platform.allow_descriptors(300) == 300
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
-        platform.allow_descriptors(200)
+        assert platform.allow_descriptors(200) == 200
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
         if hard != resource.RLIM_INFINITY:
-            platform.allow_descriptors(hard + 1)
+            assert platform.allow_descriptors(hard + 1) == hard
             assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

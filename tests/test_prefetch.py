@@ -10,7 +10,7 @@ import pytest
 from pullthrough.datastream import Source
 from pullthrough.digest import Digest
 from pullthrough.manifestjson import LIST_TYPE
-from pullthrough.prefetch import _TENSOR, Prefetcher
+from pullthrough.prefetch import Prefetcher
 from pullthrough.recorder import Recorder
 from pullthrough.records import ManifestRecord, Name
 from pullthrough.store import Store
@@ -132,7 +132,8 @@ def layered(*digests: Digest, media_type: str = "application/vnd.ollama.image.mo
 
 
 E = Digest("e" * 64)
-FIRST, SECOND, TENSORS = layered(A, B, C), layered(D, B, E), layered(E, C, media_type=_TENSOR.decode())
+TENSORS_TYPE = "application/vnd.ollama.image.tensor"
+FIRST, SECOND, TENSORS = layered(A, B, C), layered(D, B, E), layered(E, C, media_type=TENSORS_TYPE)
 
 
 def scene(plain: ManifestRecord, lists: ManifestRecord, *known: ManifestRecord) -> Scene:

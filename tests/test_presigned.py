@@ -11,7 +11,14 @@ NOON = 1795867200.0
 
 def test_expiry() -> None:
     """The time of the signature and its lifetime."""
-    assert expiry(SIGNED) == NOON + 86400
+    for now in (NOON, NOON + 86399):
+        assert expiry(SIGNED, now=now) == NOON + 86400
+
+
+@pytest.mark.parametrize("wrong_by", [-56 * 365 * 86400.0, -1.0, 86400.0, 1e9])
+def test_a_clock_that_is_wrong(wrong_by: float) -> None:
+    """The address has just been obtained, so it is good: neither for years, nor over at once."""
+    assert expiry(SIGNED, now=NOON + wrong_by) == NOON + wrong_by + 86400
 
 
 @pytest.mark.parametrize(
@@ -35,9 +42,9 @@ def test_expiry() -> None:
 )
 def test_no_presigned_address(old: str, new: str) -> None:
     """Whatever is missing or malformed, there is no error."""
-    assert expiry(SIGNED.replace(old, new)) is None
+    assert expiry(SIGNED.replace(old, new), now=NOON) is None
 
 
 def test_a_capability_is_none() -> None:
     """Another cache's own address looks like the registry's, and is not signed by it."""
-    assert expiry("https://r2.example/data?size=1&expires=2&access=ab") is None
+    assert expiry("https://r2.example/data?size=1&expires=2&access=ab", now=NOON) is None

@@ -63,7 +63,7 @@ def test_lost() -> None:
     for client, bypasses in (("m1", True), ("m3", False), ("ctrl-c", False)):
         for digest in (A, B):
             pulls.ask(client, PLACE, digest)
-            pulls.redirect(client, PLACE, bypasses=bypasses, now=10.0)
+            pulls.redirect(client, PLACE, digest, bypasses=bypasses, now=10.0)
     pulls.begin("m3", B, 0, 5, 5)
     pulls.expire(now=10.0 + LOST_S - 1)
     assert pulls.counts == Counts() and not told
@@ -77,9 +77,24 @@ def test_each_layer_starts_the_clock_again() -> None:
     """A pull goes on for as long as it asks for addresses."""
     pulls = Pulls()
     for now in (0.0, LOST_S - 1):
-        pulls.redirect("c", PLACE, bypasses=True, now=now)
+        pulls.redirect("c", PLACE, A, bypasses=True, now=now)
     pulls.expire(now=LOST_S + 1)
     assert pulls.counts == Counts()
+
+
+def test_a_pull_is_counted_once_however_long_its_layers_take() -> None:
+    """Ollama asks for a layer's address when the one before is complete; the next day it is another pull."""
+    told: list[str] = []
+    pulls = Pulls(lambda client, *_: told.append(client), limit=2)
+    for hour in (0, 2, 5, 40):
+        now = hour * 3600.0
+        pulls.redirect("c", PLACE, A, bypasses=True, now=now)
+        pulls.expire(now=now + LOST_S)
+    assert (pulls.counts, told) == (Counts(bypassed=2), ["c", "c"])
+    for client in "defg":
+        pulls.redirect(client, PLACE, A, bypasses=True, now=0.0)
+        pulls.expire(now=LOST_S)
+    assert len(pulls._lost) == 2
 
 
 def test_another_model_of_the_same_client_is_another_pull() -> None:
@@ -87,7 +102,7 @@ def test_another_model_of_the_same_client_is_another_pull() -> None:
     pulls = Pulls()
     for place, digest in ((PLACE, A), (OTHER, B)):
         pulls.ask("c", place, digest)
-        pulls.redirect("c", place, bypasses=True, now=0.0)
+        pulls.redirect("c", place, digest, bypasses=True, now=0.0)
     pulls.begin("c", B, 0, 5, 5)
     pulls.expire(now=LOST_S)
     assert pulls.counts == Counts(bypassed=1)
@@ -103,12 +118,24 @@ def test_the_place_is_where_it_was_asked_for_last() -> None:
     assert (pulls.place("c", A), pulls.place("d", A)) == (OTHER, PLACE)
 
 
+def test_waiting() -> None:
+    """From the redirect to the first byte, blob by blob and client by client."""
+    pulls = Pulls()
+    pulls.ask("c", PLACE, A)
+    assert not pulls.is_waiting("c", PLACE, A)
+    pulls.redirect("c", PLACE, A, bypasses=True, now=0.0)
+    assert pulls.is_waiting("c", PLACE, A)
+    assert not pulls.is_waiting("c", PLACE, B) and not pulls.is_waiting("d", PLACE, A)
+    pulls.begin("c", A, 0, 5, 5)
+    assert not pulls.is_waiting("c", PLACE, A)
+
+
 def test_memory_is_bounded() -> None:
     """Clients that come and go are forgotten, the oldest first."""
     pulls = Pulls(limit=2)
     for number in range(5):
         pulls.ask(str(number), PLACE, A)
-        pulls.redirect(str(number), PLACE, bypasses=True, now=0.0)
+        pulls.redirect(str(number), PLACE, A, bypasses=True, now=0.0)
     assert [pulls.place(str(number), A) for number in range(5)] == [None, None, None, PLACE, PLACE]
     pulls.expire(now=LOST_S)
     assert pulls.counts.bypassed == 2

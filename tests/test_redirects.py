@@ -21,7 +21,7 @@ from pullthrough.redirects import AHEAD, AHEAD_AT_ONCE, Redirects
 from pullthrough.route import BlobRoute, canonical_path
 from pullthrough.settings import R2_HOST
 from pullthrough.signed_addresses import SignedAddresses
-from pullthrough.upstream import Upstream
+from pullthrough.upstream import DEADLINE_S, Upstream
 from tests.test_signed_addresses import FakeLedger
 
 REGISTRY = "registry.ollama.ai"
@@ -88,7 +88,7 @@ class Scene:
         self.upstream = FakeUpstream()
         self.recorded: list[Digest] = []
         settings = parse_settings(options, dir=Path("/d"), certs=Path("/c"))
-        self.addresses = SignedAddresses(b"s" * 32, cast(Any, FakeLedger()))
+        self.addresses = SignedAddresses(b"s" * 32, cast(Any, FakeLedger()), lambda _: True)
         self.redirects = Redirects(
             settings, cast(Upstream, self.upstream), cast(Grants, self.grants), self.addresses, self._record
         )
@@ -115,6 +115,21 @@ def test_the_registry_is_asked_once_in_half_a_day() -> None:
         scene.grants.known = False
         await scene.ask()
         assert scene.grants.asked == [A, A]
+
+    run(scenario)
+
+
+def test_a_fresh_one_is_asked_for() -> None:
+    """Whoever comes again without having used the last one; where the registry is away, that one is all there is."""
+
+    async def scenario() -> None:
+        scene = Scene()
+        scene.grants.says = lambda digest: signed(digest, number=len(scene.grants.asked))
+        first = await scene.ask()
+        second = await scene.redirects.location(request(), BlobRoute("library/m", A), held=True, fresh=True)
+        assert second != first and await scene.ask() == second
+        scene.grants.error = UpstreamUnreachable("gone")
+        assert await scene.redirects.location(request(), BlobRoute("library/m", A), held=True, fresh=True) == second
 
     run(scenario)
 
@@ -212,6 +227,18 @@ def test_a_second_registry_is_recognised() -> None:
     run(scenario)
 
 
+def test_an_address_of_a_second_registry_without_a_token() -> None:
+    """It could not be told from any other request there."""
+
+    async def scenario() -> None:
+        scene = Scene(registries="hf.co,huggingface.co", front="")
+        scene.grants.says = lambda _: f"https://huggingface.co/v2/a/b/blobs/{A}"
+        assert await scene.redirects.location(request(host="hf.co"), BlobRoute("a/b", A), held=True) is None
+        assert scene.recorded == [A]
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("error", [UpstreamUnreachable("gone"), UpstreamTimeout("late"), Offline("offline")])
 def test_the_registry_is_away(error: UpstreamError) -> None:
     """A remembered address with little left, else ours where the bytes are known, else the error."""
@@ -236,7 +263,7 @@ def test_the_registry_is_away(error: UpstreamError) -> None:
 def test_a_registry_that_is_down_costs_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next blobs of the same pull are answered at once; a client that is known to bypass waits longer."""
     monkeypatch.setattr(redirects, "REVALIDATE_TIMEOUT_S", 0.02)
-    monkeypatch.setattr(redirects, "DEADLINE_S", 30.0)
+    monkeypatch.setattr(redirects, "PATIENCE_S", 30.0)
 
     async def scenario() -> None:
         scene = Scene()
@@ -321,8 +348,12 @@ def test_ahead_ends_with_the_first_trouble(trouble: str) -> None:
         wanted = digests(AHEAD)
         await prepared(scene, wanted)
         assert scene.grants.asked == wanted[:AHEAD_AT_ONCE]
+        assert not scene.recorded, "expected no bytes of what no client has asked for"
         await prepared(scene, wanted)
-        assert len(scene.grants.asked) == AHEAD_AT_ONCE * (1 if trouble == "429" else 2)
+        assert len(scene.grants.asked) == AHEAD_AT_ONCE * (2 if trouble == "away" else 1)
+        scene.redirects.prepare(request(host="other.example"), "library/m", wanted)
+        await asyncio.gather(*scene.redirects._ahead.values())
+        assert len(scene.grants.asked) == AHEAD_AT_ONCE * (3 if trouble == "away" else 2)
 
     run(scenario)
 
@@ -337,5 +368,40 @@ def test_nothing_is_asked_ahead_offline() -> None:
         down.upstream.down.add(REGISTRY)
         await prepared(down, [A])
         assert scene.grants.asked == down.grants.asked == []
+
+    run(scenario)
+
+
+def test_a_hiccup_of_others_breaks_no_pull() -> None:
+    """The registry was slow for somebody else: who is known to bypass has no use for ours, and asks all the same."""
+
+    async def scenario() -> None:
+        scene = Scene()
+        scene.upstream.down.add(REGISTRY)
+        assert await scene.ask() is None and not scene.grants.asked
+        old = signed(age_s=80_000)
+        scene.addresses.add(A, old, expires=time.time() + 6_400, public=True, obtain=cast(Any, None), now=time.time())
+        assert await scene.ask(BYPASSING) == old and not scene.grants.asked
+        scene.grants.known = False
+        assert await scene.ask(BYPASSING) and scene.grants.asked == [A]
+
+    run(scenario)
+
+
+def test_a_registry_that_hangs_leaves_time_for_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole answer has a deadline of its own, which comes later."""
+    assert redirects.PATIENCE_S <= DEADLINE_S - 4
+    monkeypatch.setattr(redirects, "PATIENCE_S", 0.02)
+
+    async def scenario() -> None:
+        scene = Scene()
+        scene.grants.open.clear()
+        assert await scene.ask(BYPASSING) is None
+        with pytest.raises(UpstreamTimeout):
+            await scene.ask(BYPASSING, held=False)
+        old = signed(age_s=80_000)
+        scene.addresses.add(A, old, expires=time.time() + 6_400, public=True, obtain=cast(Any, None), now=time.time())
+        scene.upstream.down.clear()
+        assert await scene.ask(BYPASSING) == old
 
     run(scenario)

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from pullthrough import sender
 from pullthrough.blobserver import Door
+from pullthrough.connlimit import ConnectionLimits
 from pullthrough.errors import UpstreamUnreachable
 from pullthrough.ingest import SharedFile
 from pullthrough.reader import FileSpan, Memory, Pending, Reader
@@ -69,7 +70,9 @@ async def serving(make: Callable[[], Any], length: int = SIZE) -> AsyncIterator[
         await outcomes.put(sending)
         return response
 
-    runner = web.ServerRunner(Door(handle, lambda _: True, access_log=None), shutdown_timeout=0.1)
+    runner = web.ServerRunner(
+        Door(handle, lambda _: True, ConnectionLimits(100), access_log=None), shutdown_timeout=0.1
+    )
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:

@@ -41,7 +41,8 @@ def test_install(tmp_path: Path) -> None:
         done = install(tmp_path, tmp_path / "link/bin/ollama-cache")
         assert done.returncode == 0, done.stderr
         assert f"\nExecStart={program} run $MITMDUMP_OPTIONS\n" in unit.read_text()
-    assert "@" not in unit.read_text().replace("@PROGRAM@", "", 1).replace("@system-service", "").replace("@priv", "")
+        assert f"\nDocumentation=file:{ROOT}/docs/operate.md file:{ROOT}/docs/README.md\n" in unit.read_text()
+    assert "@" not in unit.read_text().replace("@system-service", "").replace("@priv", "")
     program.rename(program.with_name("ollama cache"))
     assert "letters, digits" in install(tmp_path, program.with_name("ollama cache")).stderr
     assert install(tmp_path, "--undo").returncode == 0

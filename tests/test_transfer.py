@@ -299,6 +299,15 @@ def test_a_bad_model_is_refused_and_the_others_are_not(
     assert blobs == {f"sha256-{sha256(blob)}" for blob in (b"other", *BLOBS[1:])}
 
 
+def test_a_false_claim_is_only_its_own_models(tmp_path: Path, tree: Path) -> None:
+    """Two models list the same blob, and the first claims another size for it."""
+    other = f"{HOST}/library/zebra/latest"
+    write_model(tree, other, [*BLOBS])
+    _claim(tree)
+    fates = {outcome.model: outcome.fate for outcome in take_tree(tmp_path / "store", tree)}
+    assert fates == {str(NAME): Fate.REFUSED, f"{HOST}/library/zebra:latest": Fate.IMPORTED}
+
+
 def test_names_that_are_none(tmp_path: Path, tree: Path) -> None:
     """Reported; hidden files are passed over."""
     for name in (".DS_Store", f"{HOST}/.hidden", f"{HOST}/library/two words/latest", "stray"):

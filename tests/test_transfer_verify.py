@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -24,7 +22,6 @@ from tests.support.carrying import import_into
 from tests.support.modelsfolder import read_models, sha256, write_model
 
 ADDON = Path(__file__).parents[1] / "addon"
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 PATHS = tuple(f"registry.ollama.ai/library/{name}/latest" for name in ("one", "two"))
 BLOBS = (b"first" * 100, b"second", b"third" * 7)
 DIGESTS = tuple(Digest(sha256(blob)) for blob in BLOBS)
@@ -247,26 +244,6 @@ def test_import_and_export_on_the_command_line(folder: Path, run: Callable[..., 
         code, output, errors = run(*arguments)
         assert (code, output) == (1, "")
         assert message in errors and "Traceback" not in errors
-
-
-def test_the_commands_of_the_readme(folder: Path, run: Callable[..., tuple[int, str, str]]) -> None:
-    """Each does what it says, in the order in which they stand there."""
-    section = README.partition("\n## Air gap, check and carry over\n")[2].partition("\n## ")[0]
-    lines = re.findall(r"^    ollama-cache (.*?)(?: +#.*)?$", section, re.MULTILINE)
-    assert {line.split()[0] for line in lines} == {"import", "export", "verify"}
-    places = {
-        "/media/stick": folder.parent,
-        "/srv/ollama/models": folder.parent / "tree",
-        "llama3.2": "one",
-        "gemma*": "two",
-    }
-    for line in lines:
-        if line == "import":
-            continue  # this machine's Ollama
-        for text, place in places.items():
-            line = line.replace(text, str(place))
-        code, _, errors = run(*shlex.split(line))
-        assert code == 0, (line, errors)
 
 
 def test_export_to_standard_output(folder: Path) -> None:

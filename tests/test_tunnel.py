@@ -61,12 +61,21 @@ def test_own_address_is_refused() -> None:
 
 
 def test_one_bad_address_refuses_the_name() -> None:
-    """A name that leads both ways is rebinding; a good one is pinned to its first address."""
-    assert POLICY.pin(["1.1.1.1", "1.0.0.1"]) == "1.1.1.1"
+    """A name that leads both ways is rebinding; of a good one each address may be connected to."""
+    assert POLICY.judge(["1.1.1.1", "1.0.0.1", "1.1.1.1"]) == ("1.1.1.1", "1.0.0.1")
     with pytest.raises(AddressRefused):
-        POLICY.pin(["1.1.1.1", "10.0.0.1"])
+        POLICY.judge(["1.1.1.1", "10.0.0.1"])
     with pytest.raises(AddressRefused, match="got none"):
-        POLICY.pin([])
+        POLICY.judge([])
+
+
+@pytest.mark.parametrize("address", ["100.64.0.1", "100.127.255.254", "::ffff:100.100.100.100", "64:ff9b::6464:6464"])
+def test_shared_addresses_are_named(address: str) -> None:
+    """A refusal of what Tailscale or a carrier has given says so."""
+    with pytest.raises(AddressRefused, match=r"RFC 6598: of a carrier, or of Tailscale"):
+        check_address(address)
+    check_address("100.63.255.255")
+    check_address("100.128.0.0")
 
 
 @pytest.mark.parametrize("address", ["127.0.1.1", "::1", "10.0.0.2", "::ffff:10.0.0.2"])

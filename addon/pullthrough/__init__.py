@@ -2,7 +2,7 @@
 
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
-    L4   addon  flows  messages  gate  parentleg  streamlayer
+    L4   addon  flows  messages  gate  parentleg  streamlayer  intake  drill  logsetup
          dispatch  widetls  modes  opening
          blobserver  door  sender  desk  pages  lookout
          clientpages  cli_ca  cli_setup  cli_tier
@@ -19,16 +19,16 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          tier  uploader  leaseholder  nearby                 what a fleet of caches shares
          verifying  importing  exporting                     the ones that check the store and carry models in and out
     L2a  store  storefolder  index  contents  ingest  upstream  datastream  resolver  collapse
-         ca  threads  places  looplag  platform
+         ca  threads  places  looplag  platform  dialling  clock
          ledger  control  asking  housekeeping
          copying  inventory  modeltree  bundle  admission
          authorities  clientsetup  objectstore
          manifesttable  dialer dataclient                      disk, sockets, tasks, keys
     L1   assembly  scheduler  freshness  retention  access
-         tunnel  budget  parent  pulls
+         tunnel  budget  parent  pulls  connlimit
          traffic  catalogue  pruning  diagnosis
          breaker  returns  lease  patience                    state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  presigned  cachestatus  records  chunksums
          coding  conditional  requestlog  settings  options  addressing  loopguard  wording
-         jsonlog  fleet  gcpause  manifestjson
+         jsonlog  termlog  fleet  gcpause  manifestjson  webpage
 """

@@ -13,7 +13,7 @@ from enum import Enum, auto
 
 from pullthrough.digest import Digest
 from pullthrough.settings import Network
-from pullthrough.tunnel import unwrap
+from pullthrough.tunnel import SHARED, unwrap
 
 VOUCHED_S = 60.0
 """How long upstream's yes for one pair and one credential is remembered."""
@@ -79,10 +79,10 @@ class Vouchers:
 class ClientPolicy:
     """Which client addresses are admitted."""
 
-    def __init__(self, clients: Iterable[Network | str], *, local: Iterable[Network] = ()) -> None:
-        """`clients` as in Settings; `local` are the networks this machine is on."""
+    def __init__(self, clients: Iterable[Network | str]) -> None:
+        """`clients` as in Settings."""
         networks: list[Network] = []
-        self._any = False
+        self._any = self._local = False
         for client in clients:
             match client:
                 case "any":
@@ -90,19 +90,29 @@ class ClientPolicy:
                 case "private":
                     networks += _PRIVATE
                 case "local":
-                    networks += local
+                    self._local = True
                 case str():
                     raise ValueError(f"expected private, local, any or a network, got {client!r}")
                 case network:
                     networks.append(network)
         self._networks = tuple(networks)
 
-    def admits(self, peer: str) -> bool:
-        """Whether a client at the address `peer` may use the cache."""
+    def admits(self, peer: str, *, local: Iterable[Network] = ()) -> bool:
+        """Whether a client at the address `peer` may use the cache; `local` are the networks this machine is on now."""
         if self._any:
             return True
         try:
             address = unwrap(ipaddress.ip_address(peer.partition("%")[0]))
         except ValueError:
             return False
-        return any(address.version == network.version and address in network for network in self._networks)
+        networks = (*self._networks, *local) if self._local else self._networks
+        return any(address.version == network.version and address in network for network in networks)
+
+
+def is_shared(peer: str) -> bool:
+    """Whether the address is one of those that carriers and Tailscale give (see `tunnel.SHARED`)."""
+    try:
+        address = unwrap(ipaddress.ip_address(peer.partition("%")[0]))
+    except ValueError:
+        return False
+    return address.version == 4 and address in SHARED

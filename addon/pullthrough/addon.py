@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from mitmproxy import addonmanager, ctx, exceptions
-from mitmproxy.addons.termlog import TermLogHandler
 from mitmproxy.proxy.mode_specs import ProxyMode
 
 from pullthrough import clientpages, places, platform
@@ -28,16 +27,18 @@ from pullthrough.blobserver import BlobServer
 from pullthrough.budget import Budget
 from pullthrough.ca import Leaf, is_due
 from pullthrough.clientsetup import clients_host, documents
+from pullthrough.connlimit import ConnectionLimits, most_connections
 from pullthrough.control import Tell
 from pullthrough.desk import Desk
 from pullthrough.dispatch import Dispatch
+from pullthrough.drill import check_hooks
 from pullthrough.errors import CacheError, SettingsError, TierError
 from pullthrough.examining import look_out
 from pullthrough.flows import Flows
 from pullthrough.gate import Gate, own_ports
-from pullthrough.jsonlog import JsonLines
 from pullthrough.keeper import Keeper
 from pullthrough.leaseholder import Leaseholder
+from pullthrough.logsetup import set_up_logs
 from pullthrough.lookout import Lookout
 from pullthrough.looplag import LoopLag
 from pullthrough.metrics import Metrics
@@ -50,7 +51,7 @@ from pullthrough.recorder import Recorder
 from pullthrough.records import by_model
 from pullthrough.registry import Registry
 from pullthrough.requestlog import RequestLog
-from pullthrough.settings import PREFIX, PROXY_PORT, Endpoint, Log, Settings
+from pullthrough.settings import PREFIX, PROXY_PORT, Endpoint, Settings
 from pullthrough.store import Store
 from pullthrough.streamlayer import Transfers, check_internals
 from pullthrough.threads import Threads
@@ -63,7 +64,7 @@ from pullthrough.workroom import Workroom
 
 _log = logging.getLogger(__name__)
 
-REMINT_S: Final = 3600.0
+REMINT_S: Final = 60.0  # so soon after the machine's clock was set
 DESCRIPTORS: Final = 65_536
 PROXIES: Final = ("regular", "upstream")
 """Those of mitmproxy's modes whose clients know that they have a proxy."""
@@ -118,6 +119,7 @@ class OllamaCache:
         self._desk: Desk | None = None
         self._dispatch: Dispatch | None = None
         self._minting: asyncio.Task[None] | None = None
+        self._descriptors = DESCRIPTORS
         transfers: Transfers = {}
         self._gate = Gate(transfers)
         self._flows = Flows(self._gate, transfers)
@@ -155,15 +157,7 @@ class OllamaCache:
         texts |= {name.removeprefix(PREFIX): "" for name in ctx.options.deferred if name.startswith(PREFIX)}
         settings = parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
         check_modes(ctx.options.mode, settings.intercepted)
-        if settings.log is Log.JSON:
-            for handler in logging.getLogger().handlers:
-                if isinstance(handler, TermLogHandler):
-                    handler.setFormatter(JsonLines())
-        logging.getLogger("pullthrough").setLevel(settings.log_level.upper())
-        # One line per connect and disconnect of every client drowns what the cache has to say.
-        quiet = logging.DEBUG if settings.log_level == "debug" else logging.WARNING
-        logging.getLogger("mitmproxy.proxy.server").setLevel(quiet)
-        logging.getLogger("mitmproxy.proxy.layers").setLevel(quiet)
+        set_up_logs(settings.log, settings.log_level)
         self._authorities = Authorities.load_or_create(settings.certs, settings.intercepted, now=_now())
         self._parents = ways_out(os.environ, _ports())
         try:
@@ -185,7 +179,7 @@ class OllamaCache:
         self._vitals = Vitals(settings.dir, self._certificates)
         # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
         gc.freeze()
-        platform.allow_descriptors(DESCRIPTORS)
+        self._descriptors = platform.allow_descriptors(DESCRIPTORS)
         self._blob_server = BlobServer(settings)
         self._settings = settings
         self._mint()
@@ -250,8 +244,14 @@ class OllamaCache:
         self._forbid_reload()
         self._dispatch = Dispatch(ctx.master.addons)
         self._dispatch.install()
-        self._gate.open(settings, self._parents, self._upstream.loop)
+        try:
+            await check_hooks(self._gate)
+        except CacheError as error:
+            _stop(error)
+        limits = ConnectionLimits(most_connections(self._descriptors))
+        self._gate.prepare(settings, self._parents, self._upstream.loop, limits)
         self._flows.open(settings, self._registry, self._upstream.loop, self._requests)
+        self._gate.open()
         parts = (settings, self._store, self._recorder, self._upstream)
         metrics = Metrics(*parts, self._requests, self._lag, self._vitals, self._registry.pulls.counts, self._desk.tier)
         watch = Watch(*parts, self._vitals, self._desk.view, self._registry.pulls.counts, self._desk.tier)
@@ -259,7 +259,7 @@ class OllamaCache:
         proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
         given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)
         clientpages.add(self._blob_server.pages, given)
-        await self._blob_server.open(self._registry, self._gate.admits, self._requests)
+        await self._blob_server.open(self._registry, self._gate.admits, limits, self._requests)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
@@ -334,8 +334,7 @@ class OllamaCache:
     async def _look_out(self, _: Mapping[str, Any], __: Tell) -> Any:
         """For the doctor: how the registry answers the client that pulls use."""
         assert self._settings and self._upstream and self._registry
-        bypassed = self._registry.pulls.counts.bypassed
-        return asdict(await look_out(self._upstream, self._settings, _now(), bypassed=bypassed))
+        return asdict(await look_out(self._upstream, self._settings, _now(), self._registry.pulls.counts.bypassed))
 
     async def _remint(self) -> None:
         while True:

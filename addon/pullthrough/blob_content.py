@@ -6,7 +6,6 @@ shows that it pulls it. Sends nothing: an answer carries a reader.
 """
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
@@ -14,6 +13,7 @@ from typing import Final
 from pullthrough import capability
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.clock import lasting
 from pullthrough.conditional import Precondition, evaluate
 from pullthrough.digest import Digest
 from pullthrough.exchange import Answer, Request
@@ -69,7 +69,7 @@ class BlobContent:
 
     def _granted(self, route: CanonicalRoute) -> capability.Capability | None:
         """The capability that the query is: one of ours, or of our fleet's, which is good for what is public."""
-        now = time.time()
+        now = lasting()
         if granted := capability.verify(route.query, route.digest, secret=self._store.secret, now=now):
             return granted
         record = self._store.blob(route.digest)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pullthrough import capability, chunksums
 from pullthrough.blob_content import OCTETS, BlobContent
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.clock import lasting
 from pullthrough.datacheck import relayable
 from pullthrough.digest import Digest
 from pullthrough.errors import UnexpectedResponse, UpstreamRefused, UpstreamTimeout, UpstreamUnreachable
@@ -134,9 +135,12 @@ class Blobs:
 
     async def _redirect(self, request: Request, route: BlobRoute, cache: CacheStatus, *, held: bool) -> Answer | None:
         """The redirect to the registry's own address; None where ours must do."""
+        place = (request.host, route.repository)
         near = self._tier is not None and self._grants.holds(request, route)
         try:
-            location = await self.redirects.location(request, route, held=held or near)
+            # An address that the client has not made anything of may be no good any more.
+            fresh = self._pulls.is_waiting(request.client, place, route.digest)
+            location = await self.redirects.location(request, route, held=held or near, fresh=fresh)
         except (UpstreamUnreachable, UpstreamTimeout) as error:
             if not request.is_known_to_bypass:
                 raise
@@ -144,8 +148,7 @@ class Blobs:
         if location is None:
             return _hopeless(request, "the registry gave none") if request.is_known_to_bypass else None
         bypasses = request.is_known_to_bypass
-        place = (request.host, route.repository)
-        self._pulls.redirect(request.client, place, bypasses=bypasses, now=time.monotonic())
+        self._pulls.redirect(request.client, place, route.digest, bypasses=bypasses, now=time.monotonic())
         detail = "client-bypasses-proxy" if bypasses else "registry-address"
         outcome = Outcome.BYPASS if bypasses else cache.outcome
         return Answer(307, replace(cache, outcome=outcome, stored=False, detail=detail), (("Location", location),))
@@ -191,7 +194,7 @@ class Blobs:
         return origin + self._canonical_target(digest, size, offload=offload)
 
     def _canonical_target(self, digest: Digest, size: int, *, offload: bool = False) -> str:
-        granted = capability.Capability(digest, size, int(time.time()) + capability.LIFETIME_S, offload)
+        granted = capability.Capability(digest, size, int(lasting()) + capability.LIFETIME_S, offload)
         return f"{canonical_path(digest)}?{granted.to_query(self._store.secret)}"
 
     # --- chunk sums

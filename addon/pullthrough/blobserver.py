@@ -24,6 +24,7 @@ from aiohttp import web
 
 from pullthrough import platform
 from pullthrough.cachestatus import CACHE_NAME, CacheStatus, Outcome
+from pullthrough.connlimit import ConnectionLimits
 from pullthrough.door import Door
 from pullthrough.errors import CacheError, SettingsError
 from pullthrough.exchange import Answer, Request, failure
@@ -34,10 +35,13 @@ from pullthrough.requestlog import RequestLog
 from pullthrough.route import parse_canonical_target
 from pullthrough.sender import Sending, send
 from pullthrough.settings import PREFIX, Endpoint, Settings
+from pullthrough.webpage import asks_for_page
 
 _log = logging.getLogger(__name__)
 
 BACKLOG: Final = 1024
+AT_ONCE: Final = 32
+"""Connections that are accepted before any of them is looked at: each takes a descriptor."""
 IDLE_S: Final = 120.0
 """How long a connection may wait for a request: longer than Go keeps its end idle (net/http, 90 s)."""
 SHUTDOWN_S: Final = 0.5
@@ -101,15 +105,18 @@ class BlobServer:
                 return blob_origin(address, port) or None
         return None
 
-    async def open(self, registry: Registry, admits: Callable[[str], bool], requests: RequestLog) -> None:
+    async def open(
+        self, registry: Registry, admits: Callable[[str], bool], limits: ConnectionLimits, requests: RequestLog
+    ) -> None:
         """Serve from now on those whose address `admits`; `requests` is told of each answer."""
         self._requests = requests
         self._registry = registry
-        door = Door(self._handle, admits, access_log=None, keepalive_timeout=IDLE_S)
+        door = Door(self._handle, admits, limits, access_log=None, keepalive_timeout=IDLE_S)
         self._runner = web.ServerRunner(door, shutdown_timeout=SHUTDOWN_S)
         await self._runner.setup()
         for sock in self._sockets:
-            await web.SockSite(self._runner, sock, backlog=BACKLOG).start()
+            await web.SockSite(self._runner, sock, backlog=AT_ONCE).start()
+            sock.listen(BACKLOG)  # asyncio takes one number for both
 
     async def close(self) -> None:
         """Free the ports and end what runs. May be called twice, and without `open`."""
@@ -174,6 +181,10 @@ class BlobServer:
         host = self._blob_host if canonical else self._front.get(port, "")
         headers = {name.lower(): ", ".join(request.headers.getall(name)) for name in request.headers}
         asked = {name: value for name, value in headers.items() if name not in _SECRETS}
+        if asks_for_page(asked):
+            if canonical:
+                return Answer(403, CacheStatus(Outcome.BYPASS))
+            return _refusal(403, "models are not for pages in a browser; use Ollama, or curl")
         origin = blob_origin(address, port)
         answer = await self._registry.answer(
             Request(

@@ -70,8 +70,12 @@ class Leaf:
 
 
 def is_due(leaf: Leaf, now: datetime) -> bool:
-    """Whether less than a third of the leaf's life is left: time for the next one."""
-    return leaf.not_after - now < (leaf.not_after - leaf.issued_at) / 3
+    """Whether it is time for the next one: less than a third of the leaf's life is left, or it is not valid yet.
+
+    The latter where the clock was set back.
+    """
+    lifetime = leaf.not_after - leaf.issued_at
+    return leaf.not_after - now < lifetime / 3 or now < leaf.issued_at - BACKDATE
 
 
 class Authority:

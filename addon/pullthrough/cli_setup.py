@@ -80,7 +80,9 @@ def connect(
         typer.echo(made[f"/connect/{kind}.yaml"].body.decode(), nl=False)
         return
     if not settings.listen:
-        fail("expected a port to fetch the script from, got ollama_cache_listen=off; the README has the way by hand")
+        fail(
+            "expected a port to fetch the script from, got ollama_cache_listen=off; docs/clients.md has the way by hand"
+        )
     published = settings.advertise.port if settings.advertise is not None else 0
     server = Endpoint("http", host, published or settings.listen[0][1])
     typer.echo("To be run on the client; the script's --undo (on Windows -Undo) takes it back:", err=True)

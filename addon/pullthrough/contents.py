@@ -8,7 +8,7 @@
     members <host> <repository>           blobs that upstream has granted to an anonymous request there
     pin <pattern>                         empty: models that stay, besides those that the option names
     day <day number>                      JSON: bytes served and fetched on that day
-    address <hmac>                        JSON: digest, and until when a signed address is recognised (Unix seconds)
+    address <hmac>                        JSON: digest, and when a signed address expires (Unix seconds)
 
 Invariant: keys are text, values are text or bytes, and nothing is ever unpickled: a pickle in an index that somebody
 else may write to is code that runs here. A kind comes out of SQLite as one text, because a hundred thousand rows as
@@ -77,7 +77,7 @@ Members = dict[tuple[str, str], str]
 
 
 Addresses = dict[str, tuple[Digest, float]]
-"""By the HMAC of a signed address, the blob and until when it is recognised (Unix seconds)."""
+"""By the HMAC of a signed address, the blob and when the address expires (Unix seconds)."""
 
 
 def look(folder: Path) -> Contents:

@@ -5,10 +5,10 @@ Invariant: a reader waits for bytes, never for another reader. Knows neither whe
 
 import asyncio
 import logging
-import time
 from typing import Final, Protocol
 
 from pullthrough.assembly import Assembly
+from pullthrough.clock import steady
 from pullthrough.digest import Digest
 from pullthrough.ingest import SharedFile
 
@@ -47,7 +47,7 @@ class Cursor:
     def __init__(self, feed: Feed, file: SharedFile, start: int, stop: int) -> None:
         self.position = start
         self.stop = stop
-        self.fed = time.monotonic()
+        self.fed = steady()
         self.waiter: asyncio.Future[None] | None = None
         self._told = False
         self._feed = feed
@@ -81,7 +81,7 @@ class Cursor:
             pass
         finally:
             self.waiter = None
-        if (hungry := time.monotonic() - self.fed) > HUNGRY_S and not self._told:
+        if (hungry := steady() - self.fed) > HUNGRY_S and not self._told:
             self._told = True
             _log.warning(
                 "recording %s: a client has waited %.1f s for a byte; it has %d readers",
@@ -94,7 +94,7 @@ class Cursor:
     def advance(self, position: int) -> None:
         """The bytes up to `position` have been handed out."""
         self.position = position
-        self.fed = time.monotonic()
+        self.fed = steady()
         self._told = False
 
     def rouse(self) -> None:

@@ -1,8 +1,8 @@
 """Who comes in at the blob server's port, and for how long who says nothing may stay.
 
 Invariant: a stranger is sent away before its first byte is looked at. A connection whose request is being answered is
-never closed from here, and no request is refused: Ollama gives up after a few errors. Of one address only so many may
-be open; those that wait go first, and those that watch a page. Knows connections and no answer.
+never closed from here, and no request is refused: Ollama gives up after a few errors. How many may be open is the
+business of `connlimit`; those that wait go first. Knows connections and no answer.
 """
 
 import asyncio
@@ -13,24 +13,21 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from pullthrough.connlimit import ConnectionLimits, Slot
+
 _log = logging.getLogger(__name__)
 
 HEAD_S: Final = 10.0
 """How long the head of a connection's first request may take; that of a later one, as long as it may be idle."""
-PER_ADDRESS: Final = 1024
-"""Connections of one address: sixty Ollamas behind one router, with sixteen parts each."""
 
 
 @dataclass(eq=False, slots=True)
 class Caller:
     """One connection."""
 
-    address: str
-    transport: asyncio.Transport
+    slot: Slot
     patience: asyncio.TimerHandle
     """Closes it, unless it asks for something first."""
-    is_served: bool = False
-    """It has asked, and is being answered."""
 
 
 class Door(web.Server):
@@ -40,54 +37,44 @@ class Door(web.Server):
         self,
         answer: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
         admits: Callable[[str], bool],
+        limits: ConnectionLimits,
         **options: Any,
     ) -> None:
         """`admits` says of an address whether it may come in; `answer` and `options` as web.Server takes them."""
         super().__init__(self._serve, logger=Brief(_log), **options)
         self._answer = answer
         self._admits = admits
+        self._limits = limits
         self._callers: dict[object, Caller] = {}
-        self._of_address: dict[str, dict[Caller, None]] = {}
-        """The callers of each address, the oldest first."""
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         # So that a writer is drained when nothing is left: sendfile goes past the transport's buffer.
         transport.set_write_buffer_limits(0)
         peer = transport.get_extra_info("peername")
-        if peer is None or not self._admits(peer[0]):
+        slot = self._limits.take(peer[0], transport.close) if peer is not None and self._admits(peer[0]) else None
+        if slot is None:
             transport.close()
             return
         patience = asyncio.get_running_loop().call_later(HEAD_S, transport.close)
-        caller = self._callers[handler] = Caller(peer[0], transport, patience)
-        callers = self._of_address.setdefault(caller.address, {})
-        callers[caller] = None
-        if len(callers) > PER_ADDRESS:
-            leaving = next(one for one in callers if not one.is_served)  # the new one, if it is no other
-            del callers[leaving]
-            leaving.transport.close()
+        self._callers[handler] = Caller(slot, patience)
 
     def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
         super().connection_lost(handler, exc)
-        caller = self._callers.pop(handler, None)
-        if caller is None:
-            return
-        caller.patience.cancel()
-        callers = self._of_address.get(caller.address, {})
-        callers.pop(caller, None)
-        if not callers:
-            self._of_address.pop(caller.address, None)
+        if (caller := self._callers.pop(handler, None)) is not None:
+            caller.patience.cancel()
+            caller.slot.release()
 
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         caller = self._callers.get(request.protocol)
         if caller is None:
             raise ConnectionResetError
         caller.patience.cancel()
-        caller.is_served = True
+        caller.slot.busy = True
         try:
             return await self._answer(request)
         finally:
-            caller.is_served = False
+            caller.slot.busy = False
 
 
 class Brief(logging.LoggerAdapter[logging.Logger]):

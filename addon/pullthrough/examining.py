@@ -12,6 +12,7 @@ import math
 import shutil
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -50,7 +51,7 @@ class Outlook:
     skew_s: float = 0.0
 
 
-async def look_out(upstream: Upstream, settings: Settings, now: datetime, *, bypassed: int = 0) -> Outlook:
+async def look_out(upstream: Upstream, settings: Settings, now: datetime, bypassed: int = 0) -> Outlook:
     """Ask the first registry for a manifest and for one byte of a blob; `now` is aware.
 
     `bypassed` pulls have gone past the cache.
@@ -89,7 +90,7 @@ def _unsigned(settings: Settings, location: str) -> str:
     host = urlsplit(location).hostname or ""
     if not location:
         return f"{settings.registries[0]} answers with the bytes themselves"
-    if host != settings.blob_host or presigned.expiry(location) is None:
+    if host != settings.blob_host or presigned.expiry(location, now=time.time()) is None:
         return f"{settings.registries[0]} redirects to {host}, without a signature of the blob host's"
     return ""
 

@@ -51,8 +51,8 @@ class Request:
 
     @property
     def agent(self) -> str:
-        """User-Agent, "" where there is none."""
-        return self.headers.get("user-agent", "")
+        """User-Agent, "" where there is none that could be sent on."""
+        return self._sendable("user-agent")
 
     @property
     def is_transfer(self) -> bool:
@@ -90,14 +90,19 @@ class Request:
 
     @property
     def trail(self) -> str:
-        """CDN-Loop: the caches that the request has been through, "" where there is none."""
-        return self.headers.get("cdn-loop", "")
+        """CDN-Loop: the caches that the request has been through, "" where there is none that could be sent on."""
+        return self._sendable("cdn-loop")
 
     @property
     def forwarded(self) -> dict[str, str]:
         """What upstream may know of the client: its version (some models are gated by it), and its way to us."""
         fields = {"User-Agent": self.agent, CDN_LOOP: self.trail}
         return {name: value for name, value in fields.items() if value}
+
+    def _sendable(self, name: str) -> str:
+        """The field without which a request is sent that cannot be sent with it (RFC 9110 section 5.5)."""
+        value = self.headers.get(name, "")
+        return value if value.replace("\t", " ").isprintable() else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -18,6 +17,7 @@ from enum import StrEnum
 from typing import Final
 
 from pullthrough.assembly import Assembly
+from pullthrough.clock import steady
 from pullthrough.dataclient import PIECE
 from pullthrough.datastream import BATCH, DataStream, ThreadStream
 from pullthrough.errors import CacheError, StoreError, UpstreamError, UpstreamTimeout, ValidatorChanged
@@ -72,7 +72,7 @@ class _Attempt:
     whole: bool = False
     position: int = 0
     """Up to where its bytes are written."""
-    pace: Pace = field(default_factory=lambda: Pace(time.monotonic()))
+    pace: Pace = field(default_factory=lambda: Pace(steady()))
     scope: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     over: asyncio.Event = field(default_factory=asyncio.Event)
     is_dropped: bool = False
@@ -120,7 +120,7 @@ class Fetcher:
         self._attempts: set[_Attempt] = set()
         self._rate: float | None = None
         self._ranges = Ranges.YES
-        self._patience = Patience(time.monotonic())
+        self._patience = Patience(steady())
         self._restarts = 0
         self._landing = Intervals()
         self._held = False
@@ -132,7 +132,7 @@ class Fetcher:
 
     def listen(self) -> None:
         """Somebody has begun to wait: silence is counted from now."""
-        self._patience.listen(time.monotonic())
+        self._patience.listen(steady())
 
     def wake(self) -> None:
         """Put as many connections to work as there are slices for."""
@@ -146,7 +146,7 @@ class Fetcher:
 
     def rescue(self, position: int) -> None:
         """A reader waits for the byte at `position`: a silent connection that has it claimed loses it."""
-        usual, silent_s, now = self._usual, self._patience.silent_s, time.monotonic()
+        usual, silent_s, now = self._usual, self._patience.silent_s, steady()
         for attempt in self._attempts:
             holds = attempt.extent.start <= position < attempt.extent.stop
             if holds and attempt.pace.is_silent(usual, silent_s, now):
@@ -193,7 +193,7 @@ class Fetcher:
     @property
     def _usual(self) -> float | None:
         """Bytes a second of one connection; None while that is not known."""
-        return self._rate or self._rates.of(self._supply.host, time.monotonic())
+        return self._rate or self._rates.of(self._supply.host, steady())
 
     async def _work(self) -> None:
         # On loops that run tasks eagerly `wake` must count this one before it claims.
@@ -202,14 +202,14 @@ class Fetcher:
         try:
             while self._wanted():
                 try:
-                    await asyncio.sleep(self._patience.quiet_s(time.monotonic()))
+                    await asyncio.sleep(self._patience.quiet_s(steady()))
                     await self._fetch_one()
                 except ValidatorChanged as error:
                     await self._change_version(error)
                 except UpstreamError as error:
                     self._note(error)
                     tries = 1 if self._patience.heard > failed_at else tries + 1
-                    failed_at = time.monotonic()
+                    failed_at = steady()
                     await asyncio.sleep(backoff_s(tries) * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter
         except StoreError as error:
             self._fail(error)
@@ -235,7 +235,7 @@ class Fetcher:
             try:
                 await self._attempt(taken, fetch)
             except UpstreamError as error:
-                self._supply.failed(source, error, silent_s=time.monotonic() - self._patience.heard)
+                self._supply.failed(source, error, silent_s=steady() - self._patience.heard)
                 raise
 
     async def _attempt(self, taken: Slice, work: Callable[[_Attempt], Awaitable[None]]) -> None:
@@ -249,7 +249,7 @@ class Fetcher:
         except TimeoutError:
             if attempt.is_dropped:
                 return
-            silent = time.monotonic() - attempt.pace.heard
+            silent = steady() - attempt.pace.heard
             raise UpstreamTimeout(f"too slow, no byte for {silent:.1f} s; another connection takes over") from None
         finally:
             self._attempts.discard(attempt)
@@ -267,7 +267,7 @@ class Fetcher:
         attempt.position = stream.start
         if stream.whole and limit is None:
             self._ranges = Ranges.NO
-        began = time.monotonic()
+        began = steady()
         try:
             if isinstance(stream, ThreadStream) and not stream.whole:
                 await self._pour(stream, attempt)
@@ -276,7 +276,7 @@ class Fetcher:
         finally:
             if attempt.position > stream.start:
                 await self._sealer.mark(stream.start, attempt.position)
-            self._learn_rate(stream, attempt.position - stream.start, time.monotonic() - began)
+            self._learn_rate(stream, attempt.position - stream.start, steady() - began)
 
     async def _pour(self, stream: ThreadStream, attempt: _Attempt) -> None:
         """Let a thread write what was claimed: nobody else brings it."""
@@ -301,7 +301,7 @@ class Fetcher:
         """Bytes have come; returns for how long to read no more."""
         self._counters.take(stream, count)
         self.fetched += count
-        now = time.monotonic()
+        now = steady()
         self._patience.hear(now)
         attempt.pace.bring(count, now)
         pause = self._spend(count) if self._spend is not None else 0.0
@@ -338,7 +338,7 @@ class Fetcher:
         rate = count / elapsed
         self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
         if stream.source is not None:
-            self._rates.show(stream.source.host, rate, time.monotonic())
+            self._rates.show(stream.source.host, rate, steady())
 
     def _free_to_write(self, start: int, stop: int) -> tuple[int, int] | None:
         """The first part of the interval that is neither present nor just being written: no byte is written twice.
@@ -372,7 +372,7 @@ class Fetcher:
     def _note(self, error: UpstreamError) -> None:
         """Count a failure; give up when nothing speaks for another try."""
         self._counters.retries += 1
-        now = time.monotonic()
+        now = steady()
         silent = now - self._patience.heard
         _log.info("recording %s: %s; trying again (%.1f s without a byte)", self._name, error, silent)
         if self._patience.fail(error, now):

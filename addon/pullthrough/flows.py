@@ -71,20 +71,26 @@ class Flows:
         try:
             if self._gate.is_ours(flow.request.host):
                 self._gate.check_names(flow)
-            if not self._may_answer(flow):
-                self._check_way(flow)
-                if not self._gate.is_ours(flow.request.host):
-                    self._gate.check_plain(flow)
-        except (AddressRefused, Misdirected, Offline) as error:
-            _log.warning("%s", error)
-            if has_body(flow.request):
-                flow.kill()
-            else:
-                refuse(flow, error.status_hint, str(error))
-            return
-        if not self._may_answer(flow):
+            if self._may_answer(flow):
+                return
+            self._check_way(flow)
+            if not self._gate.is_ours(flow.request.host):
+                self._gate.check_plain(flow)
             self._reroute(flow)
             flow.request.stream = True
+        except (AddressRefused, Misdirected, Offline) as error:
+            self._refuse(flow, error.status_hint, str(error))
+        except Exception:
+            _log.exception("request policy failed; refused")
+            self._refuse(flow, 502, "request refused")
+
+    def _refuse(self, flow: http.HTTPFlow, status: int, message: str) -> None:
+        """Answer with a refusal, or end the connection of a client that is about to send a body."""
+        if has_body(flow.request):
+            _log.warning("%s", message)
+            flow.kill()
+        else:
+            refuse(flow, status, message)
 
     async def request(self, flow: http.HTTPFlow) -> None:
         if flow.response is not None or flow.error is not None or flow.request.stream:
@@ -95,17 +101,15 @@ class Flows:
             answer = await self._registry.answer(request_of(flow, normal(flow.request.host)))
             if answer is None:
                 self._check_way(flow)
+                self._reroute(flow)
+            else:
+                self._apply(flow, answer)
         except Offline as error:
-            answer = failure(error)
+            self._apply(flow, failure(error))
         except Exception:
             # Never upstream's bytes by accident, never text that ends in a model file.
             _log.exception("answering %s failed", flow.request.path.partition("?")[0])
             self._apply(flow, Answer(502, CacheStatus(Outcome.MISS)))
-            return
-        if answer is None:
-            self._reroute(flow)
-        else:
-            self._apply(flow, answer)
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         if flow.response is not None and flow.id not in self._transfers:
@@ -168,11 +172,7 @@ class Flows:
             raise Offline(f"offline: {flow.request.method} {flow.request.path.partition('?')[0]} is the registry's")
 
     def _reroute(self, flow: http.HTTPFlow) -> None:
-        """Send a passed-through request where `upstream` says that its host is."""
-        assert self._settings
+        """Let a request through to its host."""
         # No signature breaks: Ollama's and R2's cover the method, the address and named fields, of which this is none.
         flow.request.headers[CDN_LOOP] = self._loop.extend(flow.request.headers.get(CDN_LOOP))
-        endpoint = self._settings.upstream.get(normal(flow.request.host))
-        if endpoint is not None:
-            flow.request.scheme, flow.request.host, flow.request.port = endpoint.scheme, endpoint.host, endpoint.port
-        self._gate.parent.lead(flow.request, flow.server_conn)
+        self._gate.pass_on(flow)

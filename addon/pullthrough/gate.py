@@ -1,14 +1,18 @@
 """Policy hooks: who may connect, what is intercepted, and where connections may lead.
 
 Invariant: what is not intercepted is never decrypted; every leg that mitmproxy opens is judged here, whatever
-request led to it, and pinned to the address that was judged; an exception refuses. Of a client that does not know of
-us (transparent and reverse mode) the name decides what is intercepted; the address it dialled never leads a leg of an
-intercepted host. Knows no request's content.
+request led to it, and pinned to an address that was judged; an exception refuses. Only what `pass_on` has let through
+reaches our hosts, and what options and the environment name. Of a client that does not know of us (transparent and
+reverse mode) the name decides what is intercepted; the address it dialled never leads a leg of an intercepted host.
+Knows no request's content.
 """
 
 import asyncio
 import logging
 import socket
+from collections.abc import Mapping
+from typing import Final
+from weakref import WeakKeyDictionary
 
 from mitmproxy import connection, ctx, http, tls
 from mitmproxy.proxy import commands, events, layer, server_hooks
@@ -18,19 +22,29 @@ from mitmproxy.proxy.layers.http import HTTPMode, HttpStream
 from mitmproxy.proxy.layers.modes import ReverseProxy, TransparentProxy
 
 from pullthrough import platform
-from pullthrough.access import ClientPolicy
+from pullthrough.access import ClientPolicy, is_shared
+from pullthrough.connlimit import ConnectionLimits
+from pullthrough.dialling import first_to_answer
 from pullthrough.errors import AddressRefused, LoopDetected, Misdirected
+from pullthrough.intake import Intakes
 from pullthrough.loopguard import LoopGuard
 from pullthrough.opening import read_opening
 from pullthrough.parent import Parents
 from pullthrough.parentleg import ParentLeg
-from pullthrough.settings import Settings, Tunnel
+from pullthrough.settings import Endpoint, Settings, Tunnel
 from pullthrough.streamlayer import CachingLayer, Transfers, replace_http_layer
-from pullthrough.tunnel import LegPolicy, check_elsewhere
+from pullthrough.tunnel import SHARED, LegPolicy, check_elsewhere
 from pullthrough.upstream import exempt_hosts
 from pullthrough.widetls import WideTLSLayer, widen
 
 _log = logging.getLogger(__name__)
+
+INTERFACES_S: Final = 10.0
+"""How long a network that this machine has left is still one of its own."""
+NEW_INTERFACES_S: Final = 1.0
+"""How soon after the last look a client that is not admitted makes us look at the interfaces again."""
+ANSWERED_S: Final = 60.0
+"""How long the address of a name that answered first is not questioned."""
 
 
 class Gate:
@@ -41,21 +55,46 @@ class Gate:
     def __init__(self, transfers: Transfers) -> None:
         self._transfers = transfers
         self._intercepted: tuple[str, ...] = ()
-        self._clients: ClientPolicy | None = None
+        self._upstream: Mapping[str, Endpoint] = {}
+        self._policy: ClientPolicy | None = None
+        self._is_open = False
+        self._local = platform.LocalNetworks()
         self._legs = LegPolicy(frozenset(), tunnels=False)
+        self._granted: WeakKeyDictionary[connection.Client, set[tuple[str, int]]] = WeakKeyDictionary()
+        """Where a client's requests that were passed on lead."""
+        self._answered: dict[tuple[str, int], tuple[str, float]] = {}
+        """The address of a name that answered first, and until when that counts (the loop's time)."""
+        self.judged = 0
+        """How many legs have been judged."""
+        self.trial: connection.Client | None = None
+        """A client that is admitted before anybody else is: see `drill`."""
         self.parent = ParentLeg()
-        self.addons = [self.parent]
+        self.intakes = Intakes()
+        self.addons = [self.parent, self.intakes]
 
-    def open(self, settings: Settings, parents: Parents, loop: LoopGuard) -> None:
-        """From now on clients are served, as the settings say."""
+    def rehearse(self, host: str) -> None:
+        """Be ready for a trial alone, in which only `host` is ours and tunnels are permitted."""
+        self.parent.open(Parents(), LoopGuard(host))
+        self._intercepted = (host,)
+        self._legs = LegPolicy(frozenset(), tunnels=True)
+        self.intakes.open(ConnectionLimits(1))
+
+    def prepare(self, settings: Settings, parents: Parents, loop: LoopGuard, limits: ConnectionLimits) -> None:
+        """From now on it is known what the settings say."""
         self.parent.open(parents, loop)
+        self.intakes.open(limits)
         self._intercepted = settings.intercepted
+        self._upstream = settings.upstream
         self._legs = LegPolicy(exempt_hosts(settings), tunnels=settings.tunnel is Tunnel.ANY)
-        self._clients = ClientPolicy(settings.clients, local=platform.local_networks())
+        self._policy = ClientPolicy(settings.clients)
+
+    def open(self) -> None:
+        """From now on clients are served."""
+        self._is_open = True
 
     def close(self) -> None:
         """Let nobody in any more."""
-        self._clients = None
+        self._is_open = False
 
     def is_ours(self, host: str) -> bool:
         """Whether `host` is a registry or the blob host."""
@@ -74,33 +113,60 @@ class Gate:
                 raise Misdirected(f"expected {kind} {host}, got {name!r}")
 
     def check_plain(self, flow: http.HTTPFlow) -> None:
-        """AddressRefused for a plain request that the parent proxy would lead where we lead nobody."""
+        """AddressRefused for a request to another host than ours that leads where we lead nobody."""
         host, port = flow.request.host, flow.request.port
-        if not self._legs.is_exempt(host, port) and self.parent.leads(host, port, encrypted=False):
-            self._legs.check_port(port, encrypted=False)
-            self.parent.check(host, port, encrypted=False)
+        if self._legs.is_exempt(host, port) or self.parent.is_parent(host, port):
+            raise AddressRefused(f"{host}:{port} is for the cache's own requests; ask for a registry by its name")
+        self._legs.check_port(port, encrypted=port == 443)
+        self.parent.check(host, port, encrypted=False)
+
+    def pass_on(self, flow: http.HTTPFlow) -> None:
+        """Send a request to where its host is really reached: as `upstream` says, and through the parent proxy."""
+        request = flow.request
+        granted = self._granted.setdefault(flow.client_conn, set())
+        if self.is_ours(request.host):
+            endpoint = self._upstream.get(normal(request.host))
+            if endpoint is not None:
+                request.scheme, request.host, request.port = endpoint.scheme, endpoint.host, endpoint.port
+            granted.add((normal(request.host), request.port))
+        if (parent := self.parent.lead(request, flow.server_conn)) is not None:
+            granted.add(parent)
 
     def admits(self, peer: str) -> bool:
         """Whether a client at the address `peer` is served; who is not is named in the log."""
         try:
-            admitted = self._clients is not None and self._clients.admits(peer)
+            admitted = self._is_open and self._policy is not None and self._is_admitted(self._policy, peer)
         except Exception:
             _log.exception("client policy failed; refused")
             admitted = False
-        if not admitted:
+        if not admitted and is_shared(peer):
+            _log.warning(
+                "refused client %s: not in ollama_cache_clients; Tailscale gives such addresses and so do carriers, "
+                "so they do not count as private: to admit them add %s, or a part of it",
+                peer,
+                SHARED,
+            )
+        elif not admitted:
             _log.warning("refused client %s: not in ollama_cache_clients", peer)
         return admitted
 
+    def _is_admitted(self, policy: ClientPolicy, peer: str) -> bool:
+        return any(
+            policy.admits(peer, local=self._local.known(age_s=age_s)) for age_s in (INTERFACES_S, NEW_INTERFACES_S)
+        )
+
     def client_connected(self, client: connection.Client) -> None:
-        if not self.admits(client.peername[0]):
+        if client is not self.trial and not self.admits(client.peername[0]):
             client.error = "not admitted"
 
     def http_connect(self, flow: http.HTTPFlow) -> None:
         try:
             host, port = flow.request.host, flow.request.port
             self.parent.enter(flow)
-            if not self._intercepts(host, port) and not self._legs.is_exempt(host, port):
-                self._legs.check_port(flow.request.port, encrypted=True)
+            # What was passed on before the tunnel is no way through it.
+            self._granted.pop(flow.client_conn, None)
+            if not self._intercepts(host, port):
+                self._legs.check_port(port, encrypted=True)
                 self.parent.check(host, port, encrypted=True)
         except LoopDetected as error:
             refuse(flow, error.status_hint, str(error))
@@ -123,7 +189,7 @@ class Gate:
             return
         in_tunnel = any(isinstance(item, HttpStream) for item in context.layers)
         if in_tunnel and not (context.server.address and self._intercepts(*context.server.address[:2])):
-            nextlayer.layer = self.parent.tunnel(context)
+            nextlayer.layer = self._tunnel(context)
             return
         ctx.master.addons.get("nextlayer").next_layer(nextlayer)
         if nextlayer.layer is not None:
@@ -162,34 +228,69 @@ class Gate:
         except AddressRefused as error:
             _log.warning("refused connection to %s: %s", target, error)
             return _Closing(context)
-        return self.parent.tunnel(context)
+        return self._tunnel(context)
+
+    def _tunnel(self, context: Context) -> layer.Layer:
+        """The layer that passes a connection on unread to where its client wants it."""
+        self.intakes.free(context.client)
+        top = self.parent.tunnel(context)
+        if context.server.via is not None:
+            self._granted.setdefault(context.client, set()).add(context.server.via[1])
+        return top
 
     async def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
         """Judge every leg, whatever request led to it, and pin the address that was judged."""
         try:
+            self.judged += 1
             assert data.server.address
             host, port = data.server.address[:2]
-            if self.parent.is_parent(host, port):
+            granted = (normal(host), port) in self._granted.get(data.client, ())
+            if self.parent.is_parent(host, port) and granted:
                 return
-            exempt = self._legs.is_exempt(host, port)
+            if self.is_ours(host) and not granted:
+                raise AddressRefused("nothing was passed on to it")
+            exempt = granted and self._legs.is_exempt(host, port)
             if exempt and not (self.is_ours(host) and port in own_ports()):
                 return
             if not exempt:
-                # A CONNECT's port has been checked before; a plain request's, and that of a connection which was
-                # redirected to us, has not.
+                # A CONNECT's port has been checked before, that of a connection which was redirected to us has not.
                 self._legs.check_port(port, encrypted=port == 443)
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
             addresses = [str(item[4][0]) for item in found]
             if exempt:
                 check_elsewhere(host, addresses, own=platform.own_addresses())
             else:
-                data.server.address = (self._legs.pin(addresses, own=platform.own_addresses()), port)
+                judged = self._legs.judge(addresses, own=platform.own_addresses())
+                data.server.address = (await self._answering(host, port, judged), port)
         except (AddressRefused, OSError) as error:
             data.server.error = str(error)
             _log.warning("refused connection to %s: %s", data.server.address and data.server.address[0], error)
         except Exception:
             data.server.error = "refused"
             _log.exception("address policy failed; refused")
+
+    async def _answering(self, host: str, port: int, addresses: tuple[str, ...]) -> str:
+        """One of a name's judged addresses, of several the one that answers first. AddressRefused if none does."""
+        if len(addresses) == 1:
+            return addresses[0]
+        loop = asyncio.get_running_loop()
+        known, until = self._answered.get((host, port), ("", 0.0))
+        if known in addresses and loop.time() < until:
+            return known
+        address = await first_to_answer(addresses, port)
+        if address is None:
+            raise AddressRefused(f"none of its {len(addresses)} addresses answers")
+        self._answered = {name: entry for name, entry in self._answered.items() if loop.time() < entry[1]}
+        self._answered[host, port] = address, loop.time() + ANSWERED_S
+        return address
+
+    def server_connect_error(self, data: server_hooks.ServerConnectionHookData) -> None:
+        """Forget which address answered, when one that did does not any more."""
+        self._answered = {
+            name: entry
+            for name, entry in self._answered.items()
+            if data.server.address is None or (entry[0], name[1]) != data.server.address[:2]
+        }
 
     def tls_failed_client(self, data: tls.TlsData) -> None:
         _log.warning(

@@ -111,15 +111,16 @@ class Grants:
         pair: Pair,
         *,
         look: int = FIRST_SLICE,
+        stop: int | None = None,
         hands_on: Callable[[str], bool] = lambda _location: False,
     ) -> Grant:
         """The registry's yes to this caller, asked anonymously first. UpstreamRefused where it says no.
 
         `look` bytes are asked for from behind a redirect that proves nothing by itself. One that the caller is merely
-        handed, by `hands_on`, is not looked behind.
+        handed, by `hands_on`, is not looked behind. Of bytes that the registry gives itself no more than `stop` are.
         """
         refusal: UpstreamRefused | None = None
-        stop = 1 if self._store.held(pair.digest) is not None else None
+        stop = 1 if self._store.held(pair.digest) is not None else stop
         for authorization, headers in attempts(request):
             denials = self.denials(request.host, pair)
             try:

@@ -88,16 +88,17 @@ class Staging:
                 return source.size
 
         def arrived(digest: Digest, result: Callable[[], int]) -> None:
-            size, wrong = -1, ""
+            size, unread = -1, ""
             try:
                 size = result()
             except (OSError, TransferRefused) as error:
-                wrong = _told(error, digest)
+                unread = _told(error, digest)
             for model, claimed in users[digest]:
                 left = missing.get(id(model))
                 if left is None:
                     continue  # refused for another blob
                 left.discard(digest)
+                wrong = unread
                 if not wrong and size != claimed:
                     wrong = f"blob {digest}: expected {claimed} bytes, got {size}"
                 if wrong or not left:

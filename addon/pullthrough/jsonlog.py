@@ -8,6 +8,8 @@ import json
 import logging
 from datetime import UTC, datetime
 
+from pullthrough.termlog import shorten
+
 
 class JsonLines(logging.Formatter):
     """A record's own fields are in its attribute `fields`."""
@@ -17,7 +19,7 @@ class JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": shorten(record.getMessage()),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:

@@ -39,10 +39,11 @@ class Keeper:
         self._reserved: dict[Digest, int] = {}
         self._turn = asyncio.Lock()
 
-    async def reserve(self, digest: Digest, size: int) -> None:
+    async def reserve(self, digest: Digest, size: int, *, whole: int | None = None) -> None:
         """Make room for a recording of `size` bytes; it counts in full until `release`. StoreUnwritable if none can be.
 
-        What an earlier recording of it has left is counted in.
+        What an earlier recording of it has left is counted in. Nothing is evicted where there can be no room for the
+        `whole` of the blob.
         """
         async with self._turn:
             try:
@@ -52,7 +53,9 @@ class Keeper:
                 raise StoreUnwritable(f"recording {digest}: {error}") from error
             excess = self._excess({**self._reserved, digest: size}, partials, free)
             if excess > 0:
-                await self._evict(digest, size, excess, partials, free)
+                most = max(size, whole or 0)
+                total = self._excess({**self._reserved, digest: most}, partials, free)
+                await self._evict(digest, most, (excess, total), partials, free)
             self._reserved[digest] = size
 
     def release(self, digest: Digest) -> None:
@@ -65,12 +68,19 @@ class Keeper:
         excess = to_come + self._min_free - free
         if self._max_size is not None:
             idle = sum(size for digest, (size, _) in partials.items() if digest not in reserved)
-            excess = max(excess, self._store.held_bytes + sum(reserved.values()) + idle - self._max_size)
+            taken = sum(max(size, partials.get(digest, (0, 0.0))[0]) for digest, size in reserved.items())
+            excess = max(excess, self._store.held_bytes + taken + idle - self._max_size)
         return excess
 
     async def _evict(
-        self, digest: Digest, size: int, excess: int, partials: dict[Digest, tuple[int, float]], free: int
+        self,
+        digest: Digest,
+        size: int,
+        excess: tuple[int, int],
+        partials: dict[Digest, tuple[int, float]],
+        free: int,
     ) -> None:
+        """Free the first `excess`, if the second one, of all `size` bytes, could be freed too."""
         store = self._store
         busy = frozenset([digest, *self._reserved, *store.open_blobs()])
         idle = {store.ingest(part).partial_path: facts for part, facts in partials.items() if part not in busy}
@@ -113,7 +123,7 @@ def _choose(
     partials: Mapping[Path, tuple[int, float]],
     *,
     pins: Sequence[str],
-    excess: int,
+    excess: tuple[int, int],
     busy: frozenset[Digest],
 ) -> Choice | None:
     """What goes of what is known at one moment; it takes long where that is much."""
@@ -130,7 +140,10 @@ def _choose(
     for path, (size, changed) in partials.items():
         holdings.append(Holding(None, frozenset([path]), changed))
         sizes[path] = size
-    return choose(holdings, sizes, excess=excess, busy=busy)
+    least, most = excess
+    if most > least and choose(holdings, sizes, excess=most, busy=busy) is None:
+        return None
+    return choose(holdings, sizes, excess=least, busy=busy)
 
 
 def _text(size: int | None) -> str:

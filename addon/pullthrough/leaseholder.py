@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Final
 
 from pullthrough import capability, fleet
+from pullthrough.clock import lasting
 from pullthrough.datastream import Source
 from pullthrough.digest import Digest
 from pullthrough.errors import ForgedDocument, TierError
@@ -81,7 +82,7 @@ class Leaseholder:
                 case Step.FOLLOW if lease is not None:
                     _log.info("%s is recorded from %s", digest.short, lease.origin)
                     self._upstream.admit(*endpoint(lease.origin))
-                    granted = capability.Capability(digest, size, int(time.time()) + capability.LIFETIME_S)
+                    granted = capability.Capability(digest, size, int(lasting()) + capability.LIFETIME_S)
                     query = granted.to_query(fleet.capability_secret(self._tier.secret))
                     return lease.node, Source(f"{lease.origin}{canonical_path(digest)}?{query}", near=True)
         return None

@@ -21,7 +21,7 @@ class Ledger:
         """Patterns of models that stay, besides those that the option names."""
         self.days = contents.days
         self.addresses = contents.addresses
-        """By the HMAC of a signed address, the blob and until when it is recognised (Unix seconds)."""
+        """By the HMAC of a signed address, the blob and when the address expires (Unix seconds)."""
 
     def keeps(self, name: Name, pins: Iterable[str]) -> bool:
         """Whether the model is pinned, here or by the option's `pins`."""
@@ -41,11 +41,11 @@ class Ledger:
         for day, totals in days.items():
             self._index.put_day(day, totals)
 
-    def put_address(self, key: str, digest: Digest, until: float) -> None:
-        """Recognise a signed address, by its HMAC, until then (Unix seconds)."""
+    def put_address(self, key: str, digest: Digest, expires: float) -> None:
+        """Remember a signed address, by its HMAC, and when it expires (Unix seconds)."""
         self.addresses.pop(key, None)
-        self.addresses[key] = digest, until
-        self._index.put_address(key, digest, until)
+        self.addresses[key] = digest, expires
+        self._index.put_address(key, digest, expires)
 
     def drop_address(self, key: str) -> None:
         del self.addresses[key]

@@ -21,6 +21,9 @@ LIST_TYPE: Final = "application/vnd.ollama.manifest.list.v2+json"
 MAX_CHILDREN: Final = 64
 """How many children of a list are followed; real ones have one for each runner."""
 
+MAX_SIZE: Final = 1 << 63
+"""Bytes of a blob: what a client counts them in (Go's int64)."""
+
 _ZERO: Final = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*", re.IGNORECASE)
 
 
@@ -135,7 +138,7 @@ def _layers_of(manifest: Any) -> tuple[Layer, ...]:
 
 def _layer_of(item: Any) -> Layer:
     digest, size = Digest.parse(item["digest"]), item["size"]
-    if type(size) is not int or size < 0:
+    if type(size) is not int or not 0 <= size < MAX_SIZE:
         raise TypeError("size")
     return Layer(digest, size, str(item.get("mediaType", "")))
 

@@ -37,6 +37,9 @@ HEAD_TIMEOUT_S: Final = 1.5
 """How long a HEAD waits for upstream while a stored copy could be served: Ollama's look for a list ends after 2 s, and
 a failure is taken for a no."""
 
+ABSURD: Final = (2, 0, 0)
+"""No Ollama is as new as this (0.40 in 2026-11): the cache does not ask in the name of one that claims to be."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -66,9 +69,9 @@ class Manifests:
     def newest_agent(self) -> str:
         """The User-Agent of the newest Ollama that has asked: what the cache asks with by itself."""
         known = (record.oldest for record in self._store.manifests().values())
-        version = max((item for item in known if item is not None), default=None)
+        version = max((item for item in known if item is not None and item < ABSURD), default=None)
         stored = f"ollama/{'.'.join(map(str, version))}" if version else ""
-        return max(self._newest, stored, key=lambda agent: version_of(agent) or ())
+        return max(self._newest, stored, key=_rank)
 
     def stored(self, request: Request, repository: str, digest: Digest) -> Answer | None:
         """The stored manifest with these bytes, None if there is none: what a digest names does not change."""
@@ -84,7 +87,7 @@ class Manifests:
         """As the policy above says; `route.reference` may be a tag or a digest."""
         if route.digest is not None and (answer := self.stored(request, route.repository, route.digest)):
             return answer
-        self._newest = max(self._newest, request.agent, key=lambda agent: version_of(agent) or ())
+        self._newest = max(self._newest, request.agent, key=_rank)
         name = Name(canonical(request.host), route.repository, route.reference, request.takes_lists)
         answer = await self._answer(request, name)
         if request.method == "HEAD":
@@ -275,6 +278,12 @@ class Manifests:
         elif verdict is Verdict.RELAY_AND_DROP and stored is not None:
             _log.warning("%s: withdrawn upstream (404) for clients that take no lists: dropped", name)
             self._store.drop_manifest(name)
+
+
+def _rank(agent: str) -> tuple[int, ...]:
+    """What makes an Ollama newer than another one; least of all is one that nobody can have."""
+    version = version_of(agent)
+    return version if version is not None and version < ABSURD else ()
 
 
 def _classify(name: Name, response: Response) -> Reply:

@@ -39,7 +39,8 @@ def request_of(flow: http.HTTPFlow, host: str) -> Request:
 
 def response_of(status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> http.Response:
     """A response of these fields and Content-Length: `length`."""
-    fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+    # As they were decoded: what a registry says comes out byte for byte.
+    fields = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in headers]
     response = http.Response.make(status, body, http.Headers(fields))
     # After the body: setting content writes its own length, which is wrong for HEAD and for streamed bodies.
     response.headers["Content-Length"] = str(length)

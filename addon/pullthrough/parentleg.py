@@ -75,17 +75,20 @@ class ParentLeg:
         stack /= TCPLayer(context, ignore=True)
         return stack[0]
 
-    def lead(self, request: http.Request, server: connection.Server) -> None:
-        """Send a passed-through request the way out."""
+    def lead(self, request: http.Request, server: connection.Server) -> tuple[str, int] | None:
+        """Send a passed-through request the way out; where the parent is that is asked, if any."""
         proxy = self._parents.of(request.scheme, request.host, request.port)
-        if proxy is None or proxy.scheme == "https" or request.scheme == "https":
-            server.via = _via(proxy) if proxy is not None else None
-            return
-        # A plain request is asked of the proxy itself, by its absolute form: proxies let CONNECT lead to 443 only.
         server.via = None
-        request.authority = Endpoint(request.scheme, request.host, request.port).authority
-        request.headers.update(proxy.fields)
-        request.data.host, request.data.port = proxy.host, proxy.port
+        if proxy is None:
+            return None
+        if proxy.scheme == "https" or request.scheme == "https":
+            server.via = _via(proxy)
+        else:
+            # A plain request is asked of the proxy itself, by its absolute form: proxies let CONNECT lead to 443 only.
+            request.authority = Endpoint(request.scheme, request.host, request.port).authority
+            request.headers.update(proxy.fields)
+            request.data.host, request.data.port = proxy.host, proxy.port
+        return proxy.host, proxy.port
 
     # --- hooks
 

@@ -7,12 +7,16 @@ weaker, and the docstring says so. Knows no blob, store or protocol.
 import contextlib
 import ctypes
 import errno
+import gc
 import ipaddress
+import math
 import os
 import socket
 import stat
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -161,22 +165,35 @@ def lock_exclusively(file: BinaryIO) -> bool:
     return True
 
 
-def allow_descriptors(wanted: int) -> None:
-    """Raise the limit on open files towards `wanted`, as far as this process may; each client costs one.
+def release_memory() -> None:
+    """Collect garbage, and give the system back what is free. Takes some tens of milliseconds.
+
+    Only glibc keeps what is free until it is told (malloc_trim(3)); elsewhere the collection is all.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another libc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def allow_descriptors(wanted: int) -> int:
+    """Raise the limit on open files towards `wanted`, as far as this process may, and return how many it may have.
 
     Many systems give 1024 to a process that does not ask. Windows has no such limit.
     """
     if sys.platform == "win32":
-        return
+        return wanted
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft == resource.RLIM_INFINITY or soft >= allowed:
-        return
-    # macOS names no hard limit and still has one.
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    if soft < allowed:
+        # macOS names no hard limit and still has one.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def boot_id() -> str:
@@ -288,6 +305,25 @@ def _fallocate(descriptor: int, mode: int, start: int, stop: int) -> bool:
         return False
     call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     return bool(call(descriptor, mode, start, stop - start) == 0)
+
+
+class LocalNetworks:
+    """The networks of this machine's interfaces, which come and go: a new prefix, a lease, a VPN."""
+
+    def __init__(
+        self, read: Callable[[], tuple[Network, ...]] = local_networks, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock` tells monotonic seconds."""
+        self._read = read
+        self._clock = clock
+        self._known: tuple[Network, ...] = ()
+        self._read_at = -math.inf
+
+    def known(self, *, age_s: float) -> tuple[Network, ...]:
+        """The networks, as they were at most `age_s` ago."""
+        if (now := self._clock()) - self._read_at > age_s:
+            self._known, self._read_at = self._read(), now
+        return self._known
 
 
 def allocated(status: os.stat_result) -> int:

@@ -10,8 +10,12 @@ LONGEST_S = 7 * 86400
 """The longest that a signature may live, in seconds (the same page, X-Amz-Expires)."""
 
 
-def expiry(url: str) -> float | None:
-    """Return when a presigned https address expires, in Unix seconds; None if it is not presigned, or malformed."""
+def expiry(url: str, *, now: float) -> float | None:
+    """Return when a presigned https address expires that was obtained `now`, in Unix seconds.
+
+    One that is not valid at that moment says that our clock is wrong: its lifetime counts from now. None if it is not
+    presigned, or malformed.
+    """
     try:
         parts = urlsplit(url)
         fields = parse_qs(parts.query, strict_parsing=True, max_num_fields=32)
@@ -21,4 +25,7 @@ def expiry(url: str) -> float | None:
         lifetime_s = int(fields["X-Amz-Expires"][0])
     except (ValueError, KeyError):
         return None
-    return signed.timestamp() + lifetime_s if 0 < lifetime_s <= LONGEST_S else None
+    if not 0 < lifetime_s <= LONGEST_S:
+        return None
+    begin = signed.timestamp()
+    return (begin if begin <= now < begin + lifetime_s else now) + lifetime_s

@@ -12,7 +12,7 @@ clock.
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from pullthrough.digest import Digest
@@ -23,6 +23,9 @@ FAR: Final = 64 << 20
 
 LOST_S: Final = 15 * 60.0
 """How long a client may take from the address to its first byte: it may be fetching other layers first."""
+
+SAME_S: Final = 24 * 3600.0
+"""How long a pull that was counted goes on unseen, while the client fetches one large layer and asks for the next."""
 
 Place = tuple[str, str]
 """(host, repository)."""
@@ -35,6 +38,9 @@ class _Redirected:
     last: float
     bypasses: bool
     """Its version is known to fetch past every proxy."""
+    digests: set[Digest] = field(default_factory=set)
+    """The blobs whose addresses it was given."""
+    is_counted: bool = False
 
 
 @dataclass
@@ -58,6 +64,8 @@ class Pulls:
         self._places: OrderedDict[tuple[str, Digest], Place] = OrderedDict()
         """Where each client has last asked for a blob."""
         self._redirected: OrderedDict[tuple[str, Place], _Redirected] = OrderedDict()
+        self._lost: OrderedDict[tuple[str, Place], float] = OrderedDict()
+        """When the pulls that were counted last asked for an address."""
         self._ranges: dict[tuple[str, Digest], list[tuple[int, int]]] = {}
         """The ranges that each client reads now."""
 
@@ -73,10 +81,20 @@ class Pulls:
         """Return where the client has last asked for the blob; None if that is not known."""
         return self._places.get((client, digest))
 
-    def redirect(self, client: str, place: Place, *, bypasses: bool, now: float) -> None:
-        """Note that the client was sent to the registry's own address of a blob of `place`."""
+    def is_waiting(self, client: str, place: Place, digest: Digest) -> bool:
+        """Return whether the client was sent to the registry's own address of the blob, and nothing came of it here."""
+        pull = self._redirected.get((client, place))
+        return pull is not None and digest in pull.digests
+
+    def redirect(self, client: str, place: Place, digest: Digest, *, bypasses: bool, now: float) -> None:
+        """Note that the client was sent to the registry's own address of the blob."""
         key = (client, place)
-        self._redirected[key] = _Redirected(now, bypasses)
+        if key not in self._redirected:
+            counted = now < self._lost.pop(key, float("-inf")) + SAME_S
+            self._redirected[key] = _Redirected(now, bypasses, is_counted=counted)
+        pull = self._redirected[key]
+        pull.last, pull.bypasses = now, bypasses
+        pull.digests.add(digest)
         self._redirected.move_to_end(key)
         if len(self._redirected) > self._limit:
             self._redirected.popitem(last=False)
@@ -104,6 +122,12 @@ class Pulls:
             if now < pull.last + LOST_S:
                 return
             del self._redirected[key]
+            self._lost[key] = pull.last
+            self._lost.move_to_end(key)
+            if len(self._lost) > self._limit:
+                self._lost.popitem(last=False)
+            if pull.is_counted:
+                continue
             if pull.bypasses:
                 self.counts.bypassed += 1
             else:

@@ -48,8 +48,8 @@ class Recorder:
         """The recording of `digest`: the running one, or a new one.
 
         `obtain` gets a source again when the present one has expired; `stream` is a response whose body is the blob
-        from byte 0, and belongs to the recording from here on. `wanted` has a new one completed though nobody reads;
-        of any other somebody surely wants the first `look` bytes.
+        from byte 0, and belongs to the recording from here on. `wanted` has it completed though nobody
+        reads; of any other new one somebody surely wants the first `look` bytes.
         """
         recording = self._recordings.get(digest)
         if recording is None:
@@ -59,6 +59,8 @@ class Recorder:
             self._recordings[digest] = recording
             recording.start(stream, after=self._closing.get(digest))
             return recording
+        if wanted:
+            recording.want()
         if source is not None:
             recording.supply.offer(source, obtain)
         if stream is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from pullthrough.assembly import Assembly
+from pullthrough.clock import steady
 from pullthrough.cursor import Cursor
 from pullthrough.datastream import DataStream
 from pullthrough.digest import Digest
@@ -58,8 +59,7 @@ class Recording:
         wanted: bool = False,
         look: int = 0,
     ) -> None:
-        """`on_end` is called once, when no reader can be added any more; `wanted` is whole even if nobody reads, and
-        of any other the first `look` bytes are surely wanted."""
+        """`on_end` is called once, when no reader can be added; `wanted` is whole even if nobody reads, else `look`."""
         self._look = MAX_SLICE if wanted else look
         self.over = asyncio.Event()
         self._wanted = wanted
@@ -166,10 +166,7 @@ class Recording:
                 if await self._has_room(found[0]):
                     self._open(Assembly(*found))
                 return
-            rates = self._room.rates
-            stream = stream or await self.supply.open_first(
-                lambda host: first_slice(rates.of(host, time.monotonic()), self._look)
-            )
+            stream = stream or await self.supply.open_first(self._first_slice)
             self.supply.expect(stream.validator)
             if await self._has_room(stream.length, self._ingest.begin):
                 self._open(Assembly(stream.length))
@@ -181,7 +178,7 @@ class Recording:
     async def _has_room(self, size: int, begin: Callable[[int], None] | None = None) -> bool:
         """Make room for what is to come and `begin`; where that cannot be, clients are served past the disk."""
         try:
-            await self._room.keeper.reserve(self.digest, size if self._pulled else min(size, FAR))
+            await self._room.keeper.reserve(self.digest, size if self._pulled else min(size, FAR), whole=size)
             if begin is not None:
                 await self._room.threads.disk(begin, size)
         except StoreUnwritable as error:
@@ -219,8 +216,7 @@ class Recording:
         self._error = error
         if self._ready.done():
             self._fetcher.drop()
-            for cursor in self._cursors:
-                cursor.rouse()
+            self._rouse(0, size + 1)
         else:
             self.assembly = Assembly(size)
             self._ready.set_result(size)
@@ -253,30 +249,38 @@ class Recording:
             rate=rate,
             connections=self._room.budget.connections(self._room.connections),
             complete=self._wanted_whole,
-            now=time.monotonic(),
+            now=steady(),
         )
 
     def pull(self) -> None:
         """A client has shown that it pulls the blob: from now on it is recorded ahead of its readers."""
-        if self._pulled:
-            return
-        self._pulled = self._ingest.reserves = True
-        if not self._ended and self._error is None:
+        pulled, self._pulled = self._pulled, True
+        self._ingest.reserves = True
+        if not pulled and not self._ended and self._error is None:
             self._spawn(self._reserve_whole(), "reserve")
+
+    def want(self) -> None:
+        """Record all of the blob from now on, even if nobody reads."""
+        self._wanted = True
+        self.pull()
+        if self.size is not None:
+            self.wake()
 
     async def _reserve_whole(self) -> None:
         """Make room for all of the blob; where that cannot be, clients are served past the disk."""
-        if await self._has_room(self.assembly.size):
+        size = await self.ready()
+        if self._error is None and await self._has_room(size):
             self.wake()
 
     @property
     def _wanted_whole(self) -> bool:
         """Whether bytes that no reader asks for are fetched too."""
-        if not self._pulled:
-            return False
-        if self._cursors or self._wanted or self._room.finish is Finish.ALWAYS:
-            return True
-        return self._room.finish is Finish.AUTO and self.assembly.present.size * 2 >= self.assembly.size
+        finish = self._room.finish
+        is_half = finish is Finish.AUTO and self.assembly.present.size * 2 >= self.assembly.size
+        return self._pulled and bool(self._cursors or self._wanted or finish is Finish.ALWAYS or is_half)
+
+    def _first_slice(self, host: str) -> int:
+        return first_slice(self._room.rates.of(host, steady()), self._look)
 
     def _rouse(self, start: int, stop: int) -> None:
         """Wake the readers that wait for these bytes."""
@@ -301,15 +305,15 @@ class Recording:
         if self._fetcher.busy or self.assembly.complete:
             self._watch_idleness()
             return
-        left = self._ending(Ending.LEFT)
-        _log.info("recording %s: left by all clients with %s", self.digest.short, self._extent(), extra=left)
+        extra = self._ending(Ending.LEFT)
+        _log.info("recording %s: left by all clients with %s", self.digest.short, self._extent(), extra=extra)
         self._end()
 
     def _fail(self, error: CacheError) -> None:
         if self._ended:
             return
-        failed = self._ending(Ending.FAILED, error)
-        _log.warning("recording %s failed with %s: %s", self.digest.short, self._extent(), error, extra=failed)
+        extra = self._ending(Ending.FAILED, error)
+        _log.warning("recording %s failed with %s: %s", self.digest.short, self._extent(), error, extra=extra)
         self._error = error
         if not self._ready.done():
             self._ready.set_exception(error)
@@ -342,8 +346,7 @@ class Recording:
             self._idle.cancel()
         self.over.set()
         self._on_end(self)
-        for cursor in self._cursors:
-            cursor.rouse()
+        self._rouse(0, (self.size or 0) + 1)
         self._closing = asyncio.get_running_loop().create_task(self._close(), name=f"close {self.digest.short}")
 
     async def _close(self) -> None:

@@ -6,7 +6,7 @@ of the two a client is.
 
 Invariant: an address is handed out exactly as the registry gave it, and only to who may have it; what was got with a
 caller's credentials is that caller's alone. The registry is asked once for all who wait, and not at all while an
-address has half a day left. Sends no bytes, and starts no recording but where the registry itself answers with bytes.
+address has half a day left. Sends no bytes, and starts no recording but where a registry answers a client with bytes.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from yarl import URL
 
 from pullthrough import presigned
 from pullthrough.access import credential_key
+from pullthrough.clock import lasting
 from pullthrough.collapse import Collapser
 from pullthrough.digest import Digest
 from pullthrough.errors import UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnreachable
@@ -29,7 +30,7 @@ from pullthrough.grants import Grant, Grants, Pair
 from pullthrough.route import BlobRoute
 from pullthrough.settings import Settings
 from pullthrough.signed_addresses import SignedAddresses
-from pullthrough.upstream import DEADLINE_S, DENIED, PRIVATE, TOO_MANY_REQUESTS, Upstream
+from pullthrough.upstream import DENIED, PRIVATE, TOO_MANY_REQUESTS, Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ SHARED_S: Final = 12 * 3600.0
 LAST_S: Final = 600.0
 """What it must have left where the registry does not answer."""
 
+PATIENCE_S: Final = 15.0
+"""How long the registry is waited for where only its own address will do: less than the whole answer may take, so that
+a remembered one, or a word of why there is none, still reaches the client."""
+
 UNDATED_S: Final = 600.0
 """How long an address is good that does not say so: hf.co's tokens live exactly that."""
 
@@ -46,7 +51,7 @@ AHEAD: Final = 16
 """Addresses that are obtained ahead for one manifest."""
 AHEAD_AT_ONCE: Final = 4
 QUIET_S: Final = 600.0
-"""How long nothing is asked ahead after a registry has answered 429."""
+"""How long nothing is asked ahead of a registry that has answered 429, or with what does not last."""
 
 Key = tuple[str, str, Digest, bytes]
 
@@ -70,23 +75,25 @@ class Redirects:
         self._record = record
         self._asking: Collapser[Key, str | None] = Collapser()
         self._ahead: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._quiet_until = 0.0
+        self._quiet_until: dict[str, float] = {}
+        """By registry."""
         self._warned: set[str] = set()
 
-    async def location(self, request: Request, pair: Pair, *, held: bool) -> str | None:
+    async def location(self, request: Request, pair: Pair, *, held: bool, fresh: bool = False) -> str | None:
         """Return the registry's own address of the blob; None where there is none, and ours must do.
 
-        `held` says that this caller may have the blob and that its size is known here. Raises UpstreamError where the
-        registry gives neither an address nor, were it `held`, a reason to hand out ours.
+        With `fresh` a remembered one will not do while the registry answers. `held` says that this caller may have the
+        blob and that its size is known here. Raises UpstreamError where the registry gives neither an address nor, were
+        it `held`, a reason to hand out ours.
         """
-        if address := self._shared(request, pair, left_s=SHARED_S):
+        if not fresh and (address := self._shared(request, pair, left_s=SHARED_S)):
             return address
         # Ours is no use to a client that is known to bypass: it waits for the registry as long as it can.
-        patience_s = REVALIDATE_TIMEOUT_S if held and not request.is_known_to_bypass else DEADLINE_S
+        has_other = held and not request.is_known_to_bypass
         try:
-            if held and not self._upstream.is_up(request.host):
+            if not self._upstream.is_up(request.host) and (has_other or self._shared(request, pair, left_s=LAST_S)):
                 raise UpstreamUnreachable(f"{request.host} has not answered lately")
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(REVALIDATE_TIMEOUT_S if has_other else PATIENCE_S):
                 return await self._obtain(request, pair)
         except TimeoutError:
             problem: UpstreamError = UpstreamTimeout("no answer in time")
@@ -107,9 +114,9 @@ class Redirects:
     def prepare(self, request: Request, repository: str, digests: Iterable[Digest]) -> None:
         """Obtain the addresses of a public manifest's layers in the background: the client asks for them next."""
         place = (request.host, repository)
-        now = time.time()
+        now = lasting()
         missing = [each for each in digests if self._addresses.shared(each, left_s=SHARED_S, now=now) is None]
-        idle = place not in self._ahead and time.monotonic() >= self._quiet_until
+        idle = place not in self._ahead and time.monotonic() >= self._quiet_until.get(request.host, 0.0)
         if missing and idle and not self._settings.offline and self._upstream.is_up(request.host):
             anonymous = replace(
                 request, headers={name: value for name, value in request.headers.items() if name != "authorization"}
@@ -137,14 +144,15 @@ class Redirects:
                 if over.is_set():
                     return
                 try:
-                    await self._obtain(request, BlobRoute(repository, digest))
-                    if self._addresses.shared(digest, left_s=SHARED_S, now=time.time()) is None:
+                    await self._obtain(request, BlobRoute(repository, digest), ahead=True)
+                    if self._addresses.shared(digest, left_s=SHARED_S, now=lasting()) is None:
                         # Nothing that lasts is to be had there.
                         over.set()
+                        self._quiet_until[request.host] = time.monotonic() + QUIET_S
                 except UpstreamError as error:
                     over.set()
                     if isinstance(error, UpstreamRefused) and error.status_hint == TOO_MANY_REQUESTS:
-                        self._quiet_until = time.monotonic() + max(QUIET_S, error.retry_after_s)
+                        self._quiet_until[request.host] = time.monotonic() + max(QUIET_S, error.retry_after_s)
                     _log.info("addresses of %s: %s; the rest is left to the client's own requests", repository, error)
 
         await asyncio.gather(*map(obtain, digests))
@@ -153,27 +161,31 @@ class Redirects:
         """An address that is remembered of a blob which everybody may have."""
         if not self._grants.is_public(request.host, pair):
             return None
-        return self._addresses.shared(pair.digest, left_s=left_s, now=time.time())
+        return self._addresses.shared(pair.digest, left_s=left_s, now=lasting())
 
-    async def _obtain(self, request: Request, pair: Pair) -> str | None:
+    async def _obtain(self, request: Request, pair: Pair, *, ahead: bool = False) -> str | None:
         key = (request.host, pair.repository, pair.digest, credential_key(request.authorization))
-        address, _ = await self._asking.join(key, lambda: self._ask(request, pair))
+        address, _ = await self._asking.join(key, lambda: self._ask(request, pair, ahead=ahead))
         return address
 
-    async def _ask(self, request: Request, pair: Pair) -> str | None:
-        """Ask the registry once, and remember what it says for all."""
-        grant = await self._grants.obtain(request, pair, look=1, hands_on=self._is_foreign)
+    async def _ask(self, request: Request, pair: Pair, *, ahead: bool) -> str | None:
+        """Ask the registry once, and remember what it says for all. Nothing is recorded that is asked for `ahead`."""
+        stop = 1 if ahead else None
+        grant = await self._grants.obtain(request, pair, look=1, stop=stop, hands_on=self._is_foreign)
         location = grant.location
         if location is not None and self._is_foreign(location):
             self._warn(request.host, location)
             return location
-        expires = presigned.expiry(location) if location is not None else None
-        if location is None or not self._is_recognisable(request.host, location, expires):
+        now = lasting()
+        expires = presigned.expiry(location, now=now) if location is not None else None
+        is_recognisable = location is not None and self._is_recognisable(request.host, location, expires)
+        if not is_recognisable and not ahead:
             await self._record(pair.digest, grant)
             return None
         if grant.stream is not None:
             grant.stream.close()
-        now = time.time()
+        if location is None or not is_recognisable:
+            return None
         until = expires if expires is not None else now + UNDATED_S
         self._addresses.add(pair.digest, location, expires=until, public=grant.public, obtain=grant.again, now=now)
         return location
@@ -196,7 +208,10 @@ class Redirects:
         if there.scheme != "https" or there.port != 443 or host == registry:
             return False
         # Without a signature of the object store's it is another cache's own, which the real blob host would refuse.
-        return expires is not None if host == self._settings.blob_host else host in self._settings.intercepted
+        if host == self._settings.blob_host:
+            return expires is not None
+        # What has no query is asked for like any address of that registry.
+        return host in self._settings.intercepted and bool(there.raw_query_string)
 
     def _warn(self, registry: str, location: str) -> None:
         host = URL(location, encoded=True).host or ""

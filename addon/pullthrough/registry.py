@@ -7,13 +7,13 @@ out only where `access.decide`, a valid capability or a signed address that was 
 
 import asyncio
 import logging
-import time
 
 from pullthrough import capability
 from pullthrough.ahead import Ahead
 from pullthrough.blob_content import BlobContent
 from pullthrough.blobs import Blobs
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.clock import lasting
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     CacheError,
@@ -59,12 +59,12 @@ class Registry:
         self._store = store
         self._upstream = upstream
         self.pulls = Pulls(_log_lost)
-        self._addresses = SignedAddresses(store.secret, store.ledger)
+        self._addresses = SignedAddresses(store.secret, store.ledger, store.is_public)
         self._manifests = Manifests(settings, store, upstream, tier)
         grants = Grants(settings, store, upstream)
         offload = Offload(store, tier if settings.offload else None)
         self._prefetcher = Prefetcher(
-            store, recorder, grants.source, lambda digest: self._addresses.source(digest, now=time.time())
+            store, recorder, grants.source, lambda digest: self._addresses.source(digest, now=lasting())
         )
         self._content = BlobContent(store, recorder, grants, offload, self.pulls, self._follow, tier)
         self._blobs = Blobs(
@@ -114,6 +114,9 @@ class Registry:
         try:
             async with asyncio.timeout(patience_s):
                 match route:
+                    case HandedOut() if request.method == "HEAD":
+                        # The method is part of what is signed: the blob host would refuse it, too.
+                        return Answer(403, CacheStatus(Outcome.BYPASS))
                     case HandedOut():
                         return await self._content.read(request, route.digest, handed_out=route)
                     case CanonicalRoute():
@@ -133,7 +136,7 @@ class Registry:
         canonical = parse_canonical_target(request.target)
         if canonical is not None and capability.is_claimed(canonical.query):
             return canonical
-        if handed_out := self._addresses.recognise(request.host, request.target, now=time.time()):
+        if handed_out := self._addresses.recognise(request.host, request.target, now=lasting()):
             return handed_out
         if canonical is None and request.host in self._settings.registries:
             return parse_registry_target(request.target)

@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator
 from typing import Final
 
 from pullthrough.budget import Budget
+from pullthrough.clock import steady
 from pullthrough.errors import UpstreamError
 from pullthrough.fetcher import Counters
 from pullthrough.patience import Patience, backoff_s
@@ -114,7 +115,7 @@ class _Line:
 
     async def _fetch(self) -> AsyncGenerator[bytes]:
         position = self._start
-        patience = Patience(time.monotonic())
+        patience = Patience(steady())
         relays = self._relays
         source = None
         while position < self._stop:
@@ -132,12 +133,12 @@ class _Line:
                             if piece:
                                 position += len(piece)
                                 yield piece
-                                patience.hear(time.monotonic())
+                                patience.hear(steady())
                             if position >= self._stop:
                                 return
                             await asyncio.sleep(relays.budget.spend(len(data), live=True, now=time.monotonic()))
             except UpstreamError as error:
-                now = time.monotonic()
+                now = steady()
                 silent = now - patience.heard
                 if source is not None:
                     relays.supply.failed(source, error, silent_s=silent)

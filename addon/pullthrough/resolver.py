@@ -46,7 +46,7 @@ class AddressRules:
         if (host, port) in self._named.addresses:
             return
         if not self._policy.is_exempt(host, port) and (host, port) not in self._near:
-            self._policy.pin(addresses, own=self._own())
+            self._policy.judge(addresses, own=self._own())
         elif host in self._intercepted and port in self._own_ports():
             check_elsewhere(host, addresses, own=self._own())
         if (host, port) in self._named.endpoints:

@@ -23,7 +23,8 @@ LIMIT: Final = 20_000
 """Addresses that are recognised: those of a thousand models, twice a day for a week."""
 
 GRACE_S: Final = 24 * 3600.0
-"""How long a public blob's address is recognised beyond its own end: a pull may be longer under way than a day."""
+"""How long a blob's address is recognised beyond its own end while the blob is public: a pull may be longer under way
+than a day."""
 
 RECORDABLE_S: Final = 60.0
 """What an address must have left for a recording to begin with it; it obtains another one when that has expired."""
@@ -45,27 +46,33 @@ class HandedOut:
 class SignedAddresses:
     """Those of one store."""
 
-    def __init__(self, secret: bytes, ledger: Ledger, *, limit: int = LIMIT) -> None:
-        """`secret` is the store's; the ledger keeps the HMACs of at most `limit` addresses."""
+    def __init__(
+        self, secret: bytes, ledger: Ledger, is_public: Callable[[Digest], bool], *, limit: int = LIMIT
+    ) -> None:
+        """`secret` is the store's; the ledger keeps the HMACs of at most `limit` addresses.
+
+        `is_public` says whether everybody may have a blob by now.
+        """
         self._secret = secret
         self._ledger = ledger
+        self._is_public = is_public
         self._limit = limit
         self._obtain: dict[str, Obtain] = {}
-        self._shared: dict[Digest, tuple[str, float]] = {}
-        """(address, when it expires) of blobs that an anonymous request got."""
+        self._shared: dict[Digest, tuple[str, float, str]] = {}
+        """(address, when it expires, its HMAC) of blobs that an anonymous request got."""
 
     def add(self, digest: Digest, address: str, *, expires: float, public: bool, obtain: Obtain, now: float) -> None:
         """Recognise the address from now on; if it is `public`, others may be given it too."""
         key = self._key(URL(address, encoded=True))
-        self._ledger.put_address(key, digest, expires + GRACE_S if public else expires)
+        self._ledger.put_address(key, digest, expires)
         self._obtain[key] = obtain
         if public:
-            self._shared[digest] = address, expires
+            self._shared[digest] = address, expires, key
         self._forget(now)
 
     def shared(self, digest: Digest, *, left_s: float, now: float) -> str | None:
         """Return an address that anybody may have who may have the blob, good for `left_s` more seconds."""
-        address, expires = self._shared.get(digest, ("", 0.0))
+        address, expires, _ = self._shared.get(digest, ("", 0.0, ""))
         return address if expires - now >= left_s else None
 
     def source(self, digest: Digest, *, now: float) -> Source | None:
@@ -79,27 +86,28 @@ class SignedAddresses:
             return None
         try:
             address = URL(f"https://{host}{target}", encoded=True)
+            key = self._key(address)
         except ValueError:
             return None
-        key = self._key(address)
-        digest, until = self._ledger.addresses.get(key, (None, 0.0))
-        if digest is None or now >= until:
+        digest, expires = self._ledger.addresses.get(key, (None, 0.0))
+        if digest is None or (now >= expires and (now >= expires + GRACE_S or not self._is_public(digest))):
             return None
         return HandedOut(digest, Source(str(address)), self._obtain.get(key))
 
     def _key(self, address: URL) -> str:
         """Return the HMAC of host and target: what of an address reaches the server that it names."""
-        message = f"signed address {(address.host or '').lower()}{address.raw_path_qs}".encode()
-        return hmac.new(self._secret, message, hashlib.sha256).hexdigest()
+        message = f"signed address {(address.host or '').lower()}{address.raw_path_qs}"
+        return hmac.new(self._secret, message.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
 
     def _forget(self, now: float) -> None:
         """Forget what has expired, and the oldest beyond the limit."""
         known = self._ledger.addresses
         while known:
-            key, (digest, until) = next(iter(known.items()))
-            if len(known) <= self._limit and now < until:
+            key, (digest, expires) = next(iter(known.items()))
+            if len(known) <= self._limit and now < expires + GRACE_S:
                 return
             self._ledger.drop_address(key)
             self._obtain.pop(key, None)
-            if self._shared.get(digest, ("", now))[1] < now:
-                self._shared.pop(digest, None)
+            # What would not be recognised is handed out no more.
+            if self._shared.get(digest, ("", 0.0, ""))[2] == key:
+                del self._shared[digest]

@@ -131,6 +131,11 @@ class Store:
         """What is known of `digest`, whether or not its bytes are here."""
         return self._blobs.get(digest)
 
+    def is_public(self, digest: Digest) -> bool:
+        """Whether an anonymous request for it has succeeded upstream, and none was refused since."""
+        record = self._blobs.get(digest)
+        return record is not None and record.public
+
     def held(self, digest: Digest) -> BlobRecord | None:
         """The record of a blob whose verified file is still the one that was verified, else None."""
         record = self._blobs.get(digest)

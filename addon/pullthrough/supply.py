@@ -7,10 +7,10 @@ of them that fails is let go at once. Knows no bytes and no slices.
 import asyncio
 import itertools
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from pullthrough.clock import steady
 from pullthrough.datastream import DataStream, Source
 from pullthrough.errors import SourceExpired, UnexpectedResponse, UpstreamError, UpstreamRefused, UpstreamTimeout
 from pullthrough.nearby import Nearby
@@ -92,7 +92,7 @@ class Supply:
 
         Clients have not been answered yet, and wait 30 s for that: what fails is tried again for FIRST_S.
         """
-        deadline = time.monotonic() + FIRST_S
+        deadline = steady() + FIRST_S
         for tries in itertools.count():
             source: Source | None = None
             try:
@@ -110,7 +110,7 @@ class Supply:
             settled = isinstance(problem, UpstreamRefused) and 400 <= problem.status_hint < 429
             lies = isinstance(problem, UnexpectedResponse) and tries >= MAX_LIES
             pause_s = max(peace_s, min(1.0, backoff_s(tries + 1)))
-            if settled or lies or time.monotonic() + pause_s > deadline:
+            if settled or lies or steady() + pause_s > deadline:
                 raise problem
             _log.info("first response: %s; trying again", problem)
             await asyncio.sleep(pause_s)

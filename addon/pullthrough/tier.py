@@ -16,6 +16,7 @@ from typing import Final
 
 from pullthrough import fleet
 from pullthrough.breaker import Breaker
+from pullthrough.clock import lasting
 from pullthrough.datastream import Source
 from pullthrough.digest import Digest
 from pullthrough.errors import AddressRefused, ForgedDocument, SettingsError, TierError
@@ -145,13 +146,13 @@ class Tier:
                     self._is_private = True
                     _log.warning("object store: %s; clients are not redirected to it (offload)", error)
                 return False
-            self._addresses[digest] = signed, time.monotonic() + SIGNED_S / 2
+            self._addresses[digest] = signed, lasting() + SIGNED_S / 2
         return True
 
     def address(self, digest: Digest) -> str | None:
         """Where a client finds the blob for the next hours, None if that was not prepared."""
         address, until = self._addresses.get(digest, ("", 0.0))
-        usable = digest not in self.suspects and not self.is_open and time.monotonic() < until
+        usable = digest not in self.suspects and not self.is_open and lasting() < until
         return address if usable else None
 
     async def manifest(self, name: Name) -> ManifestRecord | None:

@@ -16,6 +16,10 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _NAT64_LOCAL = ipaddress.ip_network("64:ff9b:1::/48")
 _AZURE_WIRE_SERVER = ipaddress.ip_address("168.63.129.16")
 """A public address that answers only inside Azure, with instance secrets."""
+SHARED = ipaddress.ip_network("100.64.0.0/10")
+"""What carriers number their customers with, and Tailscale its machines (RFC 6598). Neither public, nor private to the
+network that the cache stands in: behind such a carrier, strangers have these addresses too. So nobody who has one is
+admitted, and no connection leads to one, unless the network is configured by its number."""
 
 
 def unwrap(address: Address) -> Address:
@@ -36,6 +40,8 @@ def check_address(text: str, *, own: Collection[str] = ()) -> None:
         address = unwrap(ipaddress.ip_address(text.partition("%")[0]))
     except ValueError as error:
         raise AddressRefused(f"expected an IP address, got {text!r}") from error
+    if address.version == 4 and address in SHARED:
+        raise AddressRefused(f"expected a public address, got {text} (RFC 6598: of a carrier, or of Tailscale)")
     site_local = isinstance(address, ipaddress.IPv6Address) and (address.is_site_local or address in _NAT64_LOCAL)
     if not address.is_global or address.is_multicast or site_local or address == _AZURE_WIRE_SERVER:
         raise AddressRefused(f"expected a public address, got {text}")
@@ -74,8 +80,8 @@ class LegPolicy:
         if port != expected:
             raise AddressRefused(f"expected port {expected}, got {port}")
 
-    def pin(self, addresses: Sequence[str], *, own: Collection[str] = ()) -> str:
-        """The address to connect to: the first, once every one of them has been checked.
+    def judge(self, addresses: Sequence[str], *, own: Collection[str] = ()) -> tuple[str, ...]:
+        """The addresses that may be connected to: all of them, each once, or AddressRefused.
 
         One bad address refuses the name: a resolver that mixes public and private answers is rebinding.
         """
@@ -83,4 +89,4 @@ class LegPolicy:
             raise AddressRefused("expected at least one address, got none")
         for address in addresses:
             check_address(address, own=own)
-        return addresses[0]
+        return tuple(dict.fromkeys(addresses))

@@ -1,6 +1,6 @@
 """The benchmark behind `scripts/bench`: what it measures, with what load, and how it tells.
 
-    report              table, README block, plot
+    report              table, blocks of docs/benchmarks.md, plot
     rows                the list of rows, each with what limits it
     warm  small  cold   the measurements
     pulls

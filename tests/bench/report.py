@@ -1,11 +1,10 @@
-"""How results are told: a table for the terminal, the README's two blocks, a plot.
+"""How results are told: a table for the terminal, the two blocks of docs/benchmarks.md, a plot.
 
 **Invariant**: every number shown is in the JSON document, which is all that is told from:
 `{"machine", "pairs", "quick", "rows": {name: {"about", "limit", "figures": [{"what", "unit", "sides", "ratios"}]}}}`.
 Knows nothing of measuring.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,11 +14,11 @@ from rich.table import Table
 
 from tests.bench.figures import OURS
 from tests.bench.rows import ROWS, Row
+from tests.support.blocks import with_block
 
 Document = Mapping[str, Any]
 TIMES: Final = "\N{MULTIPLICATION SIGN}"
 HEAD: Final = ("row", "what", "the cache", f"beside it (the cache is so many {TIMES} as good)", "also")
-_BLOCK: Final = "<!-- bench: {name} -->\n{text}\n<!-- end of bench: {name} -->"
 
 
 def number(value: float) -> str:
@@ -76,31 +75,22 @@ def table(document: Document) -> Table:
 
 
 def figures_block(document: Document) -> str:
-    """The README's table with the machine above it."""
+    """Return the table of docs/benchmarks.md with the machine above it."""
     cells = [("`" + name + "`", *rest) for name, *rest in lines(document)]
     rows = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in (HEAD, ("---",) * len(HEAD), *cells)]
     return f"Measured on {machine(document)}.\n\n" + "\n".join(rows)
 
 
 def rows_block(rows: Mapping[str, Row] = ROWS) -> str:
-    """The README's list of what each row does and what limits it."""
+    """Return the list of what each row does and what limits it."""
     return "\n".join(f"- `{name}`: {row.about} *Limited by* {row.limit}." for name, row in rows.items())
 
 
-def with_block(text: str, name: str, block: str) -> str:
-    """The text with the named block replaced; ValueError if it has none, or several."""
-    pattern = re.escape(_BLOCK).replace(r"\{name\}", re.escape(name)).replace(r"\{text\}", "(.*?)")
-    found = re.findall(pattern, text, re.DOTALL)
-    if len(found) != 1:
-        raise ValueError(f"expected one block {name!r}, got {len(found)}")
-    return re.sub(pattern, lambda _: _BLOCK.format(name=name, text=block), text, flags=re.DOTALL)
-
-
-def readme(text: str, document: Document) -> str:
-    """The README with both blocks made anew; of a quick run, ValueError."""
+def page(text: str, document: Document) -> str:
+    """Return docs/benchmarks.md with both blocks made anew. Raises ValueError for a quick run."""
     if document["quick"]:
         raise ValueError("expected a full run, got one of --quick")
-    return with_block(with_block(text, "figures", figures_block(document)), "rows", rows_block())
+    return with_block(with_block(text, "bench figures", figures_block(document)), "bench rows", rows_block())
 
 
 def plot(document: Document, path: Path) -> None:

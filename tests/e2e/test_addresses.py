@@ -86,6 +86,10 @@ def test_only_what_was_handed_out_is_ours(origin: Origin, proxy: Proxy) -> None:
     data = unique(1000)
     model = add_model(origin, data)
     target, _ = probe(proxy, model)
+    with to_cdn(proxy) as connection:
+        # The method is part of what is signed.
+        assert connection.request("HEAD", target, []).status == 403
+    assert origin.counters.cdn_requests == 0
     assert part(proxy, target) == (200, data.read(0, 1000))
     proxy.wait_for_line(model.recorded)
     origin.reset_counters()

@@ -111,6 +111,21 @@ def test_every_client(origin: Origin, proxy: Proxy, tmp_path: Path, client: str,
     assert origin.counters.cdn_bytes_by_digest[model.layer] == SIZE
 
 
+@pytest.mark.parametrize("client", ["A0 0.1.1", "A2 current", "M1 0.35.1", "M2 0.40.2", "x/transfer current"])
+def test_insecure_needs_no_scheme(origin: Origin, proxy: Proxy, tmp_path: Path, client: str) -> None:
+    """`ollama pull --insecure host:port/library/model`: the flag alone makes it http, which client2 ignores."""
+    model = add_model(origin, blob := unique(SIZE))
+    kind, options = CLIENTS[client]
+    puller = kind(None, proxy.ca_file, tmp_path, **options)
+    puller.insecure = True
+    puller.pull(f"{ADDRESS}:{proxy.front_port}/{model.repository}")
+    assert puller.blob_path(model.layer).read_bytes() == blob.read(0, SIZE)
+    client2 = Client2(None, proxy.ca_file, tmp_path, version="chunksums")
+    client2.insecure = True
+    with pytest.raises(PullError):
+        client2.pull(f"{ADDRESS}:{proxy.front_port}/{model.repository}")
+
+
 # --- what is answered
 
 
@@ -198,6 +213,29 @@ def test_nothing_else_is_served_or_forwarded(
         (error,) = json.loads(response.read())["errors"]
         assert error["code"] == "UNSUPPORTED"
         assert response.header("allow") == ("GET, HEAD" if expected == 405 else None)
+    assert not origin.counters.requests
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"Sec_Fetch_Site": "cross-site"},
+        {"Origin": "https://evil.example"},
+        {"User_Agent": "Mozilla/5.0"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_page_of_another_site_gets_no_models(origin: Origin, proxy: Proxy, fields: dict[str, str]) -> None:
+    """Nothing is asked of upstream for it, nothing recorded, and what is stored is not told."""
+    stored, other = add_model(origin, unique(SIZE)), add_model(origin, unique(SIZE))
+    address = address_of(proxy, stored)
+    origin.reset_counters()
+    with to_front(proxy) as connection:
+        for target in (other.manifest_target, other.blob_target, stored.manifest_target, stored.blob_target):
+            status, _, body = get(connection, target, **fields)
+            assert (status, b"not for pages in a browser" in body) == (403, True), target
+        assert get(connection, address, **fields)[::2] == (403, b"")
+        assert get(connection, "/", **fields)[0] == 200
     assert not origin.counters.requests
 
 

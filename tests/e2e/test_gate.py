@@ -1,5 +1,6 @@
 """Who gets in, what is intercepted, and where the proxy connects to."""
 
+import re
 import socket
 import ssl
 from collections.abc import Callable
@@ -44,10 +45,31 @@ def test_intercepted_hosts_show_our_leaf(proxy: Proxy) -> None:
         assert names.get_values_for_type(x509.DNSName) == [host]
 
 
-def test_other_hosts_are_tunnelled_unread(origin: Origin, proxy: Proxy) -> None:
-    """A host that is not ours shows its own certificate through the proxy: nothing was decrypted."""
-    sock = tunnel(proxy, f"localhost:{origin.registry_port}")
-    assert handshake(sock, "localhost").issuer == x509.load_pem_x509_certificate(origin.ca_file.read_bytes()).subject
+def ask(sock: socket.socket, method: str, target: str, host: str) -> bytes:
+    """The status line of the answer to a request without a body; the answer must be a small one."""
+    sock.sendall(f"{method} {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    head, _, body = sock.recv(65536).partition(b"\r\n\r\n")
+    length = int((re.search(rb"(?i)content-length: (\d+)", head) or [b"", b"0"])[1])
+    while len(body) < length and (more := sock.recv(65536)):
+        body += more
+    return head.partition(b"\r\n")[0]
+
+
+@pytest.mark.parametrize("method", ["CONNECT", "GET", "DELETE"])
+def test_what_upstream_names_is_for_the_cache(origin: Origin, proxy: Proxy, method: str) -> None:
+    """Clients reach the place of a registry by the registry's name only, whatever they have asked for before."""
+    there = f"localhost:{origin.registry_port}"
+    model = f"http://{REGISTRY}/v2/library/x/manifests/latest"
+    for before in ((), ("DELETE",)):
+        with closing(socket.create_connection(("127.0.0.1", proxy.port), timeout=20)) as sock:
+            for other in before:
+                assert ask(sock, other, model, REGISTRY).startswith(b"HTTP/1.1 404")
+            counted = len(origin.counters.requests)
+            status = ask(sock, method, there if method == "CONNECT" else f"http://{there}/v2/", there)
+            assert status.startswith(b"HTTP/1.1 403" if method == "CONNECT" else b"HTTP/1.1 502")
+        assert len(origin.counters.requests) == counted
+        proxy.wait_for_line("refused" if method == "CONNECT" else "is for the cache's own requests")
+        proxy.forget_lines()
 
 
 def test_an_unlisted_name_fails_closed(proxy: Proxy) -> None:

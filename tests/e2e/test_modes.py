@@ -239,6 +239,24 @@ def hosts_entry(world: World) -> None:
         proxy.wait_for_line(f"refused client {CLIENT}: expected one of {REGISTRY_HOST}")
 
 
+def modern_hosts_entry(world: World) -> None:
+    origin = world.origin
+    world.client_hosts({REGISTRY_HOST: CACHE})
+    with world.cache(HOSTS_ENTRY) as proxy:
+        for version in ("0.35.1", "0.40.2", "0.40.3"):
+            model, tensors = add_model(origin, unique(MB)), add_tensors(origin, [origin.add_blob(unique(MB))])
+            options = {**PARTS, "version": version, "dns": {R2_HOST: [CDN], REGISTRY_HOST: [CACHE]}}
+            with pytest.raises(PullError, match=f"{REGISTRY_HOST} resolves to non-public {CACHE}"):
+                pull(ModernClient(None, proxy.ca_file, world.folder / f"{version} model", **options), model)
+            pull(ModernClient(None, proxy.ca_file, world.folder / f"{version} tensors", **options), tensors)
+            assert_fetched_once(origin, tensors)
+
+
+def test_hosts_entry_for_clients_since_035(tmp_path: Path) -> None:
+    """They take a blob's parts from public addresses only: safetensors models come, others say why they do not."""
+    play(modern_hosts_entry, tmp_path)
+
+
 def test_hosts_entry(tmp_path: Path) -> None:
     """Where the registry's name leads to the cache, A2 and x/transfer pull from it, private layers too."""
     play(hosts_entry, tmp_path)

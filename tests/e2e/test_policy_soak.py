@@ -11,8 +11,9 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -242,6 +243,13 @@ def assert_closed(origin: Origin, proxy: Proxy, known: Knowledge) -> None:
                     assert get(connection, f"/v2/{STRANGER}/{kind}/{digest}")[0] == 404
                 assert get(connection, f"/v2/{repository}/manifests/{digest}")[0] == 401
             assert get(connection, f"/v2/{repository}/manifests/latest")[0] == 401
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Iterator[Origin]:
+    """One of the test's own: what it does to addresses is no matter of others'."""
+    with Origin(tmp_path / "origin") as origin:
+        yield origin
 
 
 def test_policy_soak(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:

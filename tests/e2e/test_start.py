@@ -8,7 +8,7 @@ from mitmproxy import version
 from mitmproxy.certs import CertStore
 
 from pullthrough.store import Store
-from tests.support.proxy import ADDON, PROGRAM, run_until_exit
+from tests.support.proxy import PROGRAM, patched, run_until_exit
 
 
 def refused(
@@ -127,6 +127,58 @@ def test_second_daemon(tmp_path: Path) -> None:
 )
 def test_another_mitmproxy(tmp_path: Path, patch: str, message: str) -> None:
     """Internals that are not those the stream layer was written for."""
-    script = tmp_path / "patched.py"
-    script.write_text(f"{patch}\nimport sys\nsys.path.insert(0, {str(ADDON.parent)!r})\n{ADDON.read_text()}")
-    assert message in refused(tmp_path, program=(PROGRAM[0], "-s", script))
+    assert message in refused(tmp_path, program=patched(tmp_path, patch))
+
+
+RENAMED = """
+from mitmproxy import hooks
+from mitmproxy.proxy import server_hooks
+from mitmproxy.proxy.layers.http import _hooks
+hook = {"client_connected": server_hooks.ClientConnectedHook, "server_connect": server_hooks.ServerConnectHook,
+        "http_connect": _hooks.HttpConnectHook}[NAME]
+hook.name = NAME + "ing"
+hooks.all_hooks[hook.name] = hook
+"""
+MISSING = """
+from pullthrough.flows import Flows
+from pullthrough.gate import Gate
+from pullthrough.intake import Intakes
+for part in PARTS:
+    setattr(part, NAME + "ing", getattr(part, NAME))
+    delattr(part, NAME)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "message"),
+    [
+        ("client_connected", "Gate", "client_connected: a stranger: expected a refusal"),
+        ("client_connected", "Intakes", "an endless head"),
+        ("http_connect", "Gate", "http_connect: a tunnel to port 22: expected a refusal, got b'HTTP/1.1 200"),
+        ("server_connect", "Gate", "server_connect: a way to this machine: expected a refusal"),
+        ("next_layer", "Gate", "next_layer: a tunnel that is read: expected a refusal"),
+        ("requestheaders", "Flows", "requestheaders: two names: expected a refusal"),
+    ],
+)
+def test_a_hook_that_is_not_called(tmp_path: Path, name: str, parts: str, message: str) -> None:
+    """A hook on which the policy stands, and which is called by another name here, stops the start."""
+    patch = f"NAME, WHERE = {name!r}, {parts!r}\n" + MISSING.replace("PARTS", "[globals()[WHERE]]")
+    told = refused_late(tmp_path, patched(tmp_path, patch))
+    assert message in told, told
+
+
+@pytest.mark.parametrize("name", ["client_connected", "server_connect", "http_connect"])
+def test_a_hook_that_has_another_name(tmp_path: Path, name: str) -> None:
+    """A mitmproxy that calls it otherwise is another mitmproxy."""
+    told = refused_late(tmp_path, patched(tmp_path, f"NAME = {name!r}\n{RENAMED}"))
+    assert "another mitmproxy is needed" in told, told
+
+
+def refused_late(folder: Path, program: Sequence[str | Path]) -> str:
+    """The line about the refusal of a start that had come as far as listening, but admitted nobody."""
+    places = {"ollama_cache_dir": folder / "store", "ollama_cache_certs": folder / "certs"}
+    code, output = run_until_exit(folder, program=program, **places)
+    assert code == 1, output
+    assert "Traceback" not in output
+    assert "ollama-cache ready" not in output
+    return next((line for line in output.splitlines() if "ollama-cache: " in line), output)

@@ -134,7 +134,7 @@ class ServerClient(PullClient):
 
     def _pull(self, model: str) -> tuple[bytes, list[str]]:
         self._token = ""
-        name = ModelName.parse(model)
+        name = ModelName.parse(model, insecure=self.insecure)
         try:
             manifest = self._manifest(name)
             runnable, downloaded = self._runnable(name, manifest)

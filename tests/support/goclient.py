@@ -116,11 +116,13 @@ class ModelName:
     tag: str
 
     @classmethod
-    def parse(cls, text: str) -> "ModelName":
-        """`[scheme://][host/][namespace/]model[:tag]`."""
+    def parse(cls, text: str, *, insecure: bool = False) -> "ModelName":
+        """`[scheme://][host/][namespace/]model[:tag]`; `insecure` makes it http (makeRequest of server/images.go)."""
         scheme, separator, rest = text.partition("://")
         if not separator:
             scheme, rest = "https", text
+        if insecure:
+            scheme = "http"
         *folders, last = rest.split("/")
         model, _colon, tag = last.partition(":")
         host = folders[0] if len(folders) == 2 else DEFAULT_HOST
@@ -541,6 +543,9 @@ class PullClient(ABC):
 
     _no_proxy: Sequence[str] = ()
     """NO_PROXY."""
+
+    insecure = False
+    """--insecure of the next pulls. client2 does not look at it."""
 
     def __init__(
         self,

@@ -156,7 +156,7 @@ class ModernClient(A2Client, Transfers):
     # --- the pull
 
     def _pull(self, model: str) -> tuple[bytes, list[str]]:
-        name = ModelName.parse(model)
+        name = ModelName.parse(model, insecure=self.insecure)
         # No http name is pulled without --insecure, which lifts the check of addresses.
         is_insecure = name.scheme == "http"
         self._part_redirects = Redirects(

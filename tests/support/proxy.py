@@ -82,6 +82,13 @@ def run_until_exit(
     return done.returncode, done.stdout.decode("utf-8", "replace")
 
 
+def patched(folder: Path, patch: str) -> tuple[str | Path, ...]:
+    """The program, with a script in `folder` that runs these lines before it loads the addon."""
+    script = folder / "patched.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ADDON.parent)!r})\n{patch}\n{ADDON.read_text()}")
+    return PROGRAM[0], "-s", script
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on."""
     with socket.socket() as sock:

@@ -65,7 +65,7 @@ nft add rule inet ollama_cache prerouting iifname lan tcp dport { 80, 443 } redi
 iptables -t nat -A PREROUTING -i lan -p tcp -m multiport --dports 80,443 -j REDIRECT --to-ports 8081
 """,
 }
-"""By program, as the README has it."""
+"""By program, as docs/gateway.md has it."""
 
 _UNSHARE: Final = ("unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
 _SKIPPED: Final = 77

@@ -34,7 +34,7 @@ class Fleet:
         self.secret.write_text(secrets.token_hex(32))
         self._folder = folder
         self._stack = stack
-        self.a = self.start("a", ollama_cache_direct="object-store")
+        self.a = self.start("a", ollama_cache_offload=True)
         self.b = self.start("b")
         self.c = self.start("c")
 
@@ -47,7 +47,6 @@ class Fleet:
             "ollama_cache_fleet_secret_file": self.secret,
             "ollama_cache_listen": f"127.0.0.1:{free_port()}",
             "ollama_cache_front": "",
-            "ollama_cache_direct": "off",
         }
         cache = Proxy(folder, self.origin, env=self.server.environment, **(fleet | options))
         return self._stack.enter_context(cache)

@@ -21,7 +21,8 @@ def unit(tmp_path: Path) -> Path:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs the program systemd-analyze")
     path = tmp_path / UNIT.name
-    path.write_text(UNIT.read_text().replace("@PROGRAM@", str(shutil.which("true"))))
+    text = UNIT.read_text().replace("@PROGRAM@", str(shutil.which("true")))
+    path.write_text(text.replace("@DOCS@", str(UNIT.parents[2] / "docs")))
     return path
 
 

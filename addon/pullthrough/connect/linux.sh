@@ -153,7 +153,7 @@ if [ -n "$undo" ]; then
     exit
 fi
 
-command -v systemctl >/dev/null || die "expected systemd, got a system without systemctl; see README.md for others"
+command -v systemctl >/dev/null || die "expected systemd, got a system without systemctl; see docs/clients.md for others"
 systemctl cat "$service" >/dev/null 2>&1 || die "expected $service, got none: install Ollama first"
 if [ -n "$alone" ]; then
     untrust

@@ -1,0 +1,63 @@
+"""Which of a name's addresses answers first, so that one that leads nowhere keeps nobody waiting (RFC 8305).
+
+Invariant: only the given addresses are tried, and no byte is sent to them. Knows no name and no policy.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import itertools
+import socket
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+DELAY_S: Final = 0.25
+"""How long an address has before the next one is tried beside it (RFC 8305 section 5: "Connection Attempt Delay")."""
+TIMEOUT_S: Final = 10.0
+
+
+async def first_to_answer(
+    addresses: Iterable[str], port: int, *, delay_s: float = DELAY_S, timeout_s: float = TIMEOUT_S
+) -> str | None:
+    """The address that accepts a TCP connection first; None if none does in time. The connection is closed again."""
+    trials: set[asyncio.Task[str]] = set()
+    waiting = interleaved(list(addresses))
+    loop = asyncio.get_running_loop()
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while waiting or trials:
+                    if waiting:
+                        trials.add(loop.create_task(_try(waiting.pop(0), port), name="try an address"))
+                    done, trials = await asyncio.wait(
+                        trials, timeout=delay_s if waiting else None, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    for trial in done:
+                        if trial.exception() is None:
+                            return trial.result()
+    finally:
+        for trial in trials:
+            trial.cancel()
+        await asyncio.gather(*trials, return_exceptions=True)
+    return None
+
+
+def interleaved(addresses: Sequence[str]) -> list[str]:
+    """The addresses with the families in turns, beginning with that of the first (RFC 8305 section 4)."""
+    first = [address for address in addresses if _version(address) == _version(addresses[0])]
+    others = [address for address in addresses if _version(address) != _version(addresses[0])]
+    pairs = itertools.zip_longest(first, others)
+    return [address for address in itertools.chain.from_iterable(pairs) if address is not None]
+
+
+async def _try(address: str, port: int) -> str:
+    """Connect, and close again. Raises OSError."""
+    family = socket.AF_INET if _version(address) == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, (address, port))
+    return address
+
+
+def _version(address: str) -> int:
+    return ipaddress.ip_address(address.partition("%")[0]).version
