@@ -20,16 +20,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 @pytest.fixture(autouse=True)
 def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection of the test process to any other machine is an error."""
-    connect = socket.socket.connect
+    for name in ("connect", "connect_ex"):
+        connect = getattr(socket.socket, name)
 
-    def guarded(sock: socket.socket, address: Any) -> None:
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            host = ipaddress.ip_address(address[0])
-            if not host.is_loopback:
-                raise AssertionError(f"expected a loopback address, got {address}")
-        return connect(sock, address)
+        def guarded(sock: socket.socket, address: Any, connect: Any = connect) -> Any:
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                host = ipaddress.ip_address(address[0])
+                if not host.is_loopback:
+                    raise AssertionError(f"expected a loopback address, got {address}")
+            return connect(sock, address)
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+        monkeypatch.setattr(socket.socket, name, guarded)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

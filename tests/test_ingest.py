@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pullthrough import ingest as module
 from pullthrough import platform
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreUnwritable
@@ -202,3 +203,82 @@ def test_a_torn_record_is_written_over(tmp_path: Path, monkeypatch: pytest.Monke
     ingest.mark([(4, 8)])
     ingest.close()
     assert reopen(tmp_path) == [(4, 8)]
+
+
+# --- room taken ahead
+
+
+@pytest.fixture
+def windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The size of a window, small, on a disk where room can be taken ahead."""
+    size = 1 << 20
+    descriptor = platform.open_descriptor(tmp_path / "probe", os.O_RDWR | os.O_CREAT)
+    try:
+        if not (platform.reserve(descriptor, 0, size) and platform.give_back(descriptor, 0, size)):
+            pytest.skip("no fallocate(2) here")
+    finally:
+        os.close(descriptor)
+    for name in ("WINDOW", "SMALL"):
+        monkeypatch.setattr(module, name, size)
+    monkeypatch.setattr(module, "_SLACK", size // 2)
+    return size
+
+
+def taken(folder: Path) -> int:
+    return platform.allocated((folder / f"{DIGEST.file_name}.partial").stat())
+
+
+def test_room_is_taken_by_windows_and_given_back(tmp_path: Path, windows: int) -> None:
+    """What has come stays, whatever was taken around it."""
+    ingest = begin(tmp_path, 8 * windows + 1)
+    data = b"x" * 65536
+    ingest.write_at(0, data)
+    before = taken(tmp_path)
+    assert before < windows
+    ingest.reserves = True
+    ingest.write_at(3 * windows - 10, data)
+    ingest.write_at(8 * windows, b"y")
+    assert 2 * windows <= taken(tmp_path) - before <= 2 * windows + 65536
+    assert ingest.file is not None
+    assert os.fstat(ingest.file.descriptor).st_size == 8 * windows + 1
+    present = Intervals([(0, 65536), (3 * windows - 10, 3 * windows - 10 + 65536), (8 * windows, 8 * windows + 1)])
+    ingest.give_back(present)
+    assert taken(tmp_path) < before + 3 * 65536
+    assert platform.read_at(ingest.file.descriptor, 3 * windows - 10, 65536) == data
+    assert platform.read_at(ingest.file.descriptor, 0, 65536) == data
+    assert platform.read_at(ingest.file.descriptor, 8 * windows, 9) == b"y"
+    ingest.close()
+
+
+def test_small_blobs_take_no_room_ahead(tmp_path: Path, windows: int) -> None:
+    """They come in few writes."""
+    ingest = begin(tmp_path, windows - 1)
+    ingest.reserves = True
+    ingest.write_at(0, b"x")
+    assert taken(tmp_path) < windows // 2
+    ingest.close()
+
+
+def test_room_of_a_killed_daemon_is_given_back_at_the_next_start(tmp_path: Path, windows: int) -> None:
+    """Nobody may ever go on with its recording."""
+    ingest = begin(tmp_path, 4 * windows)
+    ingest.reserves = True
+    ingest.write_at(windows, b"x" * 10)
+    ingest.mark([(windows, windows + 10)])
+    assert taken(tmp_path) >= windows
+    Ingest.sweep(tmp_path, oldest=0.0)
+    assert taken(tmp_path) < windows // 2
+    assert reopen(tmp_path) == [(windows, windows + 10)]
+    ingest.close()
+
+
+def test_a_disk_that_takes_no_room_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are written all the same."""
+    monkeypatch.setattr(platform, "_fallocate", lambda *_: False)
+    monkeypatch.setattr(module, "SMALL", 0)
+    ingest = begin(tmp_path)
+    ingest.reserves = True
+    ingest.write_at(4, b"4567")
+    ingest.give_back(Intervals([(4, 8)]))
+    assert (tmp_path / f"{DIGEST.file_name}.partial").read_bytes()[4:8] == b"4567"
+    ingest.close()

@@ -17,11 +17,11 @@ ROWS: Final = {
     " chunksums coding conditional requestlog options loopguard wording gcpause jsonlog fleet addressing"
     " manifestjson termlog webpage boundedjson fields refusals",
     "L1": "assembly scheduler freshness retention access tunnel budget parent traffic catalogue pruning"
-    " diagnosis breaker returns lease pulls connlimit distrust",
+    " diagnosis breaker returns lease pulls patience connlimit distrust",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
     " authorities clientsetup objectstore manifesttable blobfiles modelfiles blobtable proofs surveying migration"
-    " dialling clock impostors claims tls_contexts readiness byte_threads outlets tls_outlet dialer",
+    " dialling clock impostors claims tls_contexts readiness byte_threads outlets tls_outlet dialer dataclient",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
@@ -102,12 +102,15 @@ SIDEWAYS: Final = {
     "bundle": {"modeltree"},
     "impostors": {"datastream"},
     "claims": {"store"},
-    "upstream": {"datastream", "impostors", "resolver"},
+    "dialer": {"resolver"},
+    "dataclient": {"dialer"},
+    "datastream": {"dataclient", "dialer", "threads"},
+    "upstream": {"dataclient", "datastream", "dialer", "impostors", "resolver", "threads"},
     "leaseholder": {"tier"},
     "nearby": {"leaseholder", "tier"},
     "supply": {"nearby"},
     "uploader": {"tier"},
-    "fetcher": {"supply"},
+    "fetcher": {"sealer", "supply"},
     "relay": {"fetcher", "supply"},
     "workroom": {"fetcher", "keeper", "leaseholder", "nearby", "tier"},
     "recording": {"cursor", "fetcher", "relay", "sealer", "supply", "workroom"},

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from pullthrough.budget import Budget
-from pullthrough.datastream import DataStream, Errors, Source
+from pullthrough.datastream import DataStream, Errors, LoopStream, Source
 from pullthrough.digest import Digest
 from pullthrough.keeper import Keeper
 from pullthrough.recorder import Recorder
@@ -43,7 +43,7 @@ class FakeUpstream:
         body = SimpleNamespace(readany=readany, read_nowait=lambda: b"")
         response = SimpleNamespace(status=206, headers={"ETag": '"1"'}, content=body, close=lambda: None)
         extent = SimpleNamespace(start=start, stop=stop, length=len(DATA))
-        return DataStream(cast(Any, response), cast(Any, extent), Errors(), source)
+        return LoopStream(cast(Any, response), cast(Any, extent), Errors(), source)
 
 
 async def obtain() -> Source:

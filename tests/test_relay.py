@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from pullthrough import patience
 from pullthrough import relay as module
 from pullthrough.budget import Budget
 from pullthrough.errors import UnexpectedResponse, UpstreamUnreachable
@@ -171,7 +172,7 @@ async def test_failures() -> None:
     assert supply.asked == [(10, 2 * MIB), (10, 2 * MIB)]
     relay.close()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "MAX_UNEXPECTED", 0)
+        patch.setattr(patience, "MAX_UNEXPECTED", 0)
         supply = FakeSupply(*(UnexpectedResponse("lie") for _ in range(3)))
         shared = relays(supply)
         readers = [Relay(shared, 0, SIZE) for _ in range(2)]

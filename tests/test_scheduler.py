@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from pullthrough.assembly import Assembly
 from pullthrough.scheduler import (
     ALONE_SLICE_S,
+    FIRST_SLICE,
+    LEAST_SLICE_S,
     MAX_SLICE,
     MIB,
     MIN_SLICE,
@@ -23,6 +25,7 @@ from pullthrough.scheduler import (
     STARVING_S,
     Demand,
     Slice,
+    first_slice,
     next_slice,
 )
 
@@ -149,8 +152,43 @@ def test_a_fair_share_of_the_rest(unclaimed: int, connections: int, size: int) -
     assembly = Assembly(256 * MIB)
     assembly.add(0, 128 * MIB)
     assembly.claim(128 * MIB, 256 * MIB - unclaimed)
-    found = ask(assembly, Demand(0, 256 * MIB, FED), rate=1e9, connections=connections)
-    assert found == Slice(256 * MIB - unclaimed, 256 * MIB - unclaimed + size)
+    found = ask(assembly, Demand(0, 256 * MIB, FED), rate=8 * MIB, connections=connections)
+    least = MIB  # 0.1 s of the rate, rounded up
+    assert found == Slice(256 * MIB - unclaimed, 256 * MIB - unclaimed + min(unclaimed, max(size, least)))
+
+
+@pytest.mark.parametrize(
+    ("size", "rate", "slices"),
+    [
+        pytest.param(4 * MIB, 40 * MIB, 1, id="one slice takes 0.1 s"),
+        pytest.param(4 * MIB, 20 * MIB, 2, id="two do"),
+        pytest.param(4 * MIB, 2.0 * MIB, 16, id="a slow line is shared"),
+    ],
+)
+def test_small_blobs_are_few_slices(size: int, rate: float | None, slices: int) -> None:
+    """A slice that takes less than LEAST_SLICE_S is not worth a request."""
+    assembly = Assembly(size)
+    count = 0
+    while (found := ask(assembly, Demand(0, size, FED), rate=rate, connections=16, complete=True)) is not None:
+        assembly.claim(found.start, found.stop)
+        count += 1
+    assert count == slices
+
+
+@pytest.mark.parametrize(
+    ("rate", "wanted", "size"),
+    [
+        pytest.param(None, 1 << 62, FIRST_SLICE, id="nothing is known of the line"),
+        pytest.param(1e9, 1, FIRST_SLICE, id="only a look"),
+        pytest.param(1e9, 4 * MIB - 1, 4 * MIB, id="a small blob, up to the grid"),
+        pytest.param(1e9, 1 << 62, MAX_SLICE, id="all of it"),
+        pytest.param(10 * MIB, 1 << 62, MIB, id="as much as comes in LEAST_SLICE_S"),
+    ],
+)
+def test_the_first_slice(rate: float | None, wanted: int, size: int) -> None:
+    """It is as large as the line and the first reader allow, and never smaller than FIRST_SLICE."""
+    assert first_slice(rate, wanted) == size
+    assert rate is None or size in (FIRST_SLICE, MAX_SLICE) or size >= min(wanted, rate * LEAST_SLICE_S)
 
 
 def test_a_starving_reader_does_not_share() -> None:

@@ -7,6 +7,7 @@ import itertools
 import re
 import socket
 import ssl
+import threading
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
@@ -43,7 +44,9 @@ from pullthrough.upstream import (
     MAX_HOPS,
     DataStream,
     Errors,
+    LoopStream,
     Source,
+    ThreadStream,
     Upstream,
     exempt_hosts,
 )
@@ -799,6 +802,89 @@ async def test_a_source_that_does_not_answer(answer: bytes, monkeypatch: pytest.
         await asyncio.wait_for(at.cdn.gone.wait(), 10)
 
 
+class Poured:
+    """What a thread was given of a body."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, bytes]] = []
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.pieces.append((offset, bytes(data)))
+
+    @property
+    def joined(self) -> bytes:
+        """The bytes, each of which came where the last ones ended."""
+        for (here, data), (there, _) in itertools.pairwise(self.pieces):
+            assert here + len(data) == there
+        return b"".join(data for _, data in self.pieces)
+
+
+async def opened(at: World, stop: int = 8) -> ThreadStream:
+    stream = await at.open(4, stop, length=None)
+    assert isinstance(stream, ThreadStream)
+    return stream
+
+
+@on_loop
+async def test_a_body_is_poured_by_a_thread() -> None:
+    """In pieces of bounded size, each where it belongs; the connection is used again."""
+    blob = bytes(range(256)) * 1000
+    async with world() as at:
+        at.cdn.answers[DATA_TARGET] = [part(4, len(blob), blob=blob)] * 2
+        for _ in range(2):
+            poured = Poured()
+            await (await opened(at, len(blob))).pour(poured.write, 100_000)
+            assert poured.joined == blob[4:]
+            assert poured.pieces[0][0] == 4
+            assert max(len(data) for _, data in poured.pieces) <= 100_000
+        assert at.cdn.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        pytest.param(WAIT + CLOSE, UpstreamUnreachable, id="it ends"),
+        pytest.param(NOTHING, UpstreamTimeout, id="it stalls"),
+    ],
+)
+@on_loop
+async def test_what_came_of_a_body_is_poured(
+    end: bytes, kind: type[UpstreamError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the failure is told, which is counted once."""
+    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.4)
+    async with world() as at:
+        at.cdn.answers[DATA_TARGET] = part(4, 8)[:-2] + end
+        poured = Poured()
+        at.cdn.released.set()
+        with refused(kind), closing(await opened(at)) as stream:
+            await stream.pour(poured.write)
+        assert poured.joined == b"45"
+        assert at.upstream.errors == {kind: 1}
+
+
+@on_loop
+async def test_pouring_ends_with_its_caller() -> None:
+    """At once, though the source is silent: when it has ended no thread writes any more."""
+    async with world() as at:
+        at.cdn.answers[DATA_TARGET] = part(4, 8)[:-2]
+        poured, begun = Poured(), threading.Event()
+
+        def write(offset: int, data: memoryview) -> None:
+            poured.write(offset, data)
+            begun.set()
+
+        stream = await opened(at)
+        task = asyncio.get_running_loop().create_task(stream.pour(write))
+        assert await asyncio.to_thread(begun.wait, 10)
+        task.cancel()
+        async with asyncio.timeout(module.STALL_TIMEOUT_S / 2):
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        stream.close()
+        assert poured.joined == b"45"
+
+
 @on_loop
 async def test_batches_of_a_slow_line() -> None:
     """Small pieces that arrive one after the other are the same bytes."""
@@ -835,9 +921,9 @@ async def test_bytes_are_counted(pieces: list[bytes], kind: type[UpstreamError],
         return pieces.pop(0) if pieces else b""
 
     content = SimpleNamespace(readany=readany, read_nowait=lambda: b"")
-    response = SimpleNamespace(headers={}, content=content, close=lambda: None)
+    response = SimpleNamespace(status=206, headers={}, content=content, close=lambda: None)
     with refused(kind, f"^{message}$"):
-        await read(DataStream(cast(aiohttp.ClientResponse, response), Extent(4, 8, 16), Errors()))
+        await read(LoopStream(cast(aiohttp.ClientResponse, response), Extent(4, 8, 16), Errors()))
 
 
 @on_loop
@@ -1016,6 +1102,19 @@ async def test_other_spellings_of_loopback(host: str) -> None:
         assert (at.registry.connections, at.cdn.connections) == (0, 1)
 
 
+def look_up(monkeypatch: pytest.MonkeyPatch, find: Callable[[], Collection[str]]) -> None:
+    """Let names have these addresses for threads; addresses are their own."""
+    usual = socket.getaddrinfo
+
+    def found(host: str, port: int, *arguments: Any, **options: Any) -> list[Any]:
+        if host.replace(".", "").isdigit():
+            return usual(host, port, *arguments, **options)
+        families = [(socket.AF_INET6 if ":" in address else socket.AF_INET, address) for address in find()]
+        return [(family, socket.SOCK_STREAM, 0, "", (address, port)) for family, address in families]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+
+
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Say what every name resolves to."""
@@ -1037,6 +1136,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             ]
 
         monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", resolved)
+        look_up(monkeypatch, lambda: addresses)
 
     return set_addresses
 
@@ -1114,7 +1214,11 @@ async def test_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> 
     async def fail(self: object, host: str, *arguments: object, **options: object) -> None:
         raise OSError(None, "no such host")
 
+    def no_such_host() -> Collection[str]:
+        raise OSError(None, "no such host")
+
     monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", fail)
+    look_up(monkeypatch, no_such_host)
     async with world() as at:
         with refused(UpstreamUnreachable, "^cdn.example: name resolution failed: .*no such host"):
             await at.open(source=f"https://cdn.example/x?{QUERY}")

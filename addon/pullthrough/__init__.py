@@ -27,11 +27,11 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          copying  inventory  modeltree  bundle  admission
          authorities  clientsetup  objectstore
          manifesttable  byte_threads  outlets  tls_outlet
-         tls_contexts  readiness  dialer                     disk, sockets, tasks, threads, keys
+         tls_contexts  readiness  dialer  dataclient         disk, sockets, tasks, threads, keys
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  pulls  connlimit
          traffic  catalogue  pruning  diagnosis
-         breaker  returns  lease  distrust                   state and policy, no I/O; `now` is a parameter
+         breaker  returns  lease  distrust  patience         state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  presigned  cachestatus  records  chunksums
          coding  conditional  boundedjson  fields  refusals
          requestlog  settings  options  addressing  loopguard  wording

@@ -245,8 +245,7 @@ class OllamaCache:
             await check_hooks(self._gate)
         except CacheError as error:
             _stop(error)
-        parts = (self._requests, self._tls, self._upstream, self._parents)
-        self._delivery = Delivery(settings, self._registry.answer, *parts, is_own=self._gate.is_own)
+        self._delivery = Delivery(settings, self._registry.answer, self._requests, self._tls, self._upstream)
         await self._delivery.open()
         await self._takeover.open(self._delivery, settings.blob_host)
         limits = ConnectionLimits(most_connections(self._descriptors))

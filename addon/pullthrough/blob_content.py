@@ -35,6 +35,7 @@ from pullthrough.tier import Tier
 _log = logging.getLogger(__name__)
 
 OCTETS: Final = "application/octet-stream"
+_ANY_SIZE: Final = 1 << 62
 
 
 class BlobContent:
@@ -99,7 +100,7 @@ class BlobContent:
                 )
             finally:
                 file.release()
-        recording = self.recording(digest, handed_out)
+        recording = self.recording(digest, handed_out, look=_wanted_from_start(request))
         size = await recording.ready()
         if size <= SMALL and request.method == "GET" and await self._is_verified(recording, size):
             return await self.read(request, digest, offload=offload)
@@ -129,15 +130,20 @@ class BlobContent:
             return False
         return self._store.held(recording.digest) is not None
 
-    def recording(self, digest: Digest, handed_out: HandedOut | None = None) -> Recording:
-        """The recording of the blob: the one that runs, or one from any repository that has it in public."""
+    def recording(self, digest: Digest, handed_out: HandedOut | None = None, *, look: int = 0) -> Recording:
+        """The recording of the blob: the one that runs, or one from any repository that has it in public.
+
+        Of a new one the first `look` bytes are surely wanted.
+        """
         if found := self._recorder.find(digest):
             return found
         source = None
         if handed_out is not None:
             source = replace(handed_out.source, sizes=public_sizes(self._store, digest))
         obtain = handed_out.obtain if handed_out is not None else None
-        return self._recorder.open(digest, obtain=obtain or (lambda: self._grants.source(digest)), source=source)
+        return self._recorder.open(
+            digest, obtain=obtain or (lambda: self._grants.source(digest)), source=source, look=look
+        )
 
     def _disown(self, digest: Digest) -> None:
         _log.error("%s: the stored file cannot be read; it will be recorded anew", digest.short)
@@ -195,3 +201,16 @@ class BlobContent:
             recording.pull()
         if (place := self._pulls.place(request.client, digest)) is not None:
             self._on_pull(place, digest)
+
+
+def _wanted_from_start(request: Request) -> int:
+    """How many bytes from the start of a blob of unknown size the request surely wants."""
+    if request.method != "GET":
+        return 0
+    match parse_range(request.headers.get("range"), _ANY_SIZE):
+        case None:
+            return _ANY_SIZE
+        case Unsatisfiable():
+            return 0
+        case selected:
+            return selected.stop if selected.start == 0 else 0

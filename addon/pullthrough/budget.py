@@ -26,6 +26,11 @@ class Budget:
         self._at: float | None = None
         self._live_at: float | None = None
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a limit."""
+        return self._rate is not None
+
     def connections(self, wanted: int) -> int:
         """As many of the wanted connections as the rate can keep busy."""
         return wanted if self._rate is None else max(1, min(wanted, int(self._rate // LEAST_PER_CONNECTION)))

@@ -6,21 +6,24 @@ an address, which may be signed. Knows neither what is asked for nor what become
 
 import asyncio
 import contextlib
+import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import aiohttp
 from yarl import URL
 
 from pullthrough.datacheck import Extent
+from pullthrough.dataclient import GATHER_S, HELD_S, PIECE, DataResponse
+from pullthrough.dialer import translated
 from pullthrough.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from pullthrough.fields import is_clean
+from pullthrough.threads import Crew
 
 BATCH: Final = 256 << 10
-BATCH_WAIT_S: Final = 0.01
-"""A slow connection delivers 16 KiB TLS records: waiting this long for more saves most thread switches of a write."""
 
 # ValueError: addresses and header fields that cannot be sent, as far as the library finds out late.
 FAILURES: Final = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
@@ -78,46 +81,47 @@ class Errors(Counter[type[UpstreamError]]):
             raise
 
 
-class DataStream:
-    """A checked data response: the bytes `[start, stop)` of a blob of `length` bytes, in order."""
+class DataStream(ABC):
+    """A checked data response: the bytes `[start, stop)` of a blob of `length` bytes, in order. `close` it."""
 
     def __init__(
         self,
-        response: aiohttp.ClientResponse,
+        headers: Mapping[str, str],
         extent: Extent,
         errors: Errors,
         source: Source | None = None,
         *,
         ranged: bool = True,
+        whole: bool = False,
     ) -> None:
-        """`source` is where the bytes came from, behind all redirects; `ranged` says that a Range was asked for.
+        """`source` is where the bytes came from, behind all redirects; `ranged` says that a Range was asked for, and
+        `whole` that the complete blob is the answer to whatever was asked.
 
         `errors` counts how the body fails.
         """
         self.source = source
-        self._errors = errors
         self.ranged = ranged
+        self.whole = whole
         self.start = extent.start
         self.stop = extent.stop
         self.length = extent.length
         # The fleet's sources need not agree on one: the digest tells whether their bytes fit together.
-        tag = response.headers.get("ETag")
+        tag = headers.get("ETag")
         self.validator = tag if tag is not None and not self.near and is_clean("ETag", tag) else None
-        self._response = response
+        self._errors = errors
 
     @property
     def near(self) -> bool:
         """The bytes are the fleet's own, and cost upstream nothing."""
         return self.source is not None and self.source.near
 
-    @property
-    def whole(self) -> bool:
-        """The complete blob in answer to whatever was asked."""
-        return self._response.status == 200
-
+    @abstractmethod
     def close(self) -> None:
         """A response that was read to its end has given its connection back; any other is closed with it."""
-        self._response.close()
+
+    @abstractmethod
+    def batches(self) -> AsyncGenerator[bytes]:
+        """The body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
 
     async def first(self, count: int) -> bytes:
         """The first `count` bytes, or all if there are fewer; the rest is given up. Raises as `batches`."""
@@ -128,8 +132,18 @@ class DataStream:
         self.close()
         return found[:count]
 
+
+class LoopStream(DataStream):
+    """A response to the event loop's client."""
+
+    def __init__(self, response: aiohttp.ClientResponse, *arguments: Any, **options: Any) -> None:
+        super().__init__(response.headers, *arguments, whole=response.status == 200, **options)
+        self._response = response
+
+    def close(self) -> None:
+        self._response.close()
+
     async def batches(self) -> AsyncGenerator[bytes]:
-        """The body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
         content = self._response.content
         left = self.stop - self.start
         with self._errors.counted():
@@ -139,7 +153,7 @@ class DataStream:
                     if not data:
                         raise UpstreamUnreachable(f"expected {left} more bytes, got the end of the response")
                     if len(data) < min(BATCH, left):
-                        await asyncio.sleep(BATCH_WAIT_S)
+                        await asyncio.sleep(GATHER_S)
                         # A failure while we waited is for the next read: these bytes are here.
                         with contextlib.suppress(*FAILURES):
                             data += content.read_nowait()
@@ -152,6 +166,77 @@ class DataStream:
                     raise UnexpectedResponse(f"expected {self.stop - self.start} bytes, got more")
             except FAILURES as error:
                 raise translate(error) from None
+
+
+class ThreadStream(DataStream):
+    """A response to the threads' client."""
+
+    def __init__(self, response: DataResponse, crew: Crew, *arguments: Any, **options: Any) -> None:
+        super().__init__(response.headers, *arguments, whole=response.status == 200, **options)
+        self._response = response
+        self._crew = crew
+        self._left = self.stop - self.start
+        if not self._left:
+            response.finish()
+
+    def close(self) -> None:
+        self._response.close()
+
+    async def pour(self, write: Callable[[int, memoryview], None], piece: int = PIECE) -> None:
+        """Have a thread give all bytes to `write(offset, bytes)`, at most `piece` of them at once.
+
+        UpstreamUnreachable or UpstreamTimeout if the body ends early or stalls, when what has come was given.
+        """
+        with self._errors.counted():
+            await self._crew.run(lambda: self._pour(write, piece), self._response.stop)
+
+    def pause(self, seconds: float) -> None:
+        """Read nothing for so long, in the thread that gives the bytes."""
+        self._response.pause(seconds)
+
+    async def batches(self) -> AsyncGenerator[bytes]:
+        buffer = memoryview(bytearray(min(BATCH, self._left)))
+        with self._errors.counted():
+            while self._left:
+                count = await self._crew.run(lambda: self._fill(buffer), self._response.stop)
+                yield bytes(buffer[:count])
+
+    def _pour(self, write: Callable[[int, memoryview], None], piece: int) -> None:
+        buffer = memoryview(bytearray(min(piece, self._left)))
+        while self._left:
+            offset = self.stop - self._left
+            write(offset, buffer[: self._fill(buffer)])
+
+    def _fill(self, buffer: memoryview) -> int:
+        """Read until the buffer or the body is full, or what has come should wait no longer; at least a byte."""
+        response, filled, until = self._response, 0, 0.0
+        room = min(len(buffer), self._left)
+        problem: UpstreamError | None = None
+        try:
+            with translated():
+                while filled < room and (not filled or time.monotonic() < until):
+                    count = response.take(buffer[filled:room])
+                    if count is None:
+                        if not response.wait(GATHER_S if filled else None):
+                            if filled:
+                                break
+                            raise TimeoutError
+                    elif count:
+                        until = until if filled else time.monotonic() + HELD_S
+                        filled += count
+                    else:
+                        raise UpstreamUnreachable(
+                            f"expected {self._left - filled} more bytes, got the end of the response"
+                        )
+        except UpstreamError as error:
+            # These bytes are here: the failure is for the next read.
+            if not filled:
+                raise
+            problem = error
+        self._left -= filled
+        if problem is None and not self._left:
+            response.finish()
+        return filled
 
 
 def translate(error: BaseException) -> UpstreamError:

@@ -13,11 +13,9 @@ from pullthrough import platform
 from pullthrough.blob_connection import BlobConnection, Service
 from pullthrough.byte_sender import LoopCalls
 from pullthrough.byte_threads import ByteThreads, ceiling
-from pullthrough.dialer import Dialer
 from pullthrough.exchange import Answer, Request
 from pullthrough.loopback import Loopback
 from pullthrough.outlets import Buffers
-from pullthrough.parent import Parents
 from pullthrough.passing_on import Way
 from pullthrough.requestlog import RequestLog
 from pullthrough.settings import Settings
@@ -39,22 +37,15 @@ class Delivery:
         requests: RequestLog,
         tls: TlsContext,
         upstream: Upstream,
-        parents: Parents,
-        *,
-        is_own: Callable[[str, int], bool],
     ) -> None:
-        """`answer` is the registry's core; what it does not answer goes where `upstream` and `parents` lead.
-
-        `is_own` says of (host, port) whether a name that leads to this machine would lead to this cache.
-        """
+        """`answer` is the registry's core; what it does not answer goes where `upstream` leads."""
         self.threads = ByteThreads(ceiling(platform.descriptors(), platform.free_memory()))
         """What serves connections and sends bodies."""
         self.loopback = Loopback(self.threads)
         """Where bodies are to be had for what is not served from a thread."""
         self._buffers = Buffers()
         host = settings.blob_host
-        dialer = Dialer(upstream.context, parents, upstream.loop, is_own=is_own, own_addresses=platform.own_addresses)
-        way = Way(host, settings.endpoint(host), dialer, upstream.loop, settings.offline)
+        way = Way(host, settings.endpoint(host), upstream.dialer, upstream.loop, settings.offline)
         self._service = Service(host, answer, LoopCalls(asyncio.get_running_loop()), requests, tls, way)
         self._is_open = False
 

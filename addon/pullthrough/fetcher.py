@@ -11,47 +11,26 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
 from pullthrough.assembly import Assembly
 from pullthrough.clock import steady
-from pullthrough.datastream import DataStream
-from pullthrough.errors import (
-    CacheError,
-    StoreError,
-    UnexpectedResponse,
-    UpstreamError,
-    UpstreamRefused,
-    UpstreamTimeout,
-    ValidatorChanged,
-)
+from pullthrough.dataclient import PIECE
+from pullthrough.datastream import BATCH, DataStream, ThreadStream
+from pullthrough.errors import CacheError, StoreError, UpstreamError, UpstreamTimeout, ValidatorChanged
 from pullthrough.intervals import Intervals
+from pullthrough.patience import LEARN, RATE_WEIGHT, Pace, Patience, Ranges, Rates, backoff_s
 from pullthrough.scheduler import MAX_SLICE, MIN_SLICE, Slice
+from pullthrough.sealer import Sealer
 from pullthrough.supply import Supply
 
 _log = logging.getLogger(__name__)
 
-GIVE_UP_S: Final = 60.0
-"""Without one byte of progress for this long a recording fails; Ollama's own six tries take 63 s."""
-
-SILENT_S: Final = 3.0
-"""A connection that has brought no byte for this long while a reader waits for its slice loses the slice to another
-one: clients of v0.1.23-v0.5.7 wait 5 s. Doubled by each failure in a row, up to eightfold: the line may be slow."""
-
-MAX_UNEXPECTED: Final = 20
-"""Wrong answers in a row: a source that lies does not get better by asking."""
-
 MAX_RESTARTS: Final = 3
 """Changes of version: then the source cannot make up its mind."""
-
-BACKOFF_S: Final = 0.1
-BACKOFF_LIMIT_S: Final = 2.0
-RETRY_AFTER_LIMIT_S: Final = 10.0
-"""Clients wait 30 s for a byte: upstream's wish for peace is granted up to a third of it."""
-
-RATE_WEIGHT: Final = 0.3
 
 
 class Ending(StrEnum):
@@ -91,7 +70,9 @@ class _Attempt:
 
     extent: Slice
     whole: bool = False
-    heard: float = field(default_factory=steady)
+    position: int = 0
+    """Up to where its bytes are written."""
+    pace: Pace = field(default_factory=lambda: Pace(steady()))
     scope: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     over: asyncio.Event = field(default_factory=asyncio.Event)
     is_dropped: bool = False
@@ -111,42 +92,36 @@ class Fetcher:
         name: str,
         assembly: Assembly,
         supply: Supply,
+        sealer: Sealer,
         counters: Counters,
+        rates: Rates,
         *,
         connections: int,
         choose: Callable[[float | None], Slice | None],
-        accept: Callable[[int, memoryview], Awaitable[None]],
-        finish: Callable[[int, int], Awaitable[None]],
-        spend: Callable[[int], float],
-        begin_again: Callable[[], Awaitable[None]],
+        spend: Callable[[int], float] | None,
         fail: Callable[[CacheError], None],
     ) -> None:
-        """`choose` names the next slice for a connection that delivers so many bytes/s; `accept` writes bytes at an
-        offset and adds them to the assembly; `finish` is told the interval that one response has delivered; `spend`
-        says how long to wait before reading more after so many bytes; `begin_again` empties the assembly.
+        """`sealer` takes the bytes; `rates` are those of all hosts. `choose` names the next slice for a connection that
+        delivers so many bytes/s; `spend`, where there is a limit, says how long to wait before reading more after so
+        many bytes.
         """
         self.fetched = 0
         self._name = name
         self._assembly = assembly
         self._supply = supply
         self._counters = counters
+        self._rates = rates
         self._connections = connections
         self._choose = choose
-        self._accept = accept
-        self._finish = finish
+        self._sealer = sealer
         self._spend = spend
-        self._begin_again = begin_again
         self._fail = fail
         self._workers: set[asyncio.Task[None]] = set()
         self._attempts: set[_Attempt] = set()
         self._rate: float | None = None
-        self._whole_only = False
-        self._untried = False
-        """Whether the source knows Range is not known: one connection is to find out."""
-        self._failures = 0
+        self._ranges = Ranges.YES
+        self._patience = Patience(steady())
         self._restarts = 0
-        self._heard = steady()
-        self._quiet_until = 0.0
         self._landing = Intervals()
         self._held = False
         """Nothing new is asked for: the recording has ended, or is being begun again."""
@@ -157,11 +132,11 @@ class Fetcher:
 
     def listen(self) -> None:
         """Somebody has begun to wait: silence is counted from now."""
-        self._heard = steady()
+        self._patience.listen(steady())
 
     def wake(self) -> None:
         """Put as many connections to work as there are slices for."""
-        limit = 1 if self._whole_only or self._untried else self._connections
+        limit = self._connections if self._ranges is Ranges.YES else 1
         # Those that have just been started have not claimed yet, but each will take this much at least.
         worth = -(-self._assembly.unclaimed // MIN_SLICE)
         while len(self._workers) < min(limit, worth) and self._wanted():
@@ -171,9 +146,10 @@ class Fetcher:
 
     def rescue(self, position: int) -> None:
         """A reader waits for the byte at `position`: a silent connection that has it claimed loses it."""
-        silent_s = SILENT_S * 2 ** min(self._failures, 3)
+        usual, silent_s, now = self._usual, self._patience.silent_s, steady()
         for attempt in self._attempts:
-            if attempt.extent.start <= position < attempt.extent.stop and steady() - attempt.heard >= silent_s:
+            holds = attempt.extent.start <= position < attempt.extent.stop
+            if holds and attempt.pace.is_silent(usual, silent_s, now):
                 attempt.stop()
 
     def drop(self) -> None:
@@ -197,7 +173,8 @@ class Fetcher:
         while another connection tries; where that gets the whole too, this one goes on.
         """
         limit = None if stream.ranged or stream.stop <= MAX_SLICE else MAX_SLICE
-        self._untried = limit is not None
+        if limit is not None:
+            self._ranges = Ranges.UNKNOWN
         taken = Slice(stream.start, limit or stream.stop)
         if taken.start < taken.stop:
             self._assembly.claim(taken.start, taken.stop)
@@ -210,8 +187,13 @@ class Fetcher:
 
     def _wanted(self) -> bool:
         """Whether a connection should go to work now."""
-        served_whole = self._whole_only and any(attempt.whole for attempt in self._attempts)
-        return not self._held and not served_whole and self._choose(self._rate) is not None
+        served_whole = self._ranges is Ranges.NO and any(attempt.whole for attempt in self._attempts)
+        return not self._held and not served_whole and self._choose(self._usual) is not None
+
+    @property
+    def _usual(self) -> float | None:
+        """Bytes a second of one connection; None while that is not known."""
+        return self._rate or self._rates.of(self._supply.host, steady())
 
     async def _work(self) -> None:
         # On loops that run tasks eagerly `wake` must count this one before it claims.
@@ -220,23 +202,22 @@ class Fetcher:
         try:
             while self._wanted():
                 try:
-                    await asyncio.sleep(max(0.0, self._quiet_until - steady()))
+                    await asyncio.sleep(self._patience.quiet_s(steady()))
                     await self._fetch_one()
                 except ValidatorChanged as error:
                     await self._change_version(error)
                 except UpstreamError as error:
                     self._note(error)
-                    tries = 1 if self._heard > failed_at else tries + 1
+                    tries = 1 if self._patience.heard > failed_at else tries + 1
                     failed_at = steady()
-                    delay = min(BACKOFF_LIMIT_S, BACKOFF_S * 2 ** min(tries - 1, 10))
-                    await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter
+                    await asyncio.sleep(backoff_s(tries) * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter
         except StoreError as error:
             self._fail(error)
 
     async def _fetch_one(self) -> None:
         source = await self._supply.source()
         async with self._supply.slot(source):
-            taken = self._choose(self._rate) if self._wanted() else None
+            taken = self._choose(self._usual) if self._wanted() else None
             if taken is None:
                 return
             self._assembly.claim(taken.start, taken.stop)
@@ -244,19 +225,17 @@ class Fetcher:
             async def fetch(attempt: _Attempt) -> None:
                 stream = await self._supply.open(source, taken.start, taken.stop, length=self._assembly.size)
                 with contextlib.closing(stream):
-                    if stream.whole:
-                        self._whole_only = True
-                        if any(other.whole for other in self._attempts):
-                            return
-                    elif self._untried:
-                        self._untried = False
+                    before, self._ranges = self._ranges, LEARN[self._ranges, stream.whole]
+                    if stream.whole and any(other.whole for other in self._attempts):
+                        return
+                    if before is Ranges.UNKNOWN:
                         self.wake()
                     await self._receive(stream, attempt)
 
             try:
                 await self._attempt(taken, fetch)
             except UpstreamError as error:
-                self._supply.failed(source, error, silent_s=steady() - self._heard)
+                self._supply.failed(source, error, silent_s=steady() - self._patience.heard)
                 raise
 
     async def _attempt(self, taken: Slice, work: Callable[[_Attempt], Awaitable[None]]) -> None:
@@ -270,8 +249,8 @@ class Fetcher:
         except TimeoutError:
             if attempt.is_dropped:
                 return
-            silent = steady() - attempt.heard
-            raise UpstreamTimeout(f"no byte for {silent:.1f} s; another connection takes over") from None
+            silent = steady() - attempt.pace.heard
+            raise UpstreamTimeout(f"too slow, no byte for {silent:.1f} s; another connection takes over") from None
         finally:
             self._attempts.discard(attempt)
             if self._assembly.generation == generation:
@@ -285,40 +264,81 @@ class Fetcher:
         """
         attempt.whole = stream.whole
         attempt.extent = Slice(stream.start, limit or stream.stop)
-        self._whole_only = self._whole_only or (stream.whole and limit is None)
-        offset = stream.start
+        attempt.position = stream.start
+        if stream.whole and limit is None:
+            self._ranges = Ranges.NO
         began = steady()
         try:
-            async for data in stream.batches():
-                self._counters.take(stream, len(data))
-                self.fetched += len(data)
-                if limit is not None and self._whole_only:
-                    limit, attempt.extent = None, Slice(stream.start, stream.stop)
-                view = memoryview(data)[: None if limit is None else limit - offset]
-                position = offset
-                while (gap := self._free_to_write(position, offset + len(view))) is not None:
-                    start, position = gap
-                    self._landing.add(start, position)
-                    try:
-                        await self._accept(start, view[start - offset : position - offset])
-                    finally:
-                        self._landing.remove(start, position)
-                offset += len(view)
-                self._heard = attempt.heard = steady()
-                self._failures = 0
-                if offset == limit:
-                    break
-                if pause := self._spend(len(data)):
-                    # Not silent: held back by ourselves.
-                    attempt.heard += pause
-                    await asyncio.sleep(pause)
+            if isinstance(stream, ThreadStream) and not stream.whole:
+                await self._pour(stream, attempt)
+            else:
+                await self._sift(stream, attempt, limit)
         finally:
-            if offset > stream.start:
-                await self._finish(stream.start, offset)
-        elapsed = steady() - began
-        if elapsed > 0 and offset - stream.start >= MIN_SLICE:
-            rate = (offset - stream.start) / elapsed
-            self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
+            if attempt.position > stream.start:
+                await self._sealer.mark(stream.start, attempt.position)
+            self._learn_rate(stream, attempt.position - stream.start, steady() - began)
+
+    async def _pour(self, stream: ThreadStream, attempt: _Attempt) -> None:
+        """Let a thread write what was claimed: nobody else brings it."""
+        loop = asyncio.get_running_loop()
+        waits = self._spend is not None
+
+        def write(offset: int, data: memoryview) -> None:
+            self._sealer.put(offset, data)
+            told: Future[float] = Future()
+            loop.call_soon_threadsafe(self._note_landed, stream, attempt, offset, offset + len(data), told)
+            if waits:
+                stream.pause(told.result())
+
+        await stream.pour(write, BATCH if waits else PIECE)
+
+    def _note_landed(self, stream: DataStream, attempt: _Attempt, start: int, stop: int, told: "Future[float]") -> None:
+        attempt.position = stop
+        self._sealer.landed(start, stop)
+        told.set_result(self._note_progress(stream, attempt, stop - start))
+
+    def _note_progress(self, stream: DataStream, attempt: _Attempt, count: int) -> float:
+        """Bytes have come; returns for how long to read no more."""
+        self._counters.take(stream, count)
+        self.fetched += count
+        now = steady()
+        self._patience.hear(now)
+        attempt.pace.bring(count, now)
+        pause = self._spend(count) if self._spend is not None else 0.0
+        if pause:
+            attempt.pace.hold_back(now + pause)  # not silent: held back by ourselves
+        return pause
+
+    async def _sift(self, stream: DataStream, attempt: _Attempt, limit: int | None) -> None:
+        """Write what of a response is not here already: it is longer than what was claimed."""
+        async for data in stream.batches():
+            if limit is not None and self._ranges is Ranges.NO:
+                limit, attempt.extent = None, Slice(stream.start, stream.stop)
+            offset = attempt.position
+            view = memoryview(data)[: None if limit is None else limit - offset]
+            position = offset
+            while (gap := self._free_to_write(position, offset + len(view))) is not None:
+                start, position = gap
+                self._landing.add(start, position)
+                try:
+                    await self._sealer.write(start, view[start - offset : position - offset])
+                finally:
+                    self._landing.remove(start, position)
+            attempt.position = offset + len(view)
+            pause = self._note_progress(stream, attempt, len(data))
+            if attempt.position == limit:
+                break
+            if pause:
+                await asyncio.sleep(pause)
+
+    def _learn_rate(self, stream: DataStream, count: int, elapsed: float) -> None:
+        """What was too slow counts as well: so a line that has become slow is not taken for slow connections."""
+        if elapsed <= 0 or count < MIN_SLICE:
+            return
+        rate = count / elapsed
+        self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
+        if stream.source is not None:
+            self._rates.show(stream.source.host, rate, steady())
 
     def _free_to_write(self, start: int, stop: int) -> tuple[int, int] | None:
         """The first part of the interval that is neither present nor just being written: no byte is written twice.
@@ -344,20 +364,16 @@ class Fetcher:
             attempt.stop()
         for attempt in others:
             await attempt.over.wait()
-        await self._begin_again()
+        await self._sealer.begin_again()
         self._supply.expect(error.validator)
         self._held = False
         self.wake()
 
     def _note(self, error: UpstreamError) -> None:
         """Count a failure; give up when nothing speaks for another try."""
-        self._failures += 1
         self._counters.retries += 1
         now = steady()
-        silent = now - self._heard
-        if isinstance(error, UpstreamRefused):
-            self._quiet_until = max(self._quiet_until, now + min(error.retry_after_s, RETRY_AFTER_LIMIT_S))
+        silent = now - self._patience.heard
         _log.info("recording %s: %s; trying again (%.1f s without a byte)", self._name, error, silent)
-        lies = isinstance(error, UnexpectedResponse) and self._failures > MAX_UNEXPECTED
-        if silent > GIVE_UP_S or lies or error.discards:
+        if self._patience.fail(error, now):
             self._fail(error)

@@ -31,6 +31,12 @@ FORMAT: Final = 1
 
 INGEST: Final = "ingest"
 QUARANTINE: Final = "quarantine"
+WINDOW: Final = 256 << 20
+"""Bytes for which room on the disk is taken at once, where a blob is pulled."""
+SMALL: Final = 8 << 20
+"""Smaller blobs come in few writes: the file system finds them one place by itself."""
+_SLACK: Final = 1 << 20
+
 PARTIAL: Final = ".partial"
 JOURNAL: Final = ".journal"
 
@@ -76,6 +82,10 @@ class Ingest:
         self._journal: int | None = None
         self._journal_size = 0
         self._journal_lock = threading.Lock()
+        self.reserves = False
+        """Room is taken ahead of what is written: all of the blob is on its way."""
+        self._windows: set[int] = set()
+        self._window_lock = threading.Lock()
 
     @staticmethod
     def sweep(folder: Path, *, oldest: float) -> None:
@@ -89,6 +99,23 @@ class Ingest:
             if len(times) < len(pair) or max(times) < oldest:
                 for path in pair:
                     path.unlink(missing_ok=True)
+            else:
+                Ingest._trim(*pair)
+
+    @staticmethod
+    def _trim(journal: Path, partial: Path) -> None:
+        """Give back the room that a daemon which was killed has taken ahead."""
+        with contextlib.suppress(OSError, InvalidRequest):
+            ingest = Ingest(partial.parent, Digest.parse(partial.stem))
+            found = ingest._read_journal()
+            if found is None or platform.allocated(partial.stat()) <= found[1].size + _SLACK:
+                return
+            descriptor = platform.open_descriptor(partial, os.O_RDWR)
+            try:
+                for gap in found[1].missing(0, found[0]):
+                    platform.give_back(descriptor, *gap)
+            finally:
+                os.close(descriptor)
 
     def resume(self, permits: Callable[[int], bool] = lambda _size: True) -> tuple[int, Intervals] | None:
         """(size, what is present) of the partial an earlier recording left; None if there is none to be used.
@@ -155,10 +182,31 @@ class Ingest:
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write recorded bytes."""
         assert self.file is not None
+        if self.reserves and self.file.size >= SMALL:
+            self._reserve(offset // WINDOW, (offset + len(data) - 1) // WINDOW)
         try:
             platform.write_at(self.file.descriptor, offset, data)
         except OSError as error:
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
+
+    def _reserve(self, first: int, last: int) -> None:
+        """Take room for these windows. Where it cannot be had the writing itself says so, or does without."""
+        assert self.file is not None
+        for window in range(first, last + 1):
+            with self._window_lock:
+                if window not in self._windows:
+                    self._windows.add(window)
+                    start = window * WINDOW
+                    platform.reserve(self.file.descriptor, start, min(start + WINDOW, self.file.size))
+
+    def give_back(self, present: Intervals) -> None:
+        """Give back the room that was taken for bytes that are not `present`: they are not expected any more."""
+        assert self.file is not None
+        for window in self._windows:
+            start = window * WINDOW
+            for gap in present.missing(start, min(start + WINDOW, self.file.size)):
+                platform.give_back(self.file.descriptor, *gap)
+        self._windows.clear()
 
     def mark(self, intervals: Iterable[tuple[int, int]]) -> None:
         """Journal that the intervals are written."""

@@ -94,7 +94,8 @@ class Passing:
                     trail = value.decode("latin-1")
                 case b"host":
                     fields.append((name, self._way.endpoint.authority.encode() if self._is_moved else value))
-                case b"expect":
+                # What it takes to use this proxy is nobody's business behind it (RFC 9110 section 11.7.2).
+                case b"expect" | b"proxy-authorization":
                     pass
                 case _:
                     fields.append((name, value))

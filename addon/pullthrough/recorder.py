@@ -43,16 +43,18 @@ class Recorder:
         source: Source | None = None,
         stream: DataStream | None = None,
         wanted: bool = False,
+        look: int = 0,
     ) -> Recording:
         """The recording of `digest`: the running one, or a new one.
 
         `obtain` gets a source again when the present one has expired; `stream` is a response whose body is the blob
-        from byte 0, and belongs to the recording from here on. `wanted` has it completed though nobody reads.
+        from byte 0, and belongs to the recording from here on. `wanted` has it completed though nobody
+        reads; of any other new one somebody surely wants the first `look` bytes.
         """
         recording = self._recordings.get(digest)
         if recording is None:
             supply = Supply(self._room.upstream, obtain, source, self._room.nearby(digest))
-            recording = Recording(self._room, digest, supply, on_end=self._ended, wanted=wanted)
+            recording = Recording(self._room, digest, supply, on_end=self._ended, wanted=wanted, look=look)
             # Registered before it starts: the loop runs new tasks eagerly, and the next caller must find it.
             self._recordings[digest] = recording
             recording.start(stream, after=self._closing.get(digest))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from pullthrough.assembly import Assembly
+from pullthrough.clock import steady
 from pullthrough.cursor import Cursor
 from pullthrough.datastream import DataStream
 from pullthrough.digest import Digest
@@ -21,7 +22,7 @@ from pullthrough.fetcher import Ending, Fetcher
 from pullthrough.ingest import SharedFile
 from pullthrough.pulls import FAR
 from pullthrough.relay import Relay, Relays
-from pullthrough.scheduler import FIRST_SLICE, Demand, Slice, next_slice
+from pullthrough.scheduler import MAX_SLICE, Demand, Slice, first_slice, next_slice
 from pullthrough.sealer import Sealer
 from pullthrough.settings import Finish
 from pullthrough.supply import Supply
@@ -56,8 +57,10 @@ class Recording:
         *,
         on_end: Callable[["Recording"], None],
         wanted: bool = False,
+        look: int = 0,
     ) -> None:
-        """`on_end` is called once, when no reader can be added any more; `wanted` is whole even if nobody reads."""
+        """`on_end` is called once, when no reader can be added; `wanted` is whole even if nobody reads, else `look`."""
+        self._look = MAX_SLICE if wanted else look
         self.over = asyncio.Event()
         self._wanted = wanted
         self._pulled = wanted  # somebody pulls the blob, and does not only look into it
@@ -66,6 +69,7 @@ class Recording:
         self._room = room
         self._on_end = on_end
         self._ingest = room.store.ingest(digest)
+        self._ingest.reserves = wanted
         self._cursors: set[Cursor] = set()
         self._ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,8 +89,7 @@ class Recording:
     @property
     def size(self) -> int | None:
         """The blob's size, None while nothing has told it."""
-        told = self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
-        return self._ready.result() if told else None
+        return self.assembly.size if hasattr(self, "assembly") else None
 
     @property
     def present(self) -> int:
@@ -163,7 +166,7 @@ class Recording:
                 if await self._has_room(found[0]):
                     self._open(Assembly(*found))
                 return
-            stream = stream or await self.supply.open_first(FIRST_SLICE)
+            stream = stream or await self.supply.open_first(self._first_slice)
             self.supply.expect(stream.validator)
             if await self._has_room(stream.length, self._ingest.begin):
                 self._open(Assembly(stream.length))
@@ -188,18 +191,17 @@ class Recording:
         room = self._room
         self.assembly = assembly
         self._file = self._ingest.file.acquire()
-        self._sealer = Sealer(room.store, room.threads, self._ingest, assembly)
+        self._sealer = Sealer(room.store, room.threads, self._ingest, assembly, self._rouse)
         self._fetcher = Fetcher(
             self.digest.short,
             assembly,
             self.supply,
+            self._sealer,
             room.counters,
+            room.rates,
             connections=room.budget.connections(room.connections),
             choose=self._choose,
-            accept=self._accept,
-            spend=self._spend,
-            finish=self._sealer.mark,
-            begin_again=self._sealer.begin_again,
+            spend=self._spend if room.budget.is_limited else None,
             fail=self._fail,
         )
         self._ready.set_result(assembly.size)
@@ -214,8 +216,7 @@ class Recording:
         self._error = error
         if self._ready.done():
             self._fetcher.drop()
-            for cursor in self._cursors:
-                cursor.rouse()
+            self._rouse(0, size + 1)
         else:
             self.assembly = Assembly(size)
             self._ready.set_result(size)
@@ -249,12 +250,13 @@ class Recording:
             rate=rate,
             connections=self._room.budget.connections(self._room.connections),
             complete=self._wanted_whole,
-            now=time.monotonic(),
+            now=steady(),
         )
 
     def pull(self) -> None:
         """A client has shown that it pulls the blob: from now on it is recorded ahead of its readers."""
         pulled, self._pulled = self._pulled, True
+        self._ingest.reserves = True
         if not pulled and not self._ended and self._error is None:
             self._spawn(self._reserve_whole(), "reserve")
 
@@ -274,16 +276,17 @@ class Recording:
     @property
     def _wanted_whole(self) -> bool:
         """Whether bytes that no reader asks for are fetched too."""
-        if not self._pulled:
-            return False
-        if self._cursors or self._wanted or self._room.finish is Finish.ALWAYS:
-            return True
-        return self._room.finish is Finish.AUTO and self.assembly.present.size * 2 >= self.assembly.size
+        finish = self._room.finish
+        is_half = finish is Finish.AUTO and self.assembly.present.size * 2 >= self.assembly.size
+        return self._pulled and bool(self._cursors or self._wanted or finish is Finish.ALWAYS or is_half)
 
-    async def _accept(self, offset: int, data: memoryview) -> None:
-        await self._sealer.write(offset, data)
+    def _first_slice(self, host: str) -> int:
+        return first_slice(self._room.rates.of(host, steady()), self._look)
+
+    def _rouse(self, start: int, stop: int) -> None:
+        """Wake the readers that wait for these bytes."""
         for cursor in self._cursors:
-            if offset <= cursor.position < offset + len(data):
+            if start <= cursor.position < stop:
                 cursor.rouse()
 
     def _spend(self, count: int) -> float:
@@ -344,8 +347,7 @@ class Recording:
             self._idle.cancel()
         self.over.set()
         self._on_end(self)
-        for cursor in self._cursors:
-            cursor.rouse()
+        self._rouse(0, (self.size or 0) + 1)
         self._closing = asyncio.get_running_loop().create_task(self._close(), name=f"close {self.digest.short}")
 
     async def _close(self) -> None:
@@ -362,7 +364,7 @@ class Recording:
         if hasattr(self, "_file"):
             with contextlib.suppress(StoreError):
                 if not self.assembly.complete:
-                    await self._sealer.flush()
+                    await self._sealer.abandon()
             self._file.release()
         if self._error is not None and self._error.discards:
             # What it holds is the room that the next recording may need, or not of this blob.

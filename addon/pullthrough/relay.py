@@ -16,8 +16,9 @@ from typing import Final
 
 from pullthrough.budget import Budget
 from pullthrough.clock import steady
-from pullthrough.errors import UnexpectedResponse, UpstreamError
-from pullthrough.fetcher import BACKOFF_LIMIT_S, BACKOFF_S, GIVE_UP_S, MAX_UNEXPECTED, Counters
+from pullthrough.errors import UpstreamError
+from pullthrough.fetcher import Counters
+from pullthrough.patience import Patience, backoff_s
 from pullthrough.supply import Supply
 
 _log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class _Line:
 
     async def _fetch(self) -> AsyncGenerator[bytes]:
         position = self._start
-        heard, failures = steady(), 0
+        patience = Patience(steady())
         relays = self._relays
         source = None
         while position < self._stop:
@@ -132,20 +133,20 @@ class _Line:
                             if piece:
                                 position += len(piece)
                                 yield piece
-                                heard, failures = steady(), 0
+                                patience.hear(steady())
                             if position >= self._stop:
                                 return
                             await asyncio.sleep(relays.budget.spend(len(data), live=True, now=time.monotonic()))
             except UpstreamError as error:
-                failures += 1
+                now = steady()
+                silent = now - patience.heard
                 if source is not None:
-                    relays.supply.failed(source, error, silent_s=steady() - heard)
+                    relays.supply.failed(source, error, silent_s=silent)
                 relays.counters.retries += 1
-                silent = steady() - heard
-                if silent > GIVE_UP_S or (isinstance(error, UnexpectedResponse) and failures > MAX_UNEXPECTED):
+                if patience.fail(error, now):
                     raise
                 _log.info("passing through: %s; trying again (%.1f s without a byte)", error, silent)
-                await asyncio.sleep(min(BACKOFF_LIMIT_S, BACKOFF_S * 2 ** min(failures - 1, 10)))
+                await asyncio.sleep(max(patience.quiet_s(now), backoff_s(patience.failures)))
 
 
 class Relay:

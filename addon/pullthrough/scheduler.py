@@ -33,6 +33,8 @@ free connection, which is busy for SHARED_SLICE_S at most."""
 
 ALONE_SLICE_S = 2.0
 SHARED_SLICE_S = 0.75
+LEAST_SLICE_S = 0.1
+"""A slice that takes less costs more in requests than another connection gains: small blobs are one slice or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,11 @@ class Slice:
 
     start: int
     stop: int
+
+
+def first_slice(rate: float | None, wanted: int) -> int:
+    """How much to ask for first of all of a blob whose size is not known, where `wanted` bytes are surely wanted."""
+    return max(FIRST_SLICE, min(wanted + -wanted % MIN_SLICE, _least(rate)))
 
 
 def next_slice(
@@ -92,7 +99,7 @@ def next_slice(
     if needed is None:
         return None
     # Towards the end the rest is shared out, so that no connection is left alone with a large slice.
-    fair = max(MIN_SLICE, _floor_power(assembly.unclaimed // connections))
+    fair = max(_least(rate), _floor_power(assembly.unclaimed // connections))
     return _cut(assembly, needed, min(fair, _slice_size(rate, seconds)), last)
 
 
@@ -100,6 +107,14 @@ def _slice_size(rate: float | None, seconds: float) -> int:
     if rate is None:
         return PROBE_SLICE
     return min(MAX_SLICE, max(MIN_SLICE, _floor_power(int(rate * seconds))))
+
+
+def _least(rate: float | None) -> int:
+    return MIN_SLICE if rate is None else min(MAX_SLICE, max(MIN_SLICE, _ceiling_power(int(rate * LEAST_SLICE_S))))
+
+
+def _ceiling_power(value: int) -> int:
+    return 1 << (value - 1).bit_length() if value > 0 else 0
 
 
 def _floor_power(value: int) -> int:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,7 +47,16 @@ class Sealed:
 class Sealer:
     """Follows one assembly to its end."""
 
-    def __init__(self, store: Store, threads: Threads, ingest: Ingest, assembly: Assembly) -> None:
+    def __init__(
+        self,
+        store: Store,
+        threads: Threads,
+        ingest: Ingest,
+        assembly: Assembly,
+        on_landed: Callable[[int, int], None] = lambda *_: None,
+    ) -> None:
+        """`on_landed` is told each interval that has been written."""
+        self._on_landed = on_landed
         self._store = store
         self._threads = threads
         self._ingest = ingest
@@ -64,14 +74,23 @@ class Sealer:
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write bytes that have arrived; StoreUnwritable if the disk refuses."""
-        await self._threads.disk(self._ingest.write_at, offset, data)
-        self._assembly.add(offset, offset + len(data))
+        await self._threads.disk(self.put, offset, data)
+        self.landed(offset, offset + len(data))
+
+    def put(self, offset: int, data: memoryview) -> None:
+        """Write bytes that have arrived, in a thread; they count once they have `landed`. Raises StoreUnwritable."""
+        self._ingest.write_at(offset, data)
+
+    def landed(self, start: int, stop: int) -> None:
+        """The bytes have been written."""
+        self._assembly.add(start, stop)
         if self._assembly.complete:
             self._unhashed = self._assembly.size - self._assembly.hashed
         self._grown.set()
-        self._unflushed += len(data)
+        self._unflushed += stop - start
         if self._unflushed >= FLUSH_BYTES:
             self._much.set()
+        self._on_landed(start, stop)
 
     async def mark(self, start: int, stop: int) -> None:
         """Journal what is present of `[start, stop)`."""
@@ -93,6 +112,11 @@ class Sealer:
             if self._unflushed:
                 self._unflushed = 0
                 await self._threads.disk(self._ingest.flush, self._assembly.present.copy())
+
+    async def abandon(self) -> None:
+        """Make what is written durable, and give back the room for what is not."""
+        await self.flush()
+        await self._threads.disk(self._ingest.give_back, self._assembly.present.copy())
 
     async def begin_again(self) -> None:
         """Forget every byte, in memory and in the journal."""

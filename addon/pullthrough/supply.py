@@ -22,6 +22,7 @@ from pullthrough.errors import (
     UpstreamTimeout,
 )
 from pullthrough.nearby import Nearby
+from pullthrough.patience import backoff_s
 from pullthrough.upstream import Upstream
 
 _log = logging.getLogger(__name__)
@@ -103,8 +104,13 @@ class Supply:
         """Hold all later responses against this validator."""
         self._validator = validator
 
-    async def open_first(self, size: int) -> DataStream:
-        """The first response: at most `size` bytes from the start; it tells the complete length.
+    @property
+    def host(self) -> str:
+        """Of the source now, "" where there is none."""
+        return self._source.host if self._source is not None else ""
+
+    async def open_first(self, size: Callable[[str], int]) -> DataStream:
+        """The first response: at most so many bytes from the start as `size` says of the host; it tells the length.
 
         Clients have not been answered yet, and wait 30 s for that: what fails is tried again for FIRST_S.
         """
@@ -114,7 +120,7 @@ class Supply:
             try:
                 async with asyncio.timeout(FIRST_TRY_S):
                     source = await self.source()
-                    return await self.open(source, 0, size, length=None)
+                    return await self.open(source, 0, size(source.host), length=None)
             except TimeoutError:
                 problem: UpstreamError = UpstreamTimeout(f"no answer of the source in {FIRST_TRY_S:.0f} s")
             except UpstreamError as error:
@@ -125,7 +131,7 @@ class Supply:
             peace_s = problem.retry_after_s if isinstance(problem, UpstreamRefused) else 0.0
             settled = isinstance(problem, UpstreamRefused) and 400 <= problem.status_hint < 429
             lies = isinstance(problem, UnexpectedResponse) and tries >= MAX_LIES
-            pause_s = max(peace_s, min(1.0, 0.1 * 2**tries))
+            pause_s = max(peace_s, min(1.0, backoff_s(tries + 1)))
             if settled or lies or steady() + pause_s > deadline:
                 raise problem
             _log.info("first response: %s; trying again", problem)

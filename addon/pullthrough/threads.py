@@ -6,10 +6,16 @@ under a thread that still uses it. Knows nothing of what is called.
 
 import asyncio
 import contextlib
+import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Final
 
 from pullthrough import platform
+
+_IDLE_S: Final = 5.0
+"""How long a thread of a crew waits for more work."""
 
 
 class Threads:
@@ -54,9 +60,90 @@ async def _run[T](pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        while not future.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([future])
-        if not future.cancelled():
-            future.exception()  # looked at, so that it is not reported as lost
+        await _settled(future)
         raise
+
+
+async def _settled(future: "asyncio.Future[Any]") -> None:
+    """Wait until it is done, whatever happens meanwhile."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([future])
+    if not future.cancelled():
+        future.exception()  # looked at, so that it is not reported as lost
+
+
+class Crew:
+    """Threads that each wait for another machine, as many as there are at work, up to `most`; nothing waits for them.
+
+    They are daemons: one that the system holds (a name that is being resolved) keeps nobody from ending.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Condition()
+        self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._idle = 0
+        self._count = 0
+
+    async def run[T](self, work: Callable[[], T], stop: Callable[[], None]) -> T:
+        """What `work` returns. Cancelled, it is stopped by `stop`, and waited for."""
+        future = asyncio.wrap_future(self._submit(work))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            stop()
+            await _settled(future)
+            raise
+
+    async def run_or_leave[T](self, work: Callable[[], T], stop: Callable[[], None], discard: Callable[[T], None]) -> T:
+        """What `work` returns. Cancelled, it is stopped and left alone; what it may still return is discarded."""
+        future = self._submit(work)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+            stop()
+            future.add_done_callback(lambda done: _discard(done, discard))
+            raise
+
+    def _submit[T](self, work: Callable[[], T]) -> "Future[T]":
+        future: Future[T] = Future()
+        with self._lock:
+            self._work.append((work, future))
+            if self._idle >= len(self._work) or self._count >= self._most:
+                self._lock.notify()
+                return future
+            self._count += 1
+        try:
+            threading.Thread(target=self._run, name="ollama-cache-fetch", daemon=True).start()
+        except RuntimeError:
+            # The system has no more threads: those that there are do it.
+            with self._lock:
+                self._count -= 1
+                if not self._count:
+                    self._work.clear()
+                    raise
+        return future
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+                has_work = self._lock.wait_for(lambda: bool(self._work), _IDLE_S)
+                self._idle -= 1
+                if not has_work:
+                    self._count -= 1
+                    return
+                work, future = self._work.popleft()
+            try:
+                result = work()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del work, future
+
+
+def _discard[T](future: "Future[T]", discard: Callable[[T], None]) -> None:
+    if future.exception() is None:
+        discard(future.result())

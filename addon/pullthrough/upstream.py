@@ -24,7 +24,17 @@ from yarl import URL
 from pullthrough.byterange import format_range
 from pullthrough.coding import decode
 from pullthrough.datacheck import SOURCE_GONE, check_data, check_length, relayable
-from pullthrough.datastream import FAILURES, DataStream, Errors, Source, translate
+from pullthrough.dataclient import KEPT_S, PROXY_AUTHENTICATION_REQUIRED, Ask, DataClient, DataResponse
+from pullthrough.datastream import (
+    FAILURES,
+    DataStream,
+    Errors,
+    LoopStream,
+    Source,
+    ThreadStream,
+    translate,
+)
+from pullthrough.dialer import Caller, Dialer
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
@@ -40,19 +50,22 @@ from pullthrough.impostors import REDIRECTS, TOO_MANY_REQUESTS, Impostors, Respo
 from pullthrough.loopguard import CDN_LOOP, LoopGuard
 from pullthrough.parent import Parents, check_remote
 from pullthrough.refusals import REFUSAL_LIMIT, described, is_page, is_refusal
-from pullthrough.resolver import CheckedResolver, Named
-from pullthrough.settings import Settings
+from pullthrough.resolver import AddressRules, CheckedResolver, Named
+from pullthrough.settings import Endpoint, Settings
+from pullthrough.threads import Crew
 from pullthrough.tunnel import LegPolicy, check_address
 
 CONNECT_TIMEOUT_S: Final = 10.0
-STALL_TIMEOUT_S: Final = 10.0
-"""Half of what the shortest-lived clients in use wait for a byte would be 2.5 s; a slow line needs more. Clients that
-wait behind a stalled slice are fed by other connections meanwhile only once it is given up."""
-
 CONNECTIONS_PER_HOST: Final = 32
 MAX_CONTROL_BODY: Final = 8 << 20
 """A manifest of a tensor model with 1000+ layers takes about 300 KiB."""
 
+STALL_TIMEOUT_S: Final = 10.0
+"""Half of what the shortest-lived clients in use wait for a byte would be 2.5 s; a slow line needs more. Clients that
+wait behind a stalled slice are fed by other connections meanwhile only once it is given up."""
+
+FETCHING: Final = 128
+"""Threads that fetch, for all hosts together."""
 READ_BUFFER: Final = 512 << 10
 PAUSES_S: Final = (0.1, 0.4)
 """Before the second and the third try of a control-plane request."""
@@ -68,9 +81,6 @@ PRIVATE: Final = frozenset({401, 403})
 
 LOOP_DETECTED: Final = 508
 """What a cache says to a request that has been there before (RFC 5842 section 7.2): it will say so again."""
-
-PROXY_AUTHENTICATION_REQUIRED: Final = 407
-"""Never a registry's own word, which goes through a tunnel (RFC 9110 section 15.5.8)."""
 
 
 MAX_HOPS: Final = 5
@@ -98,23 +108,27 @@ class Upstream:
         ways_out = {(proxy.host, proxy.port) for proxy in parents.all}
         self._policy = LegPolicy(exempt_hosts(settings) | ways_out, tunnels=True)
         self._own = own_addresses
-        self._own_ports = own_ports
         self._named = Named({(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
-        self.context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
-        """How the chain and the name of every server are verified."""
+        self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
         self._session: aiohttp.ClientSession | None = None
         self._near: set[tuple[str, int]] = set()
+        self._rules = AddressRules(
+            self._policy, settings.intercepted, own_addresses, own_ports, self._named, self._near
+        )
+        self.dialer = Dialer(self._context, self._rules, parents, self.loop)
+        """Connections for threads, under the same rules."""
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
         self._down_until: dict[str, float] = {}
         self.impostors = Impostors(settings.registries, self.errors)
+        self._crew = Crew(FETCHING)
+        self._data = DataClient(self.dialer)
+        self._sweep: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         connector = aiohttp.TCPConnector(
-            ssl=self.context,
+            ssl=self._context,
             limit=0,
-            resolver=CheckedResolver(
-                self._policy, self._settings.intercepted, self._own, self._own_ports, self._named, self._near
-            ),
+            resolver=CheckedResolver(self._rules),
             keepalive_timeout=30,
         )
         self._session = aiohttp.ClientSession(
@@ -125,7 +139,17 @@ class Upstream:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S),
         )
 
+        self._expire()
+
+    def _expire(self) -> None:
+        """Close connections that nobody uses, now and then."""
+        self._data.expire()
+        self._sweep = asyncio.get_running_loop().call_later(KEPT_S / 3, self._expire)
+
     async def close(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self._data.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -199,7 +223,7 @@ class Upstream:
                 if is_page(response.headers):
                     raise self.impostors.displaced(host, described(response.status, response.headers))
                 extent = check_data(response.status, cleaned(response.headers), asked=asked, length=None)
-                return source, DataStream(response, extent, self.errors, source, ranged=asked is not None)
+                return source, LoopStream(response, extent, self.errors, source, ranged=asked is not None)
         with contextlib.closing(response):
             fields = cleaned(response.headers)
             location = fields.get("Location")
@@ -274,24 +298,23 @@ class Upstream:
             except FAILURES as error:
                 raise translate(error) from None
         with self.errors.counted(), _closing_on_error(response):
-            if response.status in SOURCE_GONE:
-                refusal = await self._refusal(response)
-                shaped = is_refusal(refusal.status, refusal.headers, refusal.body)
-                what = "" if shaped else described(refusal.status, refusal.headers)
-                raise SourceExpired(refusal.status, relayable(refusal.headers), what=what)
             fields = cleaned(response.headers)
+            if response.status in SOURCE_GONE:
+                shaped = is_refusal(response.status, fields, response.refusal)
+                what = "" if shaped else described(response.status, fields)
+                raise SourceExpired(response.status, relayable(fields), what=what)
             extent = check_data(response.status, fields, asked=(start, stop), length=expected_length)
             if not source.near:
                 check_length(extent.length, source.sizes)
-            stream = DataStream(response, extent, self.errors, source)
+            stream = ThreadStream(response, self._crew, extent, self.errors, source)
             if validator is not None and stream.validator != validator:
                 raise ValidatorChanged(validator, stream.validator)
         return stream
 
-    async def _follow(self, source: Source, headers: dict[str, str]) -> tuple[aiohttp.ClientResponse, Source]:
+    async def _follow(self, source: Source, headers: dict[str, str]) -> tuple[DataResponse, Source]:
         """The response behind all redirects, and where it came from."""
         for _ in range(MAX_HOPS + 1):
-            response = await self._send("GET", self._reach(source.url), {**source.headers, **headers})
+            response = await self._fetch(self._reach(source.url), {**source.headers, **headers})
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or not location:
                 return response, source
@@ -316,14 +339,34 @@ class Upstream:
             check_remote(host)
         return url
 
-    async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        there = URL(url, encoded=True)
+    def _check(self, there: URL) -> None:
+        """Offline or UpstreamUnreachable where nothing is asked now."""
         if self._settings.offline and (there.host or "", there.port or 0) not in self._near:
             raise Offline("offline: upstream is not asked")
         if self._session is None:
             raise UpstreamUnreachable("expected an open client, got a closed one")
+
+    def _fields(self, headers: Mapping[str, str]) -> dict[str, str]:
         # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
-        fields = {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
+        return {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
+
+    async def _fetch(self, url: str, headers: Mapping[str, str]) -> DataResponse:
+        """A response to a GET whose body is read by threads."""
+        there = URL(url, encoded=True)
+        self._check(there)
+        if there.host is None or there.port is None:
+            raise ValueError("no host")
+        endpoint = Endpoint(there.scheme, there.host, there.port)
+        fields = {"Host": there.host_port_subcomponent or "", **self._fields(headers)}
+        ask = Ask(endpoint, there.raw_path_qs, fields, STALL_TIMEOUT_S)
+        caller = Caller()
+        return await self._crew.run_or_leave(lambda: self._data.get(ask, caller), caller.stop, DataResponse.close)
+
+    async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        there = URL(url, encoded=True)
+        self._check(there)
+        assert self._session is not None
+        fields = self._fields(headers)
         proxy = self._parents.of(there.scheme, there.host or "", there.port or 0)
         connect: dict[str, str] | None = None
         if proxy is not None and there.scheme == "https":
@@ -352,7 +395,7 @@ def exempt_hosts(settings: Settings) -> frozenset[tuple[str, int]]:
 
 
 @contextlib.contextmanager
-def _closing_on_error(response: aiohttp.ClientResponse) -> Iterator[None]:
+def _closing_on_error(response: aiohttp.ClientResponse | DataResponse) -> Iterator[None]:
     try:
         yield
     except BaseException:

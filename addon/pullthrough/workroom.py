@@ -11,6 +11,7 @@ from pullthrough.fetcher import Counters
 from pullthrough.keeper import Keeper
 from pullthrough.leaseholder import Leaseholder
 from pullthrough.nearby import Nearby
+from pullthrough.patience import Rates
 from pullthrough.settings import Finish
 from pullthrough.store import Store
 from pullthrough.threads import Threads
@@ -32,6 +33,7 @@ class Workroom:
     budget: Budget
     fleet: tuple[Tier, Leaseholder] | None = None
     counters: Counters = field(default_factory=Counters)
+    rates: Rates = field(default_factory=Rates)
 
     def nearby(self, digest: Digest) -> Nearby | None:
         """The fleet's own sources of the blob, where there is a fleet."""

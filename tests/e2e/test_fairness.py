@@ -13,7 +13,7 @@ from tests.e2e.conftest import MB, add_model, get, to_registry, unique
 from tests.e2e.test_pull import assert_complete
 from tests.support.a2 import A2Client
 from tests.support.legacy import A0Client
-from tests.support.origin import Origin
+from tests.support.origin import MODEL_TYPE, TRICKLE_RATE, Fault, Mode, Origin
 from tests.support.proxy import Proxy
 
 NewClient = Callable[..., A2Client]
@@ -58,11 +58,41 @@ def test_a_hungry_client_is_told_of(origin: Origin, proxy: Proxy, new_client: Ne
     assert sum("a client has waited" in line and model.layer[7:19] in line for line in proxy.output) == 1
 
 
+def test_a_trickling_connection_is_relieved(origin: Origin, proxy: Proxy, new_client: NewClient) -> None:
+    """Of a slice that trickles another connection brings the rest, so that its reader gets on."""
+    size = 48 * MB
+    model = add_model(origin, unique(size))
+    origin.rate_per_connection = MB
+    proxy.restart()  # how fast the line was before is not remembered
+    # Some slices are asked for before the rate is known; a later one is large enough to keep a reader for a minute.
+    origin.faults.append(Fault(Mode.TRICKLE, digest=model.layer, after=500_000))
+    client = new_client(proxy, parts=4, min_part=size // 4 + 1)
+    report = client.pull(model.name)
+    assert_complete(client, model)
+    assert origin.faults[0].hits == 1
+    assert report.retries == report.stalls == 0
+    assert report.transfer_s < 500_000 / TRICKLE_RATE / 2
+
+
+def test_small_blobs_take_few_requests(origin: Origin, proxy: Proxy, new_client: NewClient) -> None:
+    """Once the line is known, a blob is asked for in two requests or so."""
+    count = 24
+    for name, size in (("first", 32 * MB), ("many", 4 << 20)):
+        blobs = [unique(size) for _ in range(count if name == "many" else 1)]
+        layers = [(MODEL_TYPE, origin.add_blob(blob)) for blob in blobs]
+        config = origin.add_blob(name.encode())
+        origin.add_model(f"library/{name}", "latest", layers=layers, config=config)
+        origin.reset_counters()
+        new_client(proxy).pull(name)
+    assert origin.counters.cdn_requests <= 3 * count
+
+
 def test_one_stream_is_faster_than_direct(origin: Origin, proxy: Proxy, tmp_path: Path) -> None:
     """A client with one connection gets what several connections of the cache bring."""
     size = 12 * MB
     model = add_model(origin, unique(size))
     origin.rate_per_connection = MB
+    proxy.restart()  # how fast the line was before is not remembered
     report = A0Client(proxy.url, proxy.ca_file, tmp_path / "client").pull(model.name)
     direct_s = size / MB
     assert direct_s / report.transfer_s >= 3

@@ -142,6 +142,9 @@ def set_scene(origin: Origin, proxy: Proxy, record_property: Callable[[str, obje
 
     @contextmanager
     def make(trouble: Trouble, situation: str) -> Iterator[Scene]:
+        if trouble.rate or situation == "half":
+            # How fast the line was before is not remembered: half-way comes before all has been asked for.
+            proxy.restart()
         begin = len(proxy.output)
         scene = Scene(origin, proxy, trouble, situation)
         try:

@@ -68,6 +68,8 @@ _PIECE: Final = 256 * 1024
 _LIMITED_PIECE: Final = 64 * 1024
 _SEND_BUFFER: Final = 256 * 1024
 """SO_SNDBUF: without it the kernel grows the buffer to megabytes, and bytes nobody reads count as written."""
+TRICKLE_RATE: Final = 16_000
+"""Bytes a second."""
 _CREDIT_S: Final = 0.05
 """How much lateness of a wake-up a token bucket makes up for; more would be a burst."""
 _ANY_PORT: Final = ("127.0.0.1", 0)
@@ -255,6 +257,8 @@ class Mode(StrEnum):
     """close_notify and FIN after `after` body bytes."""
     STALL = "stall"
     """A pause after `after` body bytes, until the fault's gate is opened."""
+    TRICKLE = "trickle"
+    """The body goes on at TRICKLE_RATE after `after` bytes."""
     FLIP = "flip"
     """The lowest bit of the blob's byte at offset `after` is inverted."""
     SHORT_LENGTH = "short-length"
@@ -1315,14 +1319,17 @@ class Origin:
             return fault.after < stop - start
 
         flip = fault(Mode.FLIP, lambda fault: start <= fault.after < stop)
-        stall, truncate, reset = (fault(mode, within) for mode in (Mode.STALL, Mode.TRUNCATE, Mode.RESET))
+        stall, truncate, reset, trickle = (
+            fault(mode, within) for mode in (Mode.STALL, Mode.TRUNCATE, Mode.RESET, Mode.TRICKLE)
+        )
         ends = [start + cut.after for cut in (truncate, reset) if cut]
         end = min(ends, default=stop)
         pauses = [start + stall.after] if stall and start + stall.after <= end else []
         position = start
         for mark in (*pauses, end):
             while position < mark:
-                position += self._write_piece(connection, response, position, mark, flip)
+                is_slow = trickle is not None and position >= start + trickle.after
+                position += self._write_piece(connection, response, position, mark, flip, is_slow=is_slow)
             if stall and mark in pauses:
                 with stall.gate.holding():
                     connection.wait(None, stall.gate)
@@ -1336,7 +1343,14 @@ class Origin:
         return True
 
     def _write_piece(
-        self, connection: _Connection, response: _Response, start: int, stop: int, flip: Fault | None
+        self,
+        connection: _Connection,
+        response: _Response,
+        start: int,
+        stop: int,
+        flip: Fault | None,
+        *,
+        is_slow: bool = False,
     ) -> int:
         """Write some of the body, as much as the rate limits let pass at once."""
         length = min(stop - start, _PIECE)
@@ -1346,7 +1360,7 @@ class Origin:
             rates = [
                 (rate, bucket)
                 for rate, bucket in (
-                    (self.rate_per_connection, connection.bucket),
+                    (TRICKLE_RATE if is_slow else self.rate_per_connection, connection.bucket),
                     (self.rate_total, self._total_bucket),
                 )
                 if rate is not None
