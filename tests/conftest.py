@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import security
+from tests import lies, security
 from tests.faults import lines
 from tests.gotchas import GOTCHAS, shown
 
@@ -43,6 +43,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ]
     cells: dict[str, dict[str, str]] = {}
     ratios: dict[str, dict[str, str]] = {}
+    lied: dict[str, dict[str, str]] = {}
     outcomes: dict[str, str] = {}
     answered: dict[security.Cell, int] = {}
     for report in reports:
@@ -53,6 +54,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if name == "fault":
                 trouble, situation, ratio = value
                 ratios.setdefault(trouble, {})[situation] = f"{ratio:.3f}" + ("" if report.passed else " failed")
+            if name == "lies":
+                scene, walked = value
+                lied[scene] = walked
             if name == "security":
                 answered.update((security.Cell(*cell), status) for cell, status in value)
         name = report.nodeid.removeprefix("tests/").partition("[")[0]
@@ -70,6 +74,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if ratios:
         terminalreporter.section("upstream bytes / blob")
         for line in lines(ratios):
+            terminalreporter.write_line(line)
+    if lied:
+        terminalreporter.section("lies that were walked and not believed")
+        for line in lies.lines(lied):
             terminalreporter.write_line(line)
     if answered:
         terminalreporter.section(f"who gets what: {', '.join(security.CALLERS)}")

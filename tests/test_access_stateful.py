@@ -131,7 +131,7 @@ class Upstreams:
         if kind == "chunksums":
             self._give(caller, repository, digest)
             body = f"{digest} 0-0\n".encode()
-            return Response(200, CIMultiDict({"Content-Location": "https://cdn/x"}), body)
+            return Response(200, CIMultiDict({"Content-Location": f"https://{R2_HOST}{canonical_path(digest)}"}), body)
         return Response(200, CIMultiDict({"Content-Length": "1"}), b"")
 
     async def obtain(
@@ -141,8 +141,8 @@ class Upstreams:
         digest: Digest,
         headers: Mapping[str, str],
         *,
+        asked: tuple[int, int] | None = None,
         timeout_s: float,
-        stop: int | None = None,
     ) -> tuple[Source, None]:
         caller = headers.get("Authorization")
         if status := self._judge(repository, caller):

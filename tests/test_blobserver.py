@@ -4,13 +4,16 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pullthrough import platform
-from pullthrough.blobserver import BlobServer, blob_origin, is_name
+from pullthrough.blobserver import BlobServer, _in_words, blob_origin, is_name
+from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.errors import SettingsError
+from pullthrough.exchange import Answer
 from pullthrough.options import parse_settings
 from tests.support.proxy import free_port
 
@@ -130,3 +133,15 @@ def test_an_unknown_host() -> None:
     message = r"got absent\.invalid:9200: "
     with pytest.raises(SettingsError, match=message), server(listen="absent.invalid:9200", front=""):
         pass
+
+
+def test_a_private_model_is_refused_in_words() -> None:
+    """A challenge that nobody can meet here becomes a refusal whose text Ollama shows; a blob's has no text."""
+    challenged = Answer(401, CacheStatus(Outcome.MISS), (("WWW-Authenticate", "Bearer"),), b"{}", 2)
+    told = _in_words(challenged, "/v2/owner/secret/manifests/latest", "registry.ollama.ai")
+    assert told.status == 403 and isinstance(told.body, bytes)
+    assert b"registry.ollama.ai/owner/secret is private, or there is no such model" in told.body
+    silent = _in_words(challenged, f"/v2/owner/secret/blobs/sha256:{'a' * 64}", "registry.ollama.ai")
+    assert (silent.status, silent.headers, silent.body) == (403, (), b"")
+    other = replace(challenged, status=404)
+    assert _in_words(other, "/v2/owner/secret/manifests/latest", "registry.ollama.ai") is other

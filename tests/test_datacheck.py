@@ -10,7 +10,7 @@ from multidict import CIMultiDict
 
 from pullthrough.byterange import ByteRange
 from pullthrough.datacheck import Extent, check_data, relayable
-from pullthrough.errors import SourceExpired, UnexpectedResponse, UpstreamError, UpstreamRefused
+from pullthrough.errors import LengthContradicted, SourceExpired, UnexpectedResponse, UpstreamError, UpstreamRefused
 
 SIZE = 16
 SIGNED = "https://r2.example/data?X-Amz-Credential=key&X-Amz-Signature=c0ffee"
@@ -46,10 +46,10 @@ def refused(
     asked: tuple[int, int] | None = ASKED,
     length: int | None = SIZE,
 ) -> str:
-    """The message of the error, which is of exactly this type and names no signed address."""
+    """The message of the error, which is of this type and names no signed address."""
     with pytest.raises(UpstreamError) as caught:
         check(status, headers, asked=asked, length=length)
-    assert type(caught.value) is expected
+    assert isinstance(caught.value, expected)
     assert not re.search(r"\?|X-Amz|c0ffee", str(caught.value))
     return str(caught.value)
 
@@ -115,7 +115,6 @@ def test_206_to_an_unranged_get() -> None:
     [
         pytest.param("bytes */16", 16, id="the blob has bytes"),
         pytest.param("bytes */16", None, id="the blob has bytes, as we learn"),
-        pytest.param("bytes */0", 16, id="empty, but it is known not to be"),
         pytest.param("bytes */*", None, id="no length"),
         pytest.param("*/0", None, id="no unit"),
         pytest.param("bytes 0-0/0", None, id="an interval"),
@@ -126,6 +125,13 @@ def test_other_416(content_range: str | None, length: int | None) -> None:
     """We never ask beyond the end: only an empty blob satisfies no range."""
     headers = partial(content_range, "0")
     assert refused(UnexpectedResponse, 416, headers, length=length) == "expected 206 or 200, got 416"
+
+
+def test_a_416_that_tells_another_length() -> None:
+    """What was asked for lies within what was expected: then the blob is shorter than that."""
+    for told in (0, 3):
+        message = f"expected a complete length of 16, got {told}"
+        assert refused(LengthContradicted, 416, partial(f"bytes */{told}", "0")) == message
 
 
 @pytest.mark.parametrize(

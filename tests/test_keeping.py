@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 
 from pullthrough.digest import Digest
-from pullthrough.errors import StoreUnwritable
-from pullthrough.keeper import Keeper
+from pullthrough.errors import SourceDistrusted, StoreUnwritable
+from pullthrough.keeper import SMALL, Keeper
 from pullthrough.manifestjson import LIST_TYPE
 from pullthrough.options import parse_settings
 from pullthrough.records import ManifestRecord, Name
@@ -158,6 +158,49 @@ def test_the_refresher(store: Store, tmp_path: Path) -> None:
     assert list(refresher._due(10, now)) == [NAME]
     store.ledger.unpin("llama3.2:latest")
     assert list(refresher._due(10, now)) == []
+
+
+def test_evidence_goes_before_models(store: Store) -> None:
+    """Quarantined bytes count into the bounds, one file per blob, and no model is evicted while there are any."""
+
+    async def scenario() -> None:
+        threads = Threads()
+        try:
+            keeper = Keeper(store, threads, max_size=store.held_bytes + 8192, min_free=0)
+            digest = Digest("9" * 64)
+            for _ in range(2):
+                ingest = store.ingest(digest)
+                ingest.begin(8192)
+                ingest.write_at(0, bytes(range(256)) * 32)
+                store.quarantine(ingest)
+                ingest.close()
+            assert len(store.quarantined()) == 1
+            await keeper.reserve(Digest("8" * 64), 8192)
+            assert store.quarantined() == {} and store.evicted == 0
+        finally:
+            threads.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_was_wrong_twice_has_no_room(store: Store) -> None:
+    """It is passed through, unless it is so small that recording it anew costs nothing."""
+
+    async def scenario() -> None:
+        threads = Threads()
+        try:
+            keeper = Keeper(store, threads, max_size=None, min_free=0)
+            digest = Digest("7" * 64)
+            keeper.distrust(digest)
+            await keeper.reserve(digest, SMALL + 1)
+            keeper.distrust(digest)
+            with pytest.raises(SourceDistrusted, match="brought other bytes twice"):
+                await keeper.reserve(digest, SMALL + 1)
+            await keeper.reserve(digest, SMALL)
+        finally:
+            threads.close()
+
+    asyncio.run(scenario())
 
 
 def keep(store: Store, *asked: tuple[str, int, int], max_size: int = 1500) -> None:

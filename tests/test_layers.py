@@ -15,12 +15,12 @@ PACKAGE: Final = ADDON / "pullthrough"
 ROWS: Final = {
     "L0": "errors digest route byterange intervals capability presigned cachestatus settings records datacheck"
     " chunksums coding conditional requestlog options loopguard wording gcpause jsonlog fleet addressing"
-    " manifestjson termlog webpage",
+    " manifestjson termlog webpage boundedjson fields refusals",
     "L1": "assembly scheduler freshness retention access tunnel budget parent traffic catalogue pruning"
-    " diagnosis breaker returns lease pulls patience connlimit",
+    " diagnosis breaker returns lease pulls patience connlimit distrust",
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
-    " authorities clientsetup objectstore manifesttable dialer dataclient dialling clock",
+    " authorities clientsetup objectstore manifesttable dialer dataclient dialling clock impostors claims",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
@@ -44,11 +44,12 @@ SIDEWAYS: Final = {
     "options": {"addressing", "errors", "settings"},
     "requestlog": {"cachestatus"},
     "jsonlog": {"termlog"},
-    "manifestjson": {"digest", "errors"},
+    "manifestjson": {"boundedjson", "digest", "errors"},
+    "refusals": {"boundedjson"},
     "records": {"digest", "errors", "manifestjson"},
     "fleet": {"digest", "errors", "records"},
-    "datacheck": {"byterange", "errors"},
-    "chunksums": {"digest", "errors"},
+    "datacheck": {"byterange", "errors", "refusals"},
+    "chunksums": {"datacheck", "digest", "errors"},
     "coding": {"errors"},
     "access": {"tunnel"},
     "connlimit": {"tunnel"},
@@ -76,9 +77,11 @@ SIDEWAYS: Final = {
     "modeltree": {"platform"},
     "bundle": {"modeltree"},
     "dialer": {"resolver"},
-    "dataclient": {"dialer"},
+    "dataclient": {"dialer", "threads"},
     "datastream": {"dataclient", "dialer", "threads"},
-    "upstream": {"dataclient", "datastream", "dialer", "resolver", "threads"},
+    "impostors": {"datastream"},
+    "claims": {"store"},
+    "upstream": {"dataclient", "datastream", "dialer", "impostors", "resolver"},
     "leaseholder": {"tier"},
     "nearby": {"leaseholder", "tier"},
     "supply": {"nearby"},

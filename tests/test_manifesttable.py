@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pullthrough.digest import Digest
-from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE
+from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE, LONGEST
 from pullthrough.records import ManifestRecord, Name
-from pullthrough.store import LONGEST_MANIFEST, Store
+from pullthrough.store import Store
 
 HOST = "registry.ollama.ai"
 NAME = Name(HOST, "library/tiny", "latest")
@@ -134,7 +134,7 @@ def test_a_child_that_is_the_plain_manifest(store: Store, order: tuple[Name, Nam
     [
         pytest.param(b"no manifest", id="something else"),
         pytest.param(listing(FIRST), id="a list"),
-        pytest.param(manifest(b"a") + b" " * LONGEST_MANIFEST, id="too long"),
+        pytest.param(manifest(b"a") + b" " * LONGEST, id="too long"),
         pytest.param(b"", id="empty"),
     ],
 )

@@ -132,6 +132,7 @@ def test_numbers(tmp_path: Path) -> None:
     assert {key[1] for key in fresh if key[0] == "upstream_errors_total"} == {
         *("unreachable", "offline", "timeout", "refused", "unexpected_response", "validator_changed"),
         *("source_expired", "address_refused", "loop_detected"),
+        *("not_the_registry", "disagreement", "length_contradicted"),
     }
 
 

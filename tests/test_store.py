@@ -298,6 +298,7 @@ def test_sweep(tmp_path: Path) -> None:
     ingest.begin(5)
     evidence = [store.quarantine(ingest)]
     ingest.close()
+    ingest = store.ingest(digest_of(b"wrong too"))
     ingest.begin(5)
     evidence.append(store.quarantine(ingest))
     ingest.close()

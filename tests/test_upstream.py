@@ -25,6 +25,7 @@ from pullthrough.datacheck import Extent
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
+    LengthContradicted,
     LoopDetected,
     Offline,
     SourceExpired,
@@ -101,6 +102,9 @@ def part(start: int, stop: int, *fields: tuple[str, str], blob: bytes = BLOB) ->
 def moved(location: str, status: int = 307) -> bytes:
     return reply(status, b"elsewhere", ("Location", location))
 
+
+REFUSAL = b'{"errors": [{"code": "UNKNOWN", "message": "unknown"}]}'
+JSON = ("Content-Type", "application/json")
 
 NOTHING = b""
 WAIT = b"<wait>"
@@ -264,12 +268,12 @@ async def read(stream: DataStream) -> bytes:
 
 @on_loop
 async def test_an_answer_is_handed_on() -> None:
-    """Status, fields in any case, and body; a redirect too, which is for the caller to judge."""
+    """Status, fields in any case, and body; a redirect within the registry too, which is for the caller to judge."""
     async with world() as at:
-        at.registry.answers[MANIFEST_TARGET] = reply(307, b"{}", ("Location", SIGNED), ("X-Name", "value"))
+        at.registry.answers[MANIFEST_TARGET] = reply(307, b"{}", ("Location", "/elsewhere"), ("X-Name", "value"))
         response = await at.ask()
         assert (response.status, response.body) == (307, b"{}")
-        assert (response.headers["location"], response.headers["x-NAME"]) == (SIGNED, "value")
+        assert (response.headers["location"], response.headers["x-NAME"]) == ("/elsewhere", "value")
         assert at.cdn.seen == []
 
 
@@ -471,7 +475,7 @@ async def test_upstream_counts_as_down_until_it_answers(monkeypatch: pytest.Monk
     async with world() as at:
         assert at.upstream.down_until(HOST) == 0
         for status in (200, 404, 500):
-            at.registry.answers[MANIFEST_TARGET] = [reply(status), CLOSE]
+            at.registry.answers[MANIFEST_TARGET] = [reply(status, REFUSAL, JSON), CLOSE]
             at.upstream.mark_down(HOST, 30)
             assert at.upstream.down_until(HOST) == 1030
             await at.ask()
@@ -546,7 +550,7 @@ async def test_a_registry_that_has_the_bytes_is_asked_for_few(answer: bytes, ext
     """Where only the source is wanted, one byte is asked for in case the registry itself is the source."""
     async with world() as at:
         at.registry.answers[BLOB_TARGET] = answer
-        source, stream = await at.upstream.obtain(HOST, REPOSITORY, DIGEST, {}, stop=1, timeout_s=20.0)
+        source, stream = await at.upstream.obtain(HOST, REPOSITORY, DIGEST, {}, asked=(0, 1), timeout_s=20.0)
         assert stream is not None
         with closing(stream):
             assert (stream.start, stream.stop, stream.length) == extent
@@ -685,12 +689,14 @@ async def test_a_source_that_ignores_range() -> None:
 
 @on_loop
 async def test_an_empty_blob() -> None:
-    """No range of it can be satisfied: 416 says that it is empty, and there is nothing to read."""
+    """No range of it can be satisfied: 416 says so, and there is nothing to read. Another blob is never empty."""
     async with world() as at:
         at.cdn.answers[DATA_TARGET] = reply(416, b"", ("Content-Range", "bytes */0"))
-        stream = await at.open(0, 8, length=None)
+        stream = await at.open(0, 8, source=Source(SIGNED, sizes=frozenset({0})), length=None)
         assert (stream.start, stream.stop, stream.length) == (0, 0, 0)
         assert await read(stream) == b""
+        with refused(LengthContradicted, "got 0$"):
+            await at.open(0, 8, length=None)
 
 
 @on_loop
@@ -718,7 +724,7 @@ async def test_a_stream_read_to_its_end_gives_its_connection_back() -> None:
         pytest.param(reply(302, b"no"), UnexpectedResponse, "expected 206 or 200, got 302", id="redirect to nowhere"),
         pytest.param(part(5, 9), UnexpectedResponse, "expected bytes 4-7, got 5-8/16", id="other bytes"),
         pytest.param(
-            part(4, 8, blob=BLOB + b"g"), UnexpectedResponse, "expected a complete length of 16, got 17", id="longer"
+            part(4, 8, blob=BLOB + b"g"), LengthContradicted, "expected a complete length of 16, got 17", id="longer"
         ),
         pytest.param(
             part(4, 8, ("Content-Encoding", "gzip")),
@@ -925,7 +931,7 @@ async def test_failures_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once each, wherever they are met; a refusal that a client is meant to see is none."""
     monkeypatch.setattr(module, "PAUSES_S", (0.0, 0.0))
     async with world() as at:
-        at.registry.answers[MANIFEST_TARGET] = reply(404)
+        at.registry.answers[MANIFEST_TARGET] = reply(404, REFUSAL, JSON)
         await at.ask()
         assert at.upstream.errors == {}
         at.registry.answers[MANIFEST_TARGET] = reply(503)

@@ -18,7 +18,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          supply  sealer  keeper  workroom  ahead             the ones that talk to the CDN and keep what it says
          tier  uploader  leaseholder  nearby                 what a fleet of caches shares
          verifying  importing  exporting                     the ones that check the store and carry models in and out
-    L2a  store  storefolder  index  contents  ingest  upstream  datastream  resolver  collapse
+    L2a  store  storefolder  index  contents  ingest  upstream  impostors  datastream  claims  resolver  collapse
          ca  threads  places  looplag  platform  dialling  clock
          ledger  control  asking  housekeeping
          copying  inventory  modeltree  bundle  admission
@@ -27,8 +27,9 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
     L1   assembly  scheduler  freshness  retention  access
          tunnel  budget  parent  pulls  connlimit
          traffic  catalogue  pruning  diagnosis
-         breaker  returns  lease  patience                    state and policy, no I/O; `now` is a parameter
+         breaker  returns  lease  patience distrust           state and policy, no I/O; `now` is a parameter
     L0   errors  digest  route  byterange  intervals  datacheck  capability  presigned  cachestatus  records  chunksums
-         coding  conditional  requestlog  settings  options  addressing  loopguard  wording
+         coding  conditional  boundedjson  fields  refusals
+         requestlog  settings  options  addressing  loopguard  wording
          jsonlog  termlog  fleet  gcpause  manifestjson  webpage
 """

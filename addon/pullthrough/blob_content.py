@@ -13,15 +13,18 @@ from typing import Final
 from pullthrough import capability
 from pullthrough.byterange import Unsatisfiable, if_range_matches, parse_range
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.claims import public_sizes
 from pullthrough.clock import lasting
 from pullthrough.conditional import Precondition, evaluate
 from pullthrough.digest import Digest
+from pullthrough.errors import StoreUnwritable
 from pullthrough.exchange import Answer, Request
 from pullthrough.fleet import capability_secret
 from pullthrough.grants import Grants
+from pullthrough.keeper import SMALL
 from pullthrough.offload import Offload
 from pullthrough.pulls import Place, Pulls
-from pullthrough.reader import Reader
+from pullthrough.reader import WAIT_S, Reader
 from pullthrough.recorder import Recorder
 from pullthrough.recording import Recording
 from pullthrough.route import CanonicalRoute
@@ -99,9 +102,33 @@ class BlobContent:
                 file.release()
         recording = self.recording(digest, handed_out, look=_wanted_from_start(request))
         size = await recording.ready()
+        if size <= SMALL and request.method == "GET" and await self._is_verified(recording, size):
+            return await self.read(request, digest, offload=offload)
         return self._bytes(
             request, digest, size, lambda a, b: Reader(a, b, recording=recording), recording=recording, offload=offload
         )
+
+    async def _is_verified(self, recording: Recording, size: int) -> bool:
+        """Wait until all of a small blob has come and has the digest; False where it cannot be kept.
+
+        So a page of the right length never reaches a client, nor a body that ends short. Raises what the recording
+        fails of.
+        """
+        recording.pull()
+        reader = Reader(0, size, recording=recording)
+        try:
+            while not await reader.whole(WAIT_S):
+                pass
+            if reader.passes_through:
+                return False
+        finally:
+            reader.close()
+        await recording.over.wait()
+        try:
+            recording.check()
+        except StoreUnwritable:
+            return False
+        return self._store.held(recording.digest) is not None
 
     def recording(self, digest: Digest, handed_out: HandedOut | None = None, *, look: int = 0) -> Recording:
         """The recording of the blob: the one that runs, or one from any repository that has it in public.
@@ -110,7 +137,9 @@ class BlobContent:
         """
         if found := self._recorder.find(digest):
             return found
-        source = handed_out.source if handed_out is not None else None
+        source = None
+        if handed_out is not None:
+            source = replace(handed_out.source, sizes=public_sizes(self._store, digest))
         obtain = handed_out.obtain if handed_out is not None else None
         return self._recorder.open(
             digest, obtain=obtain or (lambda: self._grants.source(digest)), source=source, look=look

@@ -16,10 +16,18 @@ from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.clock import lasting
 from pullthrough.datacheck import relayable
 from pullthrough.digest import Digest
-from pullthrough.errors import UnexpectedResponse, UpstreamRefused, UpstreamTimeout, UpstreamUnreachable
+from pullthrough.errors import (
+    NotTheRegistry,
+    UnexpectedResponse,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
 from pullthrough.exchange import Answer, Request
 from pullthrough.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.grants import Grant, Grants, attempts
+from pullthrough.impostors import HEAD_UNKNOWN, REDIRECTS
 from pullthrough.manifests import Manifests
 from pullthrough.offload import Offload
 from pullthrough.pulls import Pulls
@@ -30,7 +38,7 @@ from pullthrough.settings import Settings
 from pullthrough.signed_addresses import SignedAddresses
 from pullthrough.store import Store
 from pullthrough.tier import Tier
-from pullthrough.upstream import DEADLINE_S, DENIED, REDIRECTS, Upstream
+from pullthrough.upstream import DEADLINE_S, DENIED, Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -86,10 +94,12 @@ class Blobs:
         try:
             async with asyncio.timeout(DEADLINE_S if size is None else REVALIDATE_TIMEOUT_S):
                 size = await self._ask_size(request, route)
-        except (UpstreamUnreachable, UpstreamTimeout, TimeoutError):
-            if size is None:
+        except (UpstreamError, TimeoutError) as error:
+            refused = isinstance(error, UpstreamRefused) and error.status_hint in DENIED
+            if size is None or refused:
                 raise
-            self._upstream.mark_down(request.host, DOWN_S)
+            if isinstance(error, UpstreamUnreachable | UpstreamTimeout | TimeoutError):
+                self._upstream.mark_down(request.host, DOWN_S)
             return _head(route.digest, size, CacheStatus(Outcome.HIT, detail="upstream-failed"))
         return _head(route.digest, size, CacheStatus(Outcome.REQUEST if pushes else Outcome.MISS, forward_status=200))
 
@@ -97,16 +107,21 @@ class Blobs:
         """The size as upstream's HEAD tells it, asked anonymously first. UpstreamRefused where upstream says no."""
         target = f"/v2/{route.repository}/blobs/{route.digest}"
         for authorization, headers in attempts(request):
-            response = await self._upstream.ask("HEAD", request.host, target, headers, timeout_s=DEADLINE_S)
+            try:
+                response = await self._upstream.ask("HEAD", request.host, target, headers, timeout_s=DEADLINE_S)
+            except NotTheRegistry:
+                return await self._open(request, route)
             if response.status == 200 and (length := response.headers.get("Content-Length", "")).isdecimal():
                 # That a blob exists is no grant of its bytes: only a GET confirms the pair.
-                return int(length)
-            if response.status == 200 or response.status in REDIRECTS:
-                # Registries that redirect HEAD too, or do not tell the size: the source itself tells.
+                return self._grants.told(request.host, route, int(length))
+            if response.status == 200 or response.status in REDIRECTS | HEAD_UNKNOWN:
+                # Registries that redirect HEAD too, do not know it, or do not tell the size: the source itself tells.
                 return await self._open(request, route)
             if response.status not in DENIED:
                 break
             self._grants.refuse(request.host, route, authorization, response.status)
+        if response.status < 400:
+            raise UnexpectedResponse(f"expected 200 to HEAD, or a refusal, got {response.status}")
         raise UpstreamRefused(response.status, relayable(response.headers))
 
     async def _get_blob(self, request: Request, route: BlobRoute) -> Answer:
@@ -205,9 +220,8 @@ class Blobs:
         The list is asked for each time: it is small, and with many chunks a client resumes in the middle.
         """
         try:
-            body, cache = await self._ask_chunksums(request, route)
-            size = chunksums.check(body)
-        except (UpstreamUnreachable, UpstreamTimeout):
+            body, size, cache = await self._ask_chunksums(request, route)
+        except (UpstreamUnreachable, UpstreamTimeout, UnexpectedResponse):
             size = await self._known_size(request, route) or 0
             if not size:
                 raise
@@ -216,17 +230,21 @@ class Blobs:
         headers = (("Content-Type", "text/plain; charset=utf-8"), ("Content-Location", location))
         return Answer(200, cache, headers, body, len(body))
 
-    async def _ask_chunksums(self, request: Request, route: ChunksumsRoute) -> tuple[bytes, CacheStatus]:
-        """Upstream's list; the blob is being recorded if it is not here. UpstreamRefused where upstream says no."""
+    async def _ask_chunksums(self, request: Request, route: ChunksumsRoute) -> tuple[bytes, int, CacheStatus]:
+        """Upstream's list and the size it covers; the blob is being recorded if it is not here.
+
+        UpstreamRefused where upstream says no.
+        """
         target = f"/v2/{route.repository}/chunksums/{route.digest}"
         for authorization, headers in attempts(request):
             denials = self._grants.denials(request.host, route)
             response = await self._upstream.ask("GET", request.host, target, headers, timeout_s=DEADLINE_S)
             if response.status == 200 and (location := response.headers.get("Content-Location")):
-                self._grants.confirm(request.host, route, authorization, denials=denials)
+                size = chunksums.check(response.body)
                 source = self._upstream.source_at(request.host, target, location)
+                source = self._grants.sums(request.host, route, authorization, source, size, denials=denials)
                 await self._record(route.digest, Grant(source, None, self._grants.again(request, route, authorization)))
-                return response.body, CacheStatus(Outcome.REQUEST, forward_status=200)
+                return response.body, size, CacheStatus(Outcome.REQUEST, forward_status=200)
             if response.status not in DENIED:
                 break
             self._grants.refuse(request.host, route, authorization, response.status)

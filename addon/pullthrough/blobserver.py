@@ -32,7 +32,7 @@ from pullthrough.pages import Pages
 from pullthrough.reader import WAIT_S, Reader
 from pullthrough.registry import Registry
 from pullthrough.requestlog import RequestLog
-from pullthrough.route import parse_canonical_target
+from pullthrough.route import ManifestRoute, parse_canonical_target, parse_registry_target
 from pullthrough.sender import Sending, send
 from pullthrough.settings import PREFIX, Endpoint, Settings
 from pullthrough.webpage import asks_for_page
@@ -199,10 +199,28 @@ class BlobServer:
             )
         )
         if answer is not None:
-            return answer
+            return _in_words(answer, request.raw_path, host)
         if canonical:
             return Answer(403, CacheStatus(Outcome.BYPASS))
         return _refusal(404, f"nothing is served at this address but the models of {host or 'a named registry'}")
+
+
+def _in_words(answer: Answer, target: str, host: str) -> Answer:
+    """The answer; a challenge, which nobody can meet here, as a refusal that people understand.
+
+    To 401 without a challenge Ollama says `realm host "" does not match`; the text behind another status it shows.
+    """
+    if answer.status != 401:
+        return answer
+    route = parse_registry_target(target)
+    if not isinstance(route, ManifestRoute):
+        return replace(answer, status=403, headers=(), body=b"", length=0)
+    model = f"{host}/{route.repository}"
+    message = (
+        f"{model} is private, or there is no such model: this port of the cache gives public models only. Pull it by "
+        "HTTPS_PROXY through the cache's proxy, or from the registry itself."
+    )
+    return _refusal(403, message, code="DENIED")
 
 
 async def _gathered(request: web.BaseRequest, answer: Answer, reader: Reader) -> Answer:
@@ -271,8 +289,8 @@ def _listen(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def _refusal(status: int, message: str, *headers: tuple[str, str]) -> Answer:
+def _refusal(status: int, message: str, *headers: tuple[str, str], code: str = "UNSUPPORTED") -> Answer:
     """In the registry's own shape (OCI distribution-spec, "Error codes")."""
-    body = json.dumps({"errors": [{"code": "UNSUPPORTED", "message": message}]}).encode()
+    body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
     fields = (("Content-Type", "application/json"), *headers)
     return Answer(status, CacheStatus(Outcome.BYPASS), fields, body, len(body))

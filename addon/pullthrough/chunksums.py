@@ -5,15 +5,22 @@ Invariant: a list that `check` has passed covers its blob from the first byte to
 Knows neither where a list comes from nor the bytes it speaks of.
 """
 
+import re
+from typing import Final
+
+from pullthrough.datacheck import LONGEST_BLOB
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, UnexpectedResponse
+
+_WORD: Final = re.compile(rb"\S{1,200}")
 
 
 def check(body: bytes) -> int:
     """The size of the blob that the lines `<digest> <first>-<last>` cover. UnexpectedResponse if they do not."""
-    words = body.decode("ascii", "replace").split()
     position = 0
-    for number, (text, interval) in enumerate(zip(words[::2], words[1::2], strict=False), start=1):
+    words = (match[0].decode("ascii", "replace") for match in _WORD.finditer(body))
+    for number, text in enumerate(words, start=1):
+        interval = next(words, "")
         first, separator, last = interval.partition("-")
         try:
             Digest.parse(text)
@@ -23,8 +30,8 @@ def check(body: bytes) -> int:
         if not plain or len(interval) > 40 or int(first) != position or int(last) < position:
             raise UnexpectedResponse(f"chunk {number}: expected {position}-<last byte>, got {interval:.45}")
         position = int(last) + 1
-    if position == 0 or len(words) % 2:
-        raise UnexpectedResponse(f"expected pairs of digest and interval, got {len(words)} words")
+    if not 0 < position <= LONGEST_BLOB:
+        raise UnexpectedResponse(f"expected intervals of 1 to {LONGEST_BLOB} bytes together, got {position}")
     return position
 
 

@@ -9,9 +9,9 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Self
 
 import aiohttp
 from yarl import URL
@@ -20,6 +20,7 @@ from pullthrough.datacheck import Extent
 from pullthrough.dataclient import GATHER_S, HELD_S, PIECE, DataResponse
 from pullthrough.dialer import translated
 from pullthrough.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from pullthrough.fields import is_clean
 from pullthrough.threads import Crew
 
 BATCH: Final = 256 << 10
@@ -36,25 +37,35 @@ class Source:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     near: bool = field(default=False, repr=False)
     """It is the fleet's own, and no upstream's."""
+    sizes: frozenset[int] = field(default=frozenset(), repr=False)
+    """The complete lengths that the blob may have; empty where nothing is known."""
+    proves: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    """To be called once all of the blob has come from here, and has its digest: then who gave the source was right."""
 
     @property
     def host(self) -> str:
         return URL(self.url, encoded=True).host or ""
 
-    def moved(self, location: str) -> "Source":
-        """Where a Location leads that an answer of this source has: with its credentials only within its origin.
+    def moved(self, location: str) -> Self:
+        """Where a Location leads that an answer of this source has: with its credentials only within its origin."""
+        there = join(self.url, location)
+        return replace(self, url=there, headers=self.headers if _origin(there) == _origin(self.url) else {})
 
-        UnexpectedResponse if it is no address; it may be signed, so it is not quoted.
-        """
-        here = URL(self.url, encoded=True)
-        try:
-            there = here.join(URL(location, encoded=True))
-            is_same = (here.scheme, here.host, here.port) == (there.scheme, there.host, there.port)  # RFC 6454 4
-        except ValueError:
-            raise UnexpectedResponse(
-                f"expected an address in Location, got {len(location)} characters that are none"
-            ) from None
-        return Source(str(there), self.headers if is_same else {}, self.near)
+
+def join(base: str, location: str) -> str:
+    """Where a Location leads. UnexpectedResponse if it is no address; it may be signed, so it is not quoted."""
+    try:
+        return str(URL(base, encoded=True).join(URL(location, encoded=True)))
+    except ValueError:
+        raise UnexpectedResponse(
+            f"expected an address in Location, got {len(location)} characters that are none"
+        ) from None
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port: what an Authorization is for (RFC 6454 section 4)."""
+    parsed = URL(url, encoded=True)
+    return parsed.scheme, parsed.host, parsed.port
 
 
 class Errors(Counter[type[UpstreamError]]):
@@ -95,7 +106,8 @@ class DataStream(ABC):
         self.stop = extent.stop
         self.length = extent.length
         # The fleet's sources need not agree on one: the digest tells whether their bytes fit together.
-        self.validator = None if self.near else headers.get("ETag")
+        tag = headers.get("ETag")
+        self.validator = tag if tag is not None and not self.near and is_clean("ETag", tag) else None
         self._errors = errors
 
     @property
@@ -108,8 +120,17 @@ class DataStream(ABC):
         """A response that was read to its end has given its connection back; any other is closed with it."""
 
     @abstractmethod
-    def batches(self) -> AsyncIterator[bytes]:
+    def batches(self) -> AsyncGenerator[bytes]:
         """The body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
+
+    async def first(self, count: int) -> bytes:
+        """The first `count` bytes, or all if there are fewer; the rest is given up. Raises as `batches`."""
+        found = b""
+        async with contextlib.aclosing(self.batches()) as batches:
+            while len(found) < count and (data := await anext(batches, b"")):
+                found += data
+        self.close()
+        return found[:count]
 
 
 class LoopStream(DataStream):
@@ -122,7 +143,7 @@ class LoopStream(DataStream):
     def close(self) -> None:
         self._response.close()
 
-    async def batches(self) -> AsyncIterator[bytes]:
+    async def batches(self) -> AsyncGenerator[bytes]:
         content = self._response.content
         left = self.stop - self.start
         with self._errors.counted():
@@ -173,7 +194,7 @@ class ThreadStream(DataStream):
         """Read nothing for so long, in the thread that gives the bytes."""
         self._response.pause(seconds)
 
-    async def batches(self) -> AsyncIterator[bytes]:
+    async def batches(self) -> AsyncGenerator[bytes]:
         buffer = memoryview(bytearray(min(BATCH, self._left)))
         with self._errors.counted():
             while self._left:

@@ -71,6 +71,8 @@ class ServerFacts:
     """Whether anybody listens at that port."""
     upstream: str
     """Why the registry cannot be used."""
+    displaced: str
+    """What answered last in the place of a registry."""
     ranges: str
     """Why its blobs cannot be had in parts."""
     unsigned: str
@@ -118,7 +120,14 @@ def of_server(facts: ServerFacts) -> list[Finding]:
         why = f"{facts.quarantined} blobs had other bytes than their names say: a disk or a proxy that errs"
         found.append(Finding("bytes in quarantine", why, "ollama-cache verify", grave=False))
     found += _of_ports(facts)
-    if facts.upstream:
+    if facts.displaced:
+        mend = (
+            "log in to the network (a captive portal), or exempt the registry and the blob host from the web filter or "
+            "TLS inspection"
+        )
+        why = f"{facts.displaced}; only stored models are served, and nothing becomes public or private by it"
+        found.append(Finding("something else answers in the registry's place", why, mend))
+    elif facts.upstream:
         mend = "open this machine's way to it: DNS, firewall, HTTPS_PROXY of the cache"
         if "certificate" in facts.upstream.lower():
             mend = "--set ssl_verify_upstream_trusted_ca=FILE, with the CA of whoever inspects TLS here"
@@ -131,7 +140,7 @@ def of_server(facts: ServerFacts) -> list[Finding]:
     if facts.bypassed:
         why = f"{facts.bypassed} pulls since the start, by Ollama 0.35.0 to 0.40.2, which download past every proxy"
         found.append(Finding("pulls go past the cache", why, PAST_PROXY, grave=False))
-    if facts.unsigned and not facts.upstream:
+    if facts.unsigned and not (facts.upstream or facts.displaced):
         why = f"{facts.unsigned}: Ollama 0.35.0 to 0.40.2 cannot pull by HTTPS_PROXY here"
         found.append(Finding("there are no signed addresses", why, PAST_PROXY, grave=False))
     if abs(facts.skew_s) > SKEW_S:

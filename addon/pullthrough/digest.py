@@ -61,3 +61,6 @@ class Digest(str):
 
 trusted: Final[Callable[[str], Digest]] = partial(str.__new__, Digest)
 """The digest of the text that one is, unchecked; quick."""
+
+EMPTY: Final = Digest("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
+"""Of no bytes: the one digest whose size is known, and whose blob may be empty."""

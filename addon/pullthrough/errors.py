@@ -5,6 +5,7 @@
     ├── AuthorityError         the certificate authority cannot be used: the start stops
     ├── StoreError             the store cannot be used: the start stops
     │   └── StoreUnwritable    a write to the store failed: pulls go on without it
+    │       └── SourceDistrusted   what came had another digest, twice: pulls go on without the store for a while
     ├── NoSuchModel            a verb names a model that is not stored, or several
     ├── ControlError           the daemon could not do what the command line asked
     │   └── NoDaemon           nobody listens at the store's control socket
@@ -16,11 +17,14 @@
     ├── ForgedDocument         what lies in the object store was not written by this fleet: ignored
     └── UpstreamError          upstream could not be used (502)
         ├── UpstreamUnreachable    no answer at all: DNS, connect, TLS, reset
-        │   └── Offline            nobody is to be asked (504)
+        │   ├── Offline            nobody is to be asked (504)
+        │   └── NotTheRegistry     something else answered in the registry's place: a portal, a filter, a gateway
         ├── UpstreamTimeout        no answer in time (504)
         ├── UpstreamRefused        an answer that settles the matter, to be relayed (its own status)
         ├── UnexpectedResponse     an answer that does not fit what was asked; never recorded
-        │   └── ValidatorChanged   the source serves another version than before
+        │   ├── ValidatorChanged   the source serves another version than before
+        │   ├── Disagreement       an answer to an anonymous request that is not the blob as far as it is known
+        │   └── LengthContradicted another complete length than was expected
         ├── SourceExpired          the blob's address is no longer good; obtain it again
         └── AddressRefused         the address policy forbids the connection
             └── LoopDetected       a registry's name leads back to this cache (508)
@@ -29,12 +33,18 @@ Messages say what was expected and what was got. Knows no client, socket or file
 """
 
 from collections.abc import Sequence
+from typing import Final
+
+MAX_RETRY_AFTER_S: Final = 3600.0
+"""The longest silence that an answer can ask for: nobody may silence the cache for a day by one field."""
 
 
 class CacheError(Exception):
     """Base of all errors that this package raises on purpose."""
 
     status_hint = 500
+    discards = False
+    """What a recording that fails of it leaves behind is of no use to the next one."""
 
 
 class SettingsError(CacheError):
@@ -53,6 +63,11 @@ class StoreUnwritable(StoreError):
     """Writing to the store failed: disk full, read-only, gone."""
 
     status_hint = 507
+    discards = True
+
+
+class SourceDistrusted(StoreUnwritable):
+    """The blob's source has brought bytes of another digest lately, more than once: they are not recorded again."""
 
 
 class NoSuchModel(CacheError):
@@ -120,6 +135,10 @@ class Offline(UpstreamUnreachable):
     status_hint = 504
 
 
+class NotTheRegistry(UpstreamUnreachable):
+    """Something else answered in the registry's place; the message has its status and type, and nothing of its text."""
+
+
 class UpstreamTimeout(UpstreamError):
     """No response came in time."""
 
@@ -139,8 +158,8 @@ class UpstreamRefused(UpstreamError):
     def retry_after_s(self) -> float:
         """How long upstream wants to be left alone; 0 where it does not say so in seconds (RFC 9110 10.2.3)."""
         for name, value in self.headers:
-            if name.lower() == "retry-after" and value.isascii() and value.isdecimal() and len(value) < 6:
-                return float(value)
+            if name.lower() == "retry-after" and value.isascii() and value.isdecimal():
+                return min(float(value[:8]), MAX_RETRY_AFTER_S)
         return 0.0
 
 
@@ -156,13 +175,27 @@ class ValidatorChanged(UnexpectedResponse):
         self.validator = validator
 
 
+class Disagreement(UnexpectedResponse):
+    """What an anonymous request got is not the blob: another length, or other bytes than are held."""
+
+
+class LengthContradicted(UnexpectedResponse):
+    """The source tells another complete length than was expected, or than any that is claimed."""
+
+    def __init__(self, expected: str, actual: int) -> None:
+        super().__init__(f"expected a complete length of {expected}, got {actual}")
+        self.told = actual
+
+
 class SourceExpired(UpstreamError):
     """The signed address of a blob is no longer accepted (401, 403, 404 or 410 from the CDN)."""
 
-    def __init__(self, status: int, headers: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(self, status: int, headers: Sequence[tuple[str, str]] = (), *, what: str = "") -> None:
+        """`what` describes an answer that has not the shape of a registry's refusal."""
         super().__init__(f"the source answered {status}")
         self.status = status
         self.headers = tuple(headers)
+        self.what = what
 
 
 class AddressRefused(UpstreamError):

@@ -7,7 +7,6 @@ attempt ends within seconds; what cannot be done is a fact and not an error. Doe
 import contextlib
 import email.utils
 import http.client
-import json
 import math
 import shutil
 import socket
@@ -26,6 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from pullthrough import presigned
 from pullthrough.authorities import Authorities
+from pullthrough.boundedjson import loads
 from pullthrough.ca import CERTIFICATE_NAME, KEY_NAME
 from pullthrough.diagnosis import Leg, ServerFacts
 from pullthrough.digest import Digest
@@ -45,6 +45,7 @@ class Outlook:
     """How the registry answers us, as ServerFacts has it."""
 
     upstream: str = ""
+    displaced: str = ""
     ranges: str = ""
     unsigned: str = ""
     bypassed: int = 0
@@ -56,7 +57,8 @@ async def look_out(upstream: Upstream, settings: Settings, now: datetime, bypass
 
     `bypassed` pulls have gone past the cache.
     """
-    return replace(await _ask(upstream, settings, now), bypassed=bypassed)
+    found = await _ask(upstream, settings, now)
+    return replace(found, bypassed=bypassed, displaced="; ".join(upstream.impostors.told))
 
 
 async def _ask(upstream: Upstream, settings: Settings, now: datetime) -> Outlook:
@@ -74,8 +76,8 @@ async def _ask(upstream: Upstream, settings: Settings, now: datetime) -> Outlook
     if response.status != 200:
         return Outlook(skew_s=skew_s)  # another registry need not have the sample
     try:
-        digest = Digest.parse(json.loads(response.body)["config"]["digest"])
-        source, stream = await upstream.obtain(host, SAMPLE, digest, {}, stop=1, timeout_s=PATIENCE_S)
+        digest = Digest.parse(loads(response.body, limit=len(response.body))["config"]["digest"])
+        source, stream = await upstream.obtain(host, SAMPLE, digest, {}, asked=(0, 1), timeout_s=PATIENCE_S)
         unsigned = _unsigned(settings, source.url if stream is None else "")
         stream = stream or await upstream.open_range(source, 0, 1, expected_length=None, validator=None)
         stream.close()
@@ -116,6 +118,7 @@ def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: 
         port=_port_problem(door, authorities) if door else "",
         taken=door is not None and not _reach(door),
         upstream=out.upstream,
+        displaced=out.displaced,
         ranges=out.ranges,
         unsigned=out.unsigned,
         bypassed=out.bypassed,

@@ -175,4 +175,6 @@ class Flows:
         """Let a request through to its host."""
         # No signature breaks: Ollama's and R2's cover the method, the address and named fields, of which this is none.
         flow.request.headers[CDN_LOOP] = self._loop.extend(flow.request.headers.get(CDN_LOOP))
+        # What it takes to use this proxy is nobody's business behind it (RFC 9110 section 11.7.2).
+        flow.request.headers.pop("Proxy-Authorization", None)
         self._gate.pass_on(flow)

@@ -34,19 +34,19 @@ class Heard(Enum):
     """What upstream said to one manifest request."""
 
     NOTHING = auto()
-    """No answer: unreachable, too late, or not HTTP."""
+    """No answer of the registry's: unreachable, too late, not HTTP, or somebody else's."""
     MANIFEST = auto()
     """200 with a manifest: the stored one again, or another."""
     SOMETHING = auto()
-    """200 with something else: a captive portal."""
+    """200 with another document than is known here."""
     GONE = auto()
     """404."""
     DENIED = auto()
     """401 or 403."""
     FAILING = auto()
-    """429 or 5xx."""
+    """Any other status: 429, 5xx, 400, a redirect."""
     REFUSED = auto()
-    """Any other status: 412 for a client that is too old, 400."""
+    """412: this one client is too old."""
 
 
 class Verdict(Enum):

@@ -11,6 +11,7 @@ check, so a torn tail costs what it described and nothing else. Knows no network
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import threading
@@ -23,6 +24,8 @@ from pullthrough import platform
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, StoreUnwritable
 from pullthrough.intervals import Intervals
+
+_log = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 
@@ -122,8 +125,11 @@ class Ingest:
             finally:
                 os.close(descriptor)
 
-    def resume(self) -> tuple[int, Intervals] | None:
-        """(size, what is present) of the partial an earlier recording left; None if there is none to be used."""
+    def resume(self, permits: Callable[[int], bool] = lambda _size: True) -> tuple[int, Intervals] | None:
+        """(size, what is present) of the partial an earlier recording left; None if there is none to be used.
+
+        One that has a size which the blob cannot have, by `permits`, is of no use.
+        """
         if self._stranger is not None:
             try:
                 self.adopt(self.partial_path.parent, self.digest, self._stranger)
@@ -135,6 +141,9 @@ class Ingest:
         if found is None:
             return None
         size, present, flushed = found
+        if not permits(size):
+            _log.warning("recording %s: %d bytes cannot be its length; beginning anew", self.digest.short, size)
+            return None
         try:
             descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR)
         except OSError:

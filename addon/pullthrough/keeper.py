@@ -1,8 +1,9 @@
 """Keep the store within its bounds: room is made before a recording begins.
 
-Invariant: what is held, what is being recorded (at its full size) and what earlier recordings have left never exceed
-`max_size`, and never leave less than `min_free` of the disk, as far as eviction can help: a blob for which no room can
-be made is not recorded, and nothing is evicted for it. Knows no client and no upstream.
+Invariant: what is held, what is being recorded (at its full size), what earlier recordings have left and what is in
+quarantine never exceed `max_size`, and never leave less than `min_free` of the disk, as far as eviction can help: a
+blob for which no room can be made is not recorded, and nothing is evicted for it. What had another digest twice has no
+room for a while. Knows no client and no upstream.
 """
 
 import asyncio
@@ -11,17 +12,24 @@ import shutil
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import humanfriendly
 
+from pullthrough.clock import steady
 from pullthrough.digest import Digest
-from pullthrough.errors import StoreUnwritable
+from pullthrough.distrust import Distrust
+from pullthrough.errors import SourceDistrusted, StoreUnwritable
 from pullthrough.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
 from pullthrough.retention import Choice, Holding, choose
 from pullthrough.store import Store
 from pullthrough.threads import Threads
 
 _log = logging.getLogger(__name__)
+
+
+SMALL: Final = 64 << 10
+"""Bytes of a blob that is recorded anew however often it was wrong: it costs little, and is not given unverified."""
 
 
 class Keeper:
@@ -37,39 +45,68 @@ class Keeper:
         self._min_free = min_free
         self._pins = pins
         self._reserved: dict[Digest, int] = {}
+        self._distrust = Distrust()
         self._turn = asyncio.Lock()
 
     async def reserve(self, digest: Digest, size: int, *, whole: int | None = None) -> None:
         """Make room for a recording of `size` bytes; it counts in full until `release`. StoreUnwritable if none can be.
 
         What an earlier recording of it has left is counted in. Nothing is evicted where there can be no room for the
-        `whole` of the blob.
+        `whole` of the blob. SourceDistrusted for what had another digest lately.
         """
+        if size > SMALL and self._distrust.holds(digest, now=steady()):
+            raise SourceDistrusted(f"{digest.short}: its source has brought other bytes twice; not kept now")
         async with self._turn:
             try:
-                partials = await self._threads.disk(self._store.partials)
+                # In this order: room that a recording takes between the two is not missed twice.
                 free = (await self._threads.disk(shutil.disk_usage, self._store.folder)).free
+                partials = await self._threads.disk(self._store.partials)
+                evidence = await self._threads.disk(self._store.quarantined)
             except OSError as error:
                 raise StoreUnwritable(f"recording {digest}: {error}") from error
-            excess = self._excess({**self._reserved, digest: size}, partials, free)
+            suspect = sum(taken for taken, _ in evidence.values())
+            excess = self._excess({**self._reserved, digest: size}, partials, suspect, free)
+            if excess > 0:
+                # Bytes that are no model go before models.
+                freed = await self._drop_evidence(evidence, excess)
+                excess, free, suspect = excess - freed, free + freed, suspect - freed
             if excess > 0:
                 most = max(size, whole or 0)
-                total = self._excess({**self._reserved, digest: most}, partials, free)
+                total = self._excess({**self._reserved, digest: most}, partials, suspect, free)
                 await self._evict(digest, most, (excess, total), partials, free)
             self._reserved[digest] = size
+
+    async def _drop_evidence(self, evidence: Mapping[Path, tuple[int, float]], excess: int) -> int:
+        """Remove quarantined files, the oldest first, until `excess` bytes are free; returns how many are."""
+        freed, paths = 0, []
+        for path, (taken, _) in sorted(evidence.items(), key=lambda item: item[1][1]):
+            if freed >= excess:
+                break
+            freed += taken
+            paths.append(path)
+        await self._threads.disk(self._store.remove_files, paths)
+        if paths:
+            _log.info("removed %d quarantined files, %s, to make room", len(paths), _text(freed))
+        return freed
+
+    def distrust(self, digest: Digest) -> None:
+        """What was recorded for the blob had another digest: after a second time it is not recorded for a while."""
+        self._distrust.note(digest, now=steady())
 
     def release(self, digest: Digest) -> None:
         """The recording has ended."""
         self._reserved.pop(digest, None)
 
-    def _excess(self, reserved: dict[Digest, int], partials: dict[Digest, tuple[int, float]], free: int) -> int:
+    def _excess(
+        self, reserved: dict[Digest, int], partials: dict[Digest, tuple[int, float]], suspect: int, free: int
+    ) -> int:
         """By how many bytes the bounds would be exceeded once all that is reserved has come in."""
         to_come = sum(max(0, size - partials.get(digest, (0, 0.0))[0]) for digest, size in reserved.items())
         excess = to_come + self._min_free - free
         if self._max_size is not None:
             idle = sum(size for digest, (size, _) in partials.items() if digest not in reserved)
             taken = sum(max(size, partials.get(digest, (0, 0.0))[0]) for digest, size in reserved.items())
-            excess = max(excess, self._store.held_bytes + taken + idle - self._max_size)
+            excess = max(excess, self._store.held_bytes + taken + idle + suspect - self._max_size)
         return excess
 
     async def _evict(

@@ -6,23 +6,26 @@ a reference to a blob that is a manifest (`digest`, `runner`, `format`, no size)
 Invariant: whatever the bytes are, the result is a document or ValueError. Knows no store and no policy.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
+from pullthrough.boundedjson import loads
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest
 
 DOCKER_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
 LIST_TYPE: Final = "application/vnd.ollama.manifest.list.v2+json"
 
+LONGEST: Final = 4 << 20
+"""Bytes of a document that is read; the largest of tensor models have a few hundred KiB."""
+
+MAX_SIZE: Final = 1 << 53
+"""Of a blob, in bytes: up to here all readers of JSON agree on integers (RFC 8259 section 6)."""
+
 MAX_CHILDREN: Final = 64
 """How many children of a list are followed; real ones have one for each runner."""
-
-MAX_SIZE: Final = 1 << 63
-"""Bytes of a blob: what a client counts them in (Go's int64)."""
 
 _ZERO: Final = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*", re.IGNORECASE)
 
@@ -82,11 +85,11 @@ def accept_of(*, takes_lists: bool) -> str:
 def parse(body: bytes) -> Document:
     """The document of these bytes. ValueError if they are none."""
     try:
-        document = json.loads(body)
+        document = loads(body, limit=LONGEST)
         if document.get("mediaType") == LIST_TYPE:
             return _list_of(document["manifests"])
         return Document(_layers_of(document), runner=_word(document, "runner"))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidRequest) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest) as error:
         raise ValueError(f"expected a manifest or a list of manifests, got {body[:60]!r}") from error
 
 
@@ -98,7 +101,9 @@ def children_of(body: bytes) -> tuple[Child, ...]:
 
 def in_place(body: bytes, child: Child) -> dict[str, Any]:
     """The JSON of a manifest in place, which is one of the children of this list's bytes."""
-    manifest: dict[str, Any] = next(item for item in json.loads(body)["manifests"] if _child_of(item) == child)
+    manifest: dict[str, Any] = next(
+        item for item in loads(body, limit=LONGEST)["manifests"] if _child_of(item) == child
+    )
     return manifest
 
 

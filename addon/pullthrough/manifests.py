@@ -6,6 +6,7 @@ get what upstream says to their kind; a list never goes to one that does not acc
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -19,17 +20,19 @@ from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.collapse import Collapser
 from pullthrough.datacheck import relayable
 from pullthrough.digest import Digest
-from pullthrough.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout
+from pullthrough.errors import NotTheRegistry, UnexpectedResponse, UpstreamError, UpstreamTimeout
 from pullthrough.exchange import Answer, Request, explained
 from pullthrough.freshness import Freshness, Heard, Verdict
+from pullthrough.impostors import REDIRECTS, Response
 from pullthrough.loopguard import CDN_LOOP
 from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE, accept_of
 from pullthrough.records import ManifestRecord, Name, canonical, version_of
+from pullthrough.refusals import described
 from pullthrough.route import ManifestRoute
 from pullthrough.settings import Settings
 from pullthrough.store import Store
 from pullthrough.tier import Tier
-from pullthrough.upstream import DEADLINE_S, REDIRECTS, Response, Upstream
+from pullthrough.upstream import DEADLINE_S, Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +151,7 @@ class Manifests:
                 return _unavailable(name, reply.cause)
         if request.method == "HEAD" and reply.record is not None:
             return _manifest_answer(request, reply.record, cache)
-        return _relay(request, reply.response, cache)
+        return _relay(request, name, reply.response, cache)
 
     def _copy(self, name: Name) -> ManifestRecord | None:
         """What is stored for such a client, unless upstream has refused it to an anonymous request.
@@ -236,11 +239,14 @@ class Manifests:
             headers[CDN_LOOP] = trail
         if authorization is not None:
             headers["Authorization"] = authorization
+        confirmed = False
         try:
             async with asyncio.timeout(timeout_s):
                 if confirm is not None:
-                    head = await self._upstream.ask("HEAD", host, target, headers, timeout_s=timeout_s)
-                    if _confirms(head, confirm):
+                    with contextlib.suppress(NotTheRegistry):
+                        head = await self._upstream.ask("HEAD", host, target, headers, timeout_s=timeout_s)
+                        confirmed = _confirms(head, confirm)
+                    if confirmed:
                         response = Response(200, CIMultiDict({"Content-Type": confirm.content_type}), confirm.body)
                         return Reply(Heard.MANIFEST, response, confirm._replace(confirmed=time.time()))
                 return _classify(name, await self._upstream.ask("GET", host, target, headers, timeout_s=timeout_s))
@@ -290,6 +296,8 @@ def _classify(name: Name, response: Response) -> Reply:
     match response.status:
         case 200:
             record = ManifestRecord.parse(response.body, response.headers.get("Content-Type", ""), now=time.time())
+            if record is None and not response.body.lstrip()[:1] == b"{":
+                raise UnexpectedResponse(f"{name}: expected a manifest, got {described(200, response.headers)}")
             if record is None:
                 _log.warning("%s: upstream's answer is no manifest; not stored", name)
                 return Reply(Heard.SOMETHING, response)
@@ -305,9 +313,9 @@ def _classify(name: Name, response: Response) -> Reply:
             return Reply(Heard.GONE, response)
         case 401 | 403:
             return Reply(Heard.DENIED, response)
-        case status if status == 429 or status >= 500:
-            return Reply(Heard.FAILING, response)
-    return Reply(Heard.REFUSED, response)
+        case 412:
+            return Reply(Heard.REFUSED, response)
+    return Reply(Heard.FAILING, response)
 
 
 def _nothing(cause: UpstreamError) -> Reply:
@@ -323,7 +331,8 @@ def _told(reply: Reply) -> str:
 
 def _digest(response: Response) -> str:
     """The manifest's digest, bare hexadecimal, as Ollama's registry (seen 2026-09) or any OCI registry tells it."""
-    told = response.headers.get("ollama-content-digest") or response.headers.get("Docker-Content-Digest", "")
+    names = ("ollama-content-digest", "Docker-Content-Digest")
+    told = next((response.headers[name] for name in names if name in response.headers), "")
     return told.removeprefix("sha256:").lower()
 
 
@@ -346,7 +355,12 @@ def _manifest_answer(request: Request, record: ManifestRecord, cache: CacheStatu
     return Answer(200, cache, tuple(headers), body, len(record.body))
 
 
-def _relay(request: Request, response: Response, cache: CacheStatus) -> Answer:
+def _relay(request: Request, name: Name, response: Response, cache: CacheStatus) -> Answer:
+    if response.status >= 400 and not response.body and request.method == "GET":
+        message = f"{name} is not recorded, and upstream answered {response.status}: try again later"
+        answer = explained(response.status, "UNAVAILABLE", message, cache)
+        kept = (field for field in relayable(response.headers) if field[0] != "Content-Type")
+        return replace(answer, headers=(*answer.headers, *kept))
     body = response.body if request.method == "GET" else b""
     headers = relayable(response.headers)
     if response.status in REDIRECTS and (location := response.headers.get("Location")):

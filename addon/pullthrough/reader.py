@@ -81,6 +81,11 @@ class Reader:
     def done(self) -> bool:
         return self.position >= self.stop
 
+    @property
+    def passes_through(self) -> bool:
+        """Whether the bytes come past the disk, and nobody compares their digest."""
+        return self._relay is not None
+
     async def next(self, limit: int, wait_s: float) -> FileSpan | Memory | Pending:
         """At most `limit` bytes from where the last ones ended; Pending when there are none within `wait_s`.
 

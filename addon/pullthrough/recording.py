@@ -69,7 +69,6 @@ class Recording:
         self._room = room
         self._on_end = on_end
         self._ingest = room.store.ingest(digest)
-        self._ingest.reserves = wanted
         self._cursors: set[Cursor] = set()
         self._ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -161,7 +160,7 @@ class Recording:
         try:
             if after is not None:
                 await after.closed()
-            found = await self._room.threads.disk(self._ingest.resume)
+            found = await self._room.threads.disk(self._ingest.resume, self.supply.permits)
             if found is not None:
                 if await self._has_room(found[0]):
                     self._open(Assembly(*found))
@@ -184,6 +183,7 @@ class Recording:
         except StoreUnwritable as error:
             self._give_up_keeping(size, error)
             return False
+        self._ingest.reserves = self._pulled
         return True
 
     def _open(self, assembly: Assembly) -> None:
@@ -225,6 +225,7 @@ class Recording:
     async def _complete(self) -> None:
         actual = await self._sealer.hash()
         sealed = await self._sealer.seal(actual)
+        self.supply.prove()
         size = self.assembly.size
         _log.info(
             "recorded %s: %d bytes in %.2f s; fetched %.3f x; unhashed at the last byte %.1f %%; "
@@ -255,7 +256,6 @@ class Recording:
     def pull(self) -> None:
         """A client has shown that it pulls the blob: from now on it is recorded ahead of its readers."""
         pulled, self._pulled = self._pulled, True
-        self._ingest.reserves = True
         if not pulled and not self._ended and self._error is None:
             self._spawn(self._reserve_whole(), "reserve")
 
@@ -362,11 +362,10 @@ class Recording:
         await asyncio.gather(*tasks, return_exceptions=True)
         if hasattr(self, "_file"):
             with contextlib.suppress(StoreError):
-                if not self.assembly.complete:
-                    await self._sealer.abandon()
+                await self._sealer.abandon()
             self._file.release()
-        if isinstance(self._error, StoreUnwritable):
-            # What it holds is the room that the next recording may need.
+        if self._error is not None and self._error.discards:
+            # What it holds is the room that the next recording may need, or not of this blob.
             await self._room.threads.disk(self._ingest.discard)
         await self._room.threads.disk(self._ingest.close)
         self._room.keeper.release(self.digest)
@@ -391,6 +390,7 @@ class Recording:
             await work
         except DigestMismatch as error:
             self._room.counters.mismatches += 1
+            self._room.keeper.distrust(self.digest)
             self.supply.mistrust()
             self._fail(error)
         except CacheError as error:

@@ -231,6 +231,12 @@ class ManifestRecord(NamedTuple):
         """Whether it lists the blob; quick."""
         return digest in self.listed
 
+    def claim(self, digest: Digest) -> int | None:
+        """The size that it claims for a blob, None where it lists none of that digest or knows no size."""
+        if not self.lists(digest):
+            return None
+        return _parse_size(self.claimed.split()[self.listed.split().index(digest)])
+
     def grown(self, child: "ManifestRecord") -> Self:
         """A list that lists what its child lists, too."""
         sizes = self.sizes

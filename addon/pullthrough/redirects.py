@@ -27,10 +27,11 @@ from pullthrough.errors import UpstreamError, UpstreamRefused, UpstreamTimeout, 
 from pullthrough.exchange import Request
 from pullthrough.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.grants import Grant, Grants, Pair
+from pullthrough.impostors import TOO_MANY_REQUESTS
 from pullthrough.route import BlobRoute
 from pullthrough.settings import Settings
 from pullthrough.signed_addresses import SignedAddresses
-from pullthrough.upstream import DENIED, PRIVATE, TOO_MANY_REQUESTS, Upstream
+from pullthrough.upstream import DENIED, PRIVATE, Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -174,6 +175,8 @@ class Redirects:
         grant = await self._grants.obtain(request, pair, look=1, stop=stop, hands_on=self._is_foreign)
         location = grant.location
         if location is not None and self._is_foreign(location):
+            if grant.stream is not None:
+                grant.stream.close()
             self._warn(request.host, location)
             return location
         now = lasting()

@@ -7,13 +7,16 @@ out only where `access.decide`, a valid capability or a signed address that was 
 
 import asyncio
 import logging
+from dataclasses import replace
 
 from pullthrough import capability
 from pullthrough.ahead import Ahead
 from pullthrough.blob_content import BlobContent
 from pullthrough.blobs import Blobs
 from pullthrough.cachestatus import CacheStatus, Outcome
+from pullthrough.claims import public_sizes
 from pullthrough.clock import lasting
+from pullthrough.datastream import Source
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     CacheError,
@@ -63,9 +66,7 @@ class Registry:
         self._manifests = Manifests(settings, store, upstream, tier)
         grants = Grants(settings, store, upstream)
         offload = Offload(store, tier if settings.offload else None)
-        self._prefetcher = Prefetcher(
-            store, recorder, grants.source, lambda digest: self._addresses.source(digest, now=lasting())
-        )
+        self._prefetcher = Prefetcher(store, recorder, grants.source, self._known_source)
         self._content = BlobContent(store, recorder, grants, offload, self.pulls, self._follow, tier)
         self._blobs = Blobs(
             settings,
@@ -155,6 +156,11 @@ class Registry:
                 chosen is None or chosen.digest is None or chosen.digest.hex == series.key
             ):
                 self._blobs.redirects.prepare(request, route.repository, series.digests)
+
+    def _known_source(self, digest: Digest) -> Source | None:
+        """A source of the blob that a client has been sent to."""
+        source = self._addresses.source(digest, now=lasting())
+        return replace(source, sizes=public_sizes(self._store, digest)) if source is not None else None
 
     def _follow(self, place: Place, digest: Digest) -> None:
         """Record the layers that a client which pulls this one will ask for next."""

@@ -32,7 +32,7 @@ from pullthrough.gcpause import gc_paused
 from pullthrough.index import Index
 from pullthrough.ingest import JOURNAL, PARTIAL, Ingest, SharedFile
 from pullthrough.ledger import Ledger
-from pullthrough.manifestjson import DOCKER_TYPE
+from pullthrough.manifestjson import DOCKER_TYPE, LONGEST
 from pullthrough.manifesttable import ManifestTable
 from pullthrough.records import BlobRecord, ManifestRecord, Name, canonical
 from pullthrough.storefolder import load_secret, prepare, take_lock
@@ -41,9 +41,6 @@ _log = logging.getLogger(__name__)
 
 KEPT_S: Final = 14 * 24 * 3600.0
 """How long a partial and a quarantined file stay; Ollama's own client prunes partials after an hour (v0.21.0)."""
-
-LONGEST_MANIFEST: Final = 4 << 20
-"""Bytes of a blob that may be a manifest; the largest of tensor models have a few hundred KiB."""
 
 STAGING: Final = ".import-"
 """What the folder of an import begins with, in `ingest/`."""
@@ -246,10 +243,12 @@ class Store:
         return record
 
     def quarantine(self, ingest: Ingest) -> Path:
-        """Put away bytes that do not hash to their name; returns where they lie now."""
+        """Put away bytes that do not hash to their name, in place of older ones; returns where they lie now."""
         path = self.folder / "quarantine" / f"{ingest.digest.file_name}-{secrets.token_hex(4)}"
+        older = list(path.parent.glob(f"{ingest.digest.file_name}-*"))
         with contextlib.suppress(FileNotFoundError):
             os.replace(ingest.partial_path, path)
+        self.remove_files(older)
         ingest.forget()
         return path
 
@@ -369,7 +368,7 @@ class Store:
     def read_manifest(self, digest: Digest) -> ManifestRecord | None:
         """The manifest that a held blob is; None where it is none, or not here."""
         known = self._blobs.get(digest)
-        if known is None or (known.size or 0) > LONGEST_MANIFEST or (file := self.open_blob(digest)) is None:
+        if known is None or (known.size or 0) > LONGEST or (file := self.open_blob(digest)) is None:
             return None
         try:
             record = ManifestRecord.parse(platform.read_at(file.descriptor, 0, file.size), DOCKER_TYPE, now=0.0)

@@ -7,12 +7,20 @@ of them that fails is let go at once. Knows no bytes and no slices.
 import asyncio
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 from pullthrough.clock import steady
 from pullthrough.datastream import DataStream, Source
-from pullthrough.errors import SourceExpired, UnexpectedResponse, UpstreamError, UpstreamRefused, UpstreamTimeout
+from pullthrough.errors import (
+    LengthContradicted,
+    SourceExpired,
+    UnexpectedResponse,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamTimeout,
+)
 from pullthrough.nearby import Nearby
 from pullthrough.patience import backoff_s
 from pullthrough.upstream import Upstream
@@ -23,6 +31,8 @@ FIRST_S: Final = 15.0
 FIRST_TRY_S: Final = 4.0
 SILENT_S: Final = 2.5
 """So long without a byte on any connection: a source of the fleet's is let go. Clients wait 5 s for one."""
+MAX_CONTRADICTIONS: Final = 3
+"""How often upstream tells one and the same other length, before what is here is what is wrong."""
 MAX_LIES: Final = 4
 """How often a wrong answer is asked for again: a source that lies does not get better by asking."""
 
@@ -45,6 +55,8 @@ class Supply:
         """Of upstream's, for when the fleet has none."""
         self._obtaining: asyncio.Task[Source] | None = None
         self._validator: str | None = None
+        self._told: Counter[int] = Counter()
+        """The complete lengths that contradict what is here, and how often each was told."""
 
     def offer(self, source: Source, obtain: Obtain) -> None:
         """A client has just got this source: use it if ours is gone, and that client's right from now on."""
@@ -77,6 +89,16 @@ class Supply:
             given, self._given = self._given, None
             self._source = given or await self._obtain()
         return self._source
+
+    def permits(self, size: int) -> bool:
+        """Whether the blob may be so long, by what is known where the source is from."""
+        source = self._source or self._given
+        return source is None or not source.sizes or size in source.sizes
+
+    def prove(self) -> None:
+        """All of the blob has come, and has its digest."""
+        if self._source is not None and self._source.proves is not None:
+            self._source.proves()
 
     def expect(self, validator: str | None) -> None:
         """Hold all later responses against this validator."""
@@ -124,11 +146,21 @@ class Supply:
         except SourceExpired:
             self._drop(source)
             raise
+        except LengthContradicted as error:
+            error.discards = length is not None and self._is_wrong(source, length, error.told)
+            raise
         self._validator = self._validator or stream.validator
         # The next slices need not ask all the way again: what expires is obtained anew, from the registry on.
         if self._source is source and stream.source is not None:
             self._source = stream.source
         return stream
+
+    def _is_wrong(self, source: Source, length: int, told: int) -> bool:
+        """Whether the blob has another length than the one that an earlier answer told."""
+        if source.sizes:
+            return length not in source.sizes or told in source.sizes
+        self._told[told] += 1
+        return len(self._told) == 1 and self._told[told] >= MAX_CONTRADICTIONS
 
     def failed(self, source: Source, error: UpstreamError, *, silent_s: float) -> None:
         """`source` did not bring all that it was asked for, and nothing at all for `silent_s`.

@@ -8,47 +8,42 @@ credentials stay in memory and out of every message. Knows neither the store nor
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import secrets
 import ssl
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 import aiohttp
 import certifi
-from multidict import CIMultiDict
 from yarl import URL
 
 from pullthrough.byterange import format_range
 from pullthrough.coding import decode
-from pullthrough.datacheck import check_data, relayable
-from pullthrough.dataclient import KEPT_S, PROXY_AUTHENTICATION_REQUIRED, Ask, DataClient, DataResponse
-from pullthrough.datastream import (
-    FAILURES,
-    DataStream,
-    Errors,
-    LoopStream,
-    Source,
-    ThreadStream,
-    translate,
-)
-from pullthrough.dialer import Caller, Dialer
+from pullthrough.datacheck import SOURCE_GONE, check_data, check_length, relayable
+from pullthrough.dataclient import PROXY_AUTHENTICATION_REQUIRED, Ask, DataResponse, Getting
+from pullthrough.datastream import FAILURES, DataStream, Errors, LoopStream, Source, ThreadStream, translate
+from pullthrough.dialer import Dialer
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
     Offline,
+    SourceExpired,
     UnexpectedResponse,
     UpstreamRefused,
     UpstreamUnreachable,
     ValidatorChanged,
 )
+from pullthrough.fields import cleaned
+from pullthrough.impostors import REDIRECTS, TOO_MANY_REQUESTS, Impostors, Response
 from pullthrough.loopguard import CDN_LOOP, LoopGuard
 from pullthrough.parent import Parents, check_remote
+from pullthrough.refusals import REFUSAL_LIMIT, described, is_page, is_refusal
 from pullthrough.resolver import AddressRules, CheckedResolver, Named
 from pullthrough.settings import Endpoint, Settings
-from pullthrough.threads import Crew
 from pullthrough.tunnel import LegPolicy, check_address
 
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -60,8 +55,6 @@ STALL_TIMEOUT_S: Final = 10.0
 """Half of what the shortest-lived clients in use wait for a byte would be 2.5 s; a slow line needs more. Clients that
 wait behind a stalled slice are fed by other connections meanwhile only once it is given up."""
 
-FETCHING: Final = 128
-"""Threads that fetch, for all hosts together."""
 READ_BUFFER: Final = 512 << 10
 PAUSES_S: Final = (0.1, 0.4)
 """Before the second and the third try of a control-plane request."""
@@ -69,7 +62,6 @@ PAUSES_S: Final = (0.1, 0.4)
 DEADLINE_S: Final = 20.0
 """All work for one control-plane request, retries included: Ollama's probe gives up after 30 s."""
 
-REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 DENIED: Final = frozenset({401, 403, 404})
 """What a registry answers to somebody who may not know, or may not be told."""
 
@@ -79,18 +71,10 @@ PRIVATE: Final = frozenset({401, 403})
 LOOP_DETECTED: Final = 508
 """What a cache says to a request that has been there before (RFC 5842 section 7.2): it will say so again."""
 
-TOO_MANY_REQUESTS: Final = 429
 
 MAX_HOPS: Final = 5
 
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """A control-plane response, its body decoded."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
+_log = logging.getLogger(__name__)
 
 
 class Upstream:
@@ -124,9 +108,8 @@ class Upstream:
         """Connections for threads, under the same rules."""
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
         self._down_until: dict[str, float] = {}
-        self._crew = Crew(FETCHING)
-        self._data = DataClient(self.dialer)
-        self._sweep: asyncio.TimerHandle | None = None
+        self._data = Getting(self.dialer)
+        self.impostors = Impostors(settings.registries, self.errors)
 
     async def open(self) -> None:
         connector = aiohttp.TCPConnector(
@@ -143,16 +126,9 @@ class Upstream:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S),
         )
 
-        self._expire()
-
-    def _expire(self) -> None:
-        """Close connections that nobody uses, now and then."""
-        self._data.expire()
-        self._sweep = asyncio.get_running_loop().call_later(KEPT_S / 3, self._expire)
+        self._data.open()
 
     async def close(self) -> None:
-        if self._sweep is not None:
-            self._sweep.cancel()
         self._data.close()
         if self._session is not None:
             await self._session.close()
@@ -186,23 +162,20 @@ class Upstream:
     ) -> Response:
         """One exchange with a registry; redirects are handed on, not followed.
 
-        UpstreamUnreachable, UpstreamTimeout or UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no
-        usable answer.
+        NotTheRegistry if the answer has not the shape of a registry's. UpstreamUnreachable, UpstreamTimeout or
+        UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no usable answer.
         """
         url = self._settings.endpoint(host).origin + target
 
         async def once() -> Response:
             with contextlib.closing(await self._send(method, url, headers)) as response:
-                body = b""
-                while data := await response.content.readany():
-                    body += data
-                    if len(body) > MAX_CONTROL_BODY:
-                        raise UnexpectedResponse(f"expected at most {MAX_CONTROL_BODY} bytes, got more")
-                return Response(response.status, CIMultiDict(response.headers), body)
+                limit = MAX_CONTROL_BODY if response.status < 400 else REFUSAL_LIMIT
+                return Response(response.status, cleaned(response.headers), await _body(response, limit))
 
         response = await self._patiently(host, once, timeout_s)
         coding = response.headers.get("Content-Encoding", "identity")
-        return replace(response, body=decode(response.body, coding, limit=MAX_CONTROL_BODY))
+        response = replace(response, body=decode(response.body, coding, limit=MAX_CONTROL_BODY))
+        return self.impostors.judged(host, response, head=method == "HEAD")
 
     async def obtain(
         self,
@@ -211,32 +184,46 @@ class Upstream:
         digest: Digest,
         headers: Mapping[str, str],
         *,
-        stop: int | None = None,
+        asked: tuple[int, int] | None = None,
         timeout_s: float,
     ) -> tuple[Source, DataStream | None]:
         """Ask the registry for a blob: its source, and the body itself where the registry has no other.
 
-        Of such a body no more than `stop` bytes are wanted. UpstreamRefused with the registry's status where it
-        says no.
+        Of such a body no more than `[asked)` is wanted. UpstreamRefused with the registry's status where it says no;
+        NotTheRegistry where something else does.
         """
         target = f"/v2/{repository}/blobs/{digest}"
         url = self._settings.endpoint(host).origin + target
-        asked = (0, stop) if stop is not None else None
         ranged = {"Range": format_range(*asked)} if asked else {}
         response = await self._patiently(host, lambda: self._send("GET", url, {**headers, **ranged}), timeout_s)
         # Under the registry's public name: that is what signatures are made for, and what redirects start from.
         source = Source(f"https://{host}{target}", {k: v for k, v in headers.items() if k.lower() == "authorization"})
         if response.status == 200 or (asked and response.status in (206, 416)):
             with _closing_on_error(response):
-                extent = check_data(response.status, response.headers, asked=asked, length=None)
+                if is_page(response.headers):
+                    raise self.impostors.displaced(host, described(response.status, response.headers))
+                extent = check_data(response.status, cleaned(response.headers), asked=asked, length=None)
                 return source, LoopStream(response, extent, self.errors, source, ranged=asked is not None)
         with contextlib.closing(response):
-            location = response.headers.get("Location")
+            fields = cleaned(response.headers)
+            location = fields.get("Location")
             if response.status in REDIRECTS and location:
                 return source.moved(location), None
             if response.status >= 400:
-                raise UpstreamRefused(response.status, relayable(response.headers))
+                refusal = self.impostors.judged(host, await self._refusal(response))
+                raise UpstreamRefused(refusal.status, relayable(refusal.headers))
             raise UnexpectedResponse(f"expected 200, a redirect or a refusal, got {response.status}")
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> Response:
+        """An answer of 400 and above, with as much of its body as is needed to tell whose it is."""
+        body = b""
+        try:
+            async with asyncio.timeout(STALL_TIMEOUT_S):
+                body = await _body(response, REFUSAL_LIMIT)
+        except FAILURES as error:
+            # What is missing proves nothing either.
+            _log.debug("a refusal broke off: %s", translate(error))
+        return Response(response.status, cleaned(response.headers), body)
 
     async def _patiently[T: (Response, aiohttp.ClientResponse)](
         self, host: str, once: Callable[[], Awaitable[T]], timeout_s: float
@@ -281,7 +268,8 @@ class Upstream:
         """A checked response to a GET of `[start, stop)`.
 
         The stream may be the whole blob from byte 0, when the source ignores Range. SourceExpired if the address is
-        no longer good; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
+        no longer good; LengthContradicted if the blob has not the length that was expected, or none of those that the
+        source is known by; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
         """
         with self.errors.counted():
             try:
@@ -290,8 +278,15 @@ class Upstream:
             except FAILURES as error:
                 raise translate(error) from None
         with self.errors.counted(), _closing_on_error(response):
-            extent = check_data(response.status, response.headers, asked=(start, stop), length=expected_length)
-            stream = ThreadStream(response, self._crew, extent, self.errors, source)
+            fields = cleaned(response.headers)
+            if response.status in SOURCE_GONE:
+                shaped = is_refusal(response.status, fields, await self._data.text(response, REFUSAL_LIMIT))
+                what = "" if shaped else described(response.status, fields)
+                raise SourceExpired(response.status, relayable(fields), what=what)
+            extent = check_data(response.status, fields, asked=(start, stop), length=expected_length)
+            if not source.near:
+                check_length(extent.length, source.sizes)
+            stream = ThreadStream(response, self._data.crew, extent, self.errors, source)
             if validator is not None and stream.validator != validator:
                 raise ValidatorChanged(validator, stream.validator)
         return stream
@@ -342,10 +337,7 @@ class Upstream:
         if there.host is None or there.port is None:
             raise ValueError("no host")
         endpoint = Endpoint(there.scheme, there.host, there.port)
-        fields = {"Host": there.host_port_subcomponent or "", **self._fields(headers)}
-        ask = Ask(endpoint, there.raw_path_qs, fields, STALL_TIMEOUT_S)
-        caller = Caller()
-        return await self._crew.run_or_leave(lambda: self._data.get(ask, caller), caller.stop, DataResponse.close)
+        return await self._data.get(Ask(endpoint, there.raw_path_qs, self._fields(headers), STALL_TIMEOUT_S))
 
     async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         there = URL(url, encoded=True)
@@ -386,6 +378,18 @@ def _closing_on_error(response: aiohttp.ClientResponse | DataResponse) -> Iterat
     except BaseException:
         response.close()
         raise
+
+
+async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The whole body. UnexpectedResponse if it is longer than `limit`; a refusal is cut there."""
+    found = bytearray()
+    while data := await response.content.readany():
+        found += data
+        if len(found) > limit:
+            if response.status >= 400:
+                return b""
+            raise UnexpectedResponse(f"expected at most {limit} bytes, got more")
+    return bytes(found)
 
 
 def _is_address(host: str) -> bool:

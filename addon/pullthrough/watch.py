@@ -142,7 +142,7 @@ class Watch:
             self._upstream.errors.total(),
             counters.retries,
             counters.mismatches,
-            tuple(problems),
+            (*problems, *self._upstream.impostors.told),
             self._pulls.bypassed,
             self._tier() if self._tier is not None else None,
         )

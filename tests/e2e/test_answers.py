@@ -74,12 +74,13 @@ def test_refusals_are_relayed_and_never_stored(
 
 
 def test_a_page_that_is_no_manifest_is_not_stored(origin: Origin, proxy: Proxy) -> None:
-    """A captive portal's 200 reaches the client that asked, and nobody after it."""
+    """A captive portal's 200 reaches nobody: the client that asked is told, and the next one is answered."""
     model = add_model(origin, unique(10))
     manifest, target = model.manifest, model.manifest_target
     origin.faults.append(Fault(Mode.STATUS, where="registry", status=200, body=b"<html>please log in</html>", times=1))
     with to_registry(proxy) as connection:
-        assert get(connection, target)[2] == b"<html>please log in</html>"
+        status, _, body = get(connection, target)
+        assert status == 504 and b"expected a manifest, got 200 text/plain" in body and b"log in" not in body
         assert get(connection, target)[2] == manifest
 
 

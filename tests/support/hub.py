@@ -182,7 +182,7 @@ class Hub:
         if match is None or repository is None or not self._is_good(match[3], sign):
             handler.say(403, b"expired")
         elif repository.gated_behind:
-            handler.say(401, b"who are you?")
+            handler.say(401, b'{"error":"Invalid credentials"}', ("Content-Type", "application/json"))
         else:
             # By a hash of its own, which has as many digits as a digest.
             where = hashlib.sha256(b"xet" + match[3].encode()).hexdigest()
@@ -214,7 +214,7 @@ class Hub:
             error = b'{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}'
             handler.say(401, error, ("WWW-Authenticate", challenge))
         elif match is None or repository is None or (match[2] == "blobs" and match[3] not in repository.blobs):
-            handler.say(404)
+            handler.say(404, b'{"error":"Repository not found"}', ("Content-Type", "application/json"))
         elif match[2] == "manifests":
             handler.say(200, repository.manifest, ("Content-Type", MANIFEST_TYPE))
         else:

@@ -1,0 +1,38 @@
+"""Fields of upstream's answers, made safe to look at, to log and to send on.
+
+Invariant: a field that is kept is printable ASCII and no longer than its meaning needs; the others are as if they had
+not been sent (RFC 9110 section 5.5). Knows no meaning of a field but its length.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+from multidict import CIMultiDict
+
+LONGEST: Final = 8190
+"""What the client library reads of one line; signed addresses have up to 2500 characters."""
+LONGEST_OF: Final = {
+    "accept-ranges": 64,
+    "content-encoding": 64,
+    "content-length": 20,
+    "content-range": 128,
+    "content-type": 256,
+    "date": 64,
+    "docker-content-digest": 256,
+    "etag": 256,
+    "ollama-content-digest": 256,
+    "retry-after": 64,
+    "www-authenticate": 2048,
+}
+"""Characters, by the name in lower case."""
+
+
+def cleaned(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """The fields that are fit for use, the first of each name first."""
+    return CIMultiDict((name, value) for name, value in headers.items() if is_clean(name, value))
+
+
+def is_clean(name: str, value: str) -> bool:
+    """Whether the field has printable ASCII only, and not too much of it."""
+    text = value.replace("\t", " ")
+    return text.isascii() and text.isprintable() and len(text) <= LONGEST_OF.get(name.lower(), LONGEST)
