@@ -88,8 +88,7 @@ class World:
 
     def get(self, target: str = "/blob", caller: Caller | None = None, silent_s: float = WAIT_S) -> DataResponse:
         endpoint = Endpoint("http", "127.0.0.1", self.server.port)
-        headers = {"Host": endpoint.authority, "Range": "bytes=0-9"}
-        return self.client.get(Ask(endpoint, target, headers, silent_s), caller or Caller())
+        return self.client.get(Ask(endpoint, target, {"Range": "bytes=0-9"}, silent_s), caller or Caller())
 
 
 @contextlib.contextmanager
@@ -115,6 +114,45 @@ def read(response: DataResponse, size: int = len(BODY)) -> bytes:
             filled += count
     response.finish()
     return bytes(buffer)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "host"),
+    [
+        (Endpoint("https", "a.example", 443), "a.example"),
+        (Endpoint("http", "a.example", 443), "a.example:443"),
+        (Endpoint("https", "::1", 443), "[::1]"),
+        (Endpoint("https", "::1", 8443), "[::1]:8443"),
+    ],
+)
+def test_the_host_field(endpoint: Endpoint, host: str) -> None:
+    """What is signed is the name as an address has it."""
+    assert Ask(endpoint, "/", {}, 1.0).host == host
+
+
+CHUNKED = b"HTTP/1.1 403 No\r\nTransfer-Encoding: chunked\r\n\r\n6\r\nAccess\r\n7\r\nDenied.\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        pytest.param(b"HTTP/1.1 403 No\r\nContent-Length: 13\r\n\r\nAccessDenied.", b"AccessDenied.", id="a length"),
+        pytest.param(CHUNKED, b"AccessDenied.", id="chunks"),
+        pytest.param(b"HTTP/1.1 403 No\r\n\r\nAccessDenied." + CLOSE, b"AccessDenied.", id="to the end"),
+        pytest.param(b"HTTP/1.1 403 No\r\nContent-Length: 99\r\n\r\n" + b"x" * 99, b"", id="too long"),
+    ],
+)
+def test_the_text_of_a_refusal(answer: bytes, text: bytes) -> None:
+    """However it is framed, and no more of it than is wanted."""
+    with world(answer) as at, contextlib.closing(at.get()) as response:
+        assert response.text(50) == text
+
+
+def test_a_refusal_that_breaks_off() -> None:
+    """It proves nothing."""
+    answer = b"HTTP/1.1 403 No\r\nContent-Length: 99\r\n\r\nAccess" + CLOSE
+    with world(answer) as at, contextlib.closing(at.get()) as response, pytest.raises(UpstreamUnreachable):
+        response.text(500)
 
 
 def test_a_connection_is_used_again() -> None:

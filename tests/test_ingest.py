@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pullthrough import fallocate, platform
 from pullthrough import ingest as module
-from pullthrough import platform
 from pullthrough.digest import Digest
 from pullthrough.errors import StoreUnwritable
 from pullthrough.ingest import Ingest
@@ -214,7 +214,7 @@ def windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     size = 1 << 20
     descriptor = platform.open_descriptor(tmp_path / "probe", os.O_RDWR | os.O_CREAT)
     try:
-        if not (platform.reserve(descriptor, 0, size) and platform.give_back(descriptor, 0, size)):
+        if not (fallocate.reserve(descriptor, 0, size) and fallocate.give_back(descriptor, 0, size)):
             pytest.skip("no fallocate(2) here")
     finally:
         os.close(descriptor)
@@ -274,7 +274,7 @@ def test_room_of_a_killed_daemon_is_given_back_at_the_next_start(tmp_path: Path,
 
 def test_a_disk_that_takes_no_room_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes are written all the same."""
-    monkeypatch.setattr(platform, "_fallocate", lambda *_: False)
+    monkeypatch.setattr(fallocate, "_fallocate", lambda *_: False)
     monkeypatch.setattr(module, "SMALL", 0)
     ingest = begin(tmp_path)
     ingest.reserves = True

@@ -21,7 +21,8 @@ ROWS: Final = {
     "L2a": "store upstream datastream collapse ca platform control contents index ingest places threads looplag"
     " resolver storefolder copying inventory modeltree bundle ledger asking housekeeping admission"
     " authorities clientsetup objectstore manifesttable blobfiles modelfiles blobtable proofs surveying migration"
-    " dialling clock impostors claims tls_contexts readiness byte_threads outlets tls_outlet dialer dataclient",
+    " dialling clock impostors claims tls_contexts readiness byte_threads outlets tls_outlet dialer dataclient"
+    " fallocate",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
     " tier uploader leaseholder nearby",
     "L3a": "reader",
@@ -61,7 +62,7 @@ SIDEWAYS: Final = {
     "ollamadaemon": {"examining"},
     "catalogue": {"traffic"},
     "scheduler": {"assembly"},
-    "ingest": {"platform"},
+    "ingest": {"fallocate", "platform"},
     "looplag": {"clock"},
     "blobfiles": {"modeltree"},
     "proofs": {"platform"},
@@ -103,7 +104,7 @@ SIDEWAYS: Final = {
     "impostors": {"datastream"},
     "claims": {"store"},
     "dialer": {"resolver"},
-    "dataclient": {"dialer"},
+    "dataclient": {"dialer", "threads"},
     "datastream": {"dataclient", "dialer", "threads"},
     "upstream": {"dataclient", "datastream", "dialer", "impostors", "resolver", "threads"},
     "leaseholder": {"tier"},

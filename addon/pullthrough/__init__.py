@@ -25,7 +25,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          ca  threads  places  looplag  platform  dialling  clock
          ledger  control  asking  housekeeping
          copying  inventory  modeltree  bundle  admission
-         authorities  clientsetup  objectstore
+         authorities  clientsetup  objectstore  fallocate
          manifesttable  byte_threads  outlets  tls_outlet
          tls_contexts  readiness  dialer  dataclient         disk, sockets, tasks, threads, keys
     L1   assembly  scheduler  freshness  retention  access

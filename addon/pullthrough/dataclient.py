@@ -4,7 +4,8 @@ Invariant: a connection is used again only after the whole of a response, and no
 bounded. No message quotes what was asked for or sent. Knows neither what is asked for nor what becomes of the bytes.
 """
 
-import contextlib
+import asyncio
+import logging
 import threading
 import time
 from collections import defaultdict, deque
@@ -17,8 +18,13 @@ from multidict import CIMultiDict
 
 from pullthrough.dialer import Caller, Dialed, Dialer, translated
 from pullthrough.errors import UnexpectedResponse, UpstreamError, UpstreamUnreachable
-from pullthrough.refusals import REFUSAL_LIMIT
 from pullthrough.settings import Endpoint
+from pullthrough.threads import Crew
+
+_log = logging.getLogger(__name__)
+
+FETCHING: Final = 128
+"""Threads that fetch, for all hosts together."""
 
 KEPT_S: Final = 30.0
 """How long a connection that nobody uses is kept."""
@@ -29,7 +35,6 @@ GATHER_S: Final = 0.01
 HELD_S: Final = 0.1
 """Bytes are handed on so long after they have come at the latest: readers wait for them."""
 
-BAD_REQUEST: Final = 400
 PROXY_AUTHENTICATION_REQUIRED: Final = 407
 """Never a registry's own word, which goes through a tunnel (RFC 9110 section 15.5.8)."""
 
@@ -45,32 +50,36 @@ class Ask:
     silent_s: float
     """How long the other end may bring no byte."""
 
+    @property
+    def host(self) -> str:
+        """The Host field: without the port where it is the scheme's own (RFC 9110 section 4.2.3)."""
+        here = self.endpoint
+        is_usual = here.port == {"https": 443, "http": 80}.get(here.scheme)
+        return here.authority.removesuffix(f":{here.port}") if is_usual else here.authority
+
 
 class DataResponse:
     """A response whose body has yet to be read. `close` it."""
 
     def __init__(
-        self,
-        keep: "DataClient",
-        ask: Ask,
-        line: Dialed,
-        caller: Caller,
-        head: h11.Response,
-        body: bytes,
-        refusal: bytes,
+        self, keep: "DataClient", ask: Ask, line: Dialed, caller: Caller, head: h11.Response, connection: h11.Connection
     ) -> None:
-        """`body` is what has come of it with the head; of a refusal, which has been read, it is nothing."""
-        self.refusal = refusal
-        """What an answer of 400 and above says; b"" if that is too much, or broke off: then it proves nothing."""
+        """`connection` has read the head, and holds what has come of the body with it."""
         self.status = head.status_code
         self.headers = CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in head.headers)
         self._keep = keep
         self._ask = ask
         self._line: Dialed | None = line
         self._caller = caller
-        self._body = memoryview(body)
+        self._connection = connection
+        self._body = memoryview(connection.trailing_data[0])
         tokens = self.headers.get("Connection", "").lower().split(",")
         self._persists = head.http_version == b"1.1" and "close" not in (token.strip() for token in tokens)
+
+    @property
+    def silent_s(self) -> float:
+        """How long the other end may bring no byte."""
+        return self._ask.silent_s
 
     def stop(self) -> None:
         """Free whatever reads it, from another thread."""
@@ -94,6 +103,25 @@ class DataResponse:
         """Wait until `take` may have more; False if it has not within the time, or as long as may be waited."""
         assert self._line is not None
         return self._line.wait(self._ask.silent_s if timeout_s is None else timeout_s)
+
+    def text(self, limit: int) -> bytes:
+        """The body, however it is framed, of an answer that is no blob's; b"" if it is longer than `limit`.
+
+        UpstreamError if it does not come to its end.
+        """
+        assert self._line is not None
+        found, buffer = bytearray(), memoryview(bytearray(16 << 10))
+        with translated():
+            while len(found) <= limit:
+                match self._connection.next_event():
+                    case h11.NEED_DATA:
+                        count = self._line.read_into(buffer, self._ask.silent_s)
+                        self._connection.receive_data(bytes(buffer[:count]))
+                    case h11.Data() as event:
+                        found += event.data
+                    case _:
+                        return bytes(found)
+        return b""
 
     def finish(self) -> None:
         """The body has been read to its end: keep the connection. UnexpectedResponse if more has come than that."""
@@ -159,8 +187,7 @@ class DataClient:
                         raise UpstreamUnreachable("expected a response, got the end of the connection")
             if event.status_code == PROXY_AUTHENTICATION_REQUIRED and line.proxy is not None:
                 raise UpstreamUnreachable(f"parent proxy {line.proxy.origin} answered {event.status_code}")
-            refusal = _refusal(connection, line, ask, buffer) if event.status_code >= BAD_REQUEST else b""
-            response = DataResponse(self, ask, line, caller, event, connection.trailing_data[0], refusal)
+            response = DataResponse(self, ask, line, caller, event, connection)
             if {"Transfer-Encoding", "Content-Length"} <= response.headers.keys():
                 # RFC 9112 section 6.3: whoever sends both may be read in two ways.
                 raise UpstreamUnreachable("expected one length of the body, got two")
@@ -214,10 +241,44 @@ class DataClient:
         self.expire(everything=True)
 
 
+class Getting:
+    """The threads' client, as the event loop sees it. `open` it inside the running loop, `close` it at the end."""
+
+    def __init__(self, dialer: Dialer) -> None:
+        self.crew = Crew(FETCHING)
+        self._client = DataClient(dialer)
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def open(self) -> None:
+        """Begin to close connections that nobody uses, now and then."""
+        self._client.expire()
+        self._sweep = asyncio.get_running_loop().call_later(KEPT_S / 3, self.open)
+
+    def close(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self._client.close()
+
+    async def get(self, ask: Ask) -> DataResponse:
+        """As the client's; whoever does not want it any more need not wait."""
+        caller = Caller()
+        return await self.crew.run_or_leave(lambda: self._client.get(ask, caller), caller.stop, DataResponse.close)
+
+    async def text(self, response: DataResponse, limit: int) -> bytes:
+        """As the response's, for as long as it may be silent; b"" if it does not come to its end."""
+        try:
+            async with asyncio.timeout(response.silent_s):
+                return await self.crew.run(lambda: response.text(limit), response.stop)
+        except (UpstreamError, TimeoutError) as error:
+            # What is missing proves nothing either.
+            _log.debug("a refusal broke off: %s", error)
+            return b""
+
+
 def _request(connection: h11.Connection, ask: Ask, line: Dialed) -> bytes:
     """The request's head. UnexpectedResponse if it is about something that cannot be asked for."""
-    target = ask.target if line.proxy is None else f"{_origin(ask)}{ask.target}"
-    fields = {**ask.headers, **(line.proxy.fields if line.proxy is not None else {})}
+    target = ask.target if line.proxy is None else f"{ask.endpoint.scheme}://{ask.host}{ask.target}"
+    fields = {"Host": ask.host, **ask.headers, **(line.proxy.fields if line.proxy is not None else {})}
     try:
         request = h11.Request(method="GET", target=target, headers=list(fields.items()))
         head = connection.send(request) or b""
@@ -226,22 +287,3 @@ def _request(connection: h11.Connection, ask: Ask, line: Dialed) -> bytes:
             f"expected an address that can be used, got one that cannot ({type(error).__name__})"
         ) from None
     return head + (connection.send(h11.EndOfMessage()) or b"")
-
-
-def _refusal(connection: h11.Connection, line: Dialed, ask: Ask, buffer: memoryview) -> bytes:
-    """The body of a refusal, b"" if there is more of it than REFUSAL_LIMIT or it does not end in time."""
-    found, end = b"", time.monotonic() + ask.silent_s
-    with contextlib.suppress(UpstreamError), translated():
-        while len(found) <= REFUSAL_LIMIT and (left := end - time.monotonic()) > 0:
-            event = connection.next_event()
-            if event is h11.NEED_DATA:
-                connection.receive_data(bytes(buffer[: line.read_into(buffer, left)]))
-            elif isinstance(event, h11.Data):
-                found += event.data
-            else:
-                return found if isinstance(event, h11.EndOfMessage) else b""
-    return b""
-
-
-def _origin(ask: Ask) -> str:
-    return f"{ask.endpoint.scheme}://{ask.headers['Host']}"

@@ -375,5 +375,5 @@ class Fetcher:
         now = steady()
         silent = now - self._patience.heard
         _log.info("recording %s: %s; trying again (%.1f s without a byte)", self._name, error, silent)
-        if self._patience.fail(error, now):
+        if self._patience.fail(error, now) or error.discards:
             self._fail(error)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from pullthrough import platform
+from pullthrough import fallocate, platform
 from pullthrough.digest import Digest
 from pullthrough.errors import InvalidRequest, StoreUnwritable
 from pullthrough.intervals import Intervals
@@ -113,7 +113,7 @@ class Ingest:
             descriptor = platform.open_descriptor(partial, os.O_RDWR)
             try:
                 for gap in found[1].missing(0, found[0]):
-                    platform.give_back(descriptor, *gap)
+                    fallocate.give_back(descriptor, *gap)
             finally:
                 os.close(descriptor)
 
@@ -197,7 +197,7 @@ class Ingest:
                 if window not in self._windows:
                     self._windows.add(window)
                     start = window * WINDOW
-                    platform.reserve(self.file.descriptor, start, min(start + WINDOW, self.file.size))
+                    fallocate.reserve(self.file.descriptor, start, min(start + WINDOW, self.file.size))
 
     def give_back(self, present: Intervals) -> None:
         """Give back the room that was taken for bytes that are not `present`: they are not expected any more."""
@@ -205,7 +205,7 @@ class Ingest:
         for window in self._windows:
             start = window * WINDOW
             for gap in present.missing(start, min(start + WINDOW, self.file.size)):
-                platform.give_back(self.file.descriptor, *gap)
+                fallocate.give_back(self.file.descriptor, *gap)
         self._windows.clear()
 
     def mark(self, intervals: Iterable[tuple[int, int]]) -> None:

@@ -65,9 +65,10 @@ class Keeper:
         async with self._turn:
             try:
                 await self._threads.disk(restore, self._store.folder)
+                # In this order: room that a recording takes between the two is not missed twice.
+                free = (await self._threads.disk(shutil.disk_usage, self._store.folder)).free
                 partials = await self._threads.disk(self._store.partials)
                 evidence = await self._threads.disk(self._store.quarantined)
-                free = (await self._threads.disk(shutil.disk_usage, self._store.folder)).free
             except OSError as error:
                 raise StoreUnwritable(f"recording {digest}: {error}") from error
             suspect = sum(taken for taken, _ in evidence.values())

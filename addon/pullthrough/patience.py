@@ -88,7 +88,7 @@ class Patience:
         if isinstance(error, UpstreamRefused):
             self._quiet_until = max(self._quiet_until, now + min(error.retry_after_s, RETRY_AFTER_LIMIT_S))
         is_wrong = isinstance(error, UnexpectedResponse) and self.failures > MAX_UNEXPECTED
-        return is_wrong or error.discards or now - self.heard > GIVE_UP_S
+        return is_wrong or now - self.heard > GIVE_UP_S
 
     def quiet_s(self, now: float) -> float:
         """How long upstream still wants to be left alone."""

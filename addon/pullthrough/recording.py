@@ -69,7 +69,6 @@ class Recording:
         self._room = room
         self._on_end = on_end
         self._ingest = room.store.ingest(digest)
-        self._ingest.reserves = wanted
         self._cursors: set[Cursor] = set()
         self._ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -184,6 +183,7 @@ class Recording:
         except StoreUnwritable as error:
             self._give_up_keeping(size, error)
             return False
+        self._ingest.reserves = self._pulled
         return True
 
     def _open(self, assembly: Assembly) -> None:
@@ -256,7 +256,6 @@ class Recording:
     def pull(self) -> None:
         """A client has shown that it pulls the blob: from now on it is recorded ahead of its readers."""
         pulled, self._pulled = self._pulled, True
-        self._ingest.reserves = True
         if not pulled and not self._ended and self._error is None:
             self._spawn(self._reserve_whole(), "reserve")
 
@@ -363,8 +362,7 @@ class Recording:
         await asyncio.gather(*tasks, return_exceptions=True)
         if hasattr(self, "_file"):
             with contextlib.suppress(StoreError):
-                if not self.assembly.complete:
-                    await self._sealer.abandon()
+                await self._sealer.abandon()
             self._file.release()
         if self._error is not None and self._error.discards:
             # What it holds is the room that the next recording may need, or not of this blob.

@@ -114,7 +114,9 @@ class Sealer:
                 await self._threads.disk(self._ingest.flush, self._assembly.present.copy())
 
     async def abandon(self) -> None:
-        """Make what is written durable, and give back the room for what is not."""
+        """Make what is written durable, and give back the room for what is not, unless all is."""
+        if self._assembly.complete:
+            return
         await self.flush()
         await self._threads.disk(self._ingest.give_back, self._assembly.present.copy())
 

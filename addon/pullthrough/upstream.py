@@ -24,17 +24,9 @@ from yarl import URL
 from pullthrough.byterange import format_range
 from pullthrough.coding import decode
 from pullthrough.datacheck import SOURCE_GONE, check_data, check_length, relayable
-from pullthrough.dataclient import KEPT_S, PROXY_AUTHENTICATION_REQUIRED, Ask, DataClient, DataResponse
-from pullthrough.datastream import (
-    FAILURES,
-    DataStream,
-    Errors,
-    LoopStream,
-    Source,
-    ThreadStream,
-    translate,
-)
-from pullthrough.dialer import Caller, Dialer
+from pullthrough.dataclient import PROXY_AUTHENTICATION_REQUIRED, Ask, DataResponse, Getting
+from pullthrough.datastream import FAILURES, DataStream, Errors, LoopStream, Source, ThreadStream, translate
+from pullthrough.dialer import Dialer
 from pullthrough.digest import Digest
 from pullthrough.errors import (
     AddressRefused,
@@ -52,7 +44,6 @@ from pullthrough.parent import Parents, check_remote
 from pullthrough.refusals import REFUSAL_LIMIT, described, is_page, is_refusal
 from pullthrough.resolver import AddressRules, CheckedResolver, Named
 from pullthrough.settings import Endpoint, Settings
-from pullthrough.threads import Crew
 from pullthrough.tunnel import LegPolicy, check_address
 
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -64,8 +55,6 @@ STALL_TIMEOUT_S: Final = 10.0
 """Half of what the shortest-lived clients in use wait for a byte would be 2.5 s; a slow line needs more. Clients that
 wait behind a stalled slice are fed by other connections meanwhile only once it is given up."""
 
-FETCHING: Final = 128
-"""Threads that fetch, for all hosts together."""
 READ_BUFFER: Final = 512 << 10
 PAUSES_S: Final = (0.1, 0.4)
 """Before the second and the third try of a control-plane request."""
@@ -119,10 +108,8 @@ class Upstream:
         """Connections for threads, under the same rules."""
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
         self._down_until: dict[str, float] = {}
+        self._data = Getting(self.dialer)
         self.impostors = Impostors(settings.registries, self.errors)
-        self._crew = Crew(FETCHING)
-        self._data = DataClient(self.dialer)
-        self._sweep: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         connector = aiohttp.TCPConnector(
@@ -139,16 +126,9 @@ class Upstream:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S),
         )
 
-        self._expire()
-
-    def _expire(self) -> None:
-        """Close connections that nobody uses, now and then."""
-        self._data.expire()
-        self._sweep = asyncio.get_running_loop().call_later(KEPT_S / 3, self._expire)
+        self._data.open()
 
     async def close(self) -> None:
-        if self._sweep is not None:
-            self._sweep.cancel()
         self._data.close()
         if self._session is not None:
             await self._session.close()
@@ -300,13 +280,13 @@ class Upstream:
         with self.errors.counted(), _closing_on_error(response):
             fields = cleaned(response.headers)
             if response.status in SOURCE_GONE:
-                shaped = is_refusal(response.status, fields, response.refusal)
+                shaped = is_refusal(response.status, fields, await self._data.text(response, REFUSAL_LIMIT))
                 what = "" if shaped else described(response.status, fields)
                 raise SourceExpired(response.status, relayable(fields), what=what)
             extent = check_data(response.status, fields, asked=(start, stop), length=expected_length)
             if not source.near:
                 check_length(extent.length, source.sizes)
-            stream = ThreadStream(response, self._crew, extent, self.errors, source)
+            stream = ThreadStream(response, self._data.crew, extent, self.errors, source)
             if validator is not None and stream.validator != validator:
                 raise ValidatorChanged(validator, stream.validator)
         return stream
@@ -357,10 +337,7 @@ class Upstream:
         if there.host is None or there.port is None:
             raise ValueError("no host")
         endpoint = Endpoint(there.scheme, there.host, there.port)
-        fields = {"Host": there.host_port_subcomponent or "", **self._fields(headers)}
-        ask = Ask(endpoint, there.raw_path_qs, fields, STALL_TIMEOUT_S)
-        caller = Caller()
-        return await self._crew.run_or_leave(lambda: self._data.get(ask, caller), caller.stop, DataResponse.close)
+        return await self._data.get(Ask(endpoint, there.raw_path_qs, self._fields(headers), STALL_TIMEOUT_S))
 
     async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         there = URL(url, encoded=True)

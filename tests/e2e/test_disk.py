@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import MB, add_model, unique
+from tests.e2e.conftest import MB, add_model, canonical, to_cdn, unique
 from tests.e2e.test_pull import assert_complete
 from tests.support.a2 import A2Client
 from tests.support.origin import Origin
@@ -32,6 +32,13 @@ def small_disk(folder: Path, size: str) -> list[str | Path]:
     if done.returncode:
         pytest.skip(f"this system does not let us mount: {done.stderr.strip()}")
     return [*unshare, "sh", "-c", f'{mount} && exec "$@"', "sh", *PROGRAM]
+
+
+def fill(proxy: Proxy, store: Path) -> None:
+    """Take all the room that is left on the store's disk."""
+    with Path(f"/proc/{proxy.pid}/root{store}/other").open("wb", buffering=0) as other, contextlib.suppress(OSError):
+        while True:
+            other.write(bytes(MB))
 
 
 def files_of(proxy: Proxy, folder: str) -> list[str]:
@@ -92,7 +99,7 @@ def test_four_clients_past_the_disk(
 def test_disk_that_fills_up(
     origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path
 ) -> None:
-    """Somebody else takes the room while a blob is recorded: who pulls it goes on without the disk."""
+    """Somebody else takes the room while a blob is recorded: what is pulled has its own already."""
     store = tmp_path / "small"
     proxy = start_proxy(program=small_disk(store, "32m"), ollama_cache_dir=store)
     model = add_model(origin, unique(24 * MB))
@@ -101,13 +108,32 @@ def test_disk_that_fills_up(
     with ThreadPoolExecutor(1) as pool:
         pulling = pool.submit(client.pull, model.name)
         origin.counters.wait_for(lambda counters: counters.cdn_bytes > 6 * MB)
-        other_path = Path(f"/proc/{proxy.pid}/root{store}/other")
-        with other_path.open("wb", buffering=0) as other, contextlib.suppress(OSError):
-            while True:
-                other.write(bytes(MB))
+        fill(proxy, store)
         report = pulling.result()
     assert_complete(client, model)
     assert report.retries == report.stalls == 0
+    proxy.wait_for_line(model.recorded)
+
+
+def test_disk_that_fills_up_before_a_pull_shows(
+    origin: Origin, start_proxy: Callable[..., Proxy], tmp_path: Path
+) -> None:
+    """What a client only reads from has no room of its own: it goes on without the disk."""
+    store = tmp_path / "small"
+    proxy = start_proxy(program=small_disk(store, "32m"), ollama_cache_dir=store)
+    blob = unique(24 * MB)
+    model = add_model(origin, blob)
+    origin.rate_per_connection = MB // 2
+    address, stop = canonical(proxy, model), 20 * MB
+    with to_cdn(proxy) as connection:
+        response = connection.request("GET", address, [("Range", f"bytes=0-{stop - 1}")])
+        assert response.read(MB) == blob.read(0, MB)
+        fill(proxy, store)
+        position = MB
+        while data := response.read(MB):
+            assert data == blob.read(position, position + len(data))
+            position += len(data)
+    assert position == stop
     proxy.wait_for_line("No space left on device")
 
 

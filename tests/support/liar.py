@@ -18,7 +18,7 @@ from typing import Final
 
 import pytest
 
-from pullthrough import fetcher, grants, platform, recording, supply, upstream
+from pullthrough import grants, patience, platform, recording, supply, upstream
 from pullthrough.budget import Budget
 from pullthrough.digest import Digest
 from pullthrough.exchange import Answer, Request
@@ -233,10 +233,10 @@ async def cache(folder: Path) -> AsyncIterator[Cache]:
             (upstream, "PAUSES_S", ()),
             (supply, "MAX_LIES", 0),
             (supply, "FIRST_S", 0.05),
-            (fetcher, "MAX_UNEXPECTED", 4),
-            (fetcher, "BACKOFF_S", 0.001),
-            (fetcher, "BACKOFF_LIMIT_S", 0.01),
-            (fetcher, "GIVE_UP_S", 0.2),
+            (patience, "MAX_UNEXPECTED", 4),
+            (patience, "BACKOFF_S", 0.001),
+            (patience, "BACKOFF_LIMIT_S", 0.01),
+            (patience, "GIVE_UP_S", 0.2),
             (recording, "IDLE_S", 0.05),
             (recording, "LINGER_S", 0.0),
         ):
