@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from hashlib import sha256
@@ -22,6 +23,7 @@ from pullthrough.inventory import Inventory
 from pullthrough.manifestjson import DOCKER_TYPE, LIST_TYPE, OCI_TYPE
 from pullthrough.records import DEFAULT_HOST, ManifestRecord, Name
 from pullthrough.store import Store
+from tests.support.bigstore import fill as fill_many
 from tests.support.crashdisk import AtOnce
 from tests.support.formats import make_format_1
 from tests.support.modelsfolder import list_of, manifest_of, read_current, read_models
@@ -311,6 +313,55 @@ def test_random_damage(filled: Path, tmp_path: Path) -> None:
             settle(store)
             assert_serves(store)
         shutil.rmtree(folder.parent)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_ten_thousand_models(tmp_path: Path) -> None:
+    """Opened in a second with its index; without one, served at once and rebuilt in a minute, with the loop free."""
+    folder = tmp_path / "store"
+    fill_many(folder, models=10_000, layers=7, day=1.0)
+    name = Name(DEFAULT_HOST, "library/m7777", "latest")
+    for is_lost in (False, True):
+        if is_lost:
+            without_index(folder)
+        began = time.monotonic()
+        with closing(Store.open(folder)) as store:
+            opened_s = time.monotonic() - began
+            found = store.manifest(name)
+            assert found is not None
+            for digest in found.digests:
+                assert store.is_member(*name.place, digest)
+                file = store.open_blob(digest)
+                assert file is not None
+                file.release()
+            served_s = time.monotonic() - began
+            pauses = asyncio.run(settle_beside(store))
+            settled_s = time.monotonic() - began
+            assert (len(store.manifests()), len(store.blobs())) == (10_000, 60_001)
+        print(
+            f"opened {opened_s:.2f} s, first hit {served_s:.2f} s, settled {settled_s:.1f} s, pause {max(pauses):.3f} s"
+        )
+        assert opened_s < 2  # one second on an idle machine
+        assert served_s < 3
+        assert settled_s < 60
+        assert max(pauses) < 0.5
+
+
+async def settle_beside(store: Store) -> list[float]:
+    """For how long the event loop was busy at a time while the store was compared."""
+    pauses = []
+
+    async def tick() -> None:
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(0.005)
+            pauses.append(time.monotonic() - began - 0.005)
+
+    task = asyncio.get_running_loop().create_task(tick(), name="tick")
+    await store.settle()
+    task.cancel()
+    return pauses
 
 
 # --- killed

@@ -54,6 +54,11 @@ class Proofs:
         self._is_tidy = False
         self._is_copy = False
 
+    def load(self) -> None:
+        """Read the file, which takes some tenths of a second where it is long, if that has not been done."""
+        with self._lock:
+            self._read()
+
     def find(self, digest: Digest) -> Proof | None:
         """What proves the blob, as far as that was known before `tidy`."""
         with self._lock:
@@ -89,7 +94,8 @@ class Proofs:
                 head = _HEAD.match(data)
                 is_ours = head is not None and int(head[1]) == os.fstat(file.fileno()).st_ino
                 self._is_copy = not is_ours
-                for digest, size, mtime_ns, inode in _LINE.findall(data):
+                for line in _LINE.finditer(data):  # one by one: a list of all would hold the interpreter for long
+                    digest, size, mtime_ns, inode = line.groups()
                     proof = Proof(int(size), int(mtime_ns), int(inode) if is_ours else 0)
                     self._known[Digest(digest.decode())] = proof
         return self._known

@@ -66,6 +66,7 @@ class Survey:
                 raise StoreUnwritable(f"comparing the store with its index: {error}") from error
 
     async def _settle(self) -> None:
+        await asyncio.to_thread(self._blobs.proofs.load)
         names = self._files.walk()
         while batch := await asyncio.to_thread(lambda: list(islice(names, _STEP))):
             for place, found in batch:

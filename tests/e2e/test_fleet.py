@@ -17,6 +17,7 @@ from tests.e2e.conftest import Model, add_model, get, to_registry, unique
 from tests.support.a2 import A2Client
 from tests.support.goclient import PullReport
 from tests.support.proxy import ADDON, Proxy
+from tests.support.storefiles import blob_file
 from tests.system.fleet import MIB, Fleet, NewClient, blob_key, fleet, manifest_key, new_client, shared_fleet, uploaded
 
 __all__ = ["fleet", "new_client", "shared_fleet"]
@@ -158,5 +159,5 @@ def test_verbs(fleet: Fleet, new_client: NewClient) -> None:
     assert run(fleet.b, "warm", "--tier-only", model.name)[0] == 0
     assert manifest_key(model) in fleet.listing()
     assert model.name not in run(fleet.b, "ls")[1]
-    assert not (fleet.b.store / "blobs" / model.layer.replace(":", "-")).exists()
+    assert not blob_file(fleet.b.store, model.layer.replace(":", "-")).exists()
     assert "in use" in run(fleet.a, "stats")[1]

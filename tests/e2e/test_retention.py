@@ -13,6 +13,7 @@ from tests.e2e.test_pull import assert_complete
 from tests.support.a2 import A2Client
 from tests.support.origin import Origin
 from tests.support.proxy import Proxy
+from tests.support.storefiles import blob_files
 
 NewClient = Callable[..., A2Client]
 
@@ -20,7 +21,7 @@ NewClient = Callable[..., A2Client]
 def on_disk(proxy: Proxy) -> int:
     """What blobs and recordings take of the disk, in bytes."""
     total = 0
-    for folder in ("blobs", "ingest"):
+    for folder in ("public/blobs", "private/blobs", "ingest"):
         for path in (proxy.store / folder).iterdir():
             with contextlib.suppress(FileNotFoundError):
                 total += path.stat().st_blocks * 512
@@ -48,7 +49,7 @@ def test_the_least_recently_pulled_goes(
     client.pull(large.name)
     assert_complete(client, large)
     proxy.wait_for_line("expected room for 20 MB within the bounds (max_size 13 MB")
-    held = {path.name.replace("-", ":") for path in (proxy.store / "blobs").iterdir()}
+    held = {path.name.replace("-", ":") for path in blob_files(proxy.store)}
     assert held >= {*pinned.blobs, *old.layers, *new.layers}
     assert held.isdisjoint(middle.layers)
 
