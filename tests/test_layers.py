@@ -25,7 +25,7 @@ ROWS: Final = {
     " tier uploader leaseholder nearby",
     "L3a": "reader",
     "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants warm verbs"
-    " examining ollamadaemon tierverbs offload redirects blobs blob_content signed_addresses",
+    " examining ollamadaemon tierverbs offload redirects blobs blob_content signed_addresses pings",
     "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
     " pages lookout door cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier"
     " intake drill logsetup",
@@ -92,6 +92,7 @@ SIDEWAYS: Final = {
     "manifests": {"exchange"},
     "refresh": {"manifests"},
     "offload": {"exchange"},
+    "pings": {"exchange"},
     "redirects": {"exchange", "grants", "signed_addresses"},
     "blob_content": {"exchange", "grants", "offload", "signed_addresses"},
     "blobs": {"blob_content", "exchange", "grants", "manifests", "offload", "redirects", "signed_addresses"},
@@ -109,6 +110,7 @@ SIDEWAYS: Final = {
         "grants",
         "manifests",
         "offload",
+        "pings",
         "prefetch",
         "refresh",
         "signed_addresses",

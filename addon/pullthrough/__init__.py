@@ -10,7 +10,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
     L3b  registry  manifests  grants  exchange  prefetch
          refresh  redirects  offload  signed_addresses
-         blobs  blob_content  warm  verbs  metrics  vitals
+         blobs  blob_content  pings  warm  verbs  metrics  vitals
          watch  statuspage  tierverbs                        request value -> answer: status, headers and what to send
          examining  ollamadaemon                             the ones that look for what is wrong
     L3a  reader                                              hands out the bytes of one interval of one blob
