@@ -143,6 +143,8 @@ class Fetcher:
         self._whole_only = False
         self._untried = False
         """Whether the source knows Range is not known: one connection is to find out."""
+        self._tried = asyncio.Event()
+        """Set when that may have changed, or the connection is no more."""
         self._failures = 0
         self._restarts = 0
         self._heard = steady()
@@ -167,7 +169,11 @@ class Fetcher:
         while len(self._workers) < min(limit, worth) and self._wanted():
             task = asyncio.get_running_loop().create_task(self._work(), name=f"fetch {self._name}")
             self._workers.add(task)
-            task.add_done_callback(self._workers.discard)
+            task.add_done_callback(self._end_work)
+
+    def _end_work(self, task: asyncio.Task[None]) -> None:
+        self._workers.discard(task)
+        self._tried.set()
 
     def rescue(self, position: int) -> None:
         """A reader waits for the byte at `position`: a silent connection that has it claimed loses it."""
@@ -246,10 +252,12 @@ class Fetcher:
                 with contextlib.closing(stream):
                     if stream.whole:
                         self._whole_only = True
+                        self._tried.set()
                         if any(other.whole for other in self._attempts):
                             return
                     elif self._untried:
                         self._untried = False
+                        self._tried.set()
                         self.wake()
                     await self._receive(stream, attempt)
 
@@ -281,7 +289,8 @@ class Fetcher:
     async def _receive(self, stream: DataStream, attempt: _Attempt, limit: int | None = None) -> None:
         """Hand on the stream's bytes, but those that are here already (of a response longer than was asked for).
 
-        Up to `limit`, unless this turns out to be the one connection that the source is good for.
+        Up to `limit`, unless this turns out to be the one connection that the source is good for: while another one is
+        finding out, nothing is read beyond.
         """
         attempt.whole = stream.whole
         attempt.extent = Slice(stream.start, limit or stream.stop)
@@ -292,21 +301,27 @@ class Fetcher:
             async for data in stream.batches():
                 self._counters.take(stream, len(data))
                 self.fetched += len(data)
-                if limit is not None and self._whole_only:
-                    limit, attempt.extent = None, Slice(stream.start, stream.stop)
-                view = memoryview(data)[: None if limit is None else limit - offset]
-                position = offset
-                while (gap := self._free_to_write(position, offset + len(view))) is not None:
-                    start, position = gap
-                    self._landing.add(start, position)
-                    try:
-                        await self._accept(start, view[start - offset : position - offset])
-                    finally:
-                        self._landing.remove(start, position)
-                offset += len(view)
+                rest = memoryview(data)
+                while rest:
+                    if limit is not None and self._whole_only:
+                        limit, attempt.extent = None, Slice(stream.start, stream.stop)
+                    view = rest[: None if limit is None else limit - offset]
+                    rest, position = rest[len(view) :], offset
+                    while (gap := self._free_to_write(position, offset + len(view))) is not None:
+                        start, position = gap
+                        self._landing.add(start, position)
+                        try:
+                            await self._accept(start, view[start - offset : position - offset])
+                        finally:
+                            self._landing.remove(start, position)
+                    offset += len(view)
+                    if offset == limit:
+                        await self._find_out()
+                        if not self._whole_only:
+                            break
                 self._heard = attempt.heard = steady()
                 self._failures = 0
-                if offset == limit:
+                if offset == limit and not self._whole_only:
                     break
                 if pause := self._spend(len(data)):
                     # Not silent: held back by ourselves.
@@ -319,6 +334,12 @@ class Fetcher:
         if elapsed > 0 and offset - stream.start >= MIN_SLICE:
             rate = (offset - stream.start) / elapsed
             self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
+
+    async def _find_out(self) -> None:
+        """Return when it is known whether the source knows Range, or when no connection is finding out."""
+        while self._untried and not self._whole_only and self._workers:
+            self._tried.clear()
+            await self._tried.wait()
 
     def _free_to_write(self, start: int, stop: int) -> tuple[int, int] | None:
         """The first part of the interval that is neither present nor just being written: no byte is written twice.
