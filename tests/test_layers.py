@@ -28,7 +28,7 @@ ROWS: Final = {
     " examining ollamadaemon tierverbs offload redirects blobs blob_content signed_addresses pings",
     "L4": "addon dispatch widetls streamlayer blobserver cli gate modes opening sender parentleg flows messages desk"
     " pages lookout door cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier"
-    " intake drill logsetup",
+    " intake drill logsetup incomplete",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -118,7 +118,7 @@ SIDEWAYS: Final = {
     },
     "drill": {"gate", "intake"},
     "gate": {"intake", "opening", "parentleg", "streamlayer", "widetls"},
-    "blobserver": {"door", "pages", "sender"},
+    "blobserver": {"door", "incomplete", "pages", "sender"},
     "clientpages": {"pages"},
     "cli_ca": {"cli_base"},
     "cli_setup": {"cli_base"},

@@ -4,7 +4,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
 
     L4   addon  flows  messages  gate  parentleg  streamlayer  intake  drill  logsetup
          dispatch  widetls  modes  opening
-         blobserver  door  sender  desk  pages  lookout
+         blobserver  door  sender  incomplete  desk  pages  lookout
          clientpages  cli_ca  cli_setup  cli_tier
          cli  cli_base  cli_models  cli_progress
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
