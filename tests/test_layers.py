@@ -27,11 +27,11 @@ ROWS: Final = {
     " tier uploader leaseholder nearby",
     "L3a": "reader",
     "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants warm verbs"
-    " examining ollamadaemon tierverbs offload redirects blobs blob_content signed_addresses",
+    " examining ollamadaemon tierverbs offload redirects blobs blob_content signed_addresses pings",
     "L3c": "byte_sender passing_on blob_connection door sender loopback delivery",
     "L4": "addon takeover idle_addons blobserver cli gate modes opening parentleg flows messages desk"
     " pages lookout cli_base cli_models cli_progress cli_transfer meter clientpages cli_ca cli_setup cli_tier"
-    " intake drill logsetup",
+    " intake drill logsetup incomplete",
 }
 ROW_OF: Final = {module: row for row, modules in ROWS.items() for module in modules.split()}
 ORDER: Final = list(ROWS)
@@ -120,6 +120,7 @@ SIDEWAYS: Final = {
     "manifests": {"exchange"},
     "refresh": {"manifests"},
     "offload": {"exchange"},
+    "pings": {"exchange"},
     "redirects": {"exchange", "grants", "signed_addresses"},
     "blob_content": {"exchange", "grants", "offload", "signed_addresses"},
     "blobs": {"blob_content", "exchange", "grants", "manifests", "offload", "redirects", "signed_addresses"},
@@ -137,6 +138,7 @@ SIDEWAYS: Final = {
         "grants",
         "manifests",
         "offload",
+        "pings",
         "prefetch",
         "refresh",
         "signed_addresses",
@@ -148,7 +150,7 @@ SIDEWAYS: Final = {
     "delivery": {"blob_connection", "byte_sender", "loopback", "passing_on"},
     "drill": {"gate", "intake"},
     "gate": {"intake", "opening", "parentleg", "takeover"},
-    "blobserver": {"pages"},
+    "blobserver": {"incomplete", "pages"},
     "clientpages": {"pages"},
     "cli_ca": {"cli_base"},
     "cli_setup": {"cli_base"},

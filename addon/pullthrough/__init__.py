@@ -4,7 +4,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
 
     L4   addon  flows  messages  gate  parentleg  takeover
          intake  drill  logsetup  modes  opening  idle_addons
-         blobserver  desk  pages  lookout
+         blobserver  incomplete  desk  pages  lookout
          clientpages  cli_ca  cli_setup  cli_tier
          cli  cli_base  cli_models  cli_progress
          cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
@@ -12,7 +12,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          byte_sender  sender  door                           bytes to clients, in threads
     L3b  registry  manifests  grants  exchange  prefetch
          refresh  redirects  offload  signed_addresses
-         blobs  blob_content  warm  verbs  metrics  vitals
+         blobs  blob_content  pings  warm  verbs  metrics  vitals
          watch  statuspage  tierverbs                        request value -> answer: status, headers and what to send
          examining  ollamadaemon                             the ones that look for what is wrong
     L3a  reader                                              hands out the bytes of one interval of one blob

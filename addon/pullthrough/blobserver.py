@@ -30,6 +30,7 @@ from pullthrough.connlimit import ConnectionLimits
 from pullthrough.door import Door
 from pullthrough.errors import SettingsError
 from pullthrough.exchange import Answer, Request, gathered
+from pullthrough.incomplete import begin_body, end_body, notices_short_bodies
 from pullthrough.pages import Pages
 from pullthrough.reader import Reader
 from pullthrough.registry import Registry
@@ -168,9 +169,15 @@ class BlobServer:
             self._requests.answer(*line)
             return response
         sending = Sending(problem="cut off")
+        careful = not notices_short_bodies(request.headers.get("User-Agent", ""))
+        sock = request.transport.get_extra_info("socket") if careful and request.transport is not None else None
         try:
+            if sock is not None:
+                begin_body(sock)
             await response.prepare(request)
             await send(request, response, answer.body, sending, self._threads)
+            if sock is not None and not sending.problem:
+                end_body(sock)
         finally:
             answer.body.close()
             seconds = time.monotonic() - began

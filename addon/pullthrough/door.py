@@ -20,6 +20,9 @@ _log = logging.getLogger(__name__)
 HEAD_S: Final = 10.0
 """How long the head of a connection's first request may take; that of a later one, as long as it may be idle."""
 
+FIELD_BYTES: Final = 16 << 10
+"""How long a field of a head may be. aiohttp's 8190 are too few for what some clients accept."""
+
 
 @dataclass(eq=False, slots=True)
 class Caller:
@@ -41,7 +44,7 @@ class Door(web.Server):
         **options: Any,
     ) -> None:
         """`admits` says of an address whether it may come in; `answer` and `options` as web.Server takes them."""
-        super().__init__(self._serve, logger=Brief(_log), **options)
+        super().__init__(self._serve, logger=Brief(_log), max_field_size=FIELD_BYTES, **options)
         self._answer = answer
         self._admits = admits
         self._limits = limits

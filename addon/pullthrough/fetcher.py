@@ -121,6 +121,8 @@ class Fetcher:
         self._rate: float | None = None
         self._ranges = Ranges.YES
         self._patience = Patience(steady())
+        self._tried = asyncio.Event()
+        """Set when what is known of ranges may have changed, or a connection is no more."""
         self._restarts = 0
         self._landing = Intervals()
         self._held = False
@@ -142,7 +144,11 @@ class Fetcher:
         while len(self._workers) < min(limit, worth) and self._wanted():
             task = asyncio.get_running_loop().create_task(self._work(), name=f"fetch {self._name}")
             self._workers.add(task)
-            task.add_done_callback(self._workers.discard)
+            task.add_done_callback(self._end_work)
+
+    def _end_work(self, task: asyncio.Task[None]) -> None:
+        self._workers.discard(task)
+        self._tried.set()
 
     def rescue(self, position: int) -> None:
         """A reader waits for the byte at `position`: a silent connection that has it claimed loses it."""
@@ -226,6 +232,7 @@ class Fetcher:
                 stream = await self._supply.open(source, taken.start, taken.stop, length=self._assembly.size)
                 with contextlib.closing(stream):
                     before, self._ranges = self._ranges, LEARN[self._ranges, stream.whole]
+                    self._tried.set()
                     if stream.whole and any(other.whole for other in self._attempts):
                         return
                     if before is Ranges.UNKNOWN:
@@ -260,7 +267,8 @@ class Fetcher:
     async def _receive(self, stream: DataStream, attempt: _Attempt, limit: int | None = None) -> None:
         """Hand on the stream's bytes, but those that are here already (of a response longer than was asked for).
 
-        Up to `limit`, unless this turns out to be the one connection that the source is good for.
+        Up to `limit`, unless this turns out to be the one connection that the source is good for: while another one is
+        finding out, nothing is read beyond.
         """
         attempt.whole = stream.whole
         attempt.extent = Slice(stream.start, limit or stream.stop)
@@ -312,24 +320,34 @@ class Fetcher:
     async def _sift(self, stream: DataStream, attempt: _Attempt, limit: int | None) -> None:
         """Write what of a response is not here already: it is longer than what was claimed."""
         async for data in stream.batches():
-            if limit is not None and self._ranges is Ranges.NO:
-                limit, attempt.extent = None, Slice(stream.start, stream.stop)
-            offset = attempt.position
-            view = memoryview(data)[: None if limit is None else limit - offset]
-            position = offset
-            while (gap := self._free_to_write(position, offset + len(view))) is not None:
-                start, position = gap
-                self._landing.add(start, position)
-                try:
-                    await self._sealer.write(start, view[start - offset : position - offset])
-                finally:
-                    self._landing.remove(start, position)
-            attempt.position = offset + len(view)
+            rest = memoryview(data)
+            while rest:
+                if limit is not None and self._ranges is Ranges.NO:
+                    limit, attempt.extent = None, Slice(stream.start, stream.stop)
+                view = rest[: None if limit is None else limit - attempt.position]
+                rest = rest[len(view) :]
+                await self._write_missing(attempt.position, view)
+                attempt.position += len(view)
+                if attempt.position == limit:
+                    await self._find_out()
+                    if self._ranges is not Ranges.NO:
+                        break
             pause = self._note_progress(stream, attempt, len(data))
-            if attempt.position == limit:
+            if attempt.position == limit and self._ranges is not Ranges.NO:
                 break
             if pause:
                 await asyncio.sleep(pause)
+
+    async def _write_missing(self, offset: int, data: memoryview) -> None:
+        """Write what of the data, which begins at `offset`, is not here."""
+        position = offset
+        while (gap := self._free_to_write(position, offset + len(data))) is not None:
+            start, position = gap
+            self._landing.add(start, position)
+            try:
+                await self._sealer.write(start, data[start - offset : position - offset])
+            finally:
+                self._landing.remove(start, position)
 
     def _learn_rate(self, stream: DataStream, count: int, elapsed: float) -> None:
         """What was too slow counts as well: so a line that has become slow is not taken for slow connections."""
@@ -339,6 +357,12 @@ class Fetcher:
         self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
         if stream.source is not None:
             self._rates.show(stream.source.host, rate, steady())
+
+    async def _find_out(self) -> None:
+        """Return when it is known whether the source knows Range, or when no connection is finding out."""
+        while self._ranges is Ranges.UNKNOWN and self._workers:
+            self._tried.clear()
+            await self._tried.wait()
 
     def _free_to_write(self, start: int, stop: int) -> tuple[int, int] | None:
         """The first part of the interval that is neither present nor just being written: no byte is written twice.

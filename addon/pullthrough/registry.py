@@ -28,6 +28,7 @@ from pullthrough.grants import Grants
 from pullthrough.manifestjson import children_of, preferred
 from pullthrough.manifests import Manifests
 from pullthrough.offload import Offload
+from pullthrough.pings import Pings
 from pullthrough.prefetch import Prefetcher
 from pullthrough.pulls import Place, Pulls
 from pullthrough.recorder import Recorder
@@ -64,6 +65,7 @@ class Registry:
         self.pulls = Pulls(_log_lost)
         self._addresses = SignedAddresses(store.secret, store.ledger, store.is_public)
         self._manifests = Manifests(settings, store, upstream, tier)
+        self._pings = Pings(settings, upstream)
         grants = Grants(settings, store, upstream)
         offload = Offload(store, tier if settings.offload else None)
         self._prefetcher = Prefetcher(store, recorder, grants.source, self._known_source)
@@ -104,7 +106,7 @@ class Registry:
             return _looped(request, route)
         match route:
             case None:
-                return None
+                return await self._pings.answer(request)
             case ManifestRoute():
                 answer = await self._manifests.answer(request, route)
                 if answer.status == 200 and request.method == "GET" and request.may_bypass:

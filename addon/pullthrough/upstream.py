@@ -162,8 +162,18 @@ class Upstream:
     ) -> Response:
         """One exchange with a registry; redirects are handed on, not followed.
 
-        NotTheRegistry if the answer has not the shape of a registry's. UpstreamUnreachable, UpstreamTimeout or
-        UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no usable answer.
+        NotTheRegistry if the answer has not the shape of a registry's; the other errors are those of `converse`.
+        """
+        response = await self.converse(method, host, target, headers, timeout_s=timeout_s)
+        return self.impostors.judged(host, response, head=method == "HEAD")
+
+    async def converse(
+        self, method: str, host: str, target: str, headers: Mapping[str, str], *, timeout_s: float
+    ) -> Response:
+        """The same, whoever has answered: for what has no shape to tell a registry by.
+
+        UpstreamUnreachable, UpstreamTimeout or UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no usable
+        answer.
         """
         url = self._settings.endpoint(host).origin + target
 
@@ -174,8 +184,7 @@ class Upstream:
 
         response = await self._patiently(host, once, timeout_s)
         coding = response.headers.get("Content-Encoding", "identity")
-        response = replace(response, body=decode(response.body, coding, limit=MAX_CONTROL_BODY))
-        return self.impostors.judged(host, response, head=method == "HEAD")
+        return replace(response, body=decode(response.body, coding, limit=MAX_CONTROL_BODY))
 
     async def obtain(
         self,

@@ -5,10 +5,12 @@ import json
 import re
 import socket
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import pytest
 from typer.testing import CliRunner
@@ -393,22 +395,84 @@ def test_a_slow_tensor_after_fast_ones(origin: Origin, proxy: Proxy, tmp_path: P
     assert origin.counters.cdn_bytes_by_digest[model.layers[-1]] == slow.size
 
 
-def test_a_hopeless_recording_ends_short_and_clean(origin: Origin, proxy: Proxy) -> None:
-    """The source lies for good: the client gets what is right and then FIN, never a reset or text."""
+GO: Final = "Go-http-client/1.1"
+"""What Ollama calls itself when it asks for a part."""
+
+
+@pytest.mark.parametrize(
+    ("agent", "ending"),
+    [(GO, "fin"), ("ollama/0.41.0 (amd64 linux) Go/go1.27", "fin"), ("Python-urllib/3.12", "rst"), ("", "rst")],
+)
+def test_a_hopeless_recording_ends_short(origin: Origin, proxy: Proxy, agent: str, ending: str) -> None:
+    """The source lies for good: the client gets what is right, never text, and then what it takes for an error.
+
+    Ollama keeps what came before a FIN, and nothing that came before a reset. Python and Java take a FIN for the end.
+    """
     model = add_model(origin, blob := unique(5 * MB))
     address = address_of(proxy, model)
     origin.faults.append(Fault(Mode.CONTENT_RANGE, digest=model.layer, times=None))
     with to_front(proxy) as connection:
-        response = connection.request("GET", address)
+        response = connection.request("GET", address, [("User-Agent", agent)] if agent else [])
         assert (response.status, response.content_length) == (200, 5 * MB)
         body = response.read()
-        assert response.ended == "fin"
+        assert response.ended == ending
     assert 0 < len(body) < 5 * MB
     assert body == blob.read(0, len(body))
     # x/transfer waits for its whole blob, and has had no byte yet: it can be told.
     with to_front(proxy) as connection:
         status, headers, body = get(connection, address, User_Agent="ollama-transfer/1.0")
         assert (status, headers["content-length"], body) == (502, "0", b"")
+
+
+def test_urllib_notices_a_short_body(origin: Origin, proxy: Proxy) -> None:
+    """Read in pieces, as to a file; the connection of one that has its whole body ends in order."""
+    model, other = add_model(origin, unique(5 * MB)), add_model(origin, unique(MB))
+    base = f"http://{ADDRESS}:{proxy.front_port}"
+    short = base + address_of(proxy, model)
+    origin.faults.append(Fault(Mode.CONTENT_RANGE, digest=model.layer, times=None))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(short, timeout=60) as response, pytest.raises(ConnectionResetError):
+        read_in_pieces(response)
+    with opener.open(base + address_of(proxy, other), timeout=60) as response:
+        assert read_in_pieces(response) == MB
+
+
+def read_in_pieces(response: IO[bytes]) -> int:
+    """How many bytes there are until nothing more comes."""
+    return sum(len(data) for data in iter(lambda: response.read(65536), b""))
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
+def test_a_cache_that_ends_in_mid_body(origin: Origin, start_proxy: Callable[..., Proxy], kill: bool) -> None:
+    """Whatever ends it: a reset."""
+    proxy = start_proxy(front=True)
+    model = add_model(origin, unique(8 * MB))
+    address = address_of(proxy, model)
+    origin.rate_per_connection = MB // 4
+    with to_front(proxy) as connection:
+        response = connection.request("GET", address)
+        assert response.read(1)
+        proxy.kill() if kill else proxy.stop()
+        response.read()
+        assert response.ended == "rst"
+
+
+def test_a_small_blob_begins_when_it_is_complete(origin: Origin, proxy: Proxy) -> None:
+    """Up to 64 KiB there is no head before there is a whole: what is wrong is told by a status."""
+    model = add_model(origin, unique(64 << 10))
+    stall = Fault(Mode.STALL, digest=model.layer, after=1000)
+    origin.faults += [stall, Fault(Mode.FLIP, digest=model.layer, after=0, times=None)]
+    address = address_of(proxy, model)
+    with to_front(proxy) as connection:
+        connection.set_timeout(60)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(connection.request, "GET", address)
+            origin.counters.wait_for(lambda counters: stall.hits and counters.cdn_bytes_by_digest[model.layer] >= 1000)
+            assert not asked.done()
+            stall.gate.open()
+            response = asked.result()
+        assert response.status >= 500
+        assert response.read() == b""
 
 
 @pytest.mark.parametrize("farewell", ["reset", pytest.param("close", marks=pytest.mark.long)])
@@ -475,7 +539,7 @@ def test_it_ends_soon_and_frees_the_port(origin: Origin, start_proxy: Callable[.
     address = address_of(proxy, model)
     with to_front(proxy) as idle, to_front(proxy) as connection:
         assert get(idle, model.manifest_target)[0] == 200
-        response = connection.request("GET", address)
+        response = connection.request("GET", address, [("User-Agent", GO)])
         assert len(response.read(1000)) == 1000
         began = time.monotonic()
         assert proxy.stop() == 0

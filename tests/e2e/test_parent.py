@@ -1,5 +1,6 @@
 """A parent proxy as the only way out: names resolve nowhere else, and everything has to go through it."""
 
+import base64
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -153,6 +154,52 @@ def test_a_plain_request(world: World) -> None:
     assert b"Proxy-Authorization" not in body
     (asked,) = world.parent.asked
     assert (asked.method, asked.target) == ("GET", "http://web.example:80/some/page?x=1")
+
+
+OTHERS = "Basic b3RoZXI6c2VjcmV0"
+
+
+def test_a_clients_password_is_not_the_parents(world: World) -> None:
+    """The parent gets the cache's own, on every way, and the servers behind it get none."""
+    field = f"Proxy-Authorization: {OTHERS}\r\n"
+    with closing(socket.create_connection(("127.0.0.1", world.proxy.port), timeout=20)) as sock:
+        sock.sendall(f"CONNECT {world.echo} HTTP/1.1\r\nHost: {world.echo}\r\n{field}\r\n".encode())
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+        sock.sendall(b"hello")
+        assert sock.recv(100) == b"hello"
+    with connect(world.proxy.url, "web.example", 80, None) as connection:
+        assert b"Proxy-Authorization" not in get(connection, "/", Proxy_Authorization=OTHERS)[2]
+    model = add_model(world.origin, unique(200_000))
+    with to_registry(world.proxy) as connection:
+        for target in (model.manifest_target, model.blob_target, "/v2/library/x/tags/list"):
+            get(connection, target, Proxy_Authorization=OTHERS)
+    # What is asked anew, and not on a connection that was there.
+    assert {"CONNECT", "GET"} == {asked.method for asked in world.parent.asked}
+    own = f"Basic {base64.b64encode(f'user:{PASSWORD}'.encode()).decode()}"
+    assert {asked.headers["proxy-authorization"] for asked in world.parent.asked} == {own}
+    assert not any("proxy-authorization" in request.headers for request in world.origin.counters.requests)
+
+
+def test_a_parent_without_a_password(tmp_path: Path) -> None:
+    """It gets none: what a client says to us is not for it."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve_echo, args=(listening,), daemon=True).start()
+    resolves = {("echo.example", 443): ("127.0.0.1", int(listening.getsockname()[1]))}
+    with closing(listening), Origin(tmp_path / "origin") as origin, ConnectProxy(resolves) as parent:
+        way = f"http://127.0.0.1:{parent.port}"
+        parent.resolves[REGISTRY, 443] = ("127.0.0.1", origin.registry_port)
+        with Proxy(tmp_path, env={"HTTPS_PROXY": way}, ssl_verify_upstream_trusted_ca=origin.ca_file) as proxy:
+            with closing(socket.create_connection(("127.0.0.1", proxy.port), timeout=20)) as sock:
+                head = f"CONNECT echo.example:443 HTTP/1.1\r\nHost: x\r\nProxy-Authorization: {OTHERS}\r\n\r\n"
+                sock.sendall(head.encode())
+                assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+                sock.sendall(b"hello")
+                assert sock.recv(100) == b"hello"
+            with to_registry(proxy) as connection:
+                assert get(connection, "/v2/library/x/tags/list", Proxy_Authorization=OTHERS)[0] == 404
+            assert parent.targets == {"echo.example:443", f"{REGISTRY}:443"}
+            assert all("proxy-authorization" not in asked.headers for asked in parent.asked)
+            assert all("proxy-authorization" not in asked.headers for asked in origin.counters.requests)
 
 
 @pytest.mark.parametrize(

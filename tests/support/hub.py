@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import parse_qs, urlsplit
 
-from tests.support.origin import MANIFEST_TYPE, MODEL_TYPE, R2_HOST, Source, Stored, server_context
+from tests.support.origin import MANIFEST_TYPE, MODEL_TYPE, R2_HOST, SEND_BUFFER, Source, Stored, server_context
 
 HF: Final = "hf.co"
 HUGGING_FACE: Final = "huggingface.co"
@@ -252,6 +252,8 @@ class _Server(ThreadingHTTPServer):
         self.answer = answer
         self._context = context
         super().__init__(("127.0.0.1", 0), _Handler)
+        # Inherited by its connections: without it megabytes that nobody reads would count as sent.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         # In the connection's own thread: a slow handshake is nobody else's business.

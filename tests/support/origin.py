@@ -66,7 +66,7 @@ _MIB: Final = 1 << 20
 _PIECE: Final = 256 * 1024
 """Bytes per write without a rate limit: large enough that Python is not the limit."""
 _LIMITED_PIECE: Final = 64 * 1024
-_SEND_BUFFER: Final = 256 * 1024
+SEND_BUFFER: Final = 256 * 1024
 """SO_SNDBUF: without it the kernel grows the buffer to megabytes, and bytes nobody reads count as written."""
 TRICKLE_RATE: Final = 16_000
 """Bytes a second."""
@@ -873,7 +873,7 @@ class Origin:
                 return
             sock, _address = listening.accept()
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             wrapped = self._context.wrap_socket(
                 sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
             )
