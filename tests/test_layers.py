@@ -24,7 +24,7 @@ ROWS: Final = {
     " dialling clock impostors claims tls_contexts readiness byte_threads outlets tls_outlet dialer dataclient"
     " fallocate",
     "L2b": "recorder relay verifying importing exporting recording fetcher sealer supply keeper workroom cursor ahead"
-    " tier uploader leaseholder nearby",
+    " tier uploader leaseholder nearby counters",
     "L3a": "reader",
     "L3b": "registry statuspage metrics vitals watch manifests exchange prefetch refresh grants warm verbs"
     " examining ollamadaemon tierverbs offload redirects blobs blob_content signed_addresses pings",
@@ -111,10 +111,10 @@ SIDEWAYS: Final = {
     "nearby": {"leaseholder", "tier"},
     "supply": {"nearby"},
     "uploader": {"tier"},
-    "fetcher": {"sealer", "supply"},
-    "relay": {"fetcher", "supply"},
-    "workroom": {"fetcher", "keeper", "leaseholder", "nearby", "tier"},
-    "recording": {"cursor", "fetcher", "relay", "sealer", "supply", "workroom"},
+    "fetcher": {"counters", "sealer", "supply"},
+    "relay": {"counters", "fetcher", "supply"},
+    "workroom": {"counters", "fetcher", "keeper", "leaseholder", "nearby", "tier"},
+    "recording": {"counters", "cursor", "fetcher", "relay", "sealer", "supply", "workroom"},
     "recorder": {"recording", "supply", "workroom"},
     "ahead": {"recorder", "recording"},
     "manifests": {"exchange"},

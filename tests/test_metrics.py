@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from pullthrough.budget import Budget
 from pullthrough.cachestatus import CacheStatus, Outcome
 from pullthrough.catalogue import JSON
+from pullthrough.counters import Ending
 from pullthrough.errors import UpstreamTimeout
-from pullthrough.fetcher import Ending
 from pullthrough.keeper import Keeper
 from pullthrough.looplag import LoopLag
 from pullthrough.metrics import Metrics

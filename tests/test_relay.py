@@ -11,8 +11,8 @@ import pytest
 from pullthrough import patience
 from pullthrough import relay as module
 from pullthrough.budget import Budget
+from pullthrough.counters import Counters
 from pullthrough.errors import UnexpectedResponse, UpstreamUnreachable
-from pullthrough.fetcher import Counters
 from pullthrough.relay import Relay, Relays
 from pullthrough.supply import Supply
 

@@ -17,7 +17,7 @@ What runs is owned by one `addon.OllamaCache` instance; importing any module of 
          examining  ollamadaemon                             the ones that look for what is wrong
     L3a  reader                                              hands out the bytes of one interval of one blob
     L2b  recorder  recording  cursor  relay  fetcher
-         supply  sealer  keeper  workroom  ahead             the ones that talk to the CDN and keep what it says
+         supply  sealer  counters  keeper  workroom  ahead   the ones that talk to the CDN and keep what it says
          tier  uploader  leaseholder  nearby                 what a fleet of caches shares
          verifying  importing  exporting                     the ones that check the store and carry models in and out
     L2a  store  storefolder  index  contents  ingest  upstream  impostors  datastream  claims  resolver  collapse

@@ -239,6 +239,18 @@ class ThreadStream(DataStream):
         return filled
 
 
+async def body_of(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The whole body. UnexpectedResponse if it is longer than `limit`; a refusal is cut there."""
+    found = bytearray()
+    while data := await response.content.readany():
+        found += data
+        if len(found) > limit:
+            if response.status >= 400:
+                return b""
+            raise UnexpectedResponse(f"expected at most {limit} bytes, got more")
+    return bytes(found)
+
+
 def translate(error: BaseException) -> UpstreamError:
     """Our error for the client library's; without addresses, which may be signed."""
     if isinstance(error, TimeoutError):

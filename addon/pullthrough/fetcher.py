@@ -9,15 +9,14 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Final
 
 from pullthrough.assembly import Assembly
 from pullthrough.clock import steady
+from pullthrough.counters import Counters
 from pullthrough.dataclient import PIECE
 from pullthrough.datastream import BATCH, DataStream, ThreadStream
 from pullthrough.errors import CacheError, StoreError, UpstreamError, UpstreamTimeout, ValidatorChanged
@@ -31,37 +30,6 @@ _log = logging.getLogger(__name__)
 
 MAX_RESTARTS: Final = 3
 """Changes of version: then the source cannot make up its mind."""
-
-
-class Ending(StrEnum):
-    """How a recording ends."""
-
-    STORED = "stored"
-    FAILED = "failed"
-    LEFT = "left"
-    """By all clients."""
-    UNKEPT = "unkept"
-    """For want of room."""
-
-
-@dataclass
-class Counters:
-    """What recordings have done since the start of the daemon."""
-
-    upstream_bytes: int = 0
-    near_bytes: int = 0
-    """From the fleet's own sources."""
-    retries: int = 0
-    mismatches: int = 0
-    restarts: int = 0
-    ended: Counter[Ending] = field(default_factory=Counter)
-
-    def take(self, stream: DataStream, count: int) -> None:
-        """So many bytes of the stream have come."""
-        if stream.near:
-            self.near_bytes += count
-        else:
-            self.upstream_bytes += count
 
 
 @dataclass(eq=False)

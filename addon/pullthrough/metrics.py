@@ -16,8 +16,8 @@ from prometheus_client.registry import Collector
 
 from pullthrough.cachestatus import Outcome
 from pullthrough.catalogue import JSON
+from pullthrough.counters import Ending
 from pullthrough.errors import UpstreamError
-from pullthrough.fetcher import Ending
 from pullthrough.looplag import LoopLag
 from pullthrough.pulls import Counts
 from pullthrough.recorder import Recorder

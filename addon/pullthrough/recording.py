@@ -14,11 +14,12 @@ from typing import Any, Final
 
 from pullthrough.assembly import Assembly
 from pullthrough.clock import steady
+from pullthrough.counters import Ending
 from pullthrough.cursor import Cursor
 from pullthrough.datastream import DataStream
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, DigestMismatch, StoreError, StoreUnwritable, UpstreamUnreachable
-from pullthrough.fetcher import Ending, Fetcher
+from pullthrough.fetcher import Fetcher
 from pullthrough.ingest import SharedFile
 from pullthrough.pulls import FAR
 from pullthrough.relay import Relay, Relays

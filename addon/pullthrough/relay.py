@@ -16,8 +16,8 @@ from typing import Final
 
 from pullthrough.budget import Budget
 from pullthrough.clock import steady
+from pullthrough.counters import Counters
 from pullthrough.errors import UpstreamError
-from pullthrough.fetcher import Counters
 from pullthrough.patience import Patience, backoff_s
 from pullthrough.supply import Supply
 

@@ -14,9 +14,9 @@ from typing import Any, Final
 from pullthrough import fleet
 from pullthrough.catalogue import JSON
 from pullthrough.control import Tell, Verb
+from pullthrough.counters import Counters
 from pullthrough.digest import Digest
 from pullthrough.errors import CacheError, ForgedDocument, InvalidRequest, TierError
-from pullthrough.fetcher import Counters
 from pullthrough.housekeeping import Housekeeping
 from pullthrough.objectstore import Listed
 from pullthrough.records import Name

@@ -25,7 +25,7 @@ from pullthrough.byterange import format_range
 from pullthrough.coding import decode
 from pullthrough.datacheck import SOURCE_GONE, check_data, check_length, relayable
 from pullthrough.dataclient import PROXY_AUTHENTICATION_REQUIRED, Ask, DataResponse, Getting
-from pullthrough.datastream import FAILURES, DataStream, Errors, LoopStream, Source, ThreadStream, translate
+from pullthrough.datastream import FAILURES, DataStream, Errors, LoopStream, Source, ThreadStream, body_of, translate
 from pullthrough.dialer import Dialer
 from pullthrough.digest import Digest
 from pullthrough.errors import (
@@ -180,7 +180,7 @@ class Upstream:
         async def once() -> Response:
             with contextlib.closing(await self._send(method, url, headers)) as response:
                 limit = MAX_CONTROL_BODY if response.status < 400 else REFUSAL_LIMIT
-                return Response(response.status, cleaned(response.headers), await _body(response, limit))
+                return Response(response.status, cleaned(response.headers), await body_of(response, limit))
 
         response = await self._patiently(host, once, timeout_s)
         coding = response.headers.get("Content-Encoding", "identity")
@@ -228,7 +228,7 @@ class Upstream:
         body = b""
         try:
             async with asyncio.timeout(STALL_TIMEOUT_S):
-                body = await _body(response, REFUSAL_LIMIT)
+                body = await body_of(response, REFUSAL_LIMIT)
         except FAILURES as error:
             # What is missing proves nothing either.
             _log.debug("a refusal broke off: %s", translate(error))
@@ -387,18 +387,6 @@ def _closing_on_error(response: aiohttp.ClientResponse | DataResponse) -> Iterat
     except BaseException:
         response.close()
         raise
-
-
-async def _body(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """The whole body. UnexpectedResponse if it is longer than `limit`; a refusal is cut there."""
-    found = bytearray()
-    while data := await response.content.readany():
-        found += data
-        if len(found) > limit:
-            if response.status >= 400:
-                return b""
-            raise UnexpectedResponse(f"expected at most {limit} bytes, got more")
-    return bytes(found)
 
 
 def _is_address(host: str) -> bool:

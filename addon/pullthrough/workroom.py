@@ -6,8 +6,8 @@ Knows nothing of any one of them.
 from dataclasses import dataclass, field
 
 from pullthrough.budget import Budget
+from pullthrough.counters import Counters
 from pullthrough.digest import Digest
-from pullthrough.fetcher import Counters
 from pullthrough.keeper import Keeper
 from pullthrough.leaseholder import Leaseholder
 from pullthrough.nearby import Nearby
