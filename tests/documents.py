@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import typer.main
 
-from pullthrough import cli
-from pullthrough.options import OPTIONS
+from pullthrough.cli import app as cli
+from pullthrough.config.options import OPTIONS
 from tests import faults, gotchas, security
 from tests.bench import report
 from tests.support.blocks import with_block

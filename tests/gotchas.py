@@ -33,12 +33,15 @@ GOTCHAS: Final = (
     ),
     Gotcha(
         "redirect to another host name, not only another port",
-        ("test_options.py::test_bad_values_are_named", MATRIX),
+        ("unit/config/test_options.py::test_bad_values_are_named", MATRIX),
     ),
     Gotcha("use the one answer that every generation accepts, whatever asks", (MATRIX,)),
     Gotcha(
         "redirect to no subdomain of the registry, which would be sent the token",
-        ("test_options.py::test_bad_values_are_named", "e2e/test_clients.py::test_a_token_stays_with_the_registry"),
+        (
+            "unit/config/test_options.py::test_bad_values_are_named",
+            "e2e/test_clients.py::test_a_token_stays_with_the_registry",
+        ),
     ),
     Gotcha(
         "answer HEAD of a blob itself: 200, the true length, no body, no redirect",
@@ -55,8 +58,8 @@ GOTCHAS: Final = (
         "honour every single range exactly",
         (
             "e2e/test_answers.py::test_three_hundred_ranges_on_a_cold_blob",
-            "test_byterange.py::test_range_grammar",
-            "test_byterange.py::test_agrees_with_slicing",
+            "unit/core/test_byterange.py::test_range_grammar",
+            "unit/core/test_byterange.py::test_agrees_with_slicing",
         ),
     ),
     Gotcha(
@@ -86,7 +89,10 @@ GOTCHAS: Final = (
     ),
     Gotcha(
         "answer the probe within 30 s, retries included",
-        ("test_registry.py::test_a_blob_request_has_a_deadline", "test_manifests.py::test_a_request_has_a_deadline"),
+        (
+            "unit/registry/test_registry.py::test_a_blob_request_has_a_deadline",
+            "unit/registry/test_manifests.py::test_a_request_has_a_deadline",
+        ),
     ),
     Gotcha(
         "never pause a body for 10 s (tensor models)",
@@ -119,25 +125,25 @@ GOTCHAS: Final = (
         (
             "e2e/test_security.py::test_recent",
             "e2e/test_answers.py::test_without_a_capability_nothing_is_served_or_recorded",
-            "test_access.py::test_decision_table",
+            "unit/net/test_access.py::test_decision_table",
         ),
     ),
     Gotcha(
         "neither take Authorization for privacy nor store a 401 or 412",
         (
             "e2e/test_answers.py::test_refusals_are_relayed_and_never_stored",
-            "test_manifests.py::test_authorization_is_not_sent_before_it_is_needed",
+            "unit/registry/test_manifests.py::test_authorization_is_not_sent_before_it_is_needed",
         ),
     ),
     Gotcha(
         "ask again for a client too old for the stored manifest (412 by version)",
-        ("e2e/test_answers.py::test_version_gate", "test_freshness.py::test_version_gate"),
+        ("e2e/test_answers.py::test_version_gate", "unit/registry/test_freshness.py::test_version_gate"),
     ),
     Gotcha(
         "revalidate tags, and serve stale ones only while upstream does not answer",
         (
-            "test_freshness.py::test_decision",
-            "test_manifests.py::test_revalidated",
+            "unit/registry/test_freshness.py::test_decision",
+            "unit/registry/test_manifests.py::test_revalidated",
             "e2e/test_pull.py::test_stale_manifest_is_served_while_upstream_is_down",
         ),
     ),
@@ -155,13 +161,13 @@ GOTCHAS: Final = (
     ),
     Gotcha(
         "support chunksums, offline too",
-        (MATRIX, "test_chunksums.py::test_refused"),
+        (MATRIX, "unit/upstream/test_chunksums.py::test_refused"),
     ),
     Gotcha(
         "believe no digest in the path of an unknown host",
         (
             "e2e/test_answers.py::test_without_a_capability_nothing_is_served_or_recorded",
-            "test_route.py::test_other_targets_of_the_blob_host",
+            "unit/core/test_route.py::test_other_targets_of_the_blob_host",
             "e2e/test_registries.py::test_hugging_face",
         ),
     ),

@@ -1,7 +1,8 @@
 """What can answer in a registry's place, and what of it must never be believed: the table of lies.
 
 A lie is made of five axes: the place of the answer, its status, what it carries, how long it claims to be, and its
-coding. tests/test_lies.py walks each of them through every door of the cache; what was seen is printed after a run.
+coding. tests/unit/registry/test_lies.py walks each of them through every door of the cache; what was seen is printed
+after a run.
 """
 
 import gzip

@@ -117,9 +117,9 @@ def test_wheel_holds_the_script_and_the_package(archives: dict[str, Path]) -> No
     assert code == {
         "ollama_cache.py",
         "pullthrough/py.typed",
-        *(f"pullthrough/{path.name}" for path in PACKAGE.glob("*.py")),
-        *(f"pullthrough/connect/{path.name}" for path in (PACKAGE / "connect").iterdir()),
-        *(f"pullthrough/share/{path.name}" for path in (PACKAGE / "share").iterdir()),
+        *(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py")),
+        *(f"pullthrough/pki/connect/{path.name}" for path in (PACKAGE / "pki" / "connect").iterdir()),
+        *(f"pullthrough/monitoring/share/{path.name}" for path in (PACKAGE / "monitoring" / "share").iterdir()),
     }
     (entry_points,) = (content[name] for name in content if name.endswith("entry_points.txt"))
     assert entry_points.decode().split() == ["[console_scripts]", "ollama-cache", "=", "pullthrough.cli:main"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pullthrough.errors import CacheError
+from pullthrough.core.errors import CacheError
 from tests.support.liar import SIZE, Cache, Model, cache
 
 

@@ -120,7 +120,7 @@ def test_kubernetes() -> None:
 
 def test_what_the_image_sets_exists() -> None:
     """Variables of ours name options."""
-    from pullthrough.options import OPTIONS
+    from pullthrough.config.options import OPTIONS
 
     names = {f"OLLAMA_CACHE_{option.name.upper()}" for option in OPTIONS}
     for path in SERVICES.iterdir():

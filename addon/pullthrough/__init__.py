@@ -2,38 +2,34 @@
 
 What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
 
-    L4   addon  flows  messages  gate  parentleg  takeover
-         intake  drill  logsetup  modes  opening  idle_addons
-         blobserver  incomplete  desk  pages  lookout
-         clientpages  cli_ca  cli_setup  cli_tier
-         cli  cli_base  cli_models  cli_progress
-         cli_transfer  meter                                 edges: mitmproxy, our port, the terminal
-    L3c  delivery  blob_connection  passing_on  loopback
-         byte_sender  sender  door                           bytes to clients, in threads
-    L3b  registry  manifests  grants  exchange  prefetch
-         refresh  redirects  offload  signed_addresses
-         blobs  blob_content  pings  warm  verbs  metrics  vitals
-         watch  statuspage  tierverbs                        request value -> answer: status, headers and what to send
-         examining  ollamadaemon                             the ones that look for what is wrong
-    L3a  reader                                              hands out the bytes of one interval of one blob
-    L2b  recorder  recording  cursor  relay  fetcher
-         supply  sealer  counters  keeper  workroom  ahead   the ones that talk to the CDN and keep what it says
-         tier  uploader  leaseholder  nearby                 what a fleet of caches shares
-         verifying  importing  exporting                     the ones that check the store and carry models in and out
-    L2a  store  storefolder  index  contents  ingest  upstream  impostors  datastream  claims  resolver  collapse
-         blobfiles  modelfiles  blobtable  proofs  surveying  migration
-         ca  threads  places  looplag  platform  dialling  clock
-         ledger  control  asking  housekeeping
-         copying  inventory  modeltree  bundle  admission
-         authorities  clientsetup  objectstore  fallocate
-         manifesttable  byte_threads  outlets  tls_outlet
-         tls_contexts  readiness  dialer  dataclient         disk, sockets, tasks, threads, keys
-    L1   assembly  scheduler  freshness  retention  access
-         tunnel  budget  parent  pulls  connlimit
-         traffic  catalogue  pruning  diagnosis
-         breaker  returns  lease  distrust  patience         state and policy, no I/O; `now` is a parameter
-    L0   errors  digest  route  byterange  intervals  datacheck  capability  presigned  cachestatus  records  chunksums
-         coding  conditional  boundedjson  fields  refusals
-         requestlog  settings  options  addressing  loopguard  wording
-         jsonlog  termlog  fleet  gcpause  manifestjson  webpage
+A package imports only from those below its own row: `lint-imports` checks the contracts of pyproject.toml.
+
+    addon        options, and the life of what runs
+    proxy        mitmproxy's hooks, and the policy at its doors
+    server       the plain port: models and pages
+    cli          the command line
+
+    delivery     bytes to clients, in threads
+
+    admin        the control socket of the command line
+    monitoring   metrics, health, the status page, log lines
+
+    registry     requests to a registry in, answers out
+
+    recording    how blobs come in, and how they are read
+
+    fleet        what several caches share through an object store
+    library      list, remove, evict, verify, import, export
+    doctor       what is wrong with a cache, or with the way to it
+
+    store        blobs, manifests, and the index of them
+    upstream     our own client of registries and blob hosts, and what is believed of their answers
+    pki          the certificate authority, and setting up clients
+
+    net          who may connect, where connections may lead
+    runtime      files, threads, clocks, the system
+
+    config       options, settings, default places
+
+    core         values and grammars: digests, routes, ranges, manifests, errors
 """

@@ -21,48 +21,50 @@ from typing import Any, Final, NoReturn
 from mitmproxy import addonmanager, ctx, exceptions
 from mitmproxy.proxy.mode_specs import ProxyMode
 
-from pullthrough import clientpages, places, platform
-from pullthrough.authorities import Authorities
-from pullthrough.blobserver import BlobServer
-from pullthrough.budget import Budget
-from pullthrough.ca import Leaf, is_due
-from pullthrough.clientsetup import clients_host, documents
-from pullthrough.connlimit import ConnectionLimits, most_connections
-from pullthrough.control import Tell
-from pullthrough.delivery import Delivery
-from pullthrough.desk import Desk
-from pullthrough.drill import check_hooks
-from pullthrough.errors import CacheError, SettingsError, TierError
-from pullthrough.examining import look_out
-from pullthrough.flows import Flows
-from pullthrough.gate import Gate, own_ports
-from pullthrough.idle_addons import remove_idle
-from pullthrough.keeper import Keeper
-from pullthrough.leaseholder import Leaseholder
-from pullthrough.logsetup import set_up_logs
-from pullthrough.lookout import Lookout
-from pullthrough.looplag import LoopLag
-from pullthrough.metrics import Metrics
-from pullthrough.modes import check_modes
-from pullthrough.objectstore import ObjectStore, endpoint
-from pullthrough.options import OPTIONS, environment_texts, parse_settings
-from pullthrough.parent import Parents
-from pullthrough.parentleg import check_internals, ways_out
-from pullthrough.recorder import Recorder
-from pullthrough.records import by_model
-from pullthrough.registry import Registry
-from pullthrough.requestlog import RequestLog
-from pullthrough.settings import PREFIX, PROXY_PORT, Endpoint, Settings
-from pullthrough.store import Store
-from pullthrough.takeover import Takeover
-from pullthrough.threads import Threads
-from pullthrough.tier import Tier, load_secret
-from pullthrough.tls_contexts import TlsContext
-from pullthrough.uploader import Uploader
-from pullthrough.upstream import Upstream
-from pullthrough.vitals import Vitals
-from pullthrough.watch import Watch
-from pullthrough.workroom import Workroom
+from pullthrough.admin.control import Tell
+from pullthrough.admin.desk import Desk
+from pullthrough.config import places
+from pullthrough.config.options import OPTIONS, environment_texts, parse_settings
+from pullthrough.config.settings import PREFIX, PROXY_PORT, Endpoint, Settings
+from pullthrough.core.errors import CacheError, SettingsError, TierError
+from pullthrough.core.records import by_model
+from pullthrough.core.requestlog import RequestLog
+from pullthrough.delivery.delivery import Delivery
+from pullthrough.delivery.tls_contexts import TlsContext
+from pullthrough.doctor.examining import look_out
+from pullthrough.fleet.leaseholder import Leaseholder
+from pullthrough.fleet.objectstore import ObjectStore, endpoint
+from pullthrough.fleet.tier import Tier, load_secret
+from pullthrough.fleet.uploader import Uploader
+from pullthrough.library.keeper import Keeper
+from pullthrough.monitoring.metrics import Metrics
+from pullthrough.monitoring.vitals import Vitals
+from pullthrough.monitoring.watch import Watch
+from pullthrough.net.connlimit import ConnectionLimits, most_connections
+from pullthrough.net.parent import Parents
+from pullthrough.pki.authorities import Authorities
+from pullthrough.pki.ca import Leaf, is_due
+from pullthrough.pki.clientsetup import clients_host, documents
+from pullthrough.proxy.drill import check_hooks
+from pullthrough.proxy.flows import Flows
+from pullthrough.proxy.gate import Gate, own_ports
+from pullthrough.proxy.idle_addons import remove_idle
+from pullthrough.proxy.logsetup import set_up_logs
+from pullthrough.proxy.modes import check_modes
+from pullthrough.proxy.parentleg import check_internals, ways_out
+from pullthrough.proxy.takeover import Takeover
+from pullthrough.recording.budget import Budget
+from pullthrough.recording.recorder import Recorder
+from pullthrough.recording.workroom import Workroom
+from pullthrough.registry.registry import Registry
+from pullthrough.runtime import platform
+from pullthrough.runtime.looplag import LoopLag
+from pullthrough.runtime.threads import Threads
+from pullthrough.server import clientpages
+from pullthrough.server.blobserver import BlobServer
+from pullthrough.server.lookout import Lookout
+from pullthrough.store.store import Store
+from pullthrough.upstream.upstream import Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -210,9 +212,8 @@ class OllamaCache:
 
     async def running(self) -> None:
         """Open what needs the event loop; from here on clients are served."""
-        assert self._settings and self._store and self._authorities and self._upstream and self._blob_server
-        assert self._vitals
-        settings = self._settings
+        settings, vitals = self._settings, self._vitals
+        assert settings and vitals and self._store and self._authorities and self._upstream and self._blob_server
         await self._upstream.open()
         self._threads = Threads()
         keeper = Keeper(
@@ -253,9 +254,9 @@ class OllamaCache:
         self._flows.open(settings, self._registry, self._upstream.loop, self._requests, self._delivery.loopback)
         self._gate.open()
         views = (settings, self._store, self._recorder, self._upstream)
-        metrics = Metrics(*views, self._requests, self._lag, self._vitals, self._registry.pulls.counts, self._desk.tier)
-        watch = Watch(*views, self._vitals, self._desk.view, self._registry.pulls.counts, self._desk.tier)
-        Lookout(metrics, self._vitals, watch).enter(self._blob_server.pages)
+        metrics = Metrics(*views, self._requests, self._lag, vitals, self._registry.pulls.counts, self._desk.tier)
+        watch = Watch(*views, vitals, self._desk.view, self._registry.pulls.counts, self._desk.tier)
+        Lookout(metrics, vitals, watch).enter(self._blob_server.pages)
         proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
         given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)
         clientpages.add(self._blob_server.pages, given)

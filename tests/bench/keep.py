@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from pullthrough.store import Store
+from pullthrough.store.store import Store
 from tests.bench.figures import OURS, Bench, Figure, Sample, workplace
 from tests.support.bigstore import fill
 from tests.support.origin import Synthetic

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from pullthrough.digest import Digest
-from pullthrough.route import canonical_path
+from pullthrough.core.digest import Digest
+from pullthrough.core.route import canonical_path
 from tests.bench.figures import OURS, Bench, Figure, Sample, workplace
 from tests.bench.load import Ask, Route, once
 from tests.bench.servers import Server, nginx, stock_mitmdump

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pullthrough.capability import Capability
-from pullthrough.digest import Digest
-from pullthrough.route import canonical_path
-from pullthrough.store import Store
+from pullthrough.core.capability import Capability
+from pullthrough.core.digest import Digest
+from pullthrough.core.route import canonical_path
+from pullthrough.store.store import Store
 from tests.bench.figures import OURS, Bench, Figure, Sample, workplace
 from tests.bench.load import Ask, Load, Route
 from tests.bench.servers import Cost, Server, nginx, stock_mitmdump

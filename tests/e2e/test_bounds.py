@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pullthrough import platform
+from pullthrough.runtime import platform
 from tests.e2e.conftest import MB, REGISTRY, add_model, canonical, get, to_cdn, to_registry, unique
 from tests.support.a2 import A2Client
 from tests.support.http1 import client_context

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pullthrough.asking import SOCKET, ask
-from pullthrough.contents import look
-from pullthrough.digest import Digest
-from pullthrough.errors import ControlError
-from pullthrough.store import Store
+from pullthrough.admin.asking import SOCKET, ask
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import ControlError
+from pullthrough.store.contents import look
+from pullthrough.store.store import Store
 from tests.e2e.conftest import MB, add_model, get, to_registry, unique
 from tests.support.a2 import A2Client
 from tests.support.modelsfolder import manifest_of, pull_list, read_current, sha256

@@ -21,8 +21,8 @@ import yaml
 from mitmproxy.options import Options
 from mitmproxy.tools import cmdline
 
-from pullthrough.modes import check_modes
-from pullthrough.options import OPTIONS
+from pullthrough.config.options import OPTIONS
+from pullthrough.proxy.modes import check_modes
 from tests import documents
 from tests.e2e.conftest import add_model, unique
 from tests.e2e.test_matrix import CLIENTS, STATES

@@ -15,8 +15,9 @@ from typing import IO, Any, Final
 import pytest
 from typer.testing import CliRunner
 
-from pullthrough import cli, platform
-from pullthrough.byterange import ByteRange, Unsatisfiable, parse_range
+from pullthrough.cli import app as cli
+from pullthrough.core.byterange import ByteRange, Unsatisfiable, parse_range
+from pullthrough.runtime import platform
 from tests.e2e.conftest import MB, Model, add_model, get, to_cdn, unique
 from tests.e2e.test_start import refused
 from tests.support.a2 import A2Client

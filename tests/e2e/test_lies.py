@@ -1,6 +1,7 @@
 """Lies of the table in tests/lies.py through a real mitmdump: by HTTPS_PROXY, as Ollama asks, and at the plain port.
 
-tests/test_lies.py walks all of them through the core; here what stands between the core and a client is in the way.
+tests/unit/registry/test_lies.py walks all of them through the core; here what stands between the core and a client is
+in the way.
 """
 
 import asyncio

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pullthrough.grants import PIECE
+from pullthrough.registry.grants import PIECE
 from tests.e2e.conftest import MB, get, unique
 from tests.support.a2 import A2Client, PullError
 from tests.support.http1 import ClosedBeforeResponse, Connection, connect

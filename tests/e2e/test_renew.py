@@ -7,7 +7,7 @@ import pytest
 from cryptography import x509
 from typer.testing import CliRunner
 
-from pullthrough import cli
+from pullthrough.cli import app as cli
 from tests.e2e.conftest import MB, add_model, get, unique
 from tests.support.a2 import A2Client
 from tests.support.goclient import PullError

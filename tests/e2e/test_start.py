@@ -7,7 +7,7 @@ import pytest
 from mitmproxy import version
 from mitmproxy.certs import CertStore
 
-from pullthrough.store import Store
+from pullthrough.store.store import Store
 from tests.support.proxy import PROGRAM, patched, run_until_exit
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pullthrough.admission import Fate
-from pullthrough.exporting import export_bundle_file, export_tree, select
-from pullthrough.inventory import Inventory
-from pullthrough.store import Store
+from pullthrough.library.admission import Fate
+from pullthrough.library.exporting import export_bundle_file, export_tree, select
+from pullthrough.library.inventory import Inventory
+from pullthrough.store.store import Store
 from tests.e2e.conftest import MB, add_model, get, to_registry, unique
 from tests.support.a2 import A2Client
 from tests.support.carrying import import_into

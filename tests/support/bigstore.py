@@ -9,7 +9,9 @@ import sqlite3
 from hashlib import sha256
 from pathlib import Path
 
-from pullthrough.contents import (
+from pullthrough.core.digest import Digest
+from pullthrough.core.records import BlobRecord, ManifestRecord, Name
+from pullthrough.store.contents import (
     blob_key,
     blob_value,
     body_key,
@@ -17,10 +19,8 @@ from pullthrough.contents import (
     manifest_value,
     members_key,
 )
-from pullthrough.digest import Digest
-from pullthrough.proofs import Proof, Proofs
-from pullthrough.records import BlobRecord, ManifestRecord, Name
-from pullthrough.store import Store
+from pullthrough.store.proofs import Proof, Proofs
+from pullthrough.store.store import Store
 
 
 def fill(folder: Path, *, models: int, layers: int, day: float) -> None:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pullthrough.admission import Outcome, Terms, admit
-from pullthrough.importing import Bounds, Staging, take
-from pullthrough.store import Store
+from pullthrough.library.admission import Outcome, Terms, admit
+from pullthrough.library.importing import Bounds, Staging, take
+from pullthrough.store.store import Store
 
 
 def import_into(

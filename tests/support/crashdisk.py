@@ -29,9 +29,10 @@ from typing import Any
 import diskcache
 import pytest
 
-from pullthrough import contents, index, platform, storefolder
-from pullthrough.digest import Digest
-from pullthrough.records import BlobRecord
+from pullthrough.core.digest import Digest
+from pullthrough.core.records import BlobRecord
+from pullthrough.runtime import platform
+from pullthrough.store import contents, index, storefolder
 
 FOLDERS = ("ingest", "public/blobs", "private/blobs", "quarantine")
 

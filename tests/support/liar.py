@@ -18,22 +18,25 @@ from typing import Final
 
 import pytest
 
-from pullthrough import grants, patience, platform, recording, supply, upstream
-from pullthrough.budget import Budget
-from pullthrough.digest import Digest
-from pullthrough.exchange import Answer, Request
-from pullthrough.keeper import Keeper
-from pullthrough.manifestjson import DOCKER_TYPE
-from pullthrough.options import parse_settings
-from pullthrough.reader import FileSpan, Memory, Reader
-from pullthrough.recorder import Recorder
-from pullthrough.registry import Registry
-from pullthrough.route import canonical_path
-from pullthrough.settings import R2_HOST, Endpoint
-from pullthrough.store import Store
-from pullthrough.threads import Threads
-from pullthrough.upstream import Upstream
-from pullthrough.workroom import Workroom
+from pullthrough.config.options import parse_settings
+from pullthrough.config.settings import R2_HOST, Endpoint
+from pullthrough.core.digest import Digest
+from pullthrough.core.manifestjson import DOCKER_TYPE
+from pullthrough.core.route import canonical_path
+from pullthrough.library.keeper import Keeper
+from pullthrough.recording import patience, recording, supply
+from pullthrough.recording.budget import Budget
+from pullthrough.recording.reader import FileSpan, Memory, Reader
+from pullthrough.recording.recorder import Recorder
+from pullthrough.recording.workroom import Workroom
+from pullthrough.registry import grants
+from pullthrough.registry.exchange import Answer, Request
+from pullthrough.registry.registry import Registry
+from pullthrough.runtime import platform
+from pullthrough.runtime.threads import Threads
+from pullthrough.store.store import Store
+from pullthrough.upstream import upstream
+from pullthrough.upstream.upstream import Upstream
 from tests.lies import MARK, Lie
 
 HOST: Final = "registry.ollama.ai"

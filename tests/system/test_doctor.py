@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pullthrough import cli
-from pullthrough.ca import Authority
+from pullthrough.cli import app as cli
+from pullthrough.pki.ca import Authority
 from tests.e2e.conftest import add_model
 from tests.support.origin import R2_HOST, REGISTRY_HOST, Fault, Mode
 from tests.support.proxy import environment

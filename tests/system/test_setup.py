@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pullthrough import cli
+from pullthrough.cli import app as cli
 from tests.e2e.conftest import MB, Model, add_model, unique
 from tests.support.a2 import A2Client
 from tests.support.foreign import gguf

@@ -10,8 +10,8 @@ from typing import Final
 
 import pytest
 
-from pullthrough.records import ManifestRecord, Name
-from pullthrough.store import Store
+from pullthrough.core.records import ManifestRecord, Name
+from pullthrough.store.store import Store
 from tests.e2e.conftest import MB, add_model, unique
 from tests.support.a2 import A2Client
 from tests.support.browser import browsing

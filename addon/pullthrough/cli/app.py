@@ -1,0 +1,43 @@
+"""The command line: `ollama-cache run`, and the verbs of the other `cli_` modules.
+
+Invariant: a verb either does what it says and exits 0, or says on standard error what was expected and what was got
+and exits 1 (2 when it was called wrongly). Knows mitmdump only as a program to start.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import typer
+
+import pullthrough
+from pullthrough.cli import cli_ca, cli_models, cli_setup, cli_transfer
+from pullthrough.cli.cli_base import fail
+
+app = typer.Typer(
+    help="A pull-through cache for the Ollama registry.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.add_typer(cli_ca.app, name="ca")
+app.add_typer(cli_models.app)
+app.add_typer(cli_setup.app)
+app.add_typer(cli_transfer.app)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def run(context: typer.Context) -> None:
+    """Run the cache: mitmdump with the addon. Everything behind `run` goes to mitmdump."""
+    beside = Path(sys.executable).with_name("mitmdump.exe" if sys.platform == "win32" else "mitmdump")
+    program = str(beside) if beside.exists() else shutil.which("mitmdump")
+    if program is None:
+        fail("expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2.3,<13")
+    script = Path(pullthrough.__file__).resolve().parent.with_name("ollama_cache.py")
+    os.execv(program, [program, "-s", str(script), *context.args])  # noqa: S606 -- no shell
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,111 @@
+"""The grammar of the options that name hosts, networks and addresses.
+
+Invariant: a text either makes a value that can be used as it is, or raises ValueError that says what was expected.
+Knows no option's name.
+"""
+
+import ipaddress
+from collections.abc import Mapping
+from types import MappingProxyType
+from urllib.parse import urlsplit
+
+from pullthrough.config.settings import Endpoint, Network
+
+
+def parse_host(text: str) -> str:
+    host = text.strip().lower().rstrip(".")
+    labels = host.split(".")
+    if len(host) > 253 or not all(
+        label and len(label) <= 63 and label.replace("-", "").replace("_", "").isalnum() and label.isascii()
+        for label in labels
+    ):
+        raise ValueError("a host name")
+    if _is_address(host):
+        raise ValueError("a host name, not an address (the CA signs names only)")
+    return host
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_hosts(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(parse_host(part) for part in text.split(",")))
+
+
+def parse_upstream(text: str) -> Mapping[str, Endpoint]:
+    result: dict[str, Endpoint] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, equals, url = part.partition("=")
+        if not equals:
+            raise ValueError("host=url[,host=url]")
+        split = urlsplit(url)
+        if split.scheme not in ("http", "https") or not split.hostname or split.path not in ("", "/"):
+            raise ValueError("host=url where url is http(s)://name[:port] without a path")
+        if split.query or split.fragment or split.username is not None:
+            raise ValueError("host=url where url has no query, fragment or user")
+        port = split.port or (443 if split.scheme == "https" else 80)
+        result[parse_host(name)] = Endpoint(split.scheme, split.hostname, port)
+    return MappingProxyType(result)
+
+
+def parse_clients(text: str) -> tuple[Network | str, ...]:
+    result: list[Network | str] = []
+    for part in (piece.strip() for piece in text.split(",")):
+        if part in ("private", "local", "any"):
+            result.append(part)
+            continue
+        try:
+            result.append(ipaddress.ip_network(part))
+        except ValueError as error:
+            raise ValueError(f"CIDR networks or the words private, local, any ({error})") from error
+    return tuple(result)
+
+
+def parse_listen(text: str) -> tuple[tuple[str, int], ...]:
+    if text.strip().lower() in ("", "off"):
+        return ()
+    result = []
+    for part in (piece.strip() for piece in text.split(",")):
+        split = urlsplit(f"//{part}")
+        # `port` raises ValueError beyond 65535.
+        if not (split.hostname or part.startswith(":")) or split.netloc != part or "@" in part or not split.port:
+            raise ValueError("off or [host]:port[,[host]:port], with an IPv6 address in brackets")
+        host = split.hostname or ""
+        result.append((host if not host or _is_address(host) else parse_host(host), split.port))
+    return tuple(dict.fromkeys(result))
+
+
+def parse_advertise(text: str) -> Endpoint | None:
+    if not text.strip():
+        return None
+    split = urlsplit(text.strip() if "://" in text else f"//{text.strip()}", scheme="http")
+    # `port` raises ValueError beyond 65535.
+    plain = split.scheme == "http" and split.path in ("", "/") and not split.query and not split.fragment
+    if not plain or not split.hostname or "@" in split.netloc or split.port == 0:
+        raise ValueError("host, host:port or http://host[:port], with an IPv6 address in brackets")
+    host = split.hostname if _is_address(split.hostname) else parse_host(split.hostname)
+    return Endpoint("http", host, split.port or (80 if "://" in text else 0))
+
+
+def parse_front(text: str) -> Mapping[int, str]:
+    result: dict[int, str] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        port, equals, host = part.partition("=")
+        if not equals or not port.isdecimal() or not 0 < int(port) < 65536 or int(port) in result:
+            raise ValueError("port=registry[,port=registry]")
+        result[int(port)] = parse_host(host)
+    return MappingProxyType(result)
+
+
+def parse_object_store(text: str) -> str | None:
+    if not text.strip():
+        return None
+    split = urlsplit(text.strip())
+    if not split.scheme or not split.netloc or "@" in split.netloc or split.query or split.fragment:
+        raise ValueError("a URL such as s3://bucket/prefix, without credentials (those come from the environment)")
+    return text.strip()

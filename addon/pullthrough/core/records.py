@@ -1,0 +1,284 @@
+"""What is known of blobs and manifests, as values.
+
+Invariant: all are tuples, because a start makes them by the hundred thousand, and names are looked up for each
+request. Knows neither how they are stored nor what follows from them.
+"""
+
+import re
+from collections.abc import Container, Iterable, Mapping
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from typing import Final, NamedTuple, Self
+
+from pullthrough.core import manifestjson
+from pullthrough.core.digest import Digest, trusted
+from pullthrough.core.errors import InvalidRequest
+
+DEFAULT_HOST: Final = "registry.ollama.ai"
+"""Of models that are typed without a host."""
+ALIASES: Final = {"registry.ollama.com": DEFAULT_HOST}
+"""Other names of a registry, and the one under which all of it is stored."""
+
+_TENSOR: Final = b"application/vnd.ollama.image.tensor"
+
+Version = tuple[int, ...]
+"""An Ollama's, as its User-Agent tells it."""
+
+BYPASSING: Final = ((0, 35, 0), (0, 40, 2))
+"""The first and the last Ollama known to fetch parts past every proxy. Only words depend on it."""
+
+_OLLAMA: Final = re.compile(r"ollama/(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
+
+
+def version_of(agent: str) -> Version | None:
+    """The Ollama of a User-Agent, None for other clients and for 0.0.0, which is a build from source."""
+    match = _OLLAMA.match(agent)
+    version = tuple(int(number) for number in match.groups()) if match else (0, 0, 0)
+    return version if any(version) else None
+
+
+class BlobRecord(NamedTuple):
+    """What is known of one digest."""
+
+    size: int | None = None
+    """None until upstream or its bytes have told."""
+    held: bool = False
+    """Its bytes are here; verified, unless `mtime_ns` is 0."""
+    public: bool = False
+    """An anonymous request for it succeeded upstream."""
+    mtime_ns: int = 0
+    inode: int = 0
+    """0 where the file has been copied since."""
+    recorded: float = 0.0
+    """When it was verified, Unix seconds."""
+
+    def is_file(self, size: int, mtime_ns: int, inode: int) -> bool:
+        """Whether these are of the file that was verified."""
+        return self.held and (size, mtime_ns) == (self.size, self.mtime_ns) and self.inode in (inode, 0)
+
+
+def canonical(host: str) -> str:
+    """The name under which what a registry says is stored."""
+    return ALIASES.get(host, host)
+
+
+class Name(NamedTuple):
+    """Under which a manifest is asked for: a model, and which of its two representations.
+
+    The registry answers clients that accept manifest lists (Ollama since 0.40) and others differently. Both
+    representations of a tag are one model.
+    """
+
+    host: str
+    repository: str
+    reference: str
+    takes_lists: bool = False
+    """Whether the representation is that for clients that accept manifest lists, which may be a plain manifest too."""
+
+    def __str__(self) -> str:
+        separator = "@" if ":" in self.reference else ":"
+        return f"{self.host}/{self.repository}{separator}{self.reference}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The model that a user types, as Ollama completes it (types/model/name.go). InvalidRequest if it is none."""
+        model, at, digest = text.partition("@")
+        *before, last = model.split("/")
+        base, colon, tag = last.partition(":")
+        reference = digest if at else tag if colon else "latest"
+        host, *namespace = before if len(before) > 1 else (DEFAULT_HOST, *(before or ["library"]))
+        parts = (*namespace, base, reference)
+        if not all(parts) or not host or any(character.isspace() or character in "*?[]" for character in text):
+            raise InvalidRequest(f"expected a model such as llama3.2 or me/model:tag, got {text!r}")
+        return cls(canonical(host), "/".join((*namespace, base)), reference)
+
+    @property
+    def model(self) -> "Name":
+        """The same for both representations."""
+        return self._replace(takes_lists=False) if self.takes_lists else self
+
+    @property
+    def twin(self) -> "Name":
+        """The other representation."""
+        return self._replace(takes_lists=not self.takes_lists)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """(host, repository)."""
+        return self.host, self.repository
+
+    @property
+    def forms(self) -> tuple[str, str, str]:
+        """In full, without the host, and without `library/` too."""
+        full = str(self)
+        short = full.removeprefix(f"{self.host}/")
+        return full, short, short.removeprefix("library/")
+
+    @property
+    def typed(self) -> str:
+        """What a user types for it, and Ollama shows."""
+        full = str(self)
+        return full.removeprefix(f"{DEFAULT_HOST}/").removeprefix("library/") if self.host == DEFAULT_HOST else full
+
+    def is_among(self, patterns: Iterable[str]) -> bool:
+        """Whether one of the patterns names it."""
+        return any(map(self.matches, patterns))
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a shell pattern names it: in full, without the host, or as users type it (`llama3.2:*`)."""
+        host, slash, rest = pattern.partition("/")
+        return any(fnmatchcase(form, f"{canonical(host)}{slash}{rest}") for form in self.forms)
+
+
+class Series(NamedTuple):
+    """The blobs of one manifest, in the order in which a client asks for them."""
+
+    key: str
+    """Tells it from the other manifests of a repository."""
+    body: bytes
+    """The document that it stands in."""
+    digests: list[Digest]
+
+    @property
+    def is_of_tensors(self) -> bool:
+        """Whether x/transfer pulls it, by hundreds of blobs (x/transfer/download.go, v0.14.0 to today)."""
+        return _TENSOR in self.body
+
+    def behind(self, digest: Digest) -> list[Digest]:
+        """What is asked for after this one of them."""
+        return self.digests[self.digests.index(digest) + 1 :]
+
+
+class ManifestRecord(NamedTuple):
+    """A stored manifest or list: upstream's bytes, untouched, and when upstream last confirmed them (Unix seconds)."""
+
+    body: bytes
+    digest: str
+    """The sha256 of the bytes, bare hexadecimal."""
+    content_type: str
+    confirmed: float
+    listed: str
+    """The blobs it lists, `<digest> …`: a text, because most are stored and never looked at.
+
+    Of a list: its children that are references, and the blobs of all children that are known."""
+    claimed: str
+    """The sizes it claims for them, `<bytes> …`; `-` where none is known, as of a child that nobody has asked for."""
+    oldest: Version | None = None
+    """The oldest client version that upstream has granted these bytes to; None if nobody has told one."""
+    denied: bool = False
+    """Upstream refuses it to an anonymous request by now: it is nobody's until upstream grants it again."""
+    pulled: float = 0.0
+    """When a client last asked for it, Unix seconds."""
+    references: str | None = None
+    """Of a list, the children that are blobs, `<digest> …`; None for a manifest."""
+
+    @classmethod
+    def parse(cls, body: bytes, content_type: str, *, now: float) -> Self | None:
+        """The record of a document's bytes; None if they are none (a captive portal also answers 200)."""
+        try:
+            document = manifestjson.parse(body)
+        except ValueError:
+            return None
+        sizes: dict[Digest, int | None] = {}
+        children = document.children or ()
+        for child in children:
+            if child.digest is not None:
+                sizes.setdefault(child.digest)
+            sizes |= {layer.digest: layer.size for layer in child.layers}
+        sizes |= {layer.digest: layer.size for layer in document.layers}
+        references = None
+        if document.children is not None:
+            references = " ".join(dict.fromkeys(child.digest for child in children if child.digest is not None))
+        record = cls(body, sha256(body).hexdigest(), content_type, now, "", "", references=references)
+        return record._listing(sizes)
+
+    @property
+    def is_list(self) -> bool:
+        return self.references is not None
+
+    @property
+    def children(self) -> list[Digest]:
+        """Of a list, the children that are blobs."""
+        return list(map(trusted, (self.references or "").split()))
+
+    @property
+    def sizes(self) -> dict[Digest, int | None]:
+        """The blobs it lists, and the sizes it claims for them, None where unknown; each call makes them anew."""
+        return dict(zip(self.digests, map(_parse_size, self.claimed.split()), strict=True))
+
+    @property
+    def digests(self) -> list[Digest]:
+        """The blobs it lists."""
+        return list(map(trusted, self.listed.split()))
+
+    @property
+    def size(self) -> int:
+        """What they take together, as far as it is known."""
+        return sum(int(size) for size in self.claimed.split() if size != _UNKNOWN)
+
+    def needed(self, known: Container[Digest]) -> list[Digest]:
+        """The blobs without which it is not whole: of a list all but the children that are not among those `known`."""
+        absent = {child for child in self.children if child not in known}
+        return [digest for digest in self.digests if digest not in absent]
+
+    def is_whole(self, known: Container[Digest], held: Container[str]) -> bool:
+        """Whether all that it needs is held; a list offers one child at least."""
+        if not self.is_list:
+            return all(map(held.__contains__, self.listed.split()))
+        needed = self.needed(known)
+        return bool(needed) and all(map(held.__contains__, needed))
+
+    def lists(self, digest: Digest) -> bool:
+        """Whether it lists the blob; quick."""
+        return digest in self.listed
+
+    def claim(self, digest: Digest) -> int | None:
+        """The size that it claims for a blob, None where it lists none of that digest or knows no size."""
+        if not self.lists(digest):
+            return None
+        return _parse_size(self.claimed.split()[self.listed.split().index(digest)])
+
+    def grown(self, child: "ManifestRecord") -> Self:
+        """A list that lists what its child lists, too."""
+        sizes = self.sizes
+        for digest, size in {Digest(child.digest): len(child.body), **child.sizes}.items():
+            if sizes.get(digest) is None:
+                sizes[digest] = size
+        return self._listing(sizes)
+
+    def series(self, known: Mapping[Digest, "ManifestRecord"]) -> list[Series]:
+        """The blobs of each manifest that it stands for: of itself, or of its children as far as they are `known`."""
+        if not self.is_list:
+            return [Series(self.digest, self.body, self.digests)]
+        found = []
+        for number, child in enumerate(manifestjson.children_of(self.body)):
+            if child.digest is None:
+                digests = [layer.digest for layer in child.layers]
+                found.append(Series(f"{self.digest} {number}", self.body, digests))
+            elif child.digest in known:
+                found += known[child.digest].series(known)
+        return found
+
+    def _listing(self, sizes: Mapping[Digest, int | None]) -> Self:
+        claimed = " ".join(_UNKNOWN if size is None else str(size) for size in sizes.values())
+        return self._replace(listed=" ".join(sizes), claimed=claimed)
+
+
+_UNKNOWN: Final = "-"
+
+
+def _parse_size(text: str) -> int | None:
+    return None if text == _UNKNOWN else int(text)
+
+
+def by_model(manifests: Mapping[Name, ManifestRecord]) -> dict[Name, list[ManifestRecord]]:
+    """The representations of each model: first the one for clients that take no lists."""
+    found: dict[Name, list[ManifestRecord]] = {}
+    for name, record in manifests.items():
+        found.setdefault(name.model, []).insert(len(manifests) if name.takes_lists else 0, record)
+    return found
+
+
+def listed_by(records: Iterable[ManifestRecord]) -> set[Digest]:
+    """All blobs that these manifests list."""
+    return {digest for record in records for digest in record.digests}

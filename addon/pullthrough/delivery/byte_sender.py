@@ -1,0 +1,131 @@
+"""Send a body from a thread: what a reader of the event loop hands out, to where the client takes it.
+
+The reader and all that it stands for belong to the event loop. A thread asks it by `LoopReader`, which takes from it
+as much as is there, and asks again only when that has been sent: once for a blob that is stored. Descriptors stay open
+because the reader holds them, which is closed when the thread is done.
+
+Invariant: nothing of the loop's is touched from a thread. A body is sent whole, or stops short and `Sending` says why.
+Knows no request.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pullthrough.core.errors import CacheError
+from pullthrough.delivery.outlets import ClientGone, Outlet, Unreadable
+from pullthrough.recording.reader import WAIT_S, FileSpan, Memory, Pending, Reader
+
+SPAN: Final = 8 << 20
+"""Bytes of a recording that are taken at once: small enough that a client which takes them slowly is not taken for
+one that takes none."""
+
+
+class LoopCalls:
+    """The event loop, as a thread sees it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def wait[T](
+        self, work: Coroutine[Any, Any, T], is_gone: Callable[[], bool], discard: Callable[[T], None] | None = None
+    ) -> T:
+        """What `work` returns, or raises, on the loop. ClientGone as soon as `is_gone`; the work goes on.
+
+        `discard` gets, on the loop, what nobody waits for any more.
+        """
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        while True:
+            try:
+                return future.result(WAIT_S)
+            except TimeoutError:
+                if future.done():
+                    return future.result()
+            if is_gone():
+                future.add_done_callback(lambda done: _discard(done, discard))
+                raise ClientGone("client disconnected")
+
+    def soon(self, call: Callable[..., object], *arguments: object) -> None:
+        """Have the loop call this."""
+        self._loop.call_soon_threadsafe(call, *arguments)
+
+
+class LoopReader:
+    """A reader, as a thread sees it."""
+
+    def __init__(self, reader: Reader, calls: LoopCalls, first: FileSpan | None = None) -> None:
+        """`first` is what has been taken from the reader already."""
+        self._reader = reader
+        self._calls = calls
+        self._first = first
+        self._left = reader.stop - reader.start
+
+    def next(self, is_gone: Callable[[], bool], wait_s: float) -> FileSpan | Memory | Pending | None:
+        """As the reader's; None when there is nothing more."""
+        if self._left <= 0:
+            return None
+        span = self._first or self._calls.wait(take(self._reader, wait_s), is_gone)
+        self._first = None
+        match span:
+            case FileSpan():
+                self._left -= span.stop - span.start
+            case Memory():
+                self._left -= len(span.data)
+        return span
+
+    def wait_whole(self, is_gone: Callable[[], bool]) -> None:
+        """Return when all bytes are here."""
+        while not self._calls.wait(self._reader.whole(WAIT_S), is_gone):
+            if is_gone():
+                raise ClientGone("client disconnected")
+
+    def on_unreadable(self) -> None:
+        """The last span could not be read."""
+        self._calls.soon(self._reader.on_unreadable)
+
+
+@dataclass
+class Sending:
+    """How a body fares."""
+
+    sent: int = 0
+    problem: str = ""
+    """Why it ended before its time; "" when it did not."""
+
+
+async def take(reader: Reader, wait_s: float) -> FileSpan | Memory | Pending:
+    """On the loop: what the reader has next, all of it if the blob is complete."""
+    return await reader.next(reader.stop - reader.start if reader.is_complete else SPAN, wait_s)
+
+
+def send(reader: LoopReader, out: Outlet, sending: Sending) -> None:
+    """Send all that the reader has. No error of the client, the network or the reader is raised: `sending` tells."""
+    before = out.sent
+    wait_s = 0.0
+    try:
+        while (span := reader.next(out.is_gone, wait_s)) is not None:
+            match span:
+                case FileSpan():
+                    out.put_file(span.descriptor, span.start, span.stop)
+                case Memory():
+                    out.put(span.data)
+                case Pending():
+                    out.flush()
+                    if out.is_gone():
+                        raise ClientGone("client disconnected")
+                    wait_s = WAIT_S
+        out.flush()
+    except Unreadable as error:
+        reader.on_unreadable()
+        sending.problem = str(error)
+    except (CacheError, OSError) as error:
+        sending.problem = str(error)
+    finally:
+        sending.sent += out.sent - before
+
+
+def _discard[T](done: Future[T], discard: Callable[[T], None] | None) -> None:
+    if discard is not None and not done.cancelled() and done.exception() is None:
+        discard(done.result())

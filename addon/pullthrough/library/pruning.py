@@ -1,0 +1,73 @@
+"""What goes when people clean up.
+
+Invariant: nothing in flight and nothing pinned is chosen, and no blob that a model which stays lists. Pure: times and
+what lies on the disk are arguments. Knows no disk.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What goes."""
+
+    names: tuple[Name, ...] = ()
+    blobs: tuple[Digest, ...] = ()
+    files: tuple[Path, ...] = ()
+    """Partials and quarantined bytes."""
+    freed: int = 0
+    """Bytes."""
+
+
+def plan_removal(
+    manifests: Mapping[Name, ManifestRecord],
+    blobs: Mapping[Digest, BlobRecord],
+    names: Collection[Name],
+    *,
+    busy: Collection[Digest],
+) -> Plan:
+    """These models go, with the held blobs that no other model lists and nobody reads."""
+    models, gone = by_model(manifests), set(names)
+    stays = listed_by(record for name, records in models.items() if name not in gone for record in records)
+    parts = listed_by(record for name in gone for record in models[name]) - stays
+    chosen = tuple(digest for digest in parts if digest in blobs and blobs[digest].held and digest not in busy)
+    return Plan(tuple(sorted(gone)), chosen, freed=sum(blobs[digest].size or 0 for digest in chosen))
+
+
+def plan_prune(
+    manifests: Mapping[Name, ManifestRecord],
+    blobs: Mapping[Digest, BlobRecord],
+    leftovers: Mapping[Path, tuple[int, float]],
+    *,
+    oldest: float,
+    every: bool,
+    pins: Collection[str],
+    busy: Collection[Digest],
+) -> Plan:
+    """Held blobs without a model, and leftovers, older than `oldest` (Unix seconds); with `every`, models too.
+
+    A model is as old as its last pull, a blob as its recording; a model that is in flight in part stays. `leftovers`
+    are files that nobody writes: (bytes, when they last changed).
+    """
+    names = []
+    models = by_model(manifests)
+    for name, records in models.items() if every else ():
+        used = max(max(record.pulled for record in records), 0.0) or max(record.confirmed for record in records)
+        if used <= oldest and not name.is_among(pins) and not any(map(busy.__contains__, listed_by(records))):
+            names.append(name)
+    gone = set(names)
+    stays = listed_by(record for name, records in models.items() if name not in gone for record in records)
+    parts = listed_by(record for name in gone for record in models[name])
+    chosen = tuple(
+        digest
+        for digest, record in blobs.items()
+        if record.held and digest not in stays and digest not in busy and (digest in parts or record.recorded <= oldest)
+    )
+    files = tuple(sorted(path for path, (_, changed) in leftovers.items() if changed <= oldest))
+    freed = sum(blobs[digest].size or 0 for digest in chosen) + sum(leftovers[path][0] for path in files)
+    return Plan(tuple(sorted(names)), chosen, files, freed)

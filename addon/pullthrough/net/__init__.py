@@ -1,0 +1,4 @@
+"""Who may connect, and where connections may lead: address policy, parent proxies, limits.
+
+Policy and bookkeeping only; whoever opens the sockets asks here first. Begin with `tunnel`, then `access`.
+"""

@@ -1,0 +1,47 @@
+"""mitmproxy's messages as our values, and the other way.
+
+Invariant: a response says the Content-Length that it is given, whatever body it carries. Knows no policy.
+"""
+
+from collections.abc import Iterable
+
+from mitmproxy import http
+from mitmproxy.proxy.mode_specs import RegularMode, ReverseMode
+
+from pullthrough.registry.exchange import Request
+
+
+def has_body(request: http.Request) -> bool:
+    """Whether something follows the head."""
+    return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+
+
+def is_reverse(flow: http.HTTPFlow) -> bool:
+    """Whether the client takes us for the server: it reaches us by a hosts entry, which the blob host need not have."""
+    return isinstance(flow.client_conn.proxy_mode, ReverseMode)
+
+
+def request_of(flow: http.HTTPFlow, host: str) -> Request:
+    """The flow's request, as one to `host`."""
+    reverse = is_reverse(flow)
+    return Request(
+        flow.request.method,
+        flow.request.scheme,
+        host,
+        flow.request.path,
+        {name.lower(): value for name, value in flow.request.headers.items()},
+        blobs=f"{flow.request.scheme}://{host}" if reverse else None,
+        inline=reverse,
+        client=flow.client_conn.peername[0],
+        tunnelled=flow.request.scheme == "https" and isinstance(flow.client_conn.proxy_mode, RegularMode),
+    )
+
+
+def response_of(status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> http.Response:
+    """A response of these fields and Content-Length: `length`."""
+    # As they were decoded: what a registry says comes out byte for byte.
+    fields = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in headers]
+    response = http.Response.make(status, body, http.Headers(fields))
+    # After the body: setting content writes its own length, which is wrong for HEAD and for streamed bodies.
+    response.headers["Content-Length"] = str(length)
+    return response

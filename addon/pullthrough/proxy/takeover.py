@@ -1,0 +1,140 @@
+"""Take a client's connection out of mitmproxy, socket and what has been read of it, so that a thread can serve it.
+
+The descriptor is duplicated and mitmproxy's side is ended at once, as if the client had left: what counts its
+connections, and frees what it holds for each, does so now.
+
+Invariant: a connection is taken whole or left as it was; what the client has sent is in what is taken, or still in the
+socket. These internals of mitmproxy and asyncio are used, which `check` tries: `Proxyserver.connections`, a handler's
+`client`, `transports` and `layer`, the stack of its layers, the buffer of its HTTP/1 connection, and that of asyncio's
+StreamReader. Knows no TLS.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+from mitmproxy import connection, ctx, http
+from mitmproxy.proxy import layer, server
+from mitmproxy.proxy.layers.http import HttpLayer, HTTPMode
+from mitmproxy.proxy.mode_specs import ProxyMode
+
+from pullthrough.delivery.delivery import Delivery
+
+_log = logging.getLogger(__name__)
+
+TRIAL_S: Final = 5.0
+_TRIAL: Final = b"CONNECT trial.invalid:443 HTTP/1.1\r\nHost: trial.invalid:443\r\n\r\n"
+
+HandOver = Callable[[connection.Client], Callable[[], object]]
+
+
+class Takeover:
+    """Hands connections to the blob host over to `delivery`; takes none before `open`."""
+
+    def __init__(self, hand_over: HandOver = lambda _: lambda: None) -> None:
+        """`hand_over` keeps a client's place among its connections, and returns what gives it up."""
+        self._hand_over = hand_over
+        self._delivery: Delivery | None = None
+        self._host = ""
+
+    async def open(self, delivery: Delivery, host: str) -> None:
+        """From now on connections to `host` are taken, unless that does not work with this mitmproxy."""
+        try:
+            await check()
+        except Exception as error:
+            _log.warning("bytes leave through mitmproxy, which is slower: connections cannot be taken here (%r)", error)
+            return
+        self._host = host
+        self._delivery = delivery
+
+    def close(self) -> None:
+        """Take nothing any more."""
+        self._delivery = None
+
+    def is_for(self, host: str) -> bool:
+        """Whether connections to `host` are taken."""
+        return self._delivery is not None and host.lower().rstrip(".") == self._host
+
+    def take_connect(self, flow: http.HTTPFlow) -> None:
+        """Take the connection of a CONNECT that is to be answered, if it leads to the host."""
+        request, client = flow.request, flow.client_conn
+        # Inside TLS to the proxy itself the socket carries more than the client's own bytes.
+        if flow.response is not None or flow.error is not None or client.tls_established:
+            return
+        if request.port == 443 and self.is_for(request.host) and self._take(client, tunnelled=True):
+            flow.kill()
+
+    def take_captured(self, following: layer.NextLayer) -> bool:
+        """Whether the connection was taken, of whose TLS to the host `following` has the first bytes."""
+        # What came while mitmproxy asked us is where nobody finds it.
+        return not following._paused_event_queue and self._take(
+            following.context.client, tunnelled=False, read=following.data_client()
+        )
+
+    def _take(self, client: connection.Client, *, tunnelled: bool, read: bytes = b"") -> bool:
+        handler = ctx.master.addons.get("proxyserver").connections.get(client.id)
+        if self._delivery is None or handler is None:
+            return False
+        try:
+            sock, early = take(handler)
+        except OSError as error:
+            # No descriptor is left, or the client has gone.
+            _log.warning("client %s stays with mitmproxy: %s", client.peername[0], error)
+            return False
+        self._delivery.serve(
+            sock, client.peername[0], read + early, tunnelled=tunnelled, on_close=self._hand_over(client)
+        )
+        return True
+
+
+def take(handler: server.ConnectionHandler) -> tuple[socket.socket, bytes]:
+    """The client's socket, and what has been read from it and not been looked at. OSError if it cannot be had.
+
+    The handler's own connection is ended.
+    """
+    streams: Any = handler.transports.get(handler.client)
+    if streams is None:
+        raise ConnectionResetError("client disconnected")
+    transport = streams.writer.transport
+    layers = handler.layer.context.layers
+    buffers = [each.connections[handler.client].buf for each in layers if isinstance(each, HttpLayer)]  # type: ignore[attr-defined]
+    # Some clients send newlines after CONNECT, which mitmproxy drops too.
+    early = b"".join(map(bytes, buffers)).lstrip(b"\r\n") + bytes(streams.reader._buffer)
+    sock: socket.socket = transport.get_extra_info("socket").dup()
+    transport.abort()
+    return sock, early
+
+
+async def check() -> None:
+    """Take a connection out of mitmproxy, and see that it is whole. Any exception says that this does not work."""
+    if sys.platform == "win32":
+        raise OSError("Windows' event loop owns its sockets")
+    taken: list[tuple[socket.socket, bytes]] = []
+
+    def choose(following: layer.NextLayer) -> None:
+        following.layer = HttpLayer(following.context, HTTPMode.regular)
+
+    def connect(flow: http.HTTPFlow) -> None:
+        taken.append(take(handler))
+        flow.kill()
+
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        client = stack.enter_context(socket.create_connection(listening.getsockname()))
+        client.settimeout(TRIAL_S)
+        accepted, _ = listening.accept()
+        reader, writer = await asyncio.open_connection(sock=accepted)
+        hooks: dict[str, Callable[..., None]] = {"next_layer": choose, "http_connect": connect}
+        handler = server.SimpleConnectionHandler(reader, writer, ctx.options, ProxyMode.parse("regular"), hooks)
+        client.sendall(_TRIAL + b"early")
+        await asyncio.wait_for(handler.handle_client(), TRIAL_S)
+        sock, early = taken[0]
+        stack.enter_context(sock)
+        sock.setblocking(True)
+        sock.sendall(b"late")
+        if (early, client.recv(4)) != (b"early", b"late"):
+            raise RuntimeError(f"expected all bytes of a trial, got {early!r}")

@@ -1,0 +1,108 @@
+"""One reader's place in a recording, and its waiting for the next byte.
+
+Invariant: a reader waits for bytes, never for another reader. Knows neither where bytes come from nor who reads them.
+"""
+
+import asyncio
+import logging
+from typing import Final, Protocol
+
+from pullthrough.core.digest import Digest
+from pullthrough.recording.assembly import Assembly
+from pullthrough.runtime.clock import steady
+from pullthrough.store.ingest import SharedFile
+
+_log = logging.getLogger(__name__)
+
+HUNGRY_S: Final = 4.0
+"""A reader that waits so long for a byte is told of in the log: clients of v0.1.23-v0.5.7 give up after 5 s."""
+
+
+class Feed(Protocol):
+    """What a place needs of its recording."""
+
+    assembly: Assembly
+    digest: Digest
+
+    @property
+    def readers(self) -> int:
+        """How many read it now."""
+
+    def check(self) -> None:
+        """Raise what the recording has failed of, if it has."""
+
+    def wake(self) -> None:
+        """Put free connections to work."""
+
+    def rescue(self, position: int) -> None:
+        """A reader waits for this byte: whoever should bring it and does not is relieved of it."""
+
+    def detach(self, cursor: "Cursor") -> None:
+        """The reader has gone."""
+
+
+class Cursor:
+    """One reader's place in a recording."""
+
+    def __init__(self, feed: Feed, file: SharedFile, start: int, stop: int) -> None:
+        self.position = start
+        self.stop = stop
+        self.fed = steady()
+        self.waiter: asyncio.Future[None] | None = None
+        self._told = False
+        self._feed = feed
+        self._file = file
+
+    @property
+    def descriptor(self) -> int:
+        return self._file.descriptor
+
+    @property
+    def present(self) -> int:
+        """How far bytes are present from `position`."""
+        assembly = self._feed.assembly
+        return min(assembly.present.stop_at(self.position), max(assembly.shown, self.position))
+
+    async def wait(self, timeout_s: float) -> int:
+        """How far bytes are present from `position`; `position` itself if none came within `timeout_s`.
+
+        Raises what the recording failed of, once no byte is left to hand out.
+        """
+        if (present := self.present) > self.position or self.position >= self.stop:
+            return present
+        self._feed.check()
+        self.waiter = asyncio.get_running_loop().create_future()
+        # Nobody may be fetching: connections end when all that was wanted has been claimed.
+        self._feed.wake()
+        self._feed.rescue(self.position)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.waiter
+        except TimeoutError:
+            pass
+        finally:
+            self.waiter = None
+        if (hungry := steady() - self.fed) > HUNGRY_S and not self._told:
+            self._told = True
+            _log.warning(
+                "recording %s: a client has waited %.1f s for a byte; it has %d readers",
+                self._feed.digest.short,
+                hungry,
+                self._feed.readers,
+            )
+        return self.present
+
+    def advance(self, position: int) -> None:
+        """The bytes up to `position` have been handed out."""
+        self.position = position
+        self.fed = steady()
+        self._told = False
+
+    def rouse(self) -> None:
+        """Let `wait` look again."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def close(self) -> None:
+        self._feed.detach(self)
+        self._file.release()

@@ -1,0 +1,159 @@
+"""Hand out the bytes of one interval of one blob, whether it is complete, being recorded, or cannot be kept.
+
+Invariant: what is handed out lies in `[position, stop)` of the blob, in order and without gaps; a span names bytes
+that are written and stay readable until `close`. Threads use it through `byte_sender.LoopReader`.
+Knows no HTTP: when bytes are missing it waits for the recording, or passes them through where that cannot be written.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from pullthrough.core.errors import StoreUnwritable
+from pullthrough.recording.cursor import Cursor
+from pullthrough.recording.recording import Recording
+from pullthrough.recording.relay import Relay
+from pullthrough.store.ingest import SharedFile
+
+WAIT_S: Final = 1.0
+"""How long a sender waits for missing bytes before it looks whether its client is still there."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpan:
+    """Bytes `[start, stop)` of an open file, to be sent or read by position."""
+
+    descriptor: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that are in no file."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Nothing yet: look whether your client is still there, then ask again."""
+
+
+class Reader:
+    """The interval `[start, stop)` of a blob of `size` bytes. `close` it, whatever happens."""
+
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        *,
+        file: SharedFile | None = None,
+        recording: Recording | None = None,
+        on_unreadable: Callable[[], None] = lambda: None,
+    ):
+        """Exactly one of `file` (acquired for this reader; a complete blob) and `recording`.
+
+        `on_unreadable` is called when a span of the file could not be read.
+        """
+        self.on_unreadable = on_unreadable
+        self.on_close: Callable[[], None] | None = None
+        """Called once, when the reader is closed."""
+        self.start = start
+        self.stop = stop
+        self.position = start
+        self._file = file
+        self._recording = recording
+        self._cursor: Cursor | None = None
+        self._relay: Relay | None = None
+        if recording is not None:
+            try:
+                self._cursor = recording.attach(start, stop)
+            except StoreUnwritable:
+                self._pass_through()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all bytes are here: then `next` never waits, and may be asked for the whole interval."""
+        return self._file is not None
+
+    @property
+    def done(self) -> bool:
+        return self.position >= self.stop
+
+    @property
+    def passes_through(self) -> bool:
+        """Whether the bytes come past the disk, and nobody compares their digest."""
+        return self._relay is not None
+
+    async def next(self, limit: int, wait_s: float) -> FileSpan | Memory | Pending:
+        """At most `limit` bytes from where the last ones ended; Pending when there are none within `wait_s`.
+
+        UpstreamError or StoreError when the recording has failed for good: what was handed out so far is all
+        there is.
+        """
+        if self._file is not None:
+            return self._span(self._file.descriptor, min(self.position + limit, self.stop))
+        if self._cursor is not None:
+            try:
+                present = await self._cursor.wait(wait_s)
+            except StoreUnwritable:
+                self._pass_through()
+            else:
+                if present <= self.position:
+                    return Pending()
+                stop = min(self.position + limit, present, self.stop)
+                self._cursor.advance(stop)
+                return self._span(self._cursor.descriptor, stop)
+        assert self._relay is not None
+        data = await self._relay.next(limit, wait_s)
+        self.position += len(data)
+        return Memory(data) if data else Pending()
+
+    async def whole(self, wait_s: float) -> bool:
+        """Whether all bytes are here, or as good as: what the disk cannot keep never is, and is passed through.
+
+        Waits up to `wait_s` for more of them. Raises what `next` raises.
+        """
+        if self._cursor is None:
+            return True
+        try:
+            present = min(await self._cursor.wait(wait_s), self.stop)
+        except StoreUnwritable:
+            self._pass_through()
+            return True
+        if present > self._cursor.position:
+            self._cursor.advance(present)
+        if present < self.stop:
+            return False
+        # From the beginning again: a recording may have been begun again behind the cursor.
+        self._cursor.advance(self.position)
+        return self._cursor.present >= self.stop
+
+    def _span(self, descriptor: int, stop: int) -> FileSpan:
+        span = FileSpan(descriptor, self.position, stop)
+        self.position = stop
+        return span
+
+    def _pass_through(self) -> None:
+        """The disk is no use: take the rest from upstream. A pull never fails because of our disk."""
+        if self._cursor is not None:
+            self._cursor.close()
+            self._cursor = None
+        assert self._recording is not None
+        self._relay = self._recording.relay(self.position, self.stop)
+
+    def close(self) -> None:
+        """Let go of the file or the recording. May be called twice."""
+        if self.on_close is not None:
+            on_close, self.on_close = self.on_close, None
+            on_close()
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
+        if self._file is not None:
+            self._file.release()
+            self._file = None
+        if self._cursor is not None:
+            self._cursor.close()
+            self._cursor = None

@@ -1,0 +1,216 @@
+"""Answer a request for a blob's bytes: ranges, preconditions, and a reader of what is stored or being recorded.
+
+Invariant: whether this caller may have the bytes was decided before, or is told by the address itself: a capability of
+ours, or a signed address that was handed out here. Upstream pays for a blob what its readers ask for, until one of them
+shows that it pulls it. Sends nothing: an answer carries a reader.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from pullthrough.core import capability
+from pullthrough.core.byterange import Unsatisfiable, if_range_matches, parse_range
+from pullthrough.core.cachestatus import CacheStatus, Outcome
+from pullthrough.core.conditional import Precondition, evaluate
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import StoreUnwritable
+from pullthrough.core.route import CanonicalRoute
+from pullthrough.fleet.fleet import capability_secret
+from pullthrough.fleet.tier import Tier
+from pullthrough.library.claims import public_sizes
+from pullthrough.library.keeper import SMALL
+from pullthrough.recording.pulls import Place, Pulls
+from pullthrough.recording.reader import WAIT_S, Reader
+from pullthrough.recording.recorder import Recorder
+from pullthrough.recording.recording import Recording
+from pullthrough.registry.exchange import Answer, Request
+from pullthrough.registry.grants import Grants
+from pullthrough.registry.offload import Offload
+from pullthrough.registry.signed_addresses import HandedOut
+from pullthrough.runtime.clock import lasting
+from pullthrough.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+OCTETS: Final = "application/octet-stream"
+_ANY_SIZE: Final = 1 << 62
+
+
+class BlobContent:
+    """The bytes of all blobs."""
+
+    def __init__(
+        self,
+        store: Store,
+        recorder: Recorder,
+        grants: Grants,
+        offload: Offload,
+        pulls: Pulls,
+        on_pull: Callable[[Place, Digest], None],
+        tier: Tier | None = None,
+    ) -> None:
+        """`on_pull` is told where a client has asked for a blob that it has shown to pull."""
+        self._store = store
+        self._recorder = recorder
+        self._grants = grants
+        self._offload = offload
+        self._pulls = pulls
+        self._on_pull = on_pull
+        self._tier = tier
+
+    async def canonical(self, request: Request, route: CanonicalRoute) -> Answer | None:
+        """Answer at a canonical address; None where it is none of ours."""
+        granted = self._granted(route)
+        if granted is not None:
+            return await self.read(request, route.digest, offload=granted.offload)
+        if capability.is_claimed(route.query):
+            # The blob host would refuse it as well, with a text, and would have been shown it.
+            return Answer(403, CacheStatus(Outcome.BYPASS))
+        return None
+
+    def _granted(self, route: CanonicalRoute) -> capability.Capability | None:
+        """The capability that the query is: one of ours, or of our fleet's, which is good for what is public."""
+        now = lasting()
+        if granted := capability.verify(route.query, route.digest, secret=self._store.secret, now=now):
+            return granted
+        record = self._store.blob(route.digest)
+        if self._tier is None or record is None or not record.public:
+            return None
+        secret = capability_secret(self._tier.secret)
+        return capability.verify(route.query, route.digest, secret=secret, now=now)
+
+    async def read(
+        self, request: Request, digest: Digest, *, offload: bool = False, handed_out: HandedOut | None = None
+    ) -> Answer:
+        """The bytes that are asked for; whether this caller may have them was decided before.
+
+        `handed_out` is the signed address that they were asked for at; with `offload` they may be elsewhere.
+        """
+        file = self._store.open_blob(digest)
+        if file is not None:
+            try:
+                return self._bytes(
+                    request,
+                    digest,
+                    file.size,
+                    lambda a, b: Reader(a, b, file=file.acquire(), on_unreadable=lambda: self._disown(digest)),
+                    offload=offload,
+                )
+            finally:
+                file.release()
+        recording = self.recording(digest, handed_out, look=_wanted_from_start(request))
+        size = await recording.ready()
+        if size <= SMALL and request.method == "GET" and await self._is_verified(recording, size):
+            return await self.read(request, digest, offload=offload)
+        return self._bytes(
+            request, digest, size, lambda a, b: Reader(a, b, recording=recording), recording=recording, offload=offload
+        )
+
+    async def _is_verified(self, recording: Recording, size: int) -> bool:
+        """Wait until all of a small blob has come and has the digest; False where it cannot be kept.
+
+        So a page of the right length never reaches a client, nor a body that ends short. Raises what the recording
+        fails of.
+        """
+        recording.pull()
+        reader = Reader(0, size, recording=recording)
+        try:
+            while not await reader.whole(WAIT_S):
+                pass
+            if reader.passes_through:
+                return False
+        finally:
+            reader.close()
+        await recording.over.wait()
+        try:
+            recording.check()
+        except StoreUnwritable:
+            return False
+        return self._store.held(recording.digest) is not None
+
+    def recording(self, digest: Digest, handed_out: HandedOut | None = None, *, look: int = 0) -> Recording:
+        """The recording of the blob: the one that runs, or one from any repository that has it in public.
+
+        Of a new one the first `look` bytes are surely wanted.
+        """
+        if found := self._recorder.find(digest):
+            return found
+        source = None
+        if handed_out is not None:
+            source = replace(handed_out.source, sizes=public_sizes(self._store, digest))
+        obtain = handed_out.obtain if handed_out is not None else None
+        return self._recorder.open(
+            digest, obtain=obtain or (lambda: self._grants.source(digest)), source=source, look=look
+        )
+
+    def _disown(self, digest: Digest) -> None:
+        _log.error("%s: the stored file cannot be read; it will be recorded anew", digest.short)
+        self._store.disown(digest)
+
+    def _bytes(
+        self,
+        request: Request,
+        digest: Digest,
+        size: int,
+        open_reader: Callable[[int, int], Reader],
+        *,
+        recording: Recording | None = None,
+        offload: bool = False,
+    ) -> Answer:
+        """Of a blob of `size` bytes what the request selects; `recording` is None for a stored one."""
+        entity_tag = f'"{digest}"'
+        hit = recording is None
+        cache = CacheStatus(Outcome.HIT) if hit else CacheStatus(Outcome.PARTIAL, stored=True, collapsed=True)
+        headers: list[tuple[str, str]] = [("Accept-Ranges", "bytes"), ("ETag", entity_tag)]
+        match evaluate(request.headers.get("if-match"), request.headers.get("if-none-match"), entity_tag):
+            case Precondition.FAILED:
+                return Answer(412, cache, tuple(headers))
+            case Precondition.NOT_MODIFIED:
+                return Answer(304, cache, tuple(headers), length=size)
+        selected = None
+        if request.method == "GET" and if_range_matches(request.headers.get("if-range"), entity_tag):
+            selected = parse_range(request.headers.get("range"), size)
+        match selected:
+            case Unsatisfiable():
+                headers.append(("Content-Range", selected.content_range))
+                return Answer(416, cache, tuple(headers))
+            case None:
+                status, start, stop = 200, 0, size
+            case _:
+                status, start, stop = 206, selected.start, selected.stop
+                headers.append(("Content-Range", selected.content_range))
+        reads = request.method == "GET" and start < stop
+        if reads and offload and (location := self._offload.location(request, digest, start, stop)):
+            return Answer(307, replace(cache, detail="offload"), (("Location", location),))
+        headers.append(("Content-Type", OCTETS))
+        body: Reader | bytes = b""
+        if reads:
+            body = open_reader(start, stop)
+            body.on_close = lambda: self._pulls.end(request.client, digest, start, stop)
+            if self._pulls.begin(request.client, digest, start, stop, size):
+                self._follow(request, digest, recording)
+        # x/transfer compares a blob's speed with the median of the last ones, counted from the head: a blob that comes
+        # as fast as the line would be too slow after a few hits (x/transfer/download.go, v0.14.0 to today).
+        return Answer(status, cache, tuple(headers), body, stop - start, held=request.is_transfer and not hit)
+
+    def _follow(self, request: Request, digest: Digest, recording: Recording | None) -> None:
+        """The client pulls the blob: record all of it, and the layers that come next."""
+        if recording is not None:
+            recording.pull()
+        if (place := self._pulls.place(request.client, digest)) is not None:
+            self._on_pull(place, digest)
+
+
+def _wanted_from_start(request: Request) -> int:
+    """How many bytes from the start of a blob of unknown size the request surely wants."""
+    if request.method != "GET":
+        return 0
+    match parse_range(request.headers.get("range"), _ANY_SIZE):
+        case None:
+            return _ANY_SIZE
+        case Unsatisfiable():
+            return 0
+        case selected:
+            return selected.stop if selected.start == 0 else 0

@@ -1,0 +1,388 @@
+"""Ask a registry for a blob in a caller's name, and remember to whom it said yes.
+
+Invariant: a yes is a redirect to the blob host's own address of that digest, or bytes that agree with what is known of
+it: a random piece of the held bytes, else the size that the repository's manifests claim. Where nothing is known the
+yes counts once all bytes have come and have the digest. Any other redirect proves nothing until such bytes have come
+from behind it: it may lead to a login page, or to where the caller is refused. What an anonymous request got is public;
+what took credentials counts for those credentials, which stay in memory. Knows neither recordings nor answers.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from functools import partial
+from typing import Final
+
+from yarl import URL
+
+from pullthrough.config.settings import Settings
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import (
+    LengthContradicted,
+    SourceExpired,
+    UpstreamError,
+    UpstreamRefused,
+    UpstreamUnreachable,
+)
+from pullthrough.core.route import BlobRoute, ChunksumsRoute, parse_canonical_target
+from pullthrough.library.claims import sizes_in
+from pullthrough.net import access
+from pullthrough.recording.scheduler import FIRST_SLICE
+from pullthrough.registry.exchange import Request
+from pullthrough.runtime import platform
+from pullthrough.store.store import Store
+from pullthrough.upstream.datacheck import check_length
+from pullthrough.upstream.datastream import DataStream, Source
+from pullthrough.upstream.upstream import DEADLINE_S, DENIED, PAUSES_S, PRIVATE, Upstream
+
+_log = logging.getLogger(__name__)
+
+Pair = BlobRoute | ChunksumsRoute
+"""Names a repository and a digest."""
+
+
+MOST_LIKELY: Final = 10_000
+"""Of how many blobs the place is remembered."""
+PIECE: Final = 4 << 10
+"""Bytes of a held blob that an answer is compared with."""
+
+
+class Word(Enum):
+    """What an answer says of the blob that was asked for."""
+
+    PROVEN = auto()
+    """The registry has named it, or its bytes or length agree with what is known."""
+    LIKELY = auto()
+    """Nothing contradicts it, as nothing is known of the blob."""
+    HANDED_ON = auto()
+    """It is a redirect that nobody has looked behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A registry's answer, as far as it goes."""
+
+    source: Source
+    stream: DataStream | None
+    location: str | None
+    word: Word
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What is held of a blob at `start`, and at its beginning for sources that ignore Range."""
+
+    start: int
+    data: bytes
+    first: bytes
+
+    @property
+    def interval(self) -> tuple[int, int]:
+        """What is asked for; of an empty blob its first byte, which there is not."""
+        return self.start, self.start + max(1, len(self.data))
+
+    async def agrees(self, stream: DataStream) -> bool:
+        """Whether the stream brings the same bytes; it is read as far as that takes, and closed."""
+        expected = self.data if stream.start == self.start else self.first
+        return await stream.first(len(expected)) == expected
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A registry's yes."""
+
+    source: Source
+    stream: DataStream | None
+    """The blob from byte 0, as far as it goes, where the yes brought bytes; of a held blob a piece, and closed."""
+    again: Callable[[], Awaitable[Source]]
+    """Asks for a source again, with the same right."""
+    location: str | None = None
+    """Where the registry has redirected to; None where it gave the bytes itself."""
+    public: bool = True
+    """An anonymous request got it."""
+
+
+class Grants:
+    """Who may have which blob, as far as registries have said so."""
+
+    def __init__(self, settings: Settings, store: Store, upstream: Upstream) -> None:
+        self._settings = settings
+        self._store = store
+        self._upstream = upstream
+        self._vouchers = access.Vouchers()
+        self._seen: set[str] = set()
+        """Hosts that clients are sent to, and that have given a blob: a login page is never handed on."""
+        self._likely: dict[Digest, tuple[str, str]] = {}
+        """(host, repository) that seems to have the blob, of which nothing is known yet."""
+
+    # --- what is known
+
+    def holds(self, request: Request, pair: Pair) -> bool:
+        """Whether this caller may have the blob without a word of the registry's."""
+        record = self._store.blob(pair.digest)
+        vouched = self._vouchers.holds(
+            access.credential_key(request.authorization),
+            request.host,
+            pair.repository,
+            pair.digest,
+            now=time.monotonic(),
+        )
+        listed = self._store.is_member(request.host, pair.repository, pair.digest)
+        evidence = access.Evidence(public=record is not None and record.public, listed=listed, vouched=vouched)
+        return access.decide(evidence) is access.Decision.GRANT
+
+    def is_public(self, host: str, pair: Pair) -> bool:
+        """Whether everybody may have the blob of this repository."""
+        record = self._store.blob(pair.digest)
+        return record is not None and record.public and self._store.is_member(host, pair.repository, pair.digest)
+
+    def denials(self, host: str, pair: Pair) -> int:
+        """What `confirm` is to be told of the moment when the registry was asked."""
+        return self._store.denials(host, pair.repository)
+
+    def confirm(self, host: str, pair: Pair, authorization: str | None, *, denials: int) -> None:
+        """The registry has granted the blob's bytes to the holder of `authorization`; without one, to everybody.
+
+        A yes to everybody that a refusal has overtaken meanwhile confirms nothing.
+        """
+        if authorization is None:
+            if denials == self.denials(host, pair):
+                self._store.confirm_public(host, pair.repository, pair.digest)
+            return
+        key = access.credential_key(authorization)
+        self._vouchers.add(key, host, pair.repository, pair.digest, now=time.monotonic())
+        # It was asked for because the anonymous request was refused, with whatever status.
+        self._deny(host, pair.repository)
+
+    def refuse(self, host: str, pair: Pair, authorization: str | None, status: int) -> None:
+        """The registry has refused the blob to the holder of `authorization`."""
+        if authorization is None and status in PRIVATE:
+            self._deny(host, pair.repository)
+
+    def _deny(self, host: str, repository: str) -> None:
+        if self._store.deny(host, repository):
+            _log.warning("%s/%s: refused to an anonymous request; private from now on", host, repository)
+
+    # --- what is asked
+
+    async def obtain(
+        self,
+        request: Request,
+        pair: Pair,
+        *,
+        look: int = FIRST_SLICE,
+        stop: int | None = None,
+        hands_on: Callable[[str], bool] = lambda _location: False,
+    ) -> Grant:
+        """The registry's yes to this caller, asked anonymously first. UpstreamRefused where it says no.
+
+        `look` bytes are asked for from behind a redirect that proves nothing by itself. One that the caller is merely
+        handed, by `hands_on`, is looked behind until its host has given a blob. Of bytes that the registry gives itself
+        no more than `stop` are wanted.
+        """
+        refusal: UpstreamRefused | None = None
+        asked = (0, stop) if stop is not None else None
+        for authorization, headers in attempts(request):
+            denials = self.denials(request.host, pair)
+            try:
+                found = await self._ask(request.host, pair, headers, look=look, asked=asked, hands_on=hands_on)
+            except UpstreamRefused as error:
+                if error.status_hint not in DENIED:
+                    raise
+                self.refuse(request.host, pair, authorization, error.status_hint)
+                refusal = error
+                continue
+            again = self.again(request, pair, authorization)
+            confirm = partial(self.confirm, request.host, pair, authorization, denials=denials)
+            if authorization is not None and found.word is Word.LIKELY:
+                # It counts for this caller alone.
+                found = replace(found, word=Word.PROVEN)
+            source = self._settle(request.host, pair, found, confirm)
+            return Grant(source, found.stream, again, found.location, public=authorization is None)
+        assert refusal is not None
+        raise refusal
+
+    def again(self, request: Request, pair: Pair, authorization: str | None) -> Callable[[], Awaitable[Source]]:
+        """Obtains a source for what has been granted: in public where that is possible, else as this caller."""
+
+        async def obtain() -> Source:
+            try:
+                return await self.source(pair.digest)
+            except UpstreamError:
+                if authorization is None:
+                    raise
+            headers = request.forwarded | {"Authorization": authorization}
+            return await self._locate(request.host, pair.repository, pair.digest, headers)
+
+        return obtain
+
+    async def source(self, digest: Digest) -> Source:
+        """A source for a public blob, from any repository that has it. UpstreamError if none gives one."""
+        problem: UpstreamError = UpstreamUnreachable(f"no repository is known that holds {digest.short} in public")
+        record = self._store.blob(digest)
+        likely = [self._likely[digest]] if digest in self._likely else []
+        for place, repository in [*self._store.repositories(digest), *likely]:
+            host = self._settings.asked(place)
+            try:
+                if record is None or not record.public:
+                    return await self.public_source(host, repository, digest)
+                return await self._locate(host, repository, digest, {})
+            except UpstreamRefused as error:
+                self.refuse(host, BlobRoute(repository, digest), None, error.status_hint)
+                problem = error
+            except UpstreamError as error:
+                problem = error
+        raise problem
+
+    async def public_source(self, host: str, repository: str, digest: Digest) -> Source:
+        """A source from this repository, as everybody gets it. UpstreamError if it gives none."""
+        pair = BlobRoute(repository, digest)
+        denials = self.denials(host, pair)
+        try:
+            found = await self._ask(host, pair, {}, look=1, asked=(0, 1))
+        except UpstreamRefused as error:
+            self.refuse(host, pair, None, error.status_hint)
+            raise
+        if found.stream is not None:
+            found.stream.close()
+        return self._settle(host, pair, found, partial(self.confirm, host, pair, None, denials=denials))
+
+    async def _locate(self, host: str, repository: str, digest: Digest, headers: Mapping[str, str]) -> Source:
+        source, stream = await self._upstream.obtain(
+            host, repository, digest, headers, asked=(0, 1), timeout_s=DEADLINE_S
+        )
+        if stream is not None:
+            stream.close()
+        return replace(source, sizes=sizes_in(self._store, host, repository, digest))
+
+    def _settle(self, host: str, pair: Pair, found: _Found, confirm: Callable[[], None]) -> Source:
+        """Confirm the grant now where that is proven, else once the blob has come from there and has its digest."""
+        if found.word is Word.PROVEN:
+            confirm()
+        if found.word is not Word.LIKELY:
+            return found.source
+        self._likely.pop(pair.digest, None)
+        self._likely[pair.digest] = (host, pair.repository)
+        if len(self._likely) > MOST_LIKELY:
+            del self._likely[next(iter(self._likely))]
+        return replace(found.source, proves=confirm)
+
+    def told(self, host: str, pair: Pair, length: int) -> int:
+        """The length that an answer has told, which grants nothing. Disagreement if the blob cannot be so long."""
+        try:
+            check_length(length, sizes_in(self._store, host, pair.repository, pair.digest))
+        except LengthContradicted as error:
+            raise self._disagreement(host, "another length", f"{pair.digest.short}: {error}") from None
+        return length
+
+    def _disagreement(self, host: str, what: str, detail: str) -> UpstreamError:
+        return self._upstream.impostors.disagreeing(host, what, detail)
+
+    def sums(
+        self, host: str, pair: Pair, authorization: str | None, source: Source, size: int, *, denials: int
+    ) -> Source:
+        """The registry has named `source`, with chunk sums that cover `size` bytes, to this caller.
+
+        No byte has come: the registry's word is an address of the blob host's own, or sums of a length that is known.
+        Disagreement where it is another.
+        """
+        sizes = sizes_in(self._store, host, pair.repository, pair.digest)
+        self.told(host, pair, size)
+        source = replace(source, sizes=sizes or frozenset({size}))
+        proven = sizes or authorization is not None or self._names(source, pair.digest)
+        found = _Found(source, None, None, Word.PROVEN if proven else Word.LIKELY)
+        return self._settle(host, pair, found, partial(self.confirm, host, pair, authorization, denials=denials))
+
+    async def _ask(
+        self,
+        host: str,
+        pair: Pair,
+        headers: Mapping[str, str],
+        *,
+        look: int,
+        asked: tuple[int, int] | None = None,
+        hands_on: Callable[[str], bool] = lambda _location: False,
+    ) -> _Found:
+        """Where the blob is to be had, and what proves that it is. Disagreement where something else is there.
+
+        Of a blob that is not here the registry is `asked` for an interval, or for the whole, to be recorded.
+        """
+        held = await self._piece(pair.digest)
+        wanted = held.interval if held is not None else asked
+        source, stream = await self._upstream.obtain(
+            host, pair.repository, pair.digest, headers, asked=wanted, timeout_s=DEADLINE_S
+        )
+        sizes = sizes_in(self._store, host, pair.repository, pair.digest)
+        source = replace(source, sizes=sizes)
+        location = source.url if stream is None else None
+        if stream is None:
+            if self._names(source, pair.digest):
+                return _Found(source, None, location, Word.PROVEN)
+            handed_on, there = hands_on(source.url), source.host
+            if handed_on and there in self._seen:
+                return _Found(source, None, location, Word.HANDED_ON)
+            stream = await self._look(host, source, held.interval if held is not None else (0, look))
+            source = stream.source or source
+            if handed_on:
+                self._seen.add(there)
+        try:
+            self.told(host, pair, stream.length)
+            if held is not None and not await held.agrees(stream):
+                raise self._disagreement(host, "other bytes", pair.digest.short)
+        except BaseException:
+            stream.close()
+            raise
+        return _Found(source, stream, location, Word.PROVEN if held is not None or sizes else Word.LIKELY)
+
+    async def _piece(self, digest: Digest) -> _Piece | None:
+        """A piece of the held blob at random; None where it is not here, or cannot be read."""
+        file = self._store.open_blob(digest)
+        if file is None:
+            return None
+        try:
+            start = secrets.randbelow(max(1, file.size - PIECE + 1))
+            first = await asyncio.to_thread(platform.read_at, file.descriptor, 0, PIECE)
+            data = await asyncio.to_thread(platform.read_at, file.descriptor, start, PIECE) if start else first
+        except OSError as error:
+            _log.warning("%s cannot be read, so nothing is compared with it: %s", digest.short, error)
+            return None
+        finally:
+            file.release()
+        return _Piece(start, data, first)
+
+    def _names(self, source: Source, digest: Digest) -> bool:
+        """Whether the source is the blob host's own address of the digest: the registry's word that these are it."""
+        url = URL(source.url, encoded=True)
+        route = parse_canonical_target(url.raw_path_qs)
+        return url.host == self._settings.blob_host and route is not None and route.digest == digest
+
+    async def _look(self, host: str, source: Source, interval: tuple[int, int]) -> DataStream:
+        """The source's bytes of this interval; a refusal on the way to them is the registry's if it has that shape."""
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return await self._upstream.open_range(source, *interval, expected_length=None, validator=None)
+            except SourceExpired as error:
+                if error.what:
+                    raise self._upstream.impostors.displaced(host, f"behind its redirect: {error.what}") from None
+                raise UpstreamRefused(error.status, error.headers) from error
+            except LengthContradicted as error:
+                raise self._upstream.impostors.disagreeing(
+                    host, "another length", f"behind its redirect: {error}"
+                ) from None
+            except UpstreamError:
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
+        raise AssertionError
+
+
+def attempts(request: Request) -> Iterator[tuple[str | None, dict[str, str]]]:
+    """(Authorization, fields to send) of each try: Authorization does not make a model private, client2 sends it
+    always, so the anonymous try comes first."""
+    yield None, request.forwarded
+    if request.authorization is not None:
+        yield request.authorization, request.forwarded | {"Authorization": request.authorization}

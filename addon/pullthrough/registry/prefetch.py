@@ -1,0 +1,83 @@
+"""Record the layers that a client will ask for next: an Ollama pulls the layers of a manifest one after another.
+
+Invariant: only public manifests are followed, one blob at a time per manifest, and never a model of tensors, whose
+blobs either pass by (x/transfer ignores HTTPS_PROXY) or are asked for many at a time. Of a list one child is followed,
+the one that the client pulls: where several list the blob and go on differently, nobody knows which that is. What
+fails is left to the client's own request. Knows no answers.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.records import ManifestRecord, Series, by_model, canonical
+from pullthrough.recording.recorder import Recorder
+from pullthrough.store.store import Store
+from pullthrough.upstream.datastream import Source
+
+
+class Prefetcher:
+    """The layers to come, of all manifests that are being pulled."""
+
+    def __init__(
+        self,
+        store: Store,
+        recorder: Recorder,
+        source: Callable[[Digest], Awaitable[Source]],
+        known: Callable[[Digest], Source | None] = lambda _digest: None,
+    ) -> None:
+        """`source` obtains a public blob's source from the registry; `known` is one that has been obtained already."""
+        self._known = known
+        self._store = store
+        self._recorder = recorder
+        self._source = source
+        self._tasks: dict[tuple[str, str, str], asyncio.Task[None]] = {}
+        self._whole: dict[tuple[str, str, str], int] = {}
+        """The models of which nothing was left to record, and how often the store had changed then."""
+
+    def follow(self, host: str, repository: str, digest: Digest) -> None:
+        """A client has asked for this blob: record what its manifest lists behind it."""
+        place = (canonical(host), repository)
+        for name, records in by_model(self._store.manifests_of(*place)).items():
+            model = (*place, name.reference)
+            if self._whole.get(model) != self._store.changes and any(record.lists(digest) for record in records):
+                self._follow(model, records, digest)
+
+    def _follow(self, model: tuple[str, str, str], records: Sequence[ManifestRecord], digest: Digest) -> None:
+        known = self._store.children()
+        every = [series for record in records for series in record.series(known)]
+        if all(series.is_of_tensors or all(map(self._store.held, series.digests)) for series in every):
+            self._whole[model] = self._store.changes
+            return
+        found = [series for series in every if digest in series.digests]
+        if not found or (len(found) > 1 and len({self._missing_behind(digest, series) for series in found}) > 1):
+            return
+        series = found[0]
+        key = (*model[:2], series.key)
+        if key in self._tasks or series.is_of_tensors:
+            return
+        task = asyncio.get_running_loop().create_task(self._record(series.behind(digest)))
+        self._tasks[key] = task
+        task.add_done_callback(partial(self._ended, key))
+
+    def _missing_behind(self, digest: Digest, series: Series) -> tuple[Digest, ...]:
+        return tuple(each for each in series.behind(digest) if self._store.held(each) is None)
+
+    async def _record(self, digests: Sequence[Digest]) -> None:
+        for digest in digests:
+            if self._store.held(digest) is None and self._recorder.find(digest) is None:
+                recording = self._recorder.open(
+                    digest, obtain=partial(self._source, digest), source=self._known(digest), wanted=True
+                )
+                await recording.over.wait()
+
+    def _ended(self, key: tuple[str, str, str], _task: asyncio.Task[None]) -> None:
+        self._tasks.pop(key, None)
+
+    async def close(self) -> None:
+        """Follow nothing any more; what has begun is the recorder's."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

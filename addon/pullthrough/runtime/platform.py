@@ -1,0 +1,392 @@
+"""What differs between operating systems: positioned reads and writes, durability, locks, boot identity, addresses.
+
+Invariant: every function works everywhere that Python does; where a system lacks a call the fallback is slower or
+weaker, and the docstring says so. Knows no blob, store or protocol.
+"""
+
+import contextlib
+import ctypes
+import errno
+import gc
+import ipaddress
+import math
+import os
+import shutil
+import socket
+import stat
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+from pullthrough.config.settings import Network
+
+_FICLONE = 0x40049409  # linux/fs.h
+_TEMPORARY = "ollama-cache-"
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""Of os.open: fail where the last part of the path is a link. 0 on Windows."""
+_WITHOUT_MODES = frozenset(
+    ["vfat", "msdos", "exfat", "ntfs", "ntfs3", "fuseblk", "cifs", "smb3", "smbfs", "9p", "drvfs", "msdosfs"]
+)
+"""File systems that show the same owner and mode for all files, as their mount says."""
+
+
+# Without pread and pwrite (Windows) the position is shared state: calls on one descriptor must not overlap. One lock
+# for all of them is enough, as the disk serialises them anyway.
+_HAS_POSITIONED_IO = hasattr(os, "pread") and hasattr(os, "pwrite")
+_position = threading.Lock()
+
+
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    """Up to `size` bytes at `offset`; may block on the disk."""
+    if sys.platform != "win32" and _HAS_POSITIONED_IO:
+        return os.pread(descriptor, size, offset)
+    with _position:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Read into `buffer` at `offset`, and say how much; 0 at the end of the file. May block on the disk."""
+    if sys.platform != "win32" and hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    data = read_at(descriptor, offset, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
+    """Write all of `data` at `offset`; may block on the disk. OSError as the system says."""
+    view = memoryview(data)
+    while view:
+        count = _write_some(descriptor, offset, view)
+        offset += count
+        view = view[count:]
+
+
+def _write_some(descriptor: int, offset: int, view: memoryview) -> int:
+    if sys.platform != "win32" and _HAS_POSITIONED_IO:
+        return os.pwrite(descriptor, view, offset)
+    with _position:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, view)
+
+
+def open_descriptor(path: Path, flags: int) -> int:
+    """os.open for binary data, readable and writable by the owner and readable by the group."""
+    return os.open(path, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0), 0o640)
+
+
+def cores() -> int:
+    """How many cores this process may use; where the system does not tell, how many there are."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def open_regular(path: Path) -> int:
+    """Open an existing file to read. OSError for a link (ELOOP), and for anything that is no regular file (EINVAL).
+
+    Windows has neither O_NOFOLLOW nor O_NONBLOCK: there a link is told by looking first.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "expected a regular file, got a link", str(path))
+    # Without O_NONBLOCK the opening of a pipe waits for a writer.
+    descriptor = open_descriptor(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "expected a regular file, got another kind", str(path))
+    return descriptor
+
+
+def reflink(source: int, target: int) -> bool:
+    """Let the file `target` share the blocks of `source` until one is written to; False where that cannot be.
+
+    Linux on btrfs, XFS and bcachefs within one file system (FICLONE, ioctl_ficlone(2)); elsewhere False.
+    """
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        # Whatever the reason: a copy does it, or says what is wrong.
+        return False
+    return True
+
+
+def sync_data(descriptor: int) -> None:
+    """Make the file's bytes durable (F_FULLFSYNC on macOS, where fsync only reaches the drive's cache)."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    elif hasattr(os, "fdatasync"):
+        os.fdatasync(descriptor)
+    else:
+        os.fsync(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames within the folder durable. Windows cannot open a folder: NTFS journals its metadata itself."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_exclusively(file: BinaryIO) -> bool:
+    """Try to lock the open file for this process until it is closed; False when another process has it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(0)  # what is locked is the byte at the position
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def open_folder(path: Path) -> int | None:
+    """A descriptor of the folder to lock; None on Windows, which opens none."""
+    return None if sys.platform == "win32" else os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def lock_folder(descriptor: int) -> bool:
+    """Lock the open folder until it is closed; False when another process has it.
+
+    True without a lock where the file system has none for folders (NFS).
+    """
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+    return True
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that holds the existing path, as the system calls it; "" where that is not known."""
+    found = ("", "")
+    place = str(path.resolve())
+    with contextlib.suppress(OSError):
+        for entry in psutil.disk_partitions(all=True):
+            inside = place == entry.mountpoint or place.startswith(f"{entry.mountpoint.rstrip('/')}/")
+            if inside and len(entry.mountpoint) >= len(found[0]):  # a later mount hides an earlier one
+                found = (entry.mountpoint, entry.fstype)
+    return found[1].lower()
+
+
+def lacks_modes(path: Path) -> bool:
+    """Whether owner and mode of files mean nothing on the disk that holds the path."""
+    return file_system(path) in _WITHOUT_MODES
+
+
+def sync_all() -> None:
+    """Make all that was written to any disk durable. Windows cannot: files are flushed one by one there."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
+def become_owner(path: Path) -> None:
+    """Go on as the user who owns the existing path, if we are root and he is another: a link of his leads us nowhere
+    where he may not go, and what is made there is his."""
+    if sys.platform == "win32" or os.geteuid() != 0 or not path.exists():
+        return
+    status = path.stat()
+    if status.st_uid != 0:
+        os.setgroups([])
+        os.setegid(status.st_gid)
+        os.seteuid(status.st_uid)
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for this user and as long as this process lives; those of processes that were killed are removed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*-*"):
+        number = path.name.removeprefix(_TEMPORARY).partition("-")[0]
+        with contextlib.suppress(OSError):
+            is_ours = sys.platform == "win32" or path.lstat().st_uid == os.geteuid()
+            if is_ours and number.isdecimal() and not path.is_symlink() and not psutil.pid_exists(int(number)):
+                shutil.rmtree(path, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{_TEMPORARY}{os.getpid()}-")
+
+
+def release_memory() -> None:
+    """Collect garbage, and give the system back what is free. Takes some tens of milliseconds.
+
+    Only glibc keeps what is free until it is told (malloc_trim(3)); elsewhere the collection is all.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another libc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def allow_descriptors(wanted: int) -> int:
+    """Raise the limit on open files towards `wanted`, as far as this process may, and return how many it may have.
+
+    Many systems give 1024 to a process that does not ask. Windows has no such limit.
+    """
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    if soft < allowed:
+        # macOS names no hard limit and still has one.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def descriptors() -> int:
+    """How many files and sockets this process may have open."""
+    if sys.platform == "win32":
+        return 8192
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def free_memory() -> int:
+    """The bytes that this machine can give to programs without swapping; within a control group, at most its limit."""
+    available = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available
+
+
+def boot_id() -> str:
+    """What changes with every boot of the machine; "" where nothing of the kind can be had.
+
+    Elsewhere than on Linux the boot time, which a clock that is set may shift: then a partial is believed only as
+    far as it was flushed.
+    """
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{psutil.boot_time():.0f}"
+
+
+def lower_priority() -> None:
+    """Let the calling thread stand back behind the others.
+
+    Only on Linux, where each thread has a nice value, which counts for its disk reads too (ioprio_set(2)); elsewhere it
+    is the process's, and nothing happens. 10 leaves a tenth of a busy core: a thread that gets next to nothing may
+    hold the interpreter lock all the while.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, max(10, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def in_container() -> bool:
+    """Whether this process has a network of its own, as far as Docker, Podman, Kubernetes, LXC and systemd tell.
+
+    One that shares its host's network looks the same.
+    """
+    if any(Path(path).exists() for path in ("/.dockerenv", "/run/.containerenv", "/run/systemd/container")):
+        return True
+    with contextlib.suppress(OSError):
+        # Version 1 of cgroups names the container; under version 2 it reads "0::/" here.
+        groups = Path("/proc/1/cgroup").read_text()
+        return any(word in groups for word in ("docker", "kubepods", "libpod", "containerd", "lxc"))
+    return False
+
+
+def address_towards(host: str, port: int) -> str | None:
+    """The address of this machine on the way to another one; None if there is no way. Sends nothing."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as sock:
+            sock.connect(address)
+            return str(sock.getsockname()[0])
+    except OSError:
+        return None
+
+
+def own_addresses() -> frozenset[str]:
+    """The IP addresses of this machine's interfaces."""
+    return frozenset(
+        entry.address.partition("%")[0]
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+    )
+
+
+def lan_address() -> str:
+    """Our address towards other networks, else loopback: of the interface that a packet to one would leave by."""
+    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        # Nothing is sent to these, which are for documentation (RFC 5737, RFC 3849).
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((elsewhere, 9))
+            return str(sock.getsockname()[0])
+    return "127.0.0.1"
+
+
+def local_networks() -> tuple[Network, ...]:
+    """The networks this machine's interfaces are on, without point-to-point and malformed entries."""
+    networks: list[Network] = []
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if entry.family not in (socket.AF_INET, socket.AF_INET6) or not entry.netmask or entry.ptp:
+                continue
+            with contextlib.suppress(ValueError):
+                address = ipaddress.ip_address(entry.address.partition("%")[0])
+                mask = ipaddress.ip_address(entry.netmask)
+                prefix = int(mask).bit_count()
+                gapless = int(mask) == (1 << mask.max_prefixlen) - (1 << (mask.max_prefixlen - prefix))
+                # A /0 would admit the whole Internet, an interface without a network admits nobody.
+                if mask.version == address.version and gapless and prefix >= (8 if address.version == 4 else 32):
+                    networks.append(ipaddress.ip_network(f"{address}/{prefix}", strict=False))
+    return tuple(networks)
+
+
+class LocalNetworks:
+    """The networks of this machine's interfaces, which come and go: a new prefix, a lease, a VPN."""
+
+    def __init__(
+        self, read: Callable[[], tuple[Network, ...]] = local_networks, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock` tells monotonic seconds."""
+        self._read = read
+        self._clock = clock
+        self._known: tuple[Network, ...] = ()
+        self._read_at = -math.inf
+
+    def known(self, *, age_s: float) -> tuple[Network, ...]:
+        """The networks, as they were at most `age_s` ago."""
+        if (now := self._clock()) - self._read_at > age_s:
+            self._known, self._read_at = self._read(), now
+        return self._known
+
+
+def allocated(status: os.stat_result) -> int:
+    """The bytes that a file takes of the disk: less than its size where it has holes."""
+    if sys.platform == "win32":  # which does not tell
+        return status.st_size
+    # POSIX's unit, whatever the file system's own is.
+    return status.st_blocks * 512

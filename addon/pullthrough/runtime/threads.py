@@ -1,0 +1,149 @@
+"""Threads for what must not run on the event loop: calls that wait for disk or network, and hashing.
+
+Invariant: a call that was begun is waited for even when its caller is cancelled, so that no descriptor is closed
+under a thread that still uses it. Knows nothing of what is called.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Final
+
+from pullthrough.runtime import platform
+
+_IDLE_S: Final = 5.0
+"""How long a thread of a crew waits for more work."""
+
+
+class Threads:
+    """Four pools: writes must not queue behind hashing, nor what has just come behind what has long been there, nor
+    anything behind the network."""
+
+    def __init__(self) -> None:
+        self._disk = ThreadPoolExecutor(4, thread_name_prefix="ollama-cache-disk")
+        self._hashing = ThreadPoolExecutor(2, thread_name_prefix="ollama-cache-hash")
+        self._rehashing = ThreadPoolExecutor(
+            1, thread_name_prefix="ollama-cache-rehash", initializer=platform.lower_priority
+        )
+
+        self._network = ThreadPoolExecutor(8, thread_name_prefix="ollama-cache-network")
+
+    async def disk[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what may wait for the disk."""
+        return await _run(self._disk, lambda: work(*args, **kwargs))
+
+    async def hashing[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what burns CPU outside the interpreter lock."""
+        return await _run(self._hashing, lambda: work(*args, **kwargs))
+
+    async def rehashing[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same, for what nobody waits for: one at a time, behind everything else."""
+        return await _run(self._rehashing, lambda: work(*args, **kwargs))
+
+    async def network[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what waits for another machine, and limits that itself."""
+        return await _run(self._network, lambda: work(*args, **kwargs))
+
+    def close(self) -> None:
+        """End the pools once what runs in them has ended."""
+        self._disk.shutdown(wait=True)
+        self._hashing.shutdown(wait=True)
+        self._rehashing.shutdown(wait=True)
+        self._network.shutdown(wait=True)
+
+
+async def _run[T](pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    future = asyncio.get_running_loop().run_in_executor(pool, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await _settled(future)
+        raise
+
+
+async def _settled(future: "asyncio.Future[Any]") -> None:
+    """Wait until it is done, whatever happens meanwhile."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([future])
+    if not future.cancelled():
+        future.exception()  # looked at, so that it is not reported as lost
+
+
+class Crew:
+    """Threads that each wait for another machine, as many as there are at work, up to `most`; nothing waits for them.
+
+    They are daemons: one that the system holds (a name that is being resolved) keeps nobody from ending.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Condition()
+        self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._idle = 0
+        self._count = 0
+
+    async def run[T](self, work: Callable[[], T], stop: Callable[[], None]) -> T:
+        """What `work` returns. Cancelled, it is stopped by `stop`, and waited for."""
+        future = asyncio.wrap_future(self._submit(work))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            stop()
+            await _settled(future)
+            raise
+
+    async def run_or_leave[T](self, work: Callable[[], T], stop: Callable[[], None], discard: Callable[[T], None]) -> T:
+        """What `work` returns. Cancelled, it is stopped and left alone; what it may still return is discarded."""
+        future = self._submit(work)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except asyncio.CancelledError:
+            stop()
+            future.add_done_callback(lambda done: _discard(done, discard))
+            raise
+
+    def _submit[T](self, work: Callable[[], T]) -> "Future[T]":
+        future: Future[T] = Future()
+        with self._lock:
+            self._work.append((work, future))
+            if self._idle >= len(self._work) or self._count >= self._most:
+                self._lock.notify()
+                return future
+            self._count += 1
+        try:
+            threading.Thread(target=self._run, name="ollama-cache-fetch", daemon=True).start()
+        except RuntimeError:
+            # The system has no more threads: those that there are do it.
+            with self._lock:
+                self._count -= 1
+                if not self._count:
+                    self._work.clear()
+                    raise
+        return future
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+                has_work = self._lock.wait_for(lambda: bool(self._work), _IDLE_S)
+                self._idle -= 1
+                if not has_work:
+                    self._count -= 1
+                    return
+                work, future = self._work.popleft()
+            try:
+                result = work()
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del work, future
+
+
+def _discard[T](future: "Future[T]", discard: Callable[[T], None]) -> None:
+    if future.exception() is None:
+        discard(future.result())

@@ -1,0 +1,234 @@
+"""The index: what is known of blobs and manifests, in diskcache; `contents` has its rows.
+
+Invariant: all of it is resident in its reader, so reading costs no SQL. Writes are left to one thread, because SQLite
+may wait; what comes while it writes is one transaction, and what could not be written is tried again with what comes
+next. `cull_limit=0`, because diskcache's own culling drops ten rows of any size. Knows no files of blobs.
+"""
+
+import contextlib
+import logging
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import diskcache
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import StoreError
+from pullthrough.core.records import BlobRecord, ManifestRecord, Name
+from pullthrough.store import contents
+from pullthrough.store.contents import Contents, Members
+from pullthrough.store.traffic import Totals
+
+_log = logging.getLogger(__name__)
+
+DATABASE: Final = "cache.db"
+"""The file of diskcache's that is SQLite's."""
+LOCKED_S: Final = 3.0
+"""How long another process may have the database locked."""
+
+_NO_LIMIT: Final = 1 << 62
+
+
+class PlainDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no annotations
+    """A diskcache Disk for text and bytes that never unpickles."""
+
+    def put(self, key: object) -> Any:
+        if type(key) is not str:
+            raise TypeError(f"expected a str key, got {type(key).__name__}")
+        return super().put(key)
+
+    def get(self, key: object, raw: bool) -> Any:
+        if not raw:
+            raise StoreError("expected a plain key in the index, got a pickled one")
+        return super().get(key, raw)
+
+    def store(self, value: object, read: bool, key: object = diskcache.UNKNOWN) -> Any:
+        if type(value) not in (str, bytes):
+            raise TypeError(f"expected a str or bytes value, got {type(value).__name__}")
+        return super().store(value, read, key)
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> Any:
+        if mode == diskcache.core.MODE_PICKLE:
+            raise StoreError("expected a plain value in the index, got a pickled one")
+        return super().fetch(mode, filename, value, read)
+
+
+class Index:
+    """The index in `folder`. StoreError from the constructor and `load` if it is not sound."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            self.cache = diskcache.Cache(
+                str(folder),
+                disk=PlainDisk,
+                disk_min_file_size=_NO_LIMIT,
+                size_limit=_NO_LIMIT,
+                cull_limit=0,
+                eviction_policy="none",
+                statistics=0,
+                tag_index=0,
+                timeout=LOCKED_S,
+            )
+        except sqlite3.DatabaseError as error:
+            raise self._unsound(error) from error
+        self._lock = threading.Lock()
+        self._pending: dict[str, Callable[[], str | bytes] | None] = {}
+        """What is not written yet."""
+        self._is_asked = False
+        """Whether the writer will look at it."""
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ollama-cache-index")
+
+    @classmethod
+    def open(cls, folder: Path) -> tuple["Index", Contents, Members]:
+        """The index and what it holds. One that is not sound, or of another version, begins again with nothing.
+
+        Raises StoreError if another process has it locked.
+        """
+        check_free(folder)
+        if (folder / DATABASE).exists():
+            try:
+                return cls(folder)._loaded()
+            except Exception as error:  # whatever a damaged database and a library that trusts it make of each other
+                _log.warning("the index in %s is made anew from the files of the store: %s", folder, error)
+                shutil.rmtree(folder)
+        index = cls(folder)
+        index._put(contents.VERSION_KEY, lambda: contents.VERSION)
+        index.flush()
+        return index._loaded()
+
+    def _loaded(self) -> tuple["Index", Contents, Members]:
+        try:
+            return self, self.load(), self.load_members()
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self) -> Contents:
+        """Check it, and read all but the members."""
+        # `_sql` is not diskcache's public interface, which reads row by row: a minute for a store of 10,000 models.
+        checked = self._writer.submit(lambda: contents.check(self.cache._sql))
+        try:
+            found = contents.read(self.cache._sql)
+            checked.result()
+            return found
+        except contents.UNSOUND as error:
+            raise self._unsound(error) from error
+
+    def load_members(self) -> Members:
+        """StoreError."""
+        try:
+            return contents.read_members(self.cache._sql)
+        except contents.UNSOUND as error:
+            raise self._unsound(error) from error
+
+    def put_blob(self, digest: Digest, record: BlobRecord) -> None:
+        self._put(contents.blob_key(digest), partial(contents.blob_value, record))
+
+    def put_manifest(self, name: Name, record: ManifestRecord) -> None:
+        self._put(contents.body_key(record.digest), lambda: record.body)
+        self._put(contents.manifest_key(name), partial(contents.manifest_value, record))
+
+    def put_child(self, digest: Digest, record: ManifestRecord) -> None:
+        self._put(contents.body_key(record.digest), lambda: record.body)
+        self._put(contents.child_key(digest), partial(contents.manifest_value, record))
+
+    def delete_child(self, digest: Digest) -> None:
+        """Its bytes stay."""
+        self._put(contents.child_key(digest), None)
+
+    def delete_manifest(self, name: Name) -> None:
+        """Its bytes stay."""
+        self._put(contents.manifest_key(name), None)
+
+    def delete_body(self, digest: str) -> None:
+        """Those bytes, which no manifest has any more."""
+        self._put(contents.body_key(digest), None)
+
+    def put_day(self, day: int, totals: Totals) -> None:
+        self._put(contents.day_key(day), partial(contents.day_value, replace(totals)))
+
+    def put_address(self, key: str, digest: Digest, until: float) -> None:
+        self._put(contents.address_key(key), partial(contents.address_value, digest, until))
+
+    def delete_address(self, key: str) -> None:
+        self._put(contents.address_key(key), None)
+
+    def put_members(self, host: str, repository: str, digests: Collection[str]) -> None:
+        """As they are when the row is written, by another thread."""
+        self._put(contents.members_key(host, repository), lambda: " ".join(list(digests)))
+
+    def delete_members(self, host: str, repository: str) -> None:
+        self._put(contents.members_key(host, repository), None)
+
+    def flush(self) -> None:
+        """Wait until every write so far is in the database."""
+        self._writer.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Write what is left, and close."""
+        self._writer.submit(self._write)
+        # diskcache keeps a connection per thread: each is closed where it was opened.
+        self._writer.submit(self.cache.close)
+        self._writer.shutdown(wait=True)
+        self.cache.close()
+
+    def _put(self, key: str, value: Callable[[], str | bytes] | None) -> None:
+        """The row's value from now on, None for no row. It is made in the writer's thread, and only the last one."""
+        with self._lock:
+            self._pending[key] = value
+            was_asked, self._is_asked = self._is_asked, True
+        if not was_asked:
+            self._writer.submit(self._write)
+
+    def _write(self) -> None:
+        """Write what has come since the last time, all of it or nothing."""
+        with self._lock:
+            pending, self._pending = self._pending, {}
+            self._is_asked = False
+        if not pending:
+            return
+        try:
+            with self.cache.transact():
+                for key, value in pending.items():
+                    if value is None:
+                        self.cache.delete(key)
+                    else:
+                        self.cache.set(key, value())
+        except (sqlite3.Error, OSError, diskcache.Timeout):
+            # What is resident stays right; what is never written is forgotten at the next start, and learnt again.
+            _log.exception("index write of %d rows failed, the first is %s", len(pending), next(iter(pending)))
+            with self._lock:
+                self._pending = pending | self._pending
+        except Exception:
+            # A fault of ours: the same rows would fail again, and all others with them.
+            _log.exception("index rows given up: %s", ", ".join(pending))
+
+    def _unsound(self, error: Exception) -> StoreError:
+        return StoreError(f"store {self._folder.parent}: expected a sound index in {self._folder}, got: {error}")
+
+
+def check_free(folder: Path) -> None:
+    """See that nobody has the database locked. Raises StoreError after LOCKED_S seconds if somebody has.
+
+    diskcache would wait a minute, and say no more than that the database is locked.
+    """
+    if not (folder / DATABASE).exists():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(folder / DATABASE, timeout=LOCKED_S)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise StoreError(
+                f"the index in {folder} is locked by another process for {LOCKED_S:.0f} s: end that process"
+            ) from error
+    except sqlite3.DatabaseError:
+        return  # what it is worth is seen when it is read

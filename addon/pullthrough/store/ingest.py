@@ -1,0 +1,353 @@
+"""One blob being recorded: a sparse file and the journal of what of it is written and what is durable.
+
+Invariant: what `resume` reports present was written before it was journalled. In the boot that wrote it, "written"
+is enough (the kernel has it even after `kill -9`); after another boot only what was flushed counts. Nothing here is
+trusted to be right: a resumed prefix is hashed again like any other byte.
+
+The journal is lines of `<crc32, 8 hex> <JSON>`: a header, then `{"w": [start, stop]}` for a written interval and
+`{"f": [[start, stop], …]}` for all that was durable at that moment. Reading stops at the first line that does not
+check, so a torn tail costs what it described and nothing else. Knows no network and no hash.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import threading
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import InvalidRequest, StoreUnwritable
+from pullthrough.core.intervals import Intervals
+from pullthrough.runtime import fallocate, platform
+
+_log = logging.getLogger(__name__)
+
+FORMAT: Final = 1
+
+INGEST: Final = "ingest"
+QUARANTINE: Final = "quarantine"
+WINDOW: Final = 256 << 20
+"""Bytes for which room on the disk is taken at once, where a blob is pulled."""
+SMALL: Final = 8 << 20
+"""Smaller blobs come in few writes: the file system finds them one place by itself."""
+_SLACK: Final = 1 << 20
+
+PARTIAL: Final = ".partial"
+JOURNAL: Final = ".journal"
+
+
+class SharedFile:
+    """A counted descriptor: it stays open for whoever reads it, whatever happens to the file's name."""
+
+    __slots__ = ("_on_close", "_users", "descriptor", "size")
+
+    def __init__(self, descriptor: int, size: int, on_close: Callable[[], object] = lambda: None) -> None:
+        self.descriptor = descriptor
+        self.size = size
+        self._users = 0
+        self._on_close = on_close
+
+    def acquire(self) -> "SharedFile":
+        self._users += 1
+        return self
+
+    def release(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self._on_close()
+            os.close(self.descriptor)
+
+
+class Ingest:
+    """The partial file and journal of `digest`. All methods may block on the disk and raise StoreUnwritable.
+
+    `resume` or `begin` comes first, then `file` is there. Writes from several threads may run at once as long as
+    their intervals do not overlap.
+    """
+
+    def __init__(self, folder: Path, digest: Digest, stranger: Path | None = None) -> None:
+        """`stranger` is where a file of this name may lie that is no hit: `resume` takes it where it is."""
+        self.digest = digest
+        self.in_place = False
+        """The bytes lie among the blobs already, and are only to be verified."""
+        self._stranger = stranger
+        self.partial_path = folder / f"{digest.file_name}{PARTIAL}"
+        self.journal_path = folder / f"{digest.file_name}{JOURNAL}"
+        self.file: SharedFile | None = None
+        self._journal: int | None = None
+        self._journal_size = 0
+        self._journal_lock = threading.Lock()
+        self.reserves = False
+        """Room is taken ahead of what is written: all of the blob is on its way."""
+        self._windows: set[int] = set()
+        self._window_lock = threading.Lock()
+
+    @staticmethod
+    def sweep(folder: Path, *, oldest: float) -> None:
+        """Remove what no recording goes on with: halves, temporaries, and what was last written before `oldest`."""
+        for path in [*folder.glob(".sha256-*"), *folder.glob(".manifest-*"), *folder.glob(".verified.*")]:
+            path.unlink()
+        for name in {path.stem for path in folder.glob("sha256-*")}:
+            pair = [folder / f"{name}{JOURNAL}", folder / f"{name}{PARTIAL}"]
+            # An adopted blob keeps the time of its recording: its journal tells when it became a partial.
+            times = [path.stat().st_mtime for path in pair if path.exists()]
+            if len(times) < len(pair) or max(times) < oldest:
+                for path in pair:
+                    path.unlink(missing_ok=True)
+            else:
+                Ingest._trim(*pair)
+
+    @staticmethod
+    def _trim(journal: Path, partial: Path) -> None:
+        """Give back the room that a daemon which was killed has taken ahead."""
+        with contextlib.suppress(OSError, InvalidRequest):
+            ingest = Ingest(partial.parent, Digest.parse(partial.stem))
+            found = ingest._read_journal()
+            if found is None or platform.allocated(partial.stat()) <= found[1].size + _SLACK:
+                return
+            descriptor = platform.open_descriptor(partial, os.O_RDWR)
+            try:
+                for gap in found[1].missing(0, found[0]):
+                    fallocate.give_back(descriptor, *gap)
+            finally:
+                os.close(descriptor)
+
+    def resume(self, permits: Callable[[int], bool] = lambda _size: True) -> tuple[int, Intervals] | None:
+        """(size, what is present) of the partial an earlier recording left; None if there is none to be used.
+
+        One that has a size which the blob cannot have, by `permits`, is of no use.
+        """
+        if self._stranger is not None:
+            try:
+                descriptor = platform.open_regular(self._stranger)
+            except OSError:
+                pass  # it is not there, or nothing that can be read
+            else:
+                self.in_place, self.partial_path = True, self._stranger
+                size = os.fstat(descriptor).st_size
+                self.file = SharedFile(descriptor, size).acquire()
+                return size, Intervals([(0, size)])
+        found = self._read_journal()
+        if found is None:
+            return None
+        size, present, flushed = found
+        if not permits(size):
+            _log.warning("recording %s: %d bytes cannot be its length; beginning anew", self.digest.short, size)
+            return None
+        try:
+            descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR)
+        except OSError:
+            return None
+        if os.fstat(descriptor).st_size != size:
+            os.close(descriptor)
+            return None
+        try:
+            self._rewrite_journal(size, present, flushed)
+        except OSError as error:
+            os.close(descriptor)
+            raise StoreUnwritable(f"recording {self.digest}: {error}") from error
+        self.file = SharedFile(descriptor, size).acquire()
+        return size, present
+
+    def begin(self, size: int) -> None:
+        """Start from nothing: a sparse file of `size` bytes."""
+        try:
+            descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR | os.O_CREAT)
+            try:
+                # An old journal is gone for good before what it speaks of changes.
+                self._rewrite_journal(size, Intervals(), Intervals())
+                os.ftruncate(descriptor, 0)
+                os.ftruncate(descriptor, size)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        except OSError as error:
+            raise StoreUnwritable(f"recording {self.digest}: {error}") from error
+        self.file = SharedFile(descriptor, size).acquire()
+
+    def begin_again(self) -> None:
+        """Nothing that was written counts any more."""
+        assert self.file is not None
+        try:
+            with self._journal_lock:
+                self._rewrite_journal(self.file.size, Intervals(), Intervals())
+        except OSError as error:
+            raise StoreUnwritable(f"recording {self.digest}: {error}") from error
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write recorded bytes."""
+        assert self.file is not None
+        if self.reserves and self.file.size >= SMALL:
+            self._reserve(offset // WINDOW, (offset + len(data) - 1) // WINDOW)
+        try:
+            platform.write_at(self.file.descriptor, offset, data)
+        except OSError as error:
+            raise StoreUnwritable(f"recording {self.digest}: {error}") from error
+
+    def _reserve(self, first: int, last: int) -> None:
+        """Take room for these windows. Where it cannot be had the writing itself says so, or does without."""
+        assert self.file is not None
+        for window in range(first, last + 1):
+            with self._window_lock:
+                if window not in self._windows:
+                    self._windows.add(window)
+                    start = window * WINDOW
+                    fallocate.reserve(self.file.descriptor, start, min(start + WINDOW, self.file.size))
+
+    def give_back(self, present: Intervals) -> None:
+        """Give back the room that was taken for bytes that are not `present`: they are not expected any more."""
+        assert self.file is not None
+        for window in self._windows:
+            start = window * WINDOW
+            for gap in present.missing(start, min(start + WINDOW, self.file.size)):
+                fallocate.give_back(self.file.descriptor, *gap)
+        self._windows.clear()
+
+    def mark(self, intervals: Iterable[tuple[int, int]]) -> None:
+        """Journal that the intervals are written."""
+        self._append([{"w": list(interval)} for interval in intervals])
+
+    def flush(self, present: Intervals) -> None:
+        """Make everything written so far durable, then journal that `present` (a copy) is."""
+        self.sync()
+        self._append([{"f": [list(interval) for interval in present]}])
+        try:
+            if self._journal is not None:
+                platform.sync_data(self._journal)
+        except OSError as error:
+            raise StoreUnwritable(f"flushing {self.digest}: {error}") from error
+
+    def sync(self) -> None:
+        """Make everything written so far durable."""
+        assert self.file is not None
+        try:
+            platform.sync_data(self.file.descriptor)
+        except OSError as error:
+            raise StoreUnwritable(f"flushing {self.digest}: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the files; readers that share the descriptor keep it."""
+        with self._journal_lock:
+            self._close_journal()
+        if self.file is not None:
+            self.file.release()
+            self.file = None
+
+    def forget(self) -> None:
+        """Remove the journal: the bytes have moved on."""
+        with contextlib.suppress(OSError):
+            self.journal_path.unlink()
+
+    def discard(self) -> None:
+        """Remove partial and journal; what lies among the blobs stays."""
+        self.forget()
+        if not self.in_place:
+            with contextlib.suppress(OSError):
+                self.partial_path.unlink()
+
+    # --- the journal
+
+    def _append(self, records: list[dict[str, Any]]) -> None:
+        with self._journal_lock:
+            if self._journal is None:
+                return
+            lines = b"".join(_line(record) for record in records)
+            try:
+                platform.write_at(self._journal, self._journal_size, lines)
+            except OSError as error:
+                raise StoreUnwritable(f"journal of {self.digest}: {error}") from error
+            self._journal_size += len(lines)
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            os.close(self._journal)
+            self._journal = None
+
+    def _rewrite_journal(self, size: int, present: Intervals, flushed: Intervals) -> None:
+        """A fresh journal in place of the old, whole or not at all: durable when this returns, and open for more."""
+        self._close_journal()
+        header = {"format": FORMAT, "digest": str(self.digest), "size": size, "boot": platform.boot_id()}
+        lines = [_line(header), _line({"f": [list(interval) for interval in flushed]})]
+        lines += [_line({"w": list(interval)}) for interval in present]
+        temporary = self.journal_path.with_name(f".{self.journal_path.name}.{secrets.token_hex(4)}")
+        descriptor = platform.open_descriptor(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            platform.write_at(descriptor, 0, b"".join(lines))
+            platform.sync_data(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, self.journal_path)
+        platform.sync_folder(self.journal_path.parent)
+        self._journal_size = sum(map(len, lines))
+        self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY)
+
+    def _read_journal(self) -> tuple[int, Intervals, Intervals] | None:
+        """(size, present, what of it is durable) as far as the journal checks, else None."""
+        try:
+            lines = self.journal_path.read_bytes().split(b"\n")
+        except OSError:
+            return None
+        try:
+            header, *rest = _checked(lines)
+            size = int(header["size"])
+            if header["format"] != FORMAT or header["digest"] != str(self.digest) or size < 0:
+                return None
+            # An empty boot id means that the system cannot tell: then it is another boot.
+            same_boot = header["boot"] == platform.boot_id() != ""
+            written, flushed = Intervals(), Intervals()
+            for record in rest:
+                if "f" in record:
+                    flushed = Intervals((int(start), int(stop)) for start, stop in record["f"])
+                else:
+                    start, stop = record["w"]
+                    written.add(int(start), int(stop))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return None
+        present = flushed.copy()
+        if same_boot:
+            for interval in written:
+                present.add(*interval)
+        if any(start < 0 or stop > size for start, stop in present):
+            return None
+        return size, present, flushed
+
+
+def partials(store: Path) -> dict[Digest, tuple[int, float]]:
+    """What recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
+    found = {}
+    for path in (store / INGEST).glob(f"*{PARTIAL}"):
+        with contextlib.suppress(InvalidRequest, FileNotFoundError):
+            found[Digest.parse(path.stem)] = _taken(path)
+    return found
+
+
+def quarantined(store: Path) -> dict[Path, tuple[int, float]]:
+    """The same of the bytes that did not hash to their name."""
+    return {path: _taken(path) for path in (store / QUARANTINE).glob("sha256-*")}
+
+
+def _taken(path: Path) -> tuple[int, float]:
+    status = path.stat()
+    return platform.allocated(status), status.st_mtime
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _checked(lines: list[bytes]) -> Iterable[dict[str, Any]]:
+    # What follows the last newline is torn: the split leaves it as the last item.
+    for line in lines[:-1]:
+        crc, _, text = line.partition(b" ")
+        if crc != b"%08x" % zlib.crc32(text):
+            return
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            return
+        yield record

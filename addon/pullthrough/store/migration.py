@@ -1,0 +1,80 @@
+"""Make a store of an earlier format one of this format, in place.
+
+Invariant: it may be interrupted anywhere and is done again from the beginning, because the marker changes last; no
+byte of a blob is copied or hashed. Who may have what is taken from the index of that time: without one, blobs are
+private until upstream says otherwise. For whoever has the store to himself.
+"""
+
+import contextlib
+import logging
+import os
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+from pullthrough.runtime import platform
+from pullthrough.store import contents
+from pullthrough.store.blobfiles import BlobFiles
+from pullthrough.store.contents import Contents
+from pullthrough.store.index import DATABASE
+from pullthrough.store.modelfiles import ModelFiles
+from pullthrough.store.modeltree import BLOBS, parse_blob_path
+from pullthrough.store.proofs import Proof, Proofs
+from pullthrough.store.storefolder import FORMAT, folds_case, save_pins, write_marker
+
+_log = logging.getLogger(__name__)
+
+_FORMER: Final = BLOBS
+"""Where all blobs were in format 1."""
+
+
+def migrate(folder: Path, found: int) -> None:
+    """From format `found` to ours. Raises StoreError, OSError."""
+    if found == FORMAT:
+        return
+    _log.info("store %s: converting format %d to %d", folder, found, FORMAT)
+    known, pins = _read(folder / "index")
+    files = BlobFiles(folder)
+    with contextlib.suppress(FileNotFoundError):
+        for path in list((folder / _FORMER).iterdir()):
+            if (digest := parse_blob_path(f"{BLOBS}/{path.name}")) is not None:
+                record = known.blobs.get(digest)
+                os.replace(path, files.path(digest, public=record is not None and record.public))
+        with contextlib.suppress(OSError):  # something that is not ours is left where it is
+            (folder / _FORMER).rmdir()
+    held = {digest: record for digest, record in known.blobs.items() if record.held}
+    # Without inodes: the store may have been copied since.
+    Proofs(folder).tidy({digest: Proof(r.size or 0, r.mtime_ns, 0) for digest, r in held.items()})
+    models = ModelFiles(folder, folds_case=folds_case(folder), durable=False)
+    for model, manifest in known.manifests.items():
+        models.put(model, manifest.body, denied=manifest.denied)
+    models.close()
+    _renew(folder / "index")
+    save_pins(folder, pins)
+    platform.sync_all()
+    write_marker(folder)
+
+
+def _read(folder: Path) -> tuple[Contents, set[str]]:
+    """What the index of that time says, and the pins in it; nothing where it is not sound."""
+    try:
+        with contextlib.closing(sqlite3.connect(folder / DATABASE)) as connection, connection:
+            contents.rename_aliases(connection.execute)
+            return contents.read(connection.execute), contents.read_pins(connection.execute)
+    except contents.UNSOUND as error:
+        _log.warning("the index in %s cannot be read (%s): blobs are private until upstream grants them", folder, error)
+        return Contents({}, {}, {}, {}, {}), set()
+
+
+def _renew(folder: Path) -> None:
+    """Let the index be one of ours, with the same facts. What is wrong with it is seen when it is opened."""
+    with (
+        contextlib.suppress(*contents.UNSOUND),
+        contextlib.closing(sqlite3.connect(folder / DATABASE)) as connection,
+        connection,
+    ):
+        connection.execute("DELETE FROM Cache WHERE key GLOB 'pin *' OR key IS ?", (contents.VERSION_KEY,))
+        connection.execute(
+            "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, value) VALUES (?, 1, 0, 0, 0, 1, ?)",
+            (contents.VERSION_KEY, contents.VERSION),
+        )

@@ -1,0 +1,118 @@
+"""The proof that a blob was verified: its size, time and inode at that moment, a line each in one file of the store.
+
+    ollama-cache verified <inode of this file>
+    <64 hexadecimal digits> <size> <mtime in ns> <inode>
+
+The last line of a blob counts. Copying gives files new inodes and keeps their times (`cp -a`, `rsync -t`, a backup),
+and this file tells that it was copied by its own inode: then size and time are the proof.
+
+Invariant: a line is believed whole or not at all, and what was never flushed may be lost: the blob is hashed again.
+Knows no file of a blob.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import threading
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from pullthrough.core.digest import Digest
+from pullthrough.runtime import platform
+
+VERIFIED: Final = "verified"
+
+_HEAD: Final = re.compile(rb"ollama-cache verified ([0-9]{1,20})\n")
+_LINE: Final = re.compile(rb"^([0-9a-f]{64}) ([0-9]{1,20}) ([0-9]{1,20}) ([0-9]{1,20})\n", re.MULTILINE)
+
+
+class Proof(NamedTuple):
+    """Of one blob."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    """0 where it is of another disk."""
+
+    def proves(self, size: int, mtime_ns: int, inode: int) -> bool:
+        """Whether these are of the file that was verified."""
+        return (size, mtime_ns) == (self.size, self.mtime_ns) and self.inode in (inode, 0)
+
+
+class Proofs:
+    """The file of one store. Its methods may be called from any thread, and wait for the disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / VERIFIED
+        self._temporary = folder / "ingest"
+        self._lock = threading.Lock()
+        self._known: dict[Digest, Proof] | None = None
+        """What the file says, until `tidy`."""
+        self._added: dict[Digest, Proof] = {}
+        """What has come since the start, until `tidy`."""
+        self._is_tidy = False
+        self._is_copy = False
+
+    def load(self) -> None:
+        """Read the file, which takes some tenths of a second where it is long, if that has not been done."""
+        with self._lock:
+            self._read()
+
+    def find(self, digest: Digest) -> Proof | None:
+        """What proves the blob, as far as that was known before `tidy`."""
+        with self._lock:
+            return self._read().get(digest)
+
+    def add(self, digest: Digest, proof: Proof) -> None:
+        """The file was verified. Raises OSError if the disk refuses."""
+        with self._lock:
+            if not self._is_tidy:
+                self._read()[digest] = self._added[digest] = proof
+            if not self._path.exists():
+                self._write({})
+            descriptor = platform.open_descriptor(self._path, os.O_WRONLY | os.O_APPEND)
+            try:
+                # What a crash has cut off must not become one with this line.
+                os.write(descriptor, b"\n" + _line(digest, proof))
+            finally:
+                os.close(descriptor)
+
+    def tidy(self, proofs: dict[Digest, Proof]) -> None:
+        """Keep only these, and what has been added since they were gathered. Raises OSError if the disk refuses."""
+        with self._lock:
+            wanted = proofs | self._added
+            if self._read() != wanted or self._is_copy:
+                self._write(wanted)
+            self._known, self._added, self._is_tidy = None, {}, True
+
+    def _read(self) -> dict[Digest, Proof]:
+        if self._known is None:
+            self._known = {}
+            with contextlib.suppress(OSError), self._path.open("rb") as file:
+                data = file.read()
+                head = _HEAD.match(data)
+                is_ours = head is not None and int(head[1]) == os.fstat(file.fileno()).st_ino
+                self._is_copy = not is_ours
+                for line in _LINE.finditer(data):  # one by one: a list of all would hold the interpreter for long
+                    digest, size, mtime_ns, inode = line.groups()
+                    proof = Proof(int(size), int(mtime_ns), int(inode) if is_ours else 0)
+                    self._known[Digest(digest.decode())] = proof
+        return self._known
+
+    def _write(self, proofs: dict[Digest, Proof]) -> None:
+        """In place of the old file, whole or not at all."""
+        temporary = self._temporary / f".{VERIFIED}.{secrets.token_hex(4)}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+        try:
+            head = f"ollama-cache verified {os.fstat(descriptor).st_ino}\n".encode()
+            platform.write_at(descriptor, 0, head + b"".join(_line(*item) for item in proofs.items()))
+            platform.sync_data(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, self._path)
+        platform.sync_folder(self._path.parent)
+
+
+def _line(digest: Digest, proof: Proof) -> bytes:
+    return f"{digest.hex} {proof.size} {proof.mtime_ns} {proof.inode}\n".encode()

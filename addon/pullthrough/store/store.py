@@ -1,0 +1,382 @@
+"""The store: recorded blobs and manifests on disk, and what is known of them.
+
+    <dir>/ollama-cache.json   the marker: this folder is a store, and of which format
+    <dir>/lock                held by the one daemon
+    <dir>/secret              signs capabilities (0600)
+    <dir>/pins                models that stay, besides those that the option names: a pattern on each line
+    <dir>/public/             what everybody may have, in the shape of an Ollama models folder:
+        blobs/sha256-<hex>    verified blobs, complete, never changed
+        manifests/, manifests-v2/, other-names/   as `modelfiles` says
+    <dir>/private/            the same of what upstream refuses to an anonymous request, or has not been asked (0700)
+    <dir>/verified            proofs that blobs were verified (0600)
+    <dir>/index/              diskcache: what is known of blobs and manifests; derived, made anew where it is missing
+    <dir>/ingest/             recordings in progress: <name>.partial and <name>.journal, swept after two weeks
+    <dir>/quarantine/         bytes that did not hash to their name, swept after two weeks
+
+Invariant: the files are right, and the index is compared with them: with those of a model before it is answered for,
+with all behind that. A file that is moved among the blobs was hashed in full before (ingest → verify → publish); one
+that came there otherwise is hashed before its end is served. Knows no network.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from pullthrough.core.digest import Digest, trusted
+from pullthrough.core.errors import StoreError
+from pullthrough.core.manifestjson import DOCKER_TYPE, LONGEST
+from pullthrough.core.records import BlobRecord, ManifestRecord, Name, canonical
+from pullthrough.runtime import platform
+from pullthrough.runtime.gcpause import gc_paused
+from pullthrough.store.blobtable import BlobTable
+from pullthrough.store.contents import Contents, Members
+from pullthrough.store.index import Index
+from pullthrough.store.ingest import JOURNAL, PARTIAL, Ingest, SharedFile, partials, quarantined
+from pullthrough.store.ledger import Ledger
+from pullthrough.store.manifesttable import ManifestTable
+from pullthrough.store.migration import migrate
+from pullthrough.store.modelfiles import ModelFiles
+from pullthrough.store.storefolder import folds_case, load_secret, prepare, take_lock
+from pullthrough.store.surveying import Survey
+
+_log = logging.getLogger(__name__)
+
+KEPT_S: Final = 14 * 24 * 3600.0
+"""How long a partial and a quarantined file stay; Ollama's own client prunes partials after an hour (v0.21.0)."""
+
+STAGING: Final = ".import-"
+"""What the folder of an import begins with, in `ingest/`."""
+
+
+class Store:
+    """Blobs and manifests on disk. Made by `open`; one per folder and process.
+
+    `place`, `quarantine`, `partials`, `quarantined` and `remove_files` wait for the disk and change nothing that is
+    resident: the daemon calls them in a thread. The rest is for the one thread that owns the store.
+    """
+
+    def __init__(
+        self, folder: Path, lock: contextlib.ExitStack, index: Index, contents: Contents, members: Members
+    ) -> None:
+        """Of what the index says; `lock` is let go of at the end."""
+        self.folder = folder
+        self.secret = load_secret(folder)
+        self._lock = lock
+        self._index = index
+        self._manifest_changes = 0
+        self.ledger = Ledger(folder, index, contents)
+        self._files = ModelFiles(folder, folds_case=folds_case(folder))
+        self._blobs = BlobTable(folder, index, contents.blobs)
+        self._manifests = ManifestTable(index, contents, self.read_manifest)
+        self._survey = Survey(self._files, self._manifests, self._blobs, self._count_change)
+        self._members: dict[tuple[str, str], str | set[str]] = {**members}
+        """What upstream has granted of each (host, repository) to an anonymous request, besides the manifests."""
+        self._denials: Counter[tuple[str, str]] = Counter()
+        self._manifests.open()
+
+    @classmethod
+    def open(cls, folder: Path) -> "Store":
+        """Open the store in `folder`, making it if the folder is absent or empty.
+
+        Raises StoreError: a foreign or newer folder, another daemon, an unwritable disk, a folder that is not safe.
+        """
+        with gc_paused(), contextlib.ExitStack() as undo:
+            try:
+                found = prepare(folder)
+                lock = undo.enter_context(take_lock(folder))
+                migrate(folder, found)
+                index, contents, members = Index.open(folder / "index")
+                undo.callback(index.close)
+                store = cls(folder, lock, index, contents, members)
+                store._sweep(oldest=time.time() - KEPT_S)
+            except OSError as error:
+                reason = error.strerror or error
+                raise StoreError(f"store {folder}: expected a writable folder, got {reason}") from error
+            undo.pop_all()
+        return store
+
+    def _sweep(self, *, oldest: float) -> None:
+        """Remove partials that nobody has come back for, and evidence that nobody has looked at."""
+        Ingest.sweep(self.folder / "ingest", oldest=oldest)
+        for path in list((self.folder / "ingest").glob(f"{STAGING}*")):
+            shutil.rmtree(path, ignore_errors=True)
+        self.remove_files(path for path, (_, changed) in self.quarantined().items() if changed < oldest)
+
+    async def settle(self) -> None:
+        """Wait until all that is known has been compared with the files. Raises StoreUnwritable if that cannot be."""
+        await self._survey.settle()
+
+    def close(self) -> None:
+        """Write out what is pending and give the folder free."""
+        self._manifests.close()
+        self._files.close()
+        self._index.close()
+        self._lock.close()
+
+    @property
+    def changes(self) -> int:
+        """How often what is known of a blob or a manifest has changed, but for the time of a pull."""
+        return self._blobs.changes + self._manifest_changes
+
+    def _count_change(self) -> None:
+        self._manifest_changes += 1
+
+    # --- blobs
+
+    @property
+    def held_bytes(self) -> int:
+        """What all held blobs take together."""
+        return self._blobs.held_bytes
+
+    @property
+    def evicted(self) -> int:
+        """Blobs that have gone since the start, to make room or because somebody said so."""
+        return self._blobs.evicted
+
+    @property
+    def evicted_bytes(self) -> int:
+        """What they took."""
+        return self._blobs.evicted_bytes
+
+    def blob(self, digest: Digest) -> BlobRecord | None:
+        """What is known of `digest`, whether or not its bytes are here."""
+        return self._blobs.find(digest)
+
+    def is_public(self, digest: Digest) -> bool:
+        """Whether an anonymous request for it has succeeded upstream, and none was refused since."""
+        record = self._blobs.find(digest)
+        return record is not None and record.public
+
+    def held(self, digest: Digest) -> BlobRecord | None:
+        """The record of a blob whose verified file is still the one that was verified, else None."""
+        return self._blobs.held(digest)
+
+    def blob_path(self, digest: Digest) -> Path:
+        """Where its file lies, or would."""
+        return self._blobs.path(digest)
+
+    def open_blob(self, digest: Digest) -> SharedFile | None:
+        """The blob's bytes to read, None when they are not here; `release` it after use."""
+        return self._blobs.acquire(digest)
+
+    def disown(self, digest: Digest) -> None:
+        """The blob's file cannot be read any more: it is no hit from now on, and recorded anew when asked for."""
+        self._blobs.disown(digest)
+
+    def evict(self, digests: Sequence[Digest]) -> list[Path]:
+        """Their blobs are no hits from now on; the files that are returned are the caller's to remove."""
+        return self._blobs.evict(digests)
+
+    def open_blobs(self) -> frozenset[Digest]:
+        """Those that somebody reads now."""
+        return frozenset(self._blobs.open)
+
+    def is_open(self, digest: Digest) -> bool:
+        """Whether somebody reads the blob."""
+        return digest in self._blobs.open
+
+    def partials(self) -> dict[Digest, tuple[int, float]]:
+        """What recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
+        return partials(self.folder)
+
+    def quarantined(self) -> dict[Path, tuple[int, float]]:
+        """The same of the bytes that did not hash to their name."""
+        return quarantined(self.folder)
+
+    def remove_files(self, paths: Iterable[Path]) -> None:
+        """Remove blobs' files, quarantined bytes, and partials with their journals; what the disk refuses is logged."""
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+                if path.suffix == PARTIAL:
+                    path.with_suffix(JOURNAL).unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("removing %s: %s", path, error)
+
+    def ingest(self, digest: Digest) -> Ingest:
+        """The ingest of `digest`: a new one, or the partial that an earlier recording left."""
+        return Ingest(self.folder / "ingest", digest, self.blob_path(digest))
+
+    def place(self, digest: Digest, verified: Path) -> os.stat_result:
+        """Move a file among the blobs; it is no hit before `publish`.
+
+        The caller has hashed it; its bytes are already durable. Raises StoreUnwritable if the disk refuses.
+        """
+        return self._blobs.place(digest, verified)
+
+    def publish(self, digest: Digest, placed: os.stat_result, *, now: float) -> BlobRecord:
+        """The blob is a hit from now on, as long as its file is the one that was placed."""
+        record = self._blobs.publish(digest, placed, now=now)
+        self._manifests.take_in(digest)
+        return record
+
+    def quarantine(self, ingest: Ingest) -> Path:
+        """Put away bytes that do not hash to their name, in place of older ones; returns where they lie now."""
+        path = self.folder / "quarantine" / f"{ingest.digest.file_name}-{secrets.token_hex(4)}"
+        older = list(path.parent.glob(f"{ingest.digest.file_name}-*"))
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(ingest.partial_path, path)
+            if ingest.in_place:
+                platform.sync_folder(path.parent)  # else it may be back among the blobs
+        self.remove_files(older)
+        ingest.forget()
+        return path
+
+    # --- membership and visibility
+
+    def is_member(self, host: str, repository: str, digest: Digest) -> bool:
+        """A stored manifest of the repository lists it, or upstream granted it there to an anonymous request."""
+        granted = self._granted(_place(host, repository))
+        return digest in granted or any(record.lists(digest) for record in self.manifests_of(host, repository).values())
+
+    def repositories(self, digest: Digest) -> list[tuple[str, str]]:
+        """Every (host, repository) that the digest is known to belong to: where a source can be obtained again."""
+        granted = [place for place, digests in self._members.items() if digest in digests]
+        records = self.manifests().items()
+        listed = [name.place for name, record in records if not record.denied and record.lists(digest)]
+        return list(dict.fromkeys(granted + listed))
+
+    def confirm_public(self, host: str, repository: str, digest: Digest) -> None:
+        """Upstream granted the blob of this repository to an anonymous request."""
+        self._blobs.show(digest, public=True)
+        place = _place(host, repository)
+        granted = self._granted(place)
+        if digest not in granted:
+            granted.add(digest)
+            self._index.put_members(*place, granted)
+
+    def _granted(self, place: tuple[str, str]) -> set[str]:
+        """The digests of the repository; taken apart when they are asked for first, because most never are."""
+        granted = self._members.get(place, "")
+        if isinstance(granted, str):
+            granted = self._members[place] = set(granted.split())
+        return granted
+
+    def adopt(self, name: Name, record: ManifestRecord) -> None:
+        """Store a manifest of the fleet's: a cache of it has recorded every blob, and each is public."""
+        self.put_manifest(name, record)
+        for digest, size in record.sizes.items():
+            known = self._blobs.find(digest) or BlobRecord()
+            if known.size is None and size is not None:
+                self._blobs.put(digest, known._replace(size=size))
+            self.confirm_public(name.host, name.repository, digest)
+
+    def is_denied(self, host: str, repository: str) -> bool:
+        """Whether upstream has refused an anonymous request in this repository, and granted none since."""
+        return bool(self.refused(host, repository))
+
+    def refused(self, host: str, repository: str) -> list[ManifestRecord]:
+        """The manifests of the repository that upstream has refused to an anonymous request."""
+        self._survey.look(_place(host, repository))
+        return self._manifests.denied(_place(host, repository))
+
+    def deny(self, host: str, repository: str) -> bool:
+        """Upstream refuses an anonymous request in this repository: nothing of it is known any more.
+
+        All of it, because a repository is what access is granted to (`scope="repository:<name>:pull"`, OCI
+        distribution-spec); what the children of its lists list, too. A blob stays public while another repository is
+        confirmed to have it. The bytes stay, for those whom upstream grants them. Returns whether anything was known.
+        """
+        place = _place(host, repository)
+        self._denials[place] += 1
+        digests = set(map(trusted, self._granted(place)))
+        granted = self.manifests_of(host, repository)
+        was_known = bool(digests or granted)
+        for name, record in granted.items():
+            digests.update(record.digests)
+            self._files.hide(name, record.body)
+            self._manifests.put(name, record._replace(denied=True))
+            self._count_change()
+        if self._members.pop(place):
+            self._index.delete_members(*place)
+        for digest in digests:
+            if not any(digest in granted for granted in self._members.values()):
+                self._blobs.show(digest, public=False)
+        return was_known
+
+    def denials(self, host: str, repository: str) -> int:
+        """How often the repository was denied since the start: an older yes than the last denial counts no more."""
+        return self._denials[_place(host, repository)]
+
+    # --- manifests
+
+    def manifest(self, name: Name) -> ManifestRecord | None:
+        self._survey.look(_place(*name.place))
+        return self.manifests().get(name)
+
+    def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
+        """The manifest of the repository whose bytes have this digest, whatever it was asked for by."""
+        records = self.manifests_of(host, repository).values()
+        return next((record for record in records if record.digest == digest.hex), None)
+
+    def put_manifest(self, name: Name, record: ManifestRecord) -> None:
+        """Store a manifest that an anonymous request got. A list grows by what is known of its children."""
+        known = self.manifest(name)
+        if known is None or (known.digest, known.denied) != (record.digest, record.denied):
+            self._files.put(name, record.body, denied=record.denied)
+        self._count_change()
+        self._manifests.put(name, record)
+
+    def drop_manifest(self, name: Name) -> None:
+        """Forget this representation of the model; its blobs stay, and so do those that other manifests list."""
+        self._files.remove(name)
+        self._manifests.drop(name)
+
+    def drop_model(self, name: Name) -> None:
+        """Forget the model, in both representations, as far as it is there."""
+        for each in (name, name.twin):
+            if self.manifest(each) is not None:
+                self.drop_manifest(each)
+
+    def touch(self, name: Name, now: float) -> None:
+        """A client has pulled the model `now`: this representation, or the other one where this is not stored."""
+        self._manifests.touch(name if name in self.manifests() else name.twin, now)
+
+    def manifests_of(self, host: str, repository: str, *, private: bool = False) -> dict[Name, ManifestRecord]:
+        """The repository's manifests; those that are private by now only if asked for."""
+        self._survey.look(_place(host, repository))
+        found = self._manifests.of(_place(host, repository))
+        return {name: record for name, record in found if private or not record.denied}
+
+    def manifests(self) -> Mapping[Name, ManifestRecord]:
+        """All stored manifests, those that are private by now too."""
+        return self._manifests.records
+
+    def children(self) -> Mapping[Digest, ManifestRecord]:
+        """The manifests that stored lists refer to, as far as their bytes have come."""
+        return self._manifests.children
+
+    def read_manifest(self, digest: Digest) -> ManifestRecord | None:
+        """The manifest that a held blob is; None where it is none, or not here."""
+        known = self._blobs.find(digest)
+        if known is None or (known.size or 0) > LONGEST or (file := self.open_blob(digest)) is None:
+            return None
+        try:
+            record = ManifestRecord.parse(platform.read_at(file.descriptor, 0, file.size), DOCKER_TYPE, now=0.0)
+        except OSError as error:
+            _log.warning("reading the manifest %s: %s", digest.short, error)
+            return None
+        finally:
+            file.release()
+        return None if record is None or record.is_list or record.digest != digest.hex else record
+
+    # --- all of it
+
+    def known_blobs(self) -> dict[Digest, BlobRecord]:
+        """All that is known of blobs, held or not; a copy that costs a millisecond for 60,000, as it hashes nothing."""
+        return dict(self._blobs.records)
+
+    def blobs(self) -> dict[Digest, BlobRecord]:
+        """All held blobs; walks all that are known."""
+        return {digest: record for digest, record in self._blobs.records.items() if record.held}
+
+
+def _place(host: str, repository: str) -> tuple[str, str]:
+    return canonical(host), repository

@@ -1,0 +1,391 @@
+"""Connections to other servers, for threads: by name and port, through the parent proxy where one is prescribed.
+
+Invariant: the chain and the host name of every TLS server are verified; a name is connected to only at addresses that
+the rules let through; the parent's credentials go to the parent alone. No message quotes what was sent. Knows HTTP only
+as far as CONNECT.
+"""
+
+import contextlib
+import errno
+import itertools
+import os
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final, Protocol
+
+import h11
+
+from pullthrough.config.settings import Endpoint
+from pullthrough.core.errors import UpstreamTimeout, UpstreamUnreachable
+from pullthrough.core.loopguard import CDN_LOOP, LoopGuard
+from pullthrough.net.parent import Parents, Proxy
+from pullthrough.upstream.resolver import AddressRules
+
+CONNECT_S: Final = 10.0
+"""How long the addresses of a name may take together, and then each handshake."""
+NEXT_S: Final = 1.0
+"""How long an address may take before the next one is tried as well (RFC 8305 section 5)."""
+SILENT_S: Final = 60.0
+"""How long the other end may take no byte, and give none, unless the caller says otherwise."""
+_TICK_S: Final = 0.25
+"""How often a connection attempt looks whether it is still wanted: a socket that is connecting cannot be shut down."""
+_READ: Final = 256 << 10
+_UNDER_WAY: Final = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
+
+_Entry = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # which costs no descriptor
+
+
+class Caller:
+    """Who wants a connection, for as long as it does: `stop` may come from any thread, and frees what blocks."""
+
+    def __init__(self) -> None:
+        self._stop = threading.Event()
+        self._sock: socket.socket | None = None
+
+    def stop(self) -> None:
+        """Let what is under way end with UpstreamUnreachable."""
+        self._stop.set()
+        if (sock := self._sock) is not None:
+            with contextlib.suppress(OSError):  # it is not connected yet, or no more
+                # Not the method of a TLS socket, which would have it go on in the clear.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nobody wants it any more."""
+        return self._stop.is_set()
+
+    def pause(self, seconds: float) -> None:
+        """Do nothing for so long. UpstreamUnreachable once stopped."""
+        self._stop.wait(seconds)
+        self.check()
+
+    def watch(self, sock: socket.socket | None) -> None:
+        """Shut this socket down when stopped. UpstreamUnreachable if that has happened."""
+        self._sock = sock
+        self.check()
+
+    def check(self) -> None:
+        """UpstreamUnreachable once stopped."""
+        if self.stopped:
+            raise UpstreamUnreachable("nobody wants it any more")
+
+
+class _Layer(Protocol):
+    """Bytes in and out without blocking: None where that would be needed, and `wants` says for what."""
+
+    wants: int
+
+    def read_into(self, buffer: memoryview) -> int | None: ...
+
+    def write(self, data: memoryview) -> int | None: ...
+
+
+class _Plain:
+    def __init__(self, sock: socket.socket) -> None:
+        self.wants = 0
+        self._sock = sock
+
+    def read_into(self, buffer: memoryview) -> int | None:
+        try:
+            return self._sock.recv_into(buffer)
+        except BlockingIOError:
+            self.wants = selectors.EVENT_READ
+            return None
+
+    def write(self, data: memoryview) -> int | None:
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            self.wants = selectors.EVENT_WRITE
+            return None
+
+
+class _Tls:
+    """TLS on the socket itself."""
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        self.wants = 0
+        self.sock = sock
+
+    def read_into(self, buffer: memoryview) -> int | None:
+        return self._do(lambda: self.sock.recv_into(buffer))
+
+    def write(self, data: memoryview) -> int | None:
+        return self._do(lambda: self.sock.send(data))
+
+    def handshake(self) -> int | None:
+        return self._do(self._handshake)
+
+    def _handshake(self) -> int:
+        self.sock.do_handshake()
+        return 0
+
+    def _do(self, once: Callable[[], int]) -> int | None:
+        try:
+            return once()
+        except ssl.SSLWantReadError:
+            self.wants = selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            self.wants = selectors.EVENT_WRITE
+        return None
+
+
+class _InnerTls:
+    """TLS within the TLS of a parent proxy."""
+
+    def __init__(self, outer: _Layer, context: ssl.SSLContext, host: str) -> None:
+        self.wants = 0
+        self._outer = outer
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self._buffer = memoryview(bytearray(_READ))
+        self._unsent = memoryview(b"")
+
+    def read_into(self, buffer: memoryview) -> int | None:
+        try:
+            return self._do(lambda: self._tls.read(len(buffer), buffer))  # type: ignore[arg-type, return-value]
+        except ssl.SSLZeroReturnError:
+            return 0
+
+    def write(self, data: memoryview) -> int | None:
+        # What was taken is sent before more is taken.
+        return self._do(lambda: self._tls.write(data)) if self._flush() else None
+
+    def handshake(self) -> int | None:
+        return self._do(self._handshake)
+
+    def _handshake(self) -> int:
+        self._tls.do_handshake()
+        return 0
+
+    def _do(self, once: Callable[[], int]) -> int | None:
+        while True:
+            try:
+                result = once()
+            except ssl.SSLWantReadError:
+                if not self._flush():
+                    return None
+                count = self._outer.read_into(self._buffer)
+                if count is None:
+                    self.wants = self._outer.wants
+                    return None
+                if count:
+                    self._incoming.write(self._buffer[:count])
+                else:
+                    self._incoming.write_eof()
+            else:
+                self._flush()
+                return result
+
+    def _flush(self) -> bool:
+        """Send what TLS has to say; False if not all of it could be."""
+        while self._unsent or self._outgoing.pending:
+            self._unsent = self._unsent or memoryview(self._outgoing.read())
+            count = self._outer.write(self._unsent)
+            if count is None:
+                self.wants = self._outer.wants
+                return False
+            self._unsent = self._unsent[count:]
+        return True
+
+    def flush(self) -> int | None:
+        """Send what was written before."""
+        return 0 if self._flush() else None
+
+
+class Dialed:
+    """An open connection. `close` it."""
+
+    def __init__(self, sock: socket.socket, layer: _Layer, proxy: Proxy | None) -> None:
+        self.sock = sock
+        """Of the first leg, to wait on."""
+        self.proxy = proxy
+        """What is asked in absolute form in the server's place; None for the server itself, or a tunnel to it."""
+        self.used = time.monotonic()
+        """When it was last of use."""
+        self._layer = layer
+
+    def take(self, buffer: memoryview) -> int | None:
+        """Read what is there; 0 at the end, None if nothing has come. OSError if the connection fails."""
+        return self._layer.read_into(buffer)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until `take` may have more; False if it has not within the time."""
+        return _wait(self.sock, self._layer.wants or selectors.EVENT_READ, timeout_s)
+
+    def read_into(self, buffer: memoryview, timeout_s: float = SILENT_S) -> int:
+        """Read at least a byte; 0 at the end. OSError if the connection fails, TimeoutError among them."""
+        return _until(self.sock, self._layer, lambda: self._layer.read_into(buffer), timeout_s)
+
+    def read(self) -> bytes:
+        """Return what has come, b"" at the end. UpstreamError if the connection fails."""
+        buffer = bytearray(_READ)
+        with translated():
+            return bytes(memoryview(buffer)[: self.read_into(memoryview(buffer))])
+
+    def write(self, data: bytes) -> None:
+        """Send all of it. UpstreamError if the connection fails."""
+        with translated():
+            _send(self.sock, self._layer, data)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the other end has kept silent: one that has something to say when not asked is of no use."""
+        return not _wait(self.sock, selectors.EVENT_READ, 0.0)
+
+    def close(self) -> None:
+        """Let go of it at once."""
+        self.sock.close()
+
+
+class Dialer:
+    """Opens connections from threads."""
+
+    def __init__(self, context: ssl.SSLContext, rules: AddressRules, parents: Parents, loop: LoopGuard) -> None:
+        """`context` verifies; `rules` say which addresses a name may lead to."""
+        self._context = context
+        self._rules = rules
+        self._parents = parents
+        self._loop = loop
+
+    def dial(self, endpoint: Endpoint, caller: Caller | None = None) -> Dialed:
+        """A connection to the endpoint. UpstreamUnreachable, UpstreamTimeout, or AddressRefused."""
+        proxy = self._parents.of(endpoint.scheme, endpoint.host, endpoint.port)
+        first = Endpoint(proxy.scheme, proxy.host, proxy.port) if proxy is not None else endpoint
+        caller = caller or Caller()
+        sock = self._connect(first.host, first.port, caller)
+        try:
+            caller.watch(sock)
+            with translated(first):
+                layer: _Layer = _Plain(sock)
+                if first.scheme == "https":
+                    sock, layer = self._encrypt(sock, first.host, caller)
+                if proxy is not None and endpoint.scheme == "https":
+                    self._tunnel(sock, layer, endpoint, proxy)
+            if proxy is not None and endpoint.scheme == "https":
+                with translated(endpoint):
+                    if first.scheme == "https":
+                        inner = _InnerTls(layer, self._context, endpoint.host)
+                        _until(sock, inner, inner.handshake, CONNECT_S)
+                        layer = inner
+                    else:
+                        sock, layer = self._encrypt(sock, endpoint.host, caller)
+                proxy = None
+        except BaseException:
+            sock.close()
+            raise
+        return Dialed(sock, layer, proxy)
+
+    def _connect(self, host: str, port: int, caller: Caller) -> socket.socket:
+        """A socket that is connected to one of the name's addresses; each is given a second before the next joins."""
+        try:
+            entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise UpstreamUnreachable(f"{host}: name resolution failed: {error}") from None
+        self._rules.check(host, port, [str(entry[4][0]) for entry in entries])
+        found = _alternating(entries)
+        problem: OSError | None = None
+        now = time.monotonic()
+        end, next_at = now + CONNECT_S, now
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as losers:
+            while now < end and (found or selector.get_map()):
+                caller.check()
+                if found and (now >= next_at or not selector.get_map()):
+                    family, kind, protocol, _, address = found.pop(0)
+                    next_at = now + NEXT_S
+                    try:
+                        sock = losers.enter_context(socket.socket(family, kind, protocol))
+                        sock.setblocking(False)
+                        if (number := sock.connect_ex(address)) not in _UNDER_WAY:
+                            raise OSError(number, os.strerror(number))
+                        selector.register(sock, selectors.EVENT_WRITE)
+                    except OSError as error:
+                        problem = error
+                for key, _ in selector.select(min(_TICK_S, end - now)):
+                    assert isinstance(key.fileobj, socket.socket)
+                    sock = key.fileobj
+                    if (number := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) == 0:
+                        winner = socket.socket(fileno=sock.detach())
+                        winner.setblocking(False)
+                        winner.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                        return winner
+                    problem = OSError(number, os.strerror(number))
+                    selector.unregister(sock)
+                    next_at = now
+                now = time.monotonic()
+        raise UpstreamUnreachable(f"{host}:{port}: {problem or 'no connection in time'}")
+
+    def _encrypt(self, sock: socket.socket, host: str, caller: Caller) -> tuple[ssl.SSLSocket, _Tls]:
+        tls = _Tls(self._context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False))
+        try:
+            caller.watch(tls.sock)
+            _until(tls.sock, tls, tls.handshake, CONNECT_S)
+        except BaseException:
+            tls.sock.close()  # the socket that was wrapped is detached
+            raise
+        return tls.sock, tls
+
+    def _tunnel(self, sock: socket.socket, layer: _Layer, endpoint: Endpoint, proxy: Proxy) -> None:
+        connection = h11.Connection(h11.CLIENT)
+        fields = [("Host", endpoint.authority), (CDN_LOOP, self._loop.identifier), *proxy.fields.items()]
+        _send(sock, layer, connection.send(h11.Request(method="CONNECT", target=endpoint.authority, headers=fields)))
+        _send(sock, layer, connection.send(h11.EndOfMessage()))
+        # Byte by byte: what follows the head is the server's.
+        byte = memoryview(bytearray(1))
+        while (event := connection.next_event()) is h11.NEED_DATA or isinstance(event, h11.InformationalResponse):
+            if event is h11.NEED_DATA:
+                count = _until(sock, layer, lambda: layer.read_into(byte), CONNECT_S)
+                connection.receive_data(bytes(byte[:count]))
+        status = event.status_code if isinstance(event, h11.Response) else 0
+        if not 200 <= status < 300:
+            raise UpstreamUnreachable(f"parent proxy {proxy.origin} answered {status or 'nothing'}")
+
+
+@contextlib.contextmanager
+def translated(endpoint: Endpoint | None = None) -> Iterator[None]:
+    """What the network and the peer do, as errors of ours; without the bytes that they sent."""
+    where = f"{endpoint.host}:{endpoint.port}: " if endpoint is not None else ""
+    try:
+        yield
+    except TimeoutError:
+        raise UpstreamTimeout(f"{where}no answer in time") from None
+    except h11.RemoteProtocolError:
+        raise UpstreamUnreachable(f"{where}the answer is no HTTP/1.1") from None
+    except (OSError, ValueError) as error:
+        raise UpstreamUnreachable(f"{where}{error}") from None
+
+
+def _until(sock: socket.socket, layer: _Layer, once: Callable[[], int | None], timeout_s: float) -> int:
+    """What `once` returns when it need not wait any more; TimeoutError if nothing happens for that long."""
+    while (result := once()) is None:
+        if not _wait(sock, layer.wants, timeout_s):
+            raise TimeoutError
+    return result
+
+
+def _send(sock: socket.socket, layer: _Layer, data: bytes | None) -> None:
+    view = memoryview(data or b"")
+    while view:
+        view = view[_until(sock, layer, partial(layer.write, view), SILENT_S) :]
+    if isinstance(layer, _InnerTls):
+        _until(sock, layer, layer.flush, SILENT_S)
+
+
+def _alternating(entries: Sequence[_Entry]) -> list[_Entry]:
+    """The addresses as they were found, the families in turns (RFC 8305 section 4)."""
+    first = [entry for entry in entries if entry[0] == entries[0][0]]
+    others = [entry for entry in entries if entry[0] != entries[0][0]]
+    return [entry for pair in itertools.zip_longest(first, others) for entry in pair if entry is not None]
+
+
+def _wait(sock: socket.socket, events: int, timeout_s: float) -> bool:
+    with _Selector() as selector:
+        selector.register(sock, events)
+        return bool(selector.select(timeout_s))

@@ -1,0 +1,120 @@
+"""Who answers in a registry's place, and what was seen of it last: a captive portal, a web filter, a gateway.
+
+Invariant: an answer that is handed on by `judged` has the shape of a registry's. What is remembered and logged is a
+status, a media type and a length, and nothing of a page's text. Knows no connection and no blob.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Final
+
+from multidict import CIMultiDict
+from yarl import URL
+
+from pullthrough.core.errors import Disagreement, NotTheRegistry
+from pullthrough.upstream.datastream import Errors, join
+from pullthrough.upstream.refusals import described, is_page, is_refusal
+
+_log = logging.getLogger(__name__)
+
+REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+HEAD_UNKNOWN: Final = frozenset({405, 501})
+"""What a server says to HEAD that answers GET."""
+TOO_MANY_REQUESTS: Final = 429
+_NOT_IMPLEMENTED: Final = 501
+LOGGED_S: Final = 600.0
+"""How often a line is logged of the same kind of trouble."""
+KINDS: Final = 256
+"""Of how many kinds it is remembered when that was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A control-plane response, its body decoded and its fields clean."""
+
+    status: int
+    headers: CIMultiDict[str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Something that answered in a registry's place."""
+
+    when: float
+    """Unix seconds."""
+    what: str
+    """Status and type, or what did not agree."""
+
+
+class Impostors:
+    """What answered last in the place of each registry, until the registry itself does."""
+
+    def __init__(self, registries: Collection[str], errors: Errors) -> None:
+        self.seen: dict[str, Trouble] = {}
+        """By the registry's name."""
+        self._registries = registries
+        self._errors = errors
+        self._logged: dict[tuple[str, str], float] = {}
+
+    @property
+    def told(self) -> list[str]:
+        """A line for each registry, for people."""
+        return [f"something else answers in the place of {host}: {trouble.what}" for host, trouble in self.seen.items()]
+
+    def judged(self, host: str, response: Response, *, head: bool = False) -> Response:
+        """The response, if it is the registry's own word. NotTheRegistry otherwise.
+
+        429 and 5xx mean the same whoever says them: not now. What comes with them is the registry's or is left out.
+        What a HEAD gets instead of a registry's yes or no is not remembered: a GET will tell.
+        """
+        status, fields = response.status, response.headers
+        if status >= 400 and not is_refusal(status, fields, response.body, head=head):
+            what = described(status, fields)
+            waits = status == TOO_MANY_REQUESTS or status >= 500
+            if head and (not waits or status == _NOT_IMPLEMENTED):
+                raise NotTheRegistry(f"expected an answer of {host} to HEAD, got {what}")
+            if not waits:
+                raise self.displaced(host, what)
+            self._remember(host, what)
+            fields.pop("Content-Type", None)
+            return replace(response, body=b"")
+        leaves = status in REDIRECTS and not self._stays(host, fields.get("Location", ""))
+        if is_page(fields) or (leaves and not head):
+            raise self.displaced(host, described(status, fields))
+        self.seen.pop(host, None)
+        return response
+
+    def displaced(self, host: str, what: str) -> NotTheRegistry:
+        """Return the error for an answer that is not the registry's, once it is remembered and counted."""
+        self._remember(host, what)
+        self._errors[NotTheRegistry] += 1
+        return NotTheRegistry(f"something else answered in the place of {host}: {what}")
+
+    def disagreeing(self, host: str, what: str, detail: str) -> Disagreement:
+        """Return the error for an answer that is not the blob as far as it is known, once it is remembered and counted.
+
+        `what` is the kind of it, which is remembered; `detail` is for this one message.
+        """
+        self._remember(host, what)
+        self._errors[Disagreement] += 1
+        return Disagreement(f"what {host} answers does not agree with what is known of the blob: {what}, {detail}")
+
+    def _remember(self, host: str, what: str) -> None:
+        now = time.time()
+        self.seen[host] = Trouble(now, what)
+        logged = self._logged.pop((host, what), -math.inf)
+        is_new = not 0 <= now - logged < LOGGED_S
+        self._logged[host, what] = now if is_new else logged
+        if len(self._logged) > KINDS:
+            del self._logged[next(iter(self._logged))]
+        if is_new:
+            _log.warning("%s: something else answered in the registry's place (%s); it proves nothing", host, what)
+
+    def _stays(self, host: str, location: str) -> bool:
+        """Whether a redirect leads to the registry again, or to another one that is configured."""
+        there = URL(join(f"https://{host}", location), encoded=True)
+        return there.scheme == "https" and there.host in (host, *self._registries)

@@ -1,0 +1,71 @@
+"""Names into addresses, for our own HTTP clients: none that they must not connect to.
+
+Invariant: a name is resolved only to addresses that the policy lets through, all of them or none. Knows no request.
+"""
+
+import socket
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from pullthrough.net.tunnel import LegPolicy, check_elsewhere
+
+
+@dataclass
+class Named:
+    """What the option `upstream` names, and by which addresses that was found: a parent cache redirects to its own."""
+
+    endpoints: set[tuple[str, int]]
+    addresses: set[tuple[str, int]] = field(default_factory=set)
+
+
+class AddressRules:
+    """Which addresses a name may lead to."""
+
+    def __init__(
+        self,
+        policy: LegPolicy,
+        intercepted: Collection[str],
+        own: Callable[[], Collection[str]],
+        own_ports: Callable[[], Collection[int]],
+        named: Named,
+        near: Collection[tuple[str, int]] = (),
+    ) -> None:
+        """`near` are (host, port) of the fleet's own, of any address; it may grow."""
+        self._policy = policy
+        self._intercepted = intercepted
+        self._own = own
+        self._own_ports = own_ports
+        self._named = named
+        self._near = near
+
+    def check(self, host: str, port: int, addresses: Sequence[str]) -> None:
+        """AddressRefused if the name has led to an address that we never connect to. From any thread."""
+        if (host, port) in self._named.addresses:
+            return
+        if not self._policy.is_exempt(host, port) and (host, port) not in self._near:
+            self._policy.judge(addresses, own=self._own())
+        elif host in self._intercepted and port in self._own_ports():
+            check_elsewhere(host, addresses, own=self._own())
+        if (host, port) in self._named.endpoints:
+            self._named.addresses.update([(address, port) for address in addresses])
+
+
+class CheckedResolver(AbstractResolver):
+    """Resolves names, and refuses those that lead to addresses we never connect to."""
+
+    def __init__(self, rules: AddressRules) -> None:
+        self._rules = rules
+        self._resolver = aiohttp.ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        results = await self._resolver.resolve(host, port, family)
+        self._rules.check(host, port, [result["host"] for result in results])
+        return results
+
+    async def close(self) -> None:
+        await self._resolver.close()

@@ -1,0 +1,390 @@
+"""cli: what each verb says and exits with, and that it writes nowhere else.
+
+The verbs run in this process, by typer's runner; that the console script exists is for test_packaging to tell.
+"""
+
+import os
+import re
+import shutil
+import ssl
+import stat
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from mitmproxy.certs import CertStore
+from typer.testing import CliRunner
+
+import pullthrough
+from pullthrough.cli import app as cli
+from pullthrough.config import places
+from pullthrough.config.settings import R2_HOST
+from pullthrough.pki.ca import CERTIFICATE_NAME, DER_NAME, KEY_NAME, Authority
+
+FILES = {CERTIFICATE_NAME, DER_NAME, KEY_NAME}
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command in an empty folder, in an empty home, with no settings but those in `env`."""
+    for name in os.environ:
+        if re.match(r"(?i)ollama|xdg_", name):
+            monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    monkeypatch.chdir(tmp_path / "work")
+
+    def invoke(*arguments: str, env: dict[str, str] | None = None) -> Result:
+        return CliRunner().invoke(cli.app, arguments, env=env)
+
+    return invoke
+
+
+def tree(folder: Path) -> set[str]:
+    """Every file under the folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def refusal(result: Result) -> str:
+    """The one line of a verb that could not do what it says: exit code 1, nothing on standard output."""
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("ollama-cache: ")
+    assert result.stderr.endswith("\n")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("ollama-cache: ").removesuffix("\n")
+
+
+def certificate(folder: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((folder / CERTIFICATE_NAME).read_bytes())
+
+
+# --- help and what is no command
+
+
+def test_help(run: Run) -> None:
+    """Every verb with what it does."""
+    result = run("--help")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "A pull-through cache for the Ollama registry." in result.stdout
+    assert re.search(r"^ *run +Run the cache", result.stdout, re.MULTILINE)
+    assert re.search(r"^ *ca +Make the certificate authority", result.stdout, re.MULTILINE)
+
+
+def test_help_of_ca(run: Run, tmp_path: Path) -> None:
+    """The option that names the folder; nothing is made by asking."""
+    result = run("ca", "--help")
+    assert result.exit_code == 0
+    assert re.search(r"--certs .*as the option ollama_cache_certs", result.stdout)
+    assert tree(tmp_path) == set()
+
+
+def test_no_arguments(run: Run) -> None:
+    """The help, where usage errors go."""
+    result = run()
+    assert result.exit_code == 2
+    assert "A pull-through cache for the Ollama registry." in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["delete"], "No such command 'delete'", id="unknown verb"),
+        pytest.param(["--verbose"], "No such option: --verbose", id="unknown option"),
+        pytest.param(["ca", "--cert", "x"], "No such option: --cert", id="unknown option of a verb"),
+        pytest.param(["ca", "--certs"], "Option '--certs' requires an argument", id="option without its value"),
+        pytest.param(["ca", "here"], "No such command 'here'", id="argument too many"),
+    ],
+)
+def test_bad_usage(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    """Exit code 2, as of any program; said on standard error, nothing done."""
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert tree(tmp_path) == set()
+
+
+# --- ca
+
+
+def test_ca_makes_an_authority_and_shows_it(run: Run, tmp_path: Path) -> None:
+    """Where the two files are, what it signs and until when; and nothing else is written."""
+    folder = tmp_path / "certs"
+    result = run("ca", "--certs", str(folder))
+    made = certificate(folder)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert lines.pop(2).startswith("SHA-256 fingerprint  ")
+    assert lines == [
+        f"certificate (PEM)    {folder / CERTIFICATE_NAME}",
+        f"certificate (DER)    {folder / DER_NAME}",
+        f"signs only           registry.ollama.ai, {R2_HOST} (and names below them)",
+        f"valid until          {made.not_valid_after_utc:%Y-%m-%d}",
+    ]
+    assert tree(tmp_path) == {f"certs/{name}" for name in FILES}
+    assert x509.load_der_x509_certificate((folder / DER_NAME).read_bytes()) == made
+    if os.name == "posix":
+        assert stat.S_IMODE((folder / KEY_NAME).stat().st_mode) == 0o600
+    ssl.create_default_context(cafile=folder / CERTIFICATE_NAME)
+
+
+def test_ca_shows_the_fingerprint(run: Run, tmp_path: Path) -> None:
+    """SHA-256 of the certificate, as OpenSSL and browsers show it: 32 bytes in capitals, colons between them."""
+    numbers = iter(range(1000))
+    while True:
+        folder = tmp_path / f"certs{next(numbers)}"
+        authority = Authority.load_or_create(folder, ["registry.ollama.ai", R2_HOST], now=datetime.now(UTC))
+        if not {"AB", "CD"} & set(authority.fingerprint.split(":")):  # which rich would draw as pictures
+            break
+    fingerprint = certificate(folder).fingerprint(hashes.SHA256()).hex(":").upper()
+    assert re.fullmatch(r"[0-9A-F]{2}(:[0-9A-F]{2}){31}", fingerprint)
+    result = run("ca", "--certs", str(folder))
+    assert f"SHA-256 fingerprint  {fingerprint}" in result.stdout.splitlines()
+
+
+def test_ca_shows_the_one_there_is(run: Run, tmp_path: Path) -> None:
+    """A second time nothing is made: the same words, the same bytes."""
+    first = run("ca", "--certs", "certs")
+    folder = tmp_path / "work" / "certs"
+    before = {name: (folder / name).read_bytes() for name in FILES}
+    second = run("ca", "--certs", "certs")
+    assert (second.exit_code, second.stdout) == (0, first.stdout)
+    assert {name: (folder / name).read_bytes() for name in FILES} == before
+
+
+def test_ca_does_not_print_its_key(run: Run, tmp_path: Path) -> None:
+    """Neither the key nor a piece of it."""
+    result = run("ca", "--certs", str(tmp_path / "certs"))
+    lines = (tmp_path / "certs" / KEY_NAME).read_text().splitlines()
+    assert "PRIVATE KEY" in lines[0]
+    assert not any(line in result.output for line in lines if len(line) > 20)
+
+
+def test_ca_obeys_the_environment(run: Run, tmp_path: Path) -> None:
+    """The folder and the names, as the addon reads them."""
+    env = {
+        "OLLAMA_CACHE_CERTS": str(tmp_path / "from environment"),
+        "OLLAMA_CACHE_REGISTRIES": "registry.ollama.ai,hub.example",
+        "OLLAMA_CACHE_BLOB_HOST": "blobs.example",
+    }
+    result = run("ca", env=env)
+    assert result.exit_code == 0, result.output
+    assert "signs only           registry.ollama.ai, hub.example, blobs.example (and" in result.stdout
+    assert tree(tmp_path) == {f"from environment/{name}" for name in FILES}
+
+
+def test_ca_prefers_the_option(run: Run, tmp_path: Path) -> None:
+    """What is typed counts, not what the environment says."""
+    result = run("ca", "--certs", str(tmp_path / "typed"), env={"OLLAMA_CACHE_CERTS": str(tmp_path / "environment")})
+    assert result.exit_code == 0
+    assert tree(tmp_path) == {f"typed/{name}" for name in FILES}
+
+
+def test_ca_without_any_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The place that the platform has for it; the store is not touched."""
+    monkeypatch.setattr(places, "default_certs", lambda: tmp_path / "home" / "configuration")
+    monkeypatch.setattr(places, "default_store", lambda: tmp_path / "home" / "data")
+    assert run("ca").exit_code == 0
+    assert tree(tmp_path) == {f"home/configuration/{name}" for name in FILES}
+
+
+def test_ca_in_a_home(run: Run, tmp_path: Path) -> None:
+    """A tilde is the user's home, also where no shell has seen it."""
+    assert run("ca", env={"OLLAMA_CACHE_CERTS": "~/certs"}).exit_code == 0
+    assert tree(tmp_path) == {f"home/certs/{name}" for name in FILES}
+
+
+def test_ca_is_not_wrapped(run: Run, tmp_path: Path) -> None:
+    """A long path stays on its line, to be copied, however narrow the terminal."""
+    folder = tmp_path / ("deep " * 20).strip() / "x" / "certs"
+    result = run("ca", "--certs", str(folder), env={"COLUMNS": "40"})
+    assert result.exit_code == 0
+    assert f"certificate (PEM)    {folder / CERTIFICATE_NAME}" in result.stdout.splitlines()
+
+
+def unconstrained(folder: Path) -> str:
+    """mitmproxy's own kind of CA, which may sign anything, under our file names."""
+    CertStore.create_store(folder / "mitmproxy", "mitmproxy", 2048)
+    key = (folder / "mitmproxy" / "mitmproxy-ca.pem").read_bytes()
+    shutil.copy(folder / "mitmproxy" / "mitmproxy-ca-cert.pem", folder / CERTIFICATE_NAME)
+    shutil.rmtree(folder / "mitmproxy")
+    write_key(folder, key)
+    return "expected"
+
+
+def unconstrained_ec(folder: Path) -> str:
+    """Like ours to the last field, but for the name constraints."""
+    authority = Authority.load_or_create(folder, ["registry.ollama.ai"], now=datetime.now(UTC))
+    found = authority.certificate
+    key = serialization.load_pem_private_key((folder / KEY_NAME).read_bytes(), None)
+    builder = x509.CertificateBuilder(found.issuer, found.subject, found.public_key(), found.serial_number)
+    builder = builder.not_valid_before(found.not_valid_before_utc).not_valid_after(found.not_valid_after_utc)
+    for extension in found.extensions:
+        if not isinstance(extension.value, x509.NameConstraints):
+            builder = builder.add_extension(extension.value, extension.critical)
+    signed = builder.sign(key, hashes.SHA256())  # type: ignore[arg-type]  # the key is EC
+    (folder / CERTIFICATE_NAME).write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    return "with name constraints that permit everything"
+
+
+def expired(folder: Path) -> str:
+    Authority.load_or_create(folder, ["registry.ollama.ai", R2_HOST], now=datetime.now(UTC) - timedelta(days=4000))
+    return "expected a CA that is valid at "
+
+
+def other_names(folder: Path) -> str:
+    Authority.load_or_create(folder, ["registry.ollama.ai"], now=datetime.now(UTC))
+    return f"expected a CA that permits {R2_HOST}, got one that permits registry.ollama.ai"
+
+
+def no_key(folder: Path) -> str:
+    other_names(folder)
+    (folder / KEY_NAME).unlink()
+    return "expected the private key of the CA"
+
+
+def open_key(folder: Path) -> str:
+    other_names(folder)
+    (folder / KEY_NAME).chmod(0o644)
+    return "expected mode 0600"
+
+
+def noise(folder: Path) -> str:
+    write_key(folder, os.urandom(100))
+    return "expected the private key of the CA"
+
+
+def write_key(folder: Path, content: bytes) -> None:
+    (folder / KEY_NAME).touch(mode=0o600)
+    (folder / KEY_NAME).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        unconstrained,
+        unconstrained_ec,
+        expired,
+        other_names,
+        no_key,
+        pytest.param(
+            open_key, marks=pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX"), id="open_key"
+        ),
+        noise,
+    ],
+)
+def test_ca_refuses_what_it_finds(run: Run, tmp_path: Path, prepare: Callable[[Path], str]) -> None:
+    """One line that says expected and got, and of which file; what is there stays as it is."""
+    folder = tmp_path / "certs"
+    folder.mkdir()
+    expected = prepare(folder)
+    before = {name: (folder / name).read_bytes() for name in tree(folder)}
+    message = refusal(run("ca", "--certs", str(folder)))
+    assert message.startswith(str(folder))
+    assert expected in message
+    assert re.search(", got:? ", message)
+    after = {name: (folder / name).read_bytes() for name in tree(folder)}
+    after.pop(DER_NAME, None)  # a copy for Windows, made of any CA that is bound like ours
+    before.pop(DER_NAME, None)
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("certs", "expected"),
+    [
+        pytest.param("file", "expected a folder to make a CA in, got", id="a file"),
+        pytest.param("file/below", "expected a folder to make a CA in, got", id="below a file"),
+        pytest.param(" ", "option ollama_cache_certs: expected a folder, got ' '", id="blank"),
+    ],
+)
+def test_ca_without_a_usable_folder(run: Run, tmp_path: Path, certs: str, expected: str) -> None:
+    """Nothing is made anywhere else instead."""
+    (tmp_path / "work" / "file").write_text("")
+    assert expected in refusal(run("ca", "--certs", certs))
+    assert tree(tmp_path) == {"work/file"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("REGISTRIES", "10.0.0.1", "option ollama_cache_registries: expected a host name, not an address"),
+        ("BLOB_HOST", "registry.ollama.ai", "option ollama_cache_blob_host: expected a host other than the registries"),
+        ("FINISH", "later", "option ollama_cache_finish: expected auto or always or never, got 'later'"),
+        ("LOG_LEVEL", "[red]loud[/red]", "expected debug, info, warning or error, got '[red]loud[/red]'"),
+    ],
+)
+def test_ca_holds_the_environment_to_its_grammar(run: Run, tmp_path: Path, name: str, value: str, message: str) -> None:
+    """A bad option stops it as it stops the cache, before anything is made."""
+    env = {f"OLLAMA_CACHE_{name}": value, "OLLAMA_CACHE_CERTS": str(tmp_path / "certs")}
+    assert message in refusal(run("ca", env=env))
+    assert tree(tmp_path) == set()
+
+
+# --- run
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """What would have replaced this process."""
+    calls: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: calls.append((program, arguments)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param([], id="none"),
+        pytest.param(["--set", "ollama_cache_dir=/srv", "-p", "9200"], id="options of mitmdump"),
+        pytest.param(["-v", "--listen-host", "::1"], id="an option of ours by its look"),
+        pytest.param(["--help"], id="help is mitmdump's"),
+        pytest.param(["--certs", "x"], id="an option of another verb"),
+        pytest.param(["~d example.com"], id="a filter"),
+    ],
+)
+def test_run_becomes_mitmdump(
+    run: Run, tmp_path: Path, executed: list[tuple[str, list[str]]], arguments: list[str]
+) -> None:
+    """With the script, and everything behind the verb, in order."""
+    assert run("run", *arguments).exit_code == 0
+    script = Path(pullthrough.__file__).parents[1] / "ollama_cache.py"
+    ((program, command),) = executed
+    assert command == [program, "-s", str(script), *arguments]
+    assert script.is_file()
+    assert tree(tmp_path) == set()
+
+
+def test_run_takes_the_mitmdump_beside_its_python(
+    run: Run, tmp_path: Path, executed: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is installed with it, not whichever PATH finds; that one only where it has none."""
+    name = "mitmdump.exe" if sys.platform == "win32" else "mitmdump"
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setattr(shutil, "which", lambda program: f"/elsewhere/{program}")
+    run("run")
+    (tmp_path / "bin" / name).touch()
+    run("run")
+    assert [program for program, _ in executed] == ["/elsewhere/mitmdump", str(tmp_path / "bin" / name)]
+
+
+def test_run_without_mitmdump(
+    run: Run, tmp_path: Path, executed: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says where it looked and what to install."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    expected = "expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2.3,<13"
+    assert refusal(run("run")) == expected
+    assert executed == []

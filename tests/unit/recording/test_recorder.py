@@ -1,0 +1,96 @@
+"""recorder: who is done with a recording that others have begun."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from pullthrough.config.settings import Finish
+from pullthrough.core.digest import Digest
+from pullthrough.library.keeper import Keeper
+from pullthrough.recording.budget import Budget
+from pullthrough.recording.recorder import Recorder
+from pullthrough.recording.workroom import Workroom
+from pullthrough.runtime.threads import Threads
+from pullthrough.store.store import Store
+from pullthrough.upstream.datastream import DataStream, Errors, LoopStream, Source
+from pullthrough.upstream.upstream import Upstream
+
+DATA = bytes(range(256)) * 16384  # 4 MiB
+DIGEST = Digest(sha256(DATA).hexdigest())
+
+
+class FakeUpstream:
+    """Serves DATA by ranges."""
+
+    def __init__(self) -> None:
+        self.slots = asyncio.Semaphore(16)
+
+    def slot(self, _: Source) -> asyncio.Semaphore:
+        return self.slots
+
+    async def open_range(self, source: Source, start: int, stop: int, **_: Any) -> DataStream:
+        stop = min(stop, len(DATA))
+        content = asyncio.StreamReader(limit=1 << 20)
+        content.feed_data(DATA[start:stop])
+        content.feed_eof()
+
+        async def readany() -> bytes:
+            return await content.read(1 << 20)
+
+        body = SimpleNamespace(readany=readany, read_nowait=lambda: b"")
+        response = SimpleNamespace(status=206, headers={"ETag": '"1"'}, content=body, close=lambda: None)
+        extent = SimpleNamespace(start=start, stop=stop, length=len(DATA))
+        return LoopStream(cast(Any, response), cast(Any, extent), Errors(), source)
+
+
+async def obtain() -> Source:
+    return Source("https://r2.example/blob")
+
+
+def play(folder: Path, scenario: Callable[[Store, Recorder], Coroutine[Any, Any, None]]) -> None:
+    """Run the scenario on a store of its own."""
+    store, threads = Store.open(folder / "store"), Threads()
+
+    async def run() -> None:
+        keeper = Keeper(store, threads, max_size=None, min_free=0)
+        upstream = cast(Upstream, FakeUpstream())
+        recorder = Recorder(Workroom(store, keeper, upstream, threads, 4, Finish.AUTO, Budget(None)))
+        try:
+            await scenario(store, recorder)
+        finally:
+            await recorder.close()
+
+    try:
+        asyncio.run(run())
+    finally:
+        threads.close()
+        store.close()
+
+
+def test_what_is_wanted_is_recorded_whole_whoever_began(tmp_path: Path) -> None:
+    """A client has only asked for the head when `warm` or a refresh asks for all of it."""
+
+    async def scenario(store: Store, recorder: Recorder) -> None:
+        begun = recorder.open(DIGEST, obtain=obtain)
+        assert await begun.ready() == len(DATA)
+        wanted = recorder.open(DIGEST, obtain=obtain, wanted=True)
+        assert wanted is begun
+        await asyncio.wait_for(wanted.over.wait(), 10)
+        assert store.held(DIGEST) is not None
+
+    play(tmp_path, scenario)
+
+
+def test_what_is_wanted_while_it_begins(tmp_path: Path) -> None:
+    """Before upstream has told the size."""
+
+    async def scenario(store: Store, recorder: Recorder) -> None:
+        begun = recorder.open(DIGEST, obtain=obtain)
+        recorder.open(DIGEST, obtain=obtain, wanted=True)
+        await asyncio.wait_for(begun.over.wait(), 10)
+        assert store.held(DIGEST) is not None
+
+    play(tmp_path, scenario)
