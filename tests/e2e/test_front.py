@@ -268,7 +268,7 @@ def test_capabilities(origin: Origin, proxy: Proxy) -> None:
 
 
 def test_a_private_model_stays_private(origin: Origin, proxy: Proxy, tmp_path: Path) -> None:
-    """It is in the store, and the caller's token is good: nothing of it is given on this port, and no challenge."""
+    """It is in the store, and the caller's token is good: this port gives words, and no challenge."""
     model = add_model(origin, unique(2 * MB), private=True)
     client = A2Client(proxy.url, proxy.ca_file, tmp_path / "client", **PARTS)
     client.pull(model.name)
@@ -284,8 +284,9 @@ def test_a_private_model_stays_private(origin: Origin, proxy: Proxy, tmp_path: P
         for target in (model.manifest_target, model.blob_target, f"/v2/{model.repository}/chunksums/{digest}"):
             for fields in ({}, {"Authorization": token}, {"Authorization": token, "Range": "bytes=0-9"}):
                 status, headers, body = get(connection, target, **fields)
-                assert status == 401
+                assert status == 403
                 assert "www-authenticate" not in headers
+                assert (b"is private" in body) == (target == model.manifest_target)
                 assert len(body) < 1000
     assert not any("authorization" in request.headers for request in origin.counters.requests)
 
