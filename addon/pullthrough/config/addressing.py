@@ -20,12 +20,13 @@ def parse_host(text: str) -> str:
         for label in labels
     ):
         raise ValueError("a host name")
-    if _is_address(host):
+    if is_address(host):
         raise ValueError("a host name, not an address (the CA signs names only)")
     return host
 
 
-def _is_address(text: str) -> bool:
+def is_address(text: str) -> bool:
+    """Whether the text is an IP address."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
@@ -76,7 +77,7 @@ def parse_listen(text: str) -> tuple[tuple[str, int], ...]:
         if not (split.hostname or part.startswith(":")) or split.netloc != part or "@" in part or not split.port:
             raise ValueError("off or [host]:port[,[host]:port], with an IPv6 address in brackets")
         host = split.hostname or ""
-        result.append((host if not host or _is_address(host) else parse_host(host), split.port))
+        result.append((host if not host or is_address(host) else parse_host(host), split.port))
     return tuple(dict.fromkeys(result))
 
 
@@ -88,7 +89,7 @@ def parse_advertise(text: str) -> Endpoint | None:
     plain = split.scheme == "http" and split.path in ("", "/") and not split.query and not split.fragment
     if not plain or not split.hostname or "@" in split.netloc or split.port == 0:
         raise ValueError("host, host:port or http://host[:port], with an IPv6 address in brackets")
-    host = split.hostname if _is_address(split.hostname) else parse_host(split.hostname)
+    host = split.hostname if is_address(split.hostname) else parse_host(split.hostname)
     return Endpoint("http", host, split.port or (80 if "://" in text else 0))
 
 

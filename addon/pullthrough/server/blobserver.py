@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from pullthrough.config.addressing import is_address
 from pullthrough.config.settings import PREFIX, Endpoint, Settings
 from pullthrough.core.cachestatus import CACHE_NAME, CacheStatus, Outcome
 from pullthrough.core.errors import SettingsError
@@ -253,13 +254,7 @@ def is_name(authority: str) -> bool:
         host = urlsplit(f"//{authority}").hostname
     except ValueError:
         return False
-    if not host:
-        return False
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return True
-    return False
+    return bool(host) and not is_address(host or "")
 
 
 def _authority(host: str, port: int) -> str:

@@ -7,7 +7,6 @@ credentials stay in memory and out of every message. Knows neither the store nor
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import secrets
 import ssl
@@ -21,6 +20,7 @@ import aiohttp
 import certifi
 from yarl import URL
 
+from pullthrough.config.addressing import is_address
 from pullthrough.config.settings import Endpoint, Settings
 from pullthrough.core.byterange import format_range
 from pullthrough.core.digest import Digest
@@ -331,7 +331,7 @@ class Upstream:
             return url
         if parsed.scheme != "https":
             raise AddressRefused(f"expected an https address, got {parsed.scheme}://{host}")
-        if _is_address(host):
+        if is_address(host):
             check_address(host, own=self._own())
         elif self._parents.of(parsed.scheme, host, port):
             check_remote(host)
@@ -396,11 +396,3 @@ def _closing_on_error(response: aiohttp.ClientResponse | DataResponse) -> Iterat
     except BaseException:
         response.close()
         raise
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
