@@ -9,7 +9,6 @@ import gc
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -59,6 +58,7 @@ from pullthrough.recording.workroom import Workroom
 from pullthrough.registry.registry import Registry
 from pullthrough.runtime import platform
 from pullthrough.runtime.looplag import LoopLag
+from pullthrough.runtime.tempfolder import TemporaryFolder
 from pullthrough.runtime.threads import Threads
 from pullthrough.server import clientpages
 from pullthrough.server.blobserver import BlobServer
@@ -107,7 +107,7 @@ class OllamaCache:
         self._store: Store | None = None
         self._authorities: Authorities | None = None
         self._leaves: list[Leaf] = []
-        self._confdir: tempfile.TemporaryDirectory[str] | None = None
+        self._confdir: TemporaryFolder | None = None
         self._parents = Parents()
         self._upstream: Upstream | None = None
         self._threads: Threads | None = None
@@ -179,7 +179,7 @@ class OllamaCache:
             ) from error
         if settings.object_store is not None and settings.fleet_secret_file is not None:
             self._fleet = ObjectStore(settings.object_store), load_secret(settings.fleet_secret_file)
-        self._confdir = platform.temporary_folder()
+        self._confdir = TemporaryFolder()
         self._store = Store.open(settings.dir)
         self._vitals = Vitals(settings.dir, self._certificates)
         # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.

@@ -26,7 +26,7 @@ CONNECT = f"CONNECT {REGISTRY}:443 HTTP/1.1\r\nHost: {REGISTRY}:443\r\n\r\n".enc
 FLOOD = b"X" * 65536
 RECORD = b"\x16\x03\x01\x40\x00"
 """The head of a TLS record of 16 KiB, of a handshake."""
-SHORT = "import pullthrough.intake\npullthrough.intake.HEAD_S = 0.5\npullthrough.intake.IDLE_S = 2.0"
+SHORT = "from pullthrough.proxy import intake\nintake.HEAD_S = 0.5\nintake.IDLE_S = 2.0"
 
 
 def dial(proxy: Proxy, source: str = "127.0.0.1") -> socket.socket:
@@ -179,7 +179,7 @@ def test_waiting_is_free_between_requests(hasty: Proxy) -> None:
 
 def test_places_are_bounded(start_proxy: Callable[..., Proxy], origin: Origin, tmp_path: Path) -> None:
     """Where all places are taken by those who say nothing, the newcomer gets one of them."""
-    few = "import pullthrough.connlimit\npullthrough.connlimit.most_connections = lambda _: 24"
+    few = "from pullthrough.net import connlimit\nconnlimit.most_connections = lambda _: 24"
     proxy = start_proxy(program=patched(tmp_path, few))
     model = add_model(origin, unique(4 * MB))
     with contextlib.ExitStack() as stack:
@@ -257,12 +257,12 @@ def test_the_clock_is_set(start_proxy: Callable[..., Proxy], origin: Origin, tmp
 
 
 BROKEN: dict[str, tuple[str, int]] = {
-    "the way": ("from pullthrough.flows import Flows\nFlows._check_way = RAISE", 502),
-    "the names": ("from pullthrough.flows import Flows\nFlows._may_answer = RAISE", 502),
-    "the answer": ("from pullthrough.registry import Registry\nRegistry.answer = RAISE", 502),
-    "passing on": ("from pullthrough.gate import Gate\nGate.pass_on = RAISE", 502),
+    "the way": ("from pullthrough.proxy.flows import Flows\nFlows._check_way = RAISE", 502),
+    "the names": ("from pullthrough.proxy.flows import Flows\nFlows._may_answer = RAISE", 502),
+    "the answer": ("from pullthrough.registry.registry import Registry\nRegistry.answer = RAISE", 502),
+    "passing on": ("from pullthrough.proxy.gate import Gate\nGate.pass_on = RAISE", 502),
     "a field": (
-        "from pullthrough import messages\nreal = messages.response_of\n"
+        "from pullthrough.proxy import messages\nreal = messages.response_of\n"
         "def failing(status, *rest): return real(status, *rest) if status == 502 else RAISE()\n"
         "messages.response_of = failing",
         502,

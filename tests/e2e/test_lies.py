@@ -27,18 +27,19 @@ NUMBERS: Final = count()
 
 IMPATIENT: Final = """
 import socket
-import pullthrough.freshness
-pullthrough.freshness.DOWN_S = 0.0
-import pullthrough.fetcher, pullthrough.grants, pullthrough.recording, pullthrough.supply, pullthrough.upstream
-pullthrough.grants.PAUSES_S = pullthrough.upstream.PAUSES_S = ()
-pullthrough.supply.MAX_LIES = 0
-pullthrough.supply.FIRST_S = 0.05
-pullthrough.fetcher.MAX_UNEXPECTED = 4
-pullthrough.fetcher.BACKOFF_S = 0.001
-pullthrough.fetcher.BACKOFF_LIMIT_S = 0.01
-pullthrough.fetcher.GIVE_UP_S = 0.2
-pullthrough.recording.IDLE_S = 0.05
-pullthrough.recording.LINGER_S = 0.0
+from pullthrough.recording import patience, recording, supply
+from pullthrough.registry import freshness, grants
+from pullthrough.upstream import upstream
+freshness.DOWN_S = 0.0
+grants.PAUSES_S = upstream.PAUSES_S = ()
+supply.MAX_LIES = 0
+supply.FIRST_S = 0.05
+patience.MAX_UNEXPECTED = 4
+patience.BACKOFF_S = 0.001
+patience.BACKOFF_LIMIT_S = 0.01
+patience.GIVE_UP_S = 0.2
+recording.IDLE_S = 0.05
+recording.LINGER_S = 0.0
 real = socket.getaddrinfo
 
 def here_only(host, *arguments, **options):

@@ -147,9 +147,9 @@ hook.name = NAME + "ing"
 hooks.all_hooks[hook.name] = hook
 """
 MISSING = """
-from pullthrough.flows import Flows
-from pullthrough.gate import Gate
-from pullthrough.intake import Intakes
+from pullthrough.proxy.flows import Flows
+from pullthrough.proxy.gate import Gate
+from pullthrough.proxy.intake import Intakes
 for part in PARTS:
     setattr(part, NAME + "ing", getattr(part, NAME))
     delattr(part, NAME)

@@ -14,6 +14,7 @@ import errno
 import mmap
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -76,6 +77,8 @@ class Buffers:
             self._out += 1
             if self._kept:
                 return self._kept.pop()
+        if sys.platform == "win32":
+            return memoryview(mmap.mmap(-1, ROOM + PIECE))
         return memoryview(mmap.mmap(-1, ROOM + PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
     def give(self, buffer: memoryview) -> None:
@@ -110,7 +113,7 @@ class PlainOutlet:
 
     def put_file(self, descriptor: int, start: int, stop: int) -> None:
         # Without sendfile: Windows, and file systems that cannot.
-        if hasattr(os, "sendfile"):
+        if sys.platform != "win32":
             start = self._put_by_sendfile(descriptor, start, stop)
         while start < stop:
             data = bytearray(min(PIECE, stop - start))
@@ -120,6 +123,8 @@ class PlainOutlet:
 
     def _put_by_sendfile(self, descriptor: int, start: int, stop: int) -> int:
         """How far the file was sent: not at all where that cannot be done here."""
+        if sys.platform == "win32":
+            raise NotImplementedError("there is no sendfile(2)")
         try:
             while start < stop:
                 count = self._send(partial(os.sendfile, self.sock.fileno(), descriptor, start, stop - start))

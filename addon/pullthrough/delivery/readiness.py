@@ -51,6 +51,8 @@ def is_gone(sock: socket.socket) -> bool:
 
 
 def _poll(sock: socket.socket, events: int, timeout_s: float | None) -> int:
+    if sys.platform == "win32":
+        raise NotImplementedError("select(2) is used there")
     if sock.fileno() < 0:
         return _GONE
     poll = select.poll()

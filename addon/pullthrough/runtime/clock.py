@@ -12,6 +12,7 @@ Knows nothing of what is measured.
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
 from typing import Final
@@ -32,7 +33,7 @@ def lasting() -> float:
 
 def since_boot() -> float:
     """Seconds since the machine was started, its sleep included where the system tells."""
-    if (clock := getattr(time, "CLOCK_BOOTTIME", None)) is not None:
+    if sys.platform != "win32" and (clock := getattr(time, "CLOCK_BOOTTIME", None)) is not None:
         return time.clock_gettime(clock)
     return time.monotonic()
 

@@ -11,11 +11,9 @@ import gc
 import ipaddress
 import math
 import os
-import shutil
 import socket
 import stat
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +25,6 @@ import psutil
 from pullthrough.config.settings import Network
 
 _FICLONE = 0x40049409  # linux/fs.h
-_TEMPORARY = "ollama-cache-"
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 """Of os.open: fail where the last part of the path is a link. 0 on Windows."""
 _WITHOUT_MODES = frozenset(
@@ -163,7 +160,9 @@ def lock_exclusively(file: BinaryIO) -> bool:
 
 def open_folder(path: Path) -> int | None:
     """A descriptor of the folder to lock; None on Windows, which opens none."""
-    return None if sys.platform == "win32" else os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if sys.platform == "win32":
+        return None
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def lock_folder(descriptor: int) -> bool:
@@ -216,17 +215,6 @@ def become_owner(path: Path) -> None:
         os.setgroups([])
         os.setegid(status.st_gid)
         os.seteuid(status.st_uid)
-
-
-def temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for this user and as long as this process lives; those of processes that were killed are removed."""
-    for path in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*-*"):
-        number = path.name.removeprefix(_TEMPORARY).partition("-")[0]
-        with contextlib.suppress(OSError):
-            is_ours = sys.platform == "win32" or path.lstat().st_uid == os.geteuid()
-            if is_ours and number.isdecimal() and not path.is_symlink() and not psutil.pid_exists(int(number)):
-                shutil.rmtree(path, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"{_TEMPORARY}{os.getpid()}-")
 
 
 def release_memory() -> None:

@@ -113,6 +113,8 @@ def check_safe(folder: Path) -> None:
 
 
 def _check_mode(path: Path, status: os.stat_result, forbidden: int, mend: str) -> None:
+    if sys.platform == "win32":  # whose files have no owner or mode of this kind
+        return
     if status.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
         raise StoreError(
             f"{path} belongs to user {status.st_uid}: run this as that user, or give the store a new owner"

@@ -469,7 +469,7 @@ def audit(event, arguments):
     if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         if not isinstance(arguments[0], int): raise SystemExit(f"opened by another way: {{arguments}}")
 sys.addaudithook(audit)
-from pullthrough.ca import Authority
+from pullthrough.pki.ca import Authority
 Authority.load_or_create(Path({str(tmp_path)!r}), {NAMES!r}, now=datetime.now(UTC))
 """
     shown = subprocess.check_output([sys.executable, "-B", "-c", program], text=True, env=_environment())
@@ -863,7 +863,7 @@ def test_crash(tmp_path: Path, call: str, moment: str, count: int) -> None:
     program = f"""
 import os, pathlib
 from datetime import datetime, UTC
-from pullthrough.ca import Authority
+from pullthrough.pki.ca import Authority
 real, calls = {call}, 0
 def dying(*arguments, **rest):
     global calls

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -229,7 +228,7 @@ HOLD = """
 import sys
 import tempfile
 from pathlib import Path
-from pullthrough import platform
+from pullthrough.runtime import platform
 file = Path(sys.argv[1]).open("a+b")
 print(platform.lock_exclusively(file), flush=True)
 sys.stdin.read()
@@ -459,19 +458,3 @@ def test_containers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict
         path.write_text(text)
     monkeypatch.setattr(platform, "Path", lambda name: tmp_path / name[1:])
     assert platform.in_container() is expected
-
-
-def test_what_killed_processes_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their temporary folders, which may hold keys, go; those of processes that live stay, and so does all else."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(psutil, "pid_exists", lambda number: number == 4)
-    for name in ("ollama-cache-3-x", "ollama-cache-4-x", "ollama-cache-x", "ollama-cached-3-x"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "leaf.pem").touch()
-    (tmp_path / "target").mkdir()
-    (tmp_path / "ollama-cache-5-link").symlink_to(tmp_path / "target")
-    with platform.temporary_folder() as own:
-        assert Path(own).name.startswith(f"ollama-cache-{os.getpid()}-")
-        assert Path(own).stat().st_mode & 0o077 == 0
-        left = {path.name for path in tmp_path.iterdir()} - {Path(own).name}
-    assert left == {"ollama-cache-4-x", "ollama-cache-x", "ollama-cached-3-x", "target", "ollama-cache-5-link"}
