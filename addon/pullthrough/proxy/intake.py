@@ -36,6 +36,7 @@ IDLE_S: Final = 120.0
 """How long a connection may wait for a request: longer than Go keeps its end idle (net/http, 90 s)."""
 CROWD: Final = 256
 """So many connections leave memory behind that is worth to be released, once most of them have gone."""
+RELEASE_S: Final = 2.0
 LOOK_AGAIN_S: Final = 0.25
 """How soon a held reader looks again without a hook: mitmproxy goes on a little after one."""
 
@@ -174,7 +175,7 @@ class Intakes:
 
         def release() -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(slot.release)
+                loop.call_soon_threadsafe(self._release, slot)
 
         return release
 
@@ -201,11 +202,15 @@ class Intakes:
     def client_disconnected(self, client: connection.Client) -> None:
         if (intake := self._of_client.pop(client.id, None)) is not None:
             intake.end()
-            intake.slot.release()
-            left = len(self._limits)
-            if self._most >= CROWD and left <= self._most // 4:
-                self._most = left
-                platform.release_memory()
+            self._release(intake.slot)
+
+    def _release(self, slot: Slot) -> None:
+        """Give a place up; when a crowd has left, release its memory, once what was done for it has ended."""
+        slot.release()
+        left = len(self._limits)
+        if self._most >= CROWD and left <= self._most // 4:
+            self._most = left
+            asyncio.get_running_loop().call_later(RELEASE_S, platform.release_memory)
 
     def http_connect(self, flow: http.HTTPFlow) -> None:
         self._enter(flow.client_conn, Phase.HEAD)
