@@ -12,6 +12,7 @@ import contextlib
 import logging
 import selectors
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -28,6 +29,9 @@ TICK_S: Final = 1.0
 PARKED_S: Final = 120.0
 """How long a connection may wait for its next request: longer than Go keeps its end idle (net/http, 90 s)."""
 JOIN_S: Final = 5.0
+SWITCH_S: Final = 0.0005
+"""How long a thread that wants the interpreter waits for one that computes. With Python's own 5 ms for each MiB,
+waiting would be most of a stream's time beside a busy event loop."""
 MOST: Final = 4096
 _RESERVED: Final = 256
 """Descriptors for registries, the CDN and the disk."""
@@ -79,6 +83,7 @@ class ByteThreads:
 
     def open(self) -> None:
         """Begin to serve."""
+        sys.setswitchinterval(SWITCH_S)
         self._poller.start()
 
     @property

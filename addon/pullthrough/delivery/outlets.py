@@ -113,7 +113,7 @@ class PlainOutlet:
 
     def put_file(self, descriptor: int, start: int, stop: int) -> None:
         # Without sendfile: Windows, and file systems that cannot.
-        if sys.platform != "win32":
+        if sys.platform != "win32" and hasattr(os, "sendfile"):
             start = self._put_by_sendfile(descriptor, start, stop)
         while start < stop:
             data = bytearray(min(PIECE, stop - start))

@@ -12,6 +12,8 @@ mitmproxy internals that `drill` tries at start. Knows no policy and no content.
 import asyncio
 import itertools
 import logging
+import os
+import socket
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, Final
@@ -34,6 +36,7 @@ HEAD_S: Final = 10.0
 """How long each of these may take: the first head, the TLS handshake behind it, a later head from its first byte."""
 IDLE_S: Final = 120.0
 """How long a connection may wait for a request: longer than Go keeps its end idle (net/http, 90 s)."""
+BACKLOG: Final = 1024
 CROWD: Final = 256
 """So many connections leave memory behind that is worth to be released, once most of them have gone."""
 RELEASE_S: Final = 2.0
@@ -156,6 +159,7 @@ class Intakes:
     def open(self, limits: ConnectionLimits) -> None:
         """From now on connections count towards these."""
         self._limits = limits
+        _lengthen_queues()
 
     def free(self, client: connection.Client) -> None:
         """The connection is a tunnel from now on."""
@@ -246,6 +250,15 @@ class Intakes:
     def _move(self, client: connection.Client) -> None:
         if (intake := self._of_client.get(client.id)) is not None:
             intake.move()
+
+
+def _lengthen_queues() -> None:
+    """Let more connections wait to be accepted than asyncio's 100: beyond that they try again after 1, 3 and 7 s."""
+    for instance in ctx.master.addons.get("proxyserver").servers:
+        for listening in getattr(instance, "_servers", ()):
+            for transport_socket in getattr(listening, "sockets", ()):
+                with socket.socket(fileno=os.dup(transport_socket.fileno())) as sock:
+                    sock.listen(BACKLOG)
 
 
 def unread(top: layer.Layer | None, client: connection.Client) -> int:
