@@ -229,7 +229,7 @@ def test_a_request_that_has_been_here(hub: Hub, proxy: Proxy) -> None:
         other, ours = hub.to(OCI)[-1].headers["cdn-loop"].split(", ")
         assert other == "other; v=1"
         assert ours.startswith("ollama-cache-")
-        assert get(connection, "/v2/", CDN_Loop="other")[0] == 404
+        assert get(connection, "/v2/_catalog", CDN_Loop="other")[0] == 404
         assert hub.to(OCI)[-1].headers["cdn-loop"] == f"other, {ours}"
         hub.restore()
         status, headers, body = get(connection, manifest, CDN_Loop=f"other, {ours}")
