@@ -223,6 +223,7 @@ def test_few_descriptors(start_proxy: Callable[..., Proxy], origin: Origin, tmp_
     assert not told, told
 
 
+@pytest.mark.long
 def test_a_process_that_stood_still(start_proxy: Callable[..., Proxy], origin: Origin, tmp_path: Path) -> None:
     """Stopped for longer than any silence may last, with a pull under way.
 

@@ -36,7 +36,14 @@ def without_index_and_proofs(proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("end", ["stopped", "killed"])
-@pytest.mark.parametrize("lose", [without_index, with_a_damaged_index, without_index_and_proofs])
+@pytest.mark.parametrize(
+    "lose",
+    [
+        without_index,
+        pytest.param(with_a_damaged_index, marks=pytest.mark.long),
+        pytest.param(without_index_and_proofs, marks=pytest.mark.long),
+    ],
+)
 def test_an_offline_site_goes_on(
     origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, lose: Callable[[Proxy], None], end: str
 ) -> None:

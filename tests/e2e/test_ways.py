@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from cryptography import x509
 
 from tests.e2e.test_bounds import flood
@@ -87,6 +88,7 @@ def networks(world: World) -> None:
         assert is_admitted(CLIENT)
 
 
+@pytest.mark.long
 def test_networks_come_and_go(tmp_path: Path) -> None:
     """Clients of a network that is new are served within seconds, those of one that is gone are not any more."""
     play(networks, tmp_path)

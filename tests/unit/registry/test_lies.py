@@ -33,7 +33,7 @@ def test_the_table_is_long_enough() -> None:
 def test_lies(state: str, private: bool, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     """No leak, no page in a file, no blob that stays unpullable."""
     # The deep profile walks each lie in all scenes.
-    every = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 2
+    every = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 4
     chosen = list(enumerate(LIES))[SCENES.index((state, private)) % every :: every]
 
     async def scenario() -> dict[str, str]:

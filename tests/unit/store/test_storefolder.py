@@ -110,6 +110,7 @@ def test_a_removed_lock_lets_nobody_in(tmp_path: Path) -> None:
     Store.open(tmp_path / "store").close()
 
 
+@pytest.mark.long
 def test_a_locked_index(tmp_path: Path) -> None:
     """Another process that has it locked holds up neither the end nor the start beyond some seconds."""
     folder = tmp_path / "store"
