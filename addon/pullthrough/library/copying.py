@@ -7,14 +7,17 @@ returns or raises, Ctrl-C included. hashlib gives the interpreter lock free, so 
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
+from queue import Empty, SimpleQueue
 from typing import Final
 
 from pullthrough.runtime import platform
 
+LOOK_S: Final = 0.5
+"""How long to wait without a look: Ctrl-C that comes just before an endless wait would be noticed at its end only."""
 PIECE: Final = 1 << 20
 """Bytes per read: what still lies in the core's cache when it is hashed and written."""
 
@@ -55,7 +58,11 @@ class Crew:
         pool = ThreadPoolExecutor(platform.cores(), thread_name_prefix="ollama-cache-crew")
         try:
             futures: dict[Future[R], T] = {pool.submit(work, item): item for item in items}
-            for future in as_completed(futures):
+            over: SimpleQueue[Future[R]] = SimpleQueue()
+            for future in futures:
+                future.add_done_callback(over.put)
+            for _ in range(len(futures)):
+                future = _first(over)
                 done(futures[future], future.result)
         except BaseException:
             self._stop.set()
@@ -120,3 +127,11 @@ class Crew:
             yield data
             offset += len(data)
             self._on_bytes(len(data))
+
+
+def _first[T](queue: SimpleQueue[T]) -> T:
+    while True:
+        try:
+            return queue.get(timeout=LOOK_S)
+        except Empty:
+            continue
