@@ -130,9 +130,9 @@ class Upstreams:
             return Response(404, CIMultiDict(), b"")
         if kind == "chunksums":
             self._give(caller, repository, digest)
-            body = f"{digest} 0-0\n".encode()
+            body = f"{digest} 0-{_size(digest) - 1}\n".encode()
             return Response(200, CIMultiDict({"Content-Location": f"https://{R2_HOST}{canonical_path(digest)}"}), body)
-        return Response(200, CIMultiDict({"Content-Length": "1"}), b"")
+        return Response(200, CIMultiDict({"Content-Length": str(_size(digest))}), b"")
 
     async def obtain(
         self,
@@ -163,7 +163,7 @@ class Upstreams:
 
 
 class Recordings:
-    """All blobs, of one byte each, are being recorded."""
+    """All blobs are being recorded."""
 
     size = 1
 
@@ -171,10 +171,15 @@ class Recordings:
         return self.size
 
     def find(self, digest: Digest) -> "Recordings":
+        self.size = _size(digest)
         return self
 
     def open(self, digest: Digest, **_: Any) -> "Recordings":
-        return self
+        return self.find(digest)
+
+
+def _size(digest: Digest) -> int:
+    return len(CHILD) if digest == DIGESTS[-1] else 1
 
 
 def _listed(body: bytes) -> set[Digest]:
@@ -231,7 +236,7 @@ class Access(RuleBasedStateMachine):
     def publish(self, repository: str, members: set[Digest], listed: list[Digest]) -> None:
         """A tag moves; what it lists the repository may have or not."""
         self.upstream.members[repository] |= members
-        layers = [{"digest": str(digest), "size": 1} for digest in listed]
+        layers = [{"digest": str(digest), "size": _size(digest)} for digest in listed]
         body = json.dumps({"layers": layers, "number": next(self._numbers)}).encode()
         self.upstream.manifests[repository, False] = body
 
