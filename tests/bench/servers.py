@@ -101,6 +101,7 @@ class Cost:
     def __init__(self, pid: int) -> None:
         parent = psutil.Process(pid)
         self._processes = [parent, *parent.children(recursive=True)]
+        self._began: list[tuple[psutil.Process, float]] = []
         self.cpu_s = 0.0
         self.peak_mib = 0.0
         """The most resident memory, by the kernel's own high-water mark."""
@@ -109,18 +110,22 @@ class Cost:
         for process in self._processes:
             # proc(5): 5 resets the peak resident set size to the present one.
             Path(f"/proc/{process.pid}/clear_refs").write_text("5")
-        self.cpu_s = -self._cpu()
+        self._began = [(process, _used_s(process)) for process in self._processes]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.cpu_s += self._cpu()
-        self.peak_mib = sum(_peak_mib(process.pid) for process in self._processes)
+        for process, began_s in self._began:
+            # nginx's cache loader ends after a minute, and has done nothing.
+            if process.is_running():
+                self.cpu_s += _used_s(process) - began_s
+                self.peak_mib += _peak_mib(process.pid)
 
-    def _cpu(self) -> float:
-        times = [process.cpu_times() for process in self._processes]
-        return float(sum(one.user + one.system for one in times))
+
+def _used_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def _peak_mib(pid: int) -> float:
