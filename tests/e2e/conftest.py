@@ -104,6 +104,10 @@ def proxy(shared: tuple[Origin, Proxy], origin: Origin) -> Proxy:
     _, proxy = shared
     if not proxy.is_running:
         proxy.start()
+    # Any answer ends what an earlier test has made the cache believe: that the registry is away.
+    with to_registry(proxy) as connection:
+        assert get(connection, "/v2/library/nobody/manifests/latest")[0] == 404
+    origin.reset_counters()
     proxy.forget_lines()
     return proxy
 
