@@ -422,8 +422,9 @@ async def test_no_answer_in_time(answer: bytes) -> None:
     ],
 )
 @on_loop
-async def test_no_answer_at_all(answer: bytes) -> None:
+async def test_no_answer_at_all(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """What went wrong, without the address."""
+    monkeypatch.setattr(module, "PAUSES_S", (0, 0))
     async with world() as at:
         at.registry.answers[MANIFEST_TARGET] = answer
         with refused(UpstreamUnreachable):
@@ -439,8 +440,9 @@ async def test_no_answer_at_all(answer: bytes) -> None:
 
 
 @on_loop
-async def test_nobody_listens() -> None:
+async def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Host and port are named, and what the system said."""
+    monkeypatch.setattr(module, "PAUSES_S", (0, 0))
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     async with open_client(upstream=f"{HOST}=http://127.0.0.1:{port},{R2_HOST}=http://127.0.0.1:{port}") as client:
@@ -742,8 +744,14 @@ async def test_a_stream_read_to_its_end_gives_its_connection_back() -> None:
     ],
 )
 @on_loop
-async def test_a_source_that_says_something_else(answer: bytes, kind: type[UpstreamError], message: str) -> None:
-    """One error each, before the body is there; the connection is closed, for nobody will read the rest."""
+async def test_a_source_that_says_something_else(
+    answer: bytes, kind: type[UpstreamError], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error each, before the body is there; the connection is closed, for nobody will read the rest.
+
+    Where the text of a refusal tells whose it is, it is waited for, but not for ever.
+    """
+    monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.4)
     async with world() as at:
         at.cdn.answers[DATA_TARGET] = [answer[:-1], part(4, 8, ("ETag", '"v"'))]
         with refused(kind, f"^{re.escape(message)}$"):
