@@ -129,6 +129,7 @@ def test_disk_that_fills_up_before_a_pull_shows(
         response = connection.request("GET", address, [("Range", f"bytes=0-{stop - 1}")])
         assert response.read(MB) == blob.read(0, MB)
         fill(proxy, store)
+        origin.rate_per_connection = None
         position = MB
         while data := response.read(MB):
             assert data == blob.read(position, position + len(data))
