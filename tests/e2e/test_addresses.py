@@ -14,7 +14,7 @@ from tests.support.goclient import PullError
 from tests.support.http1 import connect
 from tests.support.modern import ModernClient
 from tests.support.origin import GOOD_TOKEN, PUBLIC_ADDRESSES, R2_HOST, Fault, Mode, Origin
-from tests.support.proxy import Proxy
+from tests.support.proxy import Proxy, patched
 from tests.support.readers import HeadReader
 from tests.support.transfer import TENSOR_TYPE
 
@@ -167,9 +167,18 @@ def test_private_models(origin: Origin, start_proxy: StartProxy) -> None:
     assert (status, body) == (502, b"")
 
 
-def test_a_registry_that_hangs_once(origin: Origin, start_proxy: StartProxy) -> None:
-    """Cold, the question is put again; with the bytes here, the client gets our own address after three seconds."""
-    proxy = start_proxy()
+HURRIED: Final = """
+from pullthrough.registry import freshness
+from pullthrough.upstream import upstream
+freshness.REVALIDATE_TIMEOUT_S = 1.0
+upstream.STALL_TIMEOUT_S = 2.0
+"""
+"""The registry is waited for as ever, but not for three and ten seconds."""
+
+
+def test_a_registry_that_hangs_once(origin: Origin, start_proxy: StartProxy, tmp_path: Path) -> None:
+    """Cold, the question is put again; with the bytes here, the client gets our own address after a while."""
+    proxy = start_proxy(program=patched(tmp_path, HURRIED))
     data = unique(MB)
     cold, warm = add_model(origin, data), add_model(origin, unique(1000))
     origin.faults.append(fault := Fault(Mode.HANG, where="registry", digest=cold.layer))
