@@ -10,7 +10,7 @@ from tests.support.a2 import A2Client
 from tests.support.origin import Origin
 from tests.support.proxy import Proxy
 
-LIFETIME_S = 4.0
+LIFETIME_S = 2.0
 
 
 def pulled(proxy: Proxy, model: Model) -> tuple[int, bytes, str]:
