@@ -402,7 +402,12 @@ GO: Final = "Go-http-client/1.1"
 
 @pytest.mark.parametrize(
     ("agent", "ending"),
-    [(GO, "fin"), ("ollama/0.41.0 (amd64 linux) Go/go1.27", "fin"), ("Python-urllib/3.12", "rst"), ("", "rst")],
+    [
+        (GO, "fin"),
+        pytest.param("ollama/0.41.0 (amd64 linux) Go/go1.27", "fin", marks=pytest.mark.long),
+        pytest.param("Python-urllib/3.12", "rst", marks=pytest.mark.long),
+        ("", "rst"),
+    ],
 )
 def test_a_hopeless_recording_ends_short(origin: Origin, proxy: Proxy, agent: str, ending: str) -> None:
     """The source lies for good: the client gets what is right, never text, and then what it takes for an error.
