@@ -58,8 +58,8 @@ GOTCHAS: Final = (
         "honour every single range exactly",
         (
             "e2e/test_answers.py::test_three_hundred_ranges_on_a_cold_blob",
-            "unit/core/test_byterange.py::test_range_grammar",
-            "unit/core/test_byterange.py::test_agrees_with_slicing",
+            "unit/core/test_ranges.py::test_range_grammar",
+            "unit/core/test_ranges.py::test_agrees_with_slicing",
         ),
     ),
     Gotcha(
@@ -90,7 +90,7 @@ GOTCHAS: Final = (
     Gotcha(
         "answer the probe within 30 s, retries included",
         (
-            "unit/registry/test_registry.py::test_a_blob_request_has_a_deadline",
+            "unit/registry/test_service.py::test_a_blob_request_has_a_deadline",
             "unit/registry/test_manifests.py::test_a_request_has_a_deadline",
         ),
     ),
@@ -125,7 +125,7 @@ GOTCHAS: Final = (
         (
             "e2e/test_security.py::test_recent",
             "e2e/test_answers.py::test_without_a_capability_nothing_is_served_or_recorded",
-            "unit/net/test_access.py::test_decision_table",
+            "unit/net/test_client_acl.py::test_decision_table",
         ),
     ),
     Gotcha(
@@ -167,7 +167,7 @@ GOTCHAS: Final = (
         "believe no digest in the path of an unknown host",
         (
             "e2e/test_answers.py::test_without_a_capability_nothing_is_served_or_recorded",
-            "unit/core/test_route.py::test_other_targets_of_the_blob_host",
+            "unit/core/test_routes.py::test_other_targets_of_the_blob_host",
             "e2e/test_registries.py::test_hugging_face",
         ),
     ),

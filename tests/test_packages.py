@@ -132,4 +132,4 @@ def test_missing_docstring_and_length_are_caught() -> None:
 
 def test_what_is_not_pure_may_ask() -> None:
     """The world is open above the pure modules."""
-    assert list(faults("pullthrough.upstream.upstream", '"""A job."""\nx = open("y")\n')) == []
+    assert list(faults("pullthrough.upstream.client", '"""A job."""\nx = open("y")\n')) == []

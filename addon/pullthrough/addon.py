@@ -20,51 +20,51 @@ from typing import Any, Final, NoReturn
 from mitmproxy import addonmanager, ctx, exceptions
 from mitmproxy.proxy.mode_specs import ProxyMode
 
-from pullthrough.admin.control import Tell
 from pullthrough.admin.desk import Desk
-from pullthrough.config import places
+from pullthrough.admin.server import Tell
+from pullthrough.config import paths
 from pullthrough.config.options import OPTIONS, environment_texts, parse_settings
 from pullthrough.config.settings import PREFIX, PROXY_PORT, Endpoint, Settings
+from pullthrough.core.access_log import RequestLog
 from pullthrough.core.errors import CacheError, SettingsError, TierError
 from pullthrough.core.records import by_model
-from pullthrough.core.requestlog import RequestLog
 from pullthrough.delivery.delivery import Delivery
 from pullthrough.delivery.tls_contexts import TlsContext
-from pullthrough.doctor.examining import look_out
-from pullthrough.fleet.leaseholder import Leaseholder
-from pullthrough.fleet.objectstore import ObjectStore, endpoint
+from pullthrough.doctor.probe_server import look_out
+from pullthrough.fleet.lease_holder import LeaseHolder
+from pullthrough.fleet.object_store import ObjectStore, endpoint
 from pullthrough.fleet.tier import Tier, load_secret
 from pullthrough.fleet.uploader import Uploader
-from pullthrough.library.keeper import Keeper
+from pullthrough.library.eviction import Evictor
+from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.metrics import Metrics
-from pullthrough.monitoring.vitals import Vitals
-from pullthrough.monitoring.watch import Watch
-from pullthrough.net.connlimit import ConnectionLimits, most_connections
-from pullthrough.net.parent import Parents
-from pullthrough.pki.authorities import Authorities
-from pullthrough.pki.ca import Leaf, is_due
-from pullthrough.pki.clientsetup import clients_host, documents
-from pullthrough.proxy.drill import check_hooks
-from pullthrough.proxy.flows import Flows
-from pullthrough.proxy.gate import Gate, own_ports
+from pullthrough.monitoring.status import StatusView
+from pullthrough.net.connection_limits import ConnectionLimits, most_connections
+from pullthrough.net.proxy_env import ParentProxies
+from pullthrough.pki.authority import Leaf, is_due
+from pullthrough.pki.client_setup import clients_host, documents
+from pullthrough.pki.rollover import Rollover
+from pullthrough.proxy.connection_hooks import ConnectionHooks, own_ports
+from pullthrough.proxy.hook_check import check_hooks
 from pullthrough.proxy.idle_addons import remove_idle
-from pullthrough.proxy.logsetup import set_up_logs
+from pullthrough.proxy.log_setup import set_up_logs
 from pullthrough.proxy.modes import check_modes
-from pullthrough.proxy.parentleg import check_internals, ways_out
+from pullthrough.proxy.request_hooks import RequestHooks
 from pullthrough.proxy.takeover import Takeover
-from pullthrough.recording.budget import Budget
+from pullthrough.proxy.upstream_proxy import check_internals, ways_out
+from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.recorder import Recorder
 from pullthrough.recording.workroom import Workroom
-from pullthrough.registry.registry import Registry
+from pullthrough.registry.service import Registry
 from pullthrough.runtime import platform
-from pullthrough.runtime.looplag import LoopLag
-from pullthrough.runtime.tempfolder import TemporaryFolder
-from pullthrough.runtime.threads import Threads
-from pullthrough.server import clientpages
-from pullthrough.server.blobserver import BlobServer
-from pullthrough.server.lookout import Lookout
+from pullthrough.runtime.executors import Threads
+from pullthrough.runtime.loop_lag import LoopLag
+from pullthrough.runtime.temp_folder import TemporaryFolder
+from pullthrough.server import setup_pages
+from pullthrough.server.blob_server import BlobServer
+from pullthrough.server.status_routes import StatusRoutes
 from pullthrough.store.store import Store
-from pullthrough.upstream.upstream import Upstream
+from pullthrough.upstream.client import Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -105,30 +105,30 @@ class OllamaCache:
     def __init__(self) -> None:
         self._settings: Settings | None = None
         self._store: Store | None = None
-        self._authorities: Authorities | None = None
+        self._rollover: Rollover | None = None
         self._leaves: list[Leaf] = []
         self._confdir: TemporaryFolder | None = None
-        self._parents = Parents()
+        self._parents = ParentProxies()
         self._upstream: Upstream | None = None
         self._threads: Threads | None = None
         self._fleet: tuple[ObjectStore, bytes] | None = None
         self._uploader: Uploader | None = None
-        self._leases: Leaseholder | None = None
+        self._leases: LeaseHolder | None = None
         self._recorder: Recorder | None = None
         self._registry: Registry | None = None
         self._requests = RequestLog()
         self._lag = LoopLag()
-        self._vitals: Vitals | None = None
+        self._health: Health | None = None
         self._blob_server: BlobServer | None = None
         self._desk: Desk | None = None
         self._tls = TlsContext()
         self._delivery: Delivery | None = None
         self._minting: asyncio.Task[None] | None = None
         self._descriptors = DESCRIPTORS
-        self._takeover = Takeover(lambda client: self._gate.intakes.hand_over(client))
-        self._gate = Gate(self._takeover)
-        self._flows = Flows(self._gate)
-        self.addons = [self._gate, self._flows]
+        self._takeover = Takeover(lambda client: self._hooks.client_limits.hand_over(client))
+        self._hooks = ConnectionHooks(self._takeover)
+        self._flows = RequestHooks(self._hooks)
+        self.addons = [self._hooks, self._flows]
 
     # --- life
 
@@ -160,10 +160,10 @@ class OllamaCache:
         texts = environment_texts(os.environ)
         texts |= {option.name: getattr(ctx.options, f"{PREFIX}{option.name}") for option in OPTIONS}
         texts |= {name.removeprefix(PREFIX): "" for name in ctx.options.deferred if name.startswith(PREFIX)}
-        settings = parse_settings(texts, dir=places.default_store(), certs=places.default_certs())
+        settings = parse_settings(texts, dir=paths.default_store(), certs=paths.default_certs())
         check_modes(ctx.options.mode, settings.intercepted)
         set_up_logs(settings.log, settings.log_level)
-        self._authorities = Authorities.load_or_create(settings.certs, settings.intercepted, now=_now())
+        self._rollover = Rollover.load_or_create(settings.certs, settings.intercepted, now=_now())
         self._parents = ways_out(os.environ, _ports())
         try:
             self._upstream = Upstream(
@@ -181,7 +181,7 @@ class OllamaCache:
             self._fleet = ObjectStore(settings.object_store), load_secret(settings.fleet_secret_file)
         self._confdir = TemporaryFolder()
         self._store = Store.open(settings.dir)
-        self._vitals = Vitals(settings.dir, self._certificates)
+        self._health = Health(settings.dir, self._certificates)
         # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
         gc.freeze()
         self._descriptors = platform.allow_descriptors(DESCRIPTORS)
@@ -191,9 +191,9 @@ class OllamaCache:
 
     def _mint(self) -> None:
         """Make a leaf for each intercepted host, for mitmproxy too; its own CA is a throw-away that nobody trusts."""
-        assert self._settings and self._authorities and self._confdir
+        assert self._settings and self._rollover and self._confdir
         folder = Path(self._confdir.name)
-        self._leaves = [self._authorities.issue(host, now=_now()) for host in self._settings.intercepted]
+        self._leaves = [self._rollover.issue(host, now=_now()) for host in self._settings.intercepted]
         specs = []
         for leaf in self._leaves:
             # A new name each time: mitmproxy reads the files again only when the option changes.
@@ -207,27 +207,27 @@ class OllamaCache:
 
     def _certificates(self) -> dict[str, datetime]:
         """Until when our certificates are valid."""
-        assert self._authorities
-        return {"CA": self._authorities.current.not_after, **{leaf.host: leaf.not_after for leaf in self._leaves}}
+        assert self._rollover
+        return {"CA": self._rollover.current.not_after, **{leaf.host: leaf.not_after for leaf in self._leaves}}
 
     async def running(self) -> None:
         """Open what needs the event loop; from here on clients are served."""
-        settings, vitals = self._settings, self._vitals
-        assert settings and vitals and self._store and self._authorities and self._upstream and self._blob_server
+        settings, health = self._settings, self._health
+        assert settings and health and self._store and self._rollover and self._upstream and self._blob_server
         await self._upstream.open()
         self._threads = Threads()
-        keeper = Keeper(
+        evictor = Evictor(
             self._store, self._threads, max_size=settings.max_size, min_free=settings.min_free, pins=settings.pins
         )
         fleet = self._join(*self._fleet) if self._fleet is not None else None
         room = Workroom(
             self._store,
-            keeper,
+            evictor,
             self._upstream,
             self._threads,
             connections=settings.upstream_connections,
             finish=settings.finish,
-            budget=Budget(settings.upstream_rate),
+            rate_limit=RateLimit(settings.upstream_rate),
             fleet=fleet,
         )
         self._recorder = Recorder(room)
@@ -243,41 +243,41 @@ class OllamaCache:
         self._forbid_reload()
         remove_idle()
         try:
-            await check_hooks(self._gate)
+            await check_hooks(self._hooks)
         except CacheError as error:
             _stop(error)
         self._delivery = Delivery(settings, self._registry.answer, self._requests, self._tls, self._upstream)
         await self._delivery.open()
         await self._takeover.open(self._delivery, settings.blob_host)
         limits = ConnectionLimits(most_connections(self._descriptors))
-        self._gate.prepare(settings, self._parents, self._upstream.loop, limits, self._delivery.loopback.address)
+        self._hooks.prepare(settings, self._parents, self._upstream.loop, limits, self._delivery.loopback.address)
         self._flows.open(settings, self._registry, self._upstream.loop, self._requests, self._delivery.loopback)
-        self._gate.open()
+        self._hooks.open()
         views = (settings, self._store, self._recorder, self._upstream)
-        metrics = Metrics(*views, self._requests, self._lag, vitals, self._registry.pulls.counts, self._desk.tier)
-        watch = Watch(*views, vitals, self._desk.view, self._registry.pulls.counts, self._desk.tier)
-        Lookout(metrics, vitals, watch).enter(self._blob_server.pages)
+        metrics = Metrics(*views, self._requests, self._lag, health, self._registry.pulls.counts, self._desk.tier)
+        watch = StatusView(*views, health, self._desk.view, self._registry.pulls.counts, self._desk.tier)
+        StatusRoutes(metrics, health, watch).enter(self._blob_server.pages)
         proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
-        given = documents(self._authorities.certificates, self._authorities.permitted, proxy.origin)
-        clientpages.add(self._blob_server.pages, given)
-        await self._blob_server.open(self._registry, self._gate.admits, limits, self._requests, self._delivery.threads)
+        given = documents(self._rollover.certificates, self._rollover.permitted, proxy.origin)
+        setup_pages.add(self._blob_server.pages, given)
+        await self._blob_server.open(self._registry, self._hooks.admits, limits, self._requests, self._delivery.threads)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
             len(self._store.blobs()),
             len(by_model(self._store.manifests())),
-            self._authorities.current.certificate_file,
-            self._authorities.current.fingerprint,
+            self._rollover.current.certificate_file,
+            self._rollover.current.fingerprint,
             self._blob_server,
         )
 
-    def _join(self, objects: ObjectStore, secret: bytes) -> tuple[Tier, Leaseholder]:
+    def _join(self, objects: ObjectStore, secret: bytes) -> tuple[Tier, LeaseHolder]:
         """What recordings need of the fleet."""
         assert self._threads and self._upstream and self._store
         tier = Tier(objects, secret, self._threads, self._upstream)
-        return tier, Leaseholder(tier, self._store, self._upstream)
+        return tier, LeaseHolder(tier, self._store, self._upstream)
 
-    async def _share(self, tier: Tier, leases: Leaseholder) -> tuple[Tier, Uploader]:
+    async def _share(self, tier: Tier, leases: LeaseHolder) -> tuple[Tier, Uploader]:
         """Begin to upload, and to tell the fleet what is being fetched here."""
         assert self._threads and self._store and self._blob_server and self._recorder
         recorder, origin = self._recorder, None
@@ -296,9 +296,9 @@ class OllamaCache:
 
     async def done(self) -> None:
         """Let go of everything; recordings keep what they have."""
-        if self._vitals is not None:
-            self._vitals.draining = True
-        self._gate.close()
+        if self._health is not None:
+            self._health.draining = True
+        self._hooks.close()
         self._takeover.close()
         self._lag.close()
         _log.info("event loop lag: %s", self._lag)

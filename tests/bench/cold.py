@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from pullthrough.core.digest import Digest
-from pullthrough.core.route import canonical_path
+from pullthrough.core.routes import canonical_path
 from tests.bench.figures import OURS, Bench, Figure, Sample, workplace
 from tests.bench.load import Ask, Route
 from tests.bench.servers import Cost, Server, nginx

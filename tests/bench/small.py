@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pullthrough.core.digest import Digest
-from pullthrough.core.route import canonical_path
+from pullthrough.core.routes import canonical_path
 from tests.bench.figures import OURS, Bench, Figure, Sample, workplace
 from tests.bench.load import Ask, Route, once
 from tests.bench.servers import Server, nginx, stock_mitmdump

@@ -13,7 +13,7 @@ from typing import Final
 
 from pullthrough.core.capability import Capability
 from pullthrough.core.digest import Digest
-from pullthrough.core.route import canonical_path
+from pullthrough.core.routes import canonical_path
 from pullthrough.store.store import Store
 from tests.bench.figures import OURS, Bench, Figure, Sample, workplace
 from tests.bench.load import Ask, Load, Route

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pullthrough.core.byterange import ByteRange, Unsatisfiable, parse_range
+from pullthrough.core.ranges import ByteRange, Unsatisfiable, parse_range
 from tests.e2e.conftest import MB, add_model, canonical, get, to_cdn, to_registry, unique
 from tests.support.http1 import connect
 from tests.support.origin import R2_HOST, Fault, Mode, Origin

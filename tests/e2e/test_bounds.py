@@ -41,7 +41,7 @@ with connect(proxy, host, 443, Path(cafile)) as connection:
         pass
 print(time.monotonic() - began)
 """
-SHORT = "from pullthrough.proxy import intake\nintake.HEAD_S = 0.5\nintake.IDLE_S = 2.0"
+SHORT = "from pullthrough.proxy import client_limits\nclient_limits.HEAD_S = 0.5\nclient_limits.IDLE_S = 2.0"
 
 
 def dial(proxy: Proxy, source: str = "127.0.0.1") -> socket.socket:
@@ -194,7 +194,7 @@ def test_waiting_is_free_between_requests(hasty: Proxy) -> None:
 
 def test_places_are_bounded(start_proxy: Callable[..., Proxy], origin: Origin, tmp_path: Path) -> None:
     """Where all places are taken by those who say nothing, the newcomer gets one of them."""
-    few = "from pullthrough.net import connlimit\nconnlimit.most_connections = lambda _: 24"
+    few = "from pullthrough.net import connection_limits\nconnection_limits.most_connections = lambda _: 24"
     proxy = start_proxy(program=patched(tmp_path, few))
     model = add_model(origin, unique(4 * MB))
     with contextlib.ExitStack() as stack:
@@ -273,10 +273,13 @@ def test_the_clock_is_set(start_proxy: Callable[..., Proxy], origin: Origin, tmp
 
 
 BROKEN: dict[str, tuple[str, int]] = {
-    "the way": ("from pullthrough.proxy.flows import Flows\nFlows._check_way = RAISE", 502),
-    "the names": ("from pullthrough.proxy.flows import Flows\nFlows._may_answer = RAISE", 502),
-    "the answer": ("from pullthrough.registry.registry import Registry\nRegistry.answer = RAISE", 502),
-    "passing on": ("from pullthrough.proxy.gate import Gate\nGate.pass_on = RAISE", 502),
+    "the way": ("from pullthrough.proxy.request_hooks import RequestHooks\nRequestHooks._check_way = RAISE", 502),
+    "the names": ("from pullthrough.proxy.request_hooks import RequestHooks\nRequestHooks._may_answer = RAISE", 502),
+    "the answer": ("from pullthrough.registry.service import Registry\nRegistry.answer = RAISE", 502),
+    "passing on": (
+        "from pullthrough.proxy.connection_hooks import ConnectionHooks\nConnectionHooks.pass_on = RAISE",
+        502,
+    ),
     "a field": (
         "from pullthrough.proxy import messages\nreal = messages.response_of\n"
         "def failing(status, *rest): return real(status, *rest) if status == 502 else RAISE()\n"

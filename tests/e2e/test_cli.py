@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pullthrough.admin.asking import SOCKET, ask
+from pullthrough.admin.client import SOCKET, ask
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import ControlError
-from pullthrough.store.contents import look
+from pullthrough.store.rows import look
 from pullthrough.store.store import Store
 from tests.e2e.conftest import MB, add_model, get, to_registry, unique
 from tests.support.a2 import A2Client

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pullthrough.cli import app as cli
-from pullthrough.core.byterange import ByteRange, Unsatisfiable, parse_range
+from pullthrough.core.ranges import ByteRange, Unsatisfiable, parse_range
 from pullthrough.runtime import platform
 from tests.e2e.conftest import MB, Model, add_model, get, to_cdn, unique
 from tests.e2e.test_start import refused

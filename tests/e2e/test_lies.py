@@ -27,17 +27,17 @@ NUMBERS: Final = count()
 
 IMPATIENT: Final = """
 import socket
-from pullthrough.recording import patience, recording, supply
+from pullthrough.recording import retry_policy, recording, blob_source
 from pullthrough.registry import freshness, grants
-from pullthrough.upstream import upstream
+from pullthrough.upstream import client
 freshness.DOWN_S = 0.0
-grants.PAUSES_S = upstream.PAUSES_S = ()
-supply.MAX_LIES = 0
-supply.FIRST_S = 0.05
-patience.MAX_UNEXPECTED = 4
-patience.BACKOFF_S = 0.001
-patience.BACKOFF_LIMIT_S = 0.01
-patience.GIVE_UP_S = 0.2
+grants.PAUSES_S = client.PAUSES_S = ()
+blob_source.MAX_LIES = 0
+blob_source.FIRST_S = 0.05
+retry_policy.MAX_UNEXPECTED = 4
+retry_policy.BACKOFF_S = 0.001
+retry_policy.BACKOFF_LIMIT_S = 0.01
+retry_policy.GIVE_UP_S = 0.2
 recording.IDLE_S = 0.05
 recording.LINGER_S = 0.0
 real = socket.getaddrinfo

@@ -19,7 +19,7 @@ from typing import Final
 import pytest
 
 from pullthrough.core.digest import Digest
-from pullthrough.core.route import canonical_path
+from pullthrough.core.routes import canonical_path
 from tests.e2e.conftest import MODEL, get, to_cdn, to_registry
 from tests.support.http1 import ClosedBeforeResponse, Connection, ConnectRefused
 from tests.support.origin import GOOD_TOKEN, R2_HOST, Fault, Mode, Origin

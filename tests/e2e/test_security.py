@@ -17,7 +17,7 @@ import pytest
 
 from pullthrough.core.capability import Capability
 from pullthrough.core.digest import Digest
-from pullthrough.core.route import canonical_path
+from pullthrough.core.routes import canonical_path
 from tests.e2e.conftest import MB, MODEL, PROXYING, Model, add_model, get, to_cdn, to_registry, unique
 from tests.security import CALLERS, CAPABLE, MODELS, REQUESTS, Cell, gives, table
 from tests.support.a2 import A2Client

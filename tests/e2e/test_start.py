@@ -147,9 +147,9 @@ hook.name = NAME + "ing"
 hooks.all_hooks[hook.name] = hook
 """
 MISSING = """
-from pullthrough.proxy.flows import Flows
-from pullthrough.proxy.gate import Gate
-from pullthrough.proxy.intake import Intakes
+from pullthrough.proxy.request_hooks import RequestHooks
+from pullthrough.proxy.connection_hooks import ConnectionHooks
+from pullthrough.proxy.client_limits import ClientLimits
 for part in PARTS:
     setattr(part, NAME + "ing", getattr(part, NAME))
     delattr(part, NAME)
@@ -159,12 +159,16 @@ for part in PARTS:
 @pytest.mark.parametrize(
     ("name", "parts", "message"),
     [
-        ("client_connected", "Gate", "client_connected: a stranger: expected a refusal"),
-        ("client_connected", "Intakes", "an endless head"),
-        ("http_connect", "Gate", "http_connect: a tunnel to port 22: expected a refusal, got b'HTTP/1.1 200"),
-        ("server_connect", "Gate", "server_connect: a way to this machine: expected a refusal"),
-        ("next_layer", "Gate", "next_layer: a tunnel that is read: expected a refusal"),
-        ("requestheaders", "Flows", "requestheaders: two names: expected a refusal"),
+        ("client_connected", "ConnectionHooks", "client_connected: a stranger: expected a refusal"),
+        ("client_connected", "ClientLimits", "an endless head"),
+        (
+            "http_connect",
+            "ConnectionHooks",
+            "http_connect: a tunnel to port 22: expected a refusal, got b'HTTP/1.1 200",
+        ),
+        ("server_connect", "ConnectionHooks", "server_connect: a way to this machine: expected a refusal"),
+        ("next_layer", "ConnectionHooks", "next_layer: a tunnel that is read: expected a refusal"),
+        ("requestheaders", "RequestHooks", "requestheaders: two names: expected a refusal"),
     ],
 )
 def test_a_hook_that_is_not_called(tmp_path: Path, name: str, parts: str, message: str) -> None:

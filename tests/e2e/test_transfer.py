@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pullthrough.library.admission import Fate
-from pullthrough.library.exporting import export_bundle_file, export_tree, select
-from pullthrough.library.inventory import Inventory
+from pullthrough.library.exporter import export_bundle_file, export_tree, select
+from pullthrough.library.import_commit import Fate
+from pullthrough.library.snapshot import Snapshot
 from pullthrough.store.store import Store
 from tests.e2e.conftest import MB, add_model, get, to_registry, unique
 from tests.support.a2 import A2Client
@@ -51,7 +51,7 @@ def test_across_an_air_gap(
             status, _, _ = get(connection, target)
             assert status >= 500
 
-    inventory = Inventory.read(proxy.store)
+    inventory = Snapshot.read(proxy.store)
     cargo = select(inventory, [model.name])
     export_tree(inventory, cargo, tmp_path / "out")
     exported = A2Client(None, origin.ca_file, tmp_path / "out")

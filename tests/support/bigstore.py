@@ -11,7 +11,8 @@ from pathlib import Path
 
 from pullthrough.core.digest import Digest
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name
-from pullthrough.store.contents import (
+from pullthrough.store.proofs import Proof, Proofs
+from pullthrough.store.rows import (
     blob_key,
     blob_value,
     body_key,
@@ -19,7 +20,6 @@ from pullthrough.store.contents import (
     manifest_value,
     members_key,
 )
-from pullthrough.store.proofs import Proof, Proofs
 from pullthrough.store.store import Store
 
 

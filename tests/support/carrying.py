@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pullthrough.library.admission import Outcome, Terms, admit
-from pullthrough.library.importing import Bounds, Staging, take
+from pullthrough.library.import_commit import ImportOutcome, Terms, admit
+from pullthrough.library.importer import Bounds, Staging, take
 from pullthrough.store.store import Store
 
 
@@ -16,7 +16,7 @@ def import_into(
     replace_confirmed: bool = False,
     bounds: Bounds | None = None,
     link: bool = False,
-) -> list[Outcome]:
+) -> list[ImportOutcome]:
     """What `ollama-cache import` does without a daemon."""
     held = {digest: record.size or 0 for digest, record in store.blobs().items() if store.held(digest) is not None}
     with Staging(store.folder, held=held, bounds=bounds or Bounds(), link=link) as staging:

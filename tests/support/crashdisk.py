@@ -32,7 +32,7 @@ import pytest
 from pullthrough.core.digest import Digest
 from pullthrough.core.records import BlobRecord
 from pullthrough.runtime import platform
-from pullthrough.store import contents, index, storefolder
+from pullthrough.store import index, layout, rows
 
 FOLDERS = ("ingest", "public/blobs", "private/blobs", "quarantine")
 
@@ -158,11 +158,11 @@ class Disk[P]:
             1 + max((change.file for change in changes if isinstance(change, Named)), default=0)
         )
         self._by_inode: dict[int, int] = {}
-        (folder / storefolder.MARKER).write_text(json.dumps({"format": storefolder.FORMAT}))
+        (folder / layout.MARKER).write_text(json.dumps({"format": layout.FORMAT}))
         (folder / "secret").write_bytes(bytes(32))
         (folder / "index").mkdir()
         (folder / "index" / index.DATABASE).touch()
-        self.rows.put(contents.VERSION_KEY, contents.VERSION)
+        self.rows.put(rows.VERSION_KEY, rows.VERSION)
         for name in FOLDERS:
             (folder / name).mkdir(parents=True, mode=0o755)
         (folder / "private").chmod(0o700)

@@ -21,22 +21,22 @@ import pytest
 from pullthrough.config.options import parse_settings
 from pullthrough.config.settings import R2_HOST, Endpoint
 from pullthrough.core.digest import Digest
-from pullthrough.core.manifestjson import DOCKER_TYPE
-from pullthrough.core.route import canonical_path
-from pullthrough.library.keeper import Keeper
-from pullthrough.recording import patience, recording, supply
-from pullthrough.recording.budget import Budget
+from pullthrough.core.manifest_json import DOCKER_TYPE
+from pullthrough.core.routes import canonical_path
+from pullthrough.library.eviction import Evictor
+from pullthrough.recording import blob_source, recording, retry_policy
+from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.reader import FileSpan, Memory, Reader
 from pullthrough.recording.recorder import Recorder
 from pullthrough.recording.workroom import Workroom
 from pullthrough.registry import grants
-from pullthrough.registry.exchange import Answer, Request
-from pullthrough.registry.registry import Registry
+from pullthrough.registry.messages import Answer, Request
+from pullthrough.registry.service import Registry
 from pullthrough.runtime import platform
-from pullthrough.runtime.threads import Threads
+from pullthrough.runtime.executors import Threads
 from pullthrough.store.store import Store
-from pullthrough.upstream import upstream
-from pullthrough.upstream.upstream import Upstream
+from pullthrough.upstream import client
+from pullthrough.upstream.client import Upstream
 from tests.lies import MARK, Lie
 
 HOST: Final = "registry.ollama.ai"
@@ -233,28 +233,28 @@ async def cache(folder: Path) -> AsyncIterator[Cache]:
         patch.setattr(ssl, "create_default_context", lambda cafile: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         for module, name, value in (
             (grants, "PAUSES_S", ()),
-            (upstream, "PAUSES_S", ()),
-            (supply, "MAX_LIES", 0),
-            (supply, "FIRST_S", 0.05),
-            (patience, "MAX_UNEXPECTED", 4),
-            (patience, "BACKOFF_S", 0.001),
-            (patience, "BACKOFF_LIMIT_S", 0.01),
-            (patience, "GIVE_UP_S", 0.2),
+            (client, "PAUSES_S", ()),
+            (blob_source, "MAX_LIES", 0),
+            (blob_source, "FIRST_S", 0.05),
+            (retry_policy, "MAX_UNEXPECTED", 4),
+            (retry_policy, "BACKOFF_S", 0.001),
+            (retry_policy, "BACKOFF_LIMIT_S", 0.01),
+            (retry_policy, "GIVE_UP_S", 0.2),
             (recording, "IDLE_S", 0.05),
             (recording, "LINGER_S", 0.0),
         ):
             patch.setattr(module, name, value)
-        client = Upstream(settings)
-        await client.open()
-        keeper = Keeper(store, threads, max_size=None, min_free=0)
-        recorder = Recorder(Workroom(store, keeper, client, threads, 4, settings.finish, Budget(None)))
-        core = Registry(settings, store, client, recorder)
+        upstream = Upstream(settings)
+        await upstream.open()
+        evictor = Evictor(store, threads, max_size=None, min_free=0)
+        recorder = Recorder(Workroom(store, evictor, upstream, threads, 4, settings.finish, RateLimit(None)))
+        core = Registry(settings, store, upstream, recorder)
         try:
-            yield Cache(origin, store, client, recorder, core)
+            yield Cache(origin, store, upstream, recorder, core)
         finally:
             await core.close()
             await recorder.close()
-            await client.close()
+            await upstream.close()
             server.close()
             threads.close()
             store.close()

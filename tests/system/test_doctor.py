@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pullthrough.cli import app as cli
-from pullthrough.pki.ca import Authority
+from pullthrough.pki.authority import Authority
 from tests.e2e.conftest import add_model
 from tests.support.origin import R2_HOST, REGISTRY_HOST, Fault, Mode
 from tests.support.proxy import environment

@@ -13,7 +13,7 @@ from typing import Final
 
 import pytest
 
-from pullthrough.monitoring.statuspage import SHARE
+from pullthrough.monitoring.status_page import SHARE
 from tests.e2e.conftest import MB, add_model, unique
 from tests.support.a2 import A2Client
 from tests.support.origin import Origin

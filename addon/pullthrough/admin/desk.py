@@ -10,20 +10,20 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
-from pullthrough.admin.control import Control, Verb
-from pullthrough.admin.tierverbs import TierVerbs
-from pullthrough.admin.verbs import Verbs
+from pullthrough.admin.commands import Commands
+from pullthrough.admin.fleet_commands import FleetCommands
+from pullthrough.admin.server import ControlServer, Verb
 from pullthrough.config.settings import Settings
+from pullthrough.core.access_log import RequestLog
 from pullthrough.core.errors import StoreError
-from pullthrough.core.requestlog import RequestLog
 from pullthrough.fleet.tier import Tier
 from pullthrough.fleet.uploader import Uploader
-from pullthrough.library.catalogue import JSON, View
-from pullthrough.library.housekeeping import Housekeeping
+from pullthrough.library.listing import JSON, View
+from pullthrough.library.maintenance import Maintenance
 from pullthrough.recording.recorder import Recorder
-from pullthrough.registry.registry import Registry
+from pullthrough.registry.service import Registry
 from pullthrough.store.store import Store
-from pullthrough.store.traffic import Traffic
+from pullthrough.store.usage import Usage
 
 _log = logging.getLogger(__name__)
 
@@ -49,14 +49,14 @@ class Desk:
         self._recorder = recorder
         self._requests = requests
         self._pulls = registry.pulls
-        self._traffic = Traffic(store.ledger.days)
-        housekeeping = Housekeeping(store, settings.pins, recorder.running)
-        shared = TierVerbs(*fleet, store, housekeeping, registry.warmer, recorder.counters) if fleet else None
+        self._traffic = Usage(store.ledger.days)
+        maintenance = Maintenance(store, settings.pins, recorder.running)
+        shared = FleetCommands(*fleet, store, maintenance, registry.warmer, recorder.counters) if fleet else None
         self.tier = shared.state if shared else None
         """Tells the state of the fleet's object store, where there is one."""
-        self._verbs = Verbs(
+        self._verbs = Commands(
             store,
-            housekeeping,
+            maintenance,
             registry.warmer,
             pins=settings.pins,
             options=options,
@@ -64,7 +64,9 @@ class Desk:
             pulls=registry.pulls.counts,
             tier=self.tier,
         )
-        self._control = Control(settings.dir, {**self._verbs.table(), **(shared.table() if shared else {}), **others})
+        self._control = ControlServer(
+            settings.dir, {**self._verbs.table(), **(shared.table() if shared else {}), **others}
+        )
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:

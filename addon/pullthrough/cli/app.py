@@ -12,8 +12,8 @@ from pathlib import Path
 import typer
 
 import pullthrough
-from pullthrough.cli import cli_ca, cli_models, cli_setup, cli_transfer
-from pullthrough.cli.cli_base import fail
+from pullthrough.cli import ca, models, setup, transfer
+from pullthrough.cli.common import fail
 
 app = typer.Typer(
     help="A pull-through cache for the Ollama registry.",
@@ -21,10 +21,10 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-app.add_typer(cli_ca.app, name="ca")
-app.add_typer(cli_models.app)
-app.add_typer(cli_setup.app)
-app.add_typer(cli_transfer.app)
+app.add_typer(ca.app, name="ca")
+app.add_typer(models.app)
+app.add_typer(setup.app)
+app.add_typer(transfer.app)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

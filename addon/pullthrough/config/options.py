@@ -13,7 +13,7 @@ from typing import Final
 
 import humanfriendly
 
-from pullthrough.config.addressing import (
+from pullthrough.config.parsers import (
     parse_advertise,
     parse_clients,
     parse_front,

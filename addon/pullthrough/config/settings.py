@@ -132,7 +132,7 @@ class Settings:
         return (*self.registries, self.blob_host)
 
     @property
-    def doors(self) -> tuple[tuple[str, int], ...]:
+    def listeners(self) -> tuple[tuple[str, int], ...]:
         """Where the blob server listens: at `listen`, and on the ports of `front` at the same hosts."""
         hosts = dict.fromkeys(host for host, _ in self.listen)
         return tuple(dict.fromkeys([*self.listen, *((host, port) for port in self.front for host in hosts)]))

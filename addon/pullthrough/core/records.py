@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from hashlib import sha256
 from typing import Final, NamedTuple, Self
 
-from pullthrough.core import manifestjson
+from pullthrough.core import manifest_json
 from pullthrough.core.digest import Digest, trusted
 from pullthrough.core.errors import InvalidRequest
 
@@ -176,7 +176,7 @@ class ManifestRecord(NamedTuple):
     def parse(cls, body: bytes, content_type: str, *, now: float) -> Self | None:
         """The record of a document's bytes; None if they are none (a captive portal also answers 200)."""
         try:
-            document = manifestjson.parse(body)
+            document = manifest_json.parse(body)
         except ValueError:
             return None
         sizes: dict[Digest, int | None] = {}
@@ -251,7 +251,7 @@ class ManifestRecord(NamedTuple):
         if not self.is_list:
             return [Series(self.digest, self.body, self.digests)]
         found = []
-        for number, child in enumerate(manifestjson.children_of(self.body)):
+        for number, child in enumerate(manifest_json.children_of(self.body)):
             if child.digest is None:
                 digests = [layer.digest for layer in child.layers]
                 found.append(Series(f"{self.digest} {number}", self.body, digests))

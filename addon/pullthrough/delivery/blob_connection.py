@@ -10,7 +10,7 @@ A request and a byte go this way:
     `outlets`                one pread and one SSL_write for each MiB
     here                     the next head; after LINGER_S without one `byte_threads` parks the connection
 
-Invariant: what is not answered by the registry's core is passed on by `passing_on`, or refused; SNI, Host and the
+Invariant: what is not answered by the registry's core is passed on by `pass_through`, or refused; SNI, Host and the
 request target name the blob host, else 421. A body ends whole, or the connection ends with FIN short of its
 Content-Length, which lets Ollama keep what it has (server/download.go: an unexpected EOF keeps progress, a reset does
 not). Knows neither mitmproxy nor how anything is answered.
@@ -27,16 +27,16 @@ from urllib.parse import urlsplit
 import h11
 from OpenSSL import SSL
 
-from pullthrough.core.cachestatus import CacheStatus, Outcome
+from pullthrough.core.access_log import RequestLog
+from pullthrough.core.cache_status import CacheStatus, Outcome
 from pullthrough.core.errors import CacheError, Misdirected
-from pullthrough.core.requestlog import RequestLog
 from pullthrough.delivery.byte_sender import LoopCalls, LoopReader, Sending, send, take
 from pullthrough.delivery.outlets import ClientGone
-from pullthrough.delivery.passing_on import Passing, PassingBroken, Way
+from pullthrough.delivery.pass_through import PassThrough, PassThroughBroken, Way
 from pullthrough.delivery.tls_contexts import TlsContext
 from pullthrough.delivery.tls_outlet import TlsOutlet
 from pullthrough.recording.reader import FileSpan, Reader
-from pullthrough.registry.exchange import Answer, Request, failure
+from pullthrough.registry.messages import Answer, Request, failure
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class BlobConnection:
         self._on_close = on_close
         self._is_open = False
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=LONGEST_HEAD)
-        self._passing = Passing(service.way, out)
+        self._passing = PassThrough(service.way, out)
 
     # --- for byte_threads
 
@@ -317,7 +317,7 @@ class BlobConnection:
         cache = CacheStatus(Outcome.BYPASS)
         try:
             status = self._passing.exchange(self._h11, request)
-        except PassingBroken as error:
+        except PassThroughBroken as error:
             status = error.status
             _log.info("%s %s: %s", request.method.decode(), target.partition("?")[0], error)
             self._h11.send_failed()

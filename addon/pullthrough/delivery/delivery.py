@@ -10,18 +10,18 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from pullthrough.config.settings import Settings
-from pullthrough.core.requestlog import RequestLog
+from pullthrough.core.access_log import RequestLog
 from pullthrough.delivery.blob_connection import BlobConnection, Service
 from pullthrough.delivery.byte_sender import LoopCalls
 from pullthrough.delivery.byte_threads import ByteThreads, ceiling
 from pullthrough.delivery.loopback import Loopback
 from pullthrough.delivery.outlets import Buffers
-from pullthrough.delivery.passing_on import Way
+from pullthrough.delivery.pass_through import Way
 from pullthrough.delivery.tls_contexts import TlsContext
 from pullthrough.delivery.tls_outlet import TlsOutlet
-from pullthrough.registry.exchange import Answer, Request
+from pullthrough.registry.messages import Answer, Request
 from pullthrough.runtime import platform
-from pullthrough.upstream.upstream import Upstream
+from pullthrough.upstream.client import Upstream
 
 GRACE_S: Final = 0.5
 """How long bodies may go on when the cache ends."""

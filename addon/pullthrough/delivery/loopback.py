@@ -17,10 +17,10 @@ from typing import Final
 
 from aiohttp import web
 
+from pullthrough.delivery.accept_policy import Brief
+from pullthrough.delivery.aiohttp_body import send
 from pullthrough.delivery.byte_sender import Sending
 from pullthrough.delivery.byte_threads import ByteThreads
-from pullthrough.delivery.door import Brief
-from pullthrough.delivery.sender import send
 from pullthrough.recording.reader import Reader
 
 _log = logging.getLogger(__name__)

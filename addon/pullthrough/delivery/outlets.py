@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, Protocol
 
-from pullthrough.delivery.readiness import is_gone, writable
+from pullthrough.delivery.socket_polling import is_gone, writable
 from pullthrough.runtime import platform
 
 FIRST: Final = 256 << 10

@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL
 
-from pullthrough.pki.ca import Leaf
+from pullthrough.pki.authority import Leaf
 
 HTTP_1_1: Final = b"http/1.1"
 _ENABLE_PARTIAL_WRITE: Final = 1

@@ -15,7 +15,7 @@ from typing import Final
 from OpenSSL import SSL
 
 from pullthrough.delivery.outlets import CLIENT_STALL_S, FIRST, ROOM, Buffers, ClientGone, fill
-from pullthrough.delivery.readiness import is_gone, readable, writable
+from pullthrough.delivery.socket_polling import is_gone, readable, writable
 
 STALL_S: Final = 1.0
 """How long a write waits for room before the memory of its piece is given back."""

@@ -18,14 +18,14 @@ from pullthrough.config.settings import PREFIX
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import AddressRefused, ForgedDocument, SettingsError, TierError
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.fleet import fleet
-from pullthrough.fleet.breaker import Breaker
-from pullthrough.fleet.objectstore import ObjectStore, endpoint
-from pullthrough.net.tunnel import check_address
+from pullthrough.fleet import documents
+from pullthrough.fleet.circuit_breaker import CircuitBreaker
+from pullthrough.fleet.object_store import ObjectStore, endpoint
+from pullthrough.net.address_policy import check_address
 from pullthrough.runtime.clock import lasting
-from pullthrough.runtime.threads import Threads
-from pullthrough.upstream.datastream import Source
-from pullthrough.upstream.upstream import Upstream
+from pullthrough.runtime.executors import Threads
+from pullthrough.upstream.client import Upstream
+from pullthrough.upstream.data_stream import Source
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Tier:
         """The object store was found at a private address, which has been logged."""
         self._threads = threads
         self._upstream = upstream
-        self._breaker = Breaker()
+        self._breaker = CircuitBreaker()
 
     @property
     def is_open(self) -> bool:
@@ -112,7 +112,7 @@ class Tier:
         try:
             if not await self.look(digest):
                 return None
-            address = await self.ask(self.objects.sign, fleet.blob_key(digest), lifetime_s=SIGNED_S)
+            address = await self.ask(self.objects.sign, documents.blob_key(digest), lifetime_s=SIGNED_S)
         except TierError as error:
             _log.debug("%s: %s", digest.short, error)
             return None
@@ -122,7 +122,7 @@ class Tier:
 
     async def look(self, digest: Digest, size: int | None = None) -> bool:
         """Whether the blob is there, of this size if one is given, and was hashed by whoever uploaded it."""
-        found = await self.ask(self.objects.find, fleet.blob_key(digest))
+        found = await self.ask(self.objects.find, documents.blob_key(digest))
         sound = found is not None and found.sha256 == digest.hex and size in (None, found.size)
         (self.there.add if sound else self.there.discard)(digest)
         return sound
@@ -136,7 +136,7 @@ class Tier:
             return False
         if self.address(digest) is None:
             try:
-                signed = await self.ask(self.objects.sign, fleet.blob_key(digest), lifetime_s=SIGNED_S)
+                signed = await self.ask(self.objects.sign, documents.blob_key(digest), lifetime_s=SIGNED_S)
                 await self._threads.network(_check_public, *endpoint(signed))
             except TierError as error:  # counted and logged where it comes from
                 _log.debug("%s: %s", digest.short, error)
@@ -158,8 +158,8 @@ class Tier:
     async def manifest(self, name: Name) -> ManifestRecord | None:
         """The manifest, as the fleet's own cache has recorded it; None where there is none to be had."""
         try:
-            data = await self.ask(self.objects.read, fleet.manifest_key(name))
-            record = fleet.unseal_manifest(data, name, self.secret) if data is not None else None
+            data = await self.ask(self.objects.read, documents.manifest_key(name))
+            record = documents.unseal_manifest(data, name, self.secret) if data is not None else None
         except TierError as error:
             _log.debug("%s: %s", name, error)
             return None

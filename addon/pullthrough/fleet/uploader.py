@@ -14,11 +14,11 @@ from typing import Final
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import ForgedDocument, TierError
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name
-from pullthrough.fleet import fleet
-from pullthrough.fleet.objectstore import PART
+from pullthrough.fleet import documents
+from pullthrough.fleet.object_store import PART
 from pullthrough.fleet.tier import Tier
 from pullthrough.runtime import platform
-from pullthrough.runtime.threads import Threads
+from pullthrough.runtime.executors import Threads
 from pullthrough.store.ingest import SharedFile
 from pullthrough.store.store import Store
 
@@ -103,7 +103,7 @@ class Uploader:
 
     async def _send(self, digest: Digest, file: SharedFile) -> bool:
         """Whether the bytes were what they should be, and the object is there by now."""
-        tier, key = self._tier, fleet.blob_key(digest)
+        tier, key = self._tier, documents.blob_key(digest)
         writer = await tier.ask(tier.objects.writer, key, size=file.size, sha256=digest.hex)
         hasher = hashlib.sha256()
 
@@ -128,7 +128,7 @@ class Uploader:
 
     async def _upload_manifest(self, name: Name, record: ManifestRecord) -> None:
         """Put the manifest beside its blobs once all are there; take it away once it is private."""
-        tier, key = self._tier, fleet.manifest_key(name)
+        tier, key = self._tier, documents.manifest_key(name)
         if record.denied:
             await tier.ask(tier.objects.delete, key)
             self._told[name] = (record.body, True)
@@ -137,11 +137,11 @@ class Uploader:
             return
         data = await tier.ask(tier.objects.read, key)
         try:
-            known = fleet.unseal_manifest(data, name, tier.secret) if data is not None else None
+            known = documents.unseal_manifest(data, name, tier.secret) if data is not None else None
         except ForgedDocument:
             known = None
         if known is None or (known.body != record.body and known.confirmed < record.confirmed):
-            await tier.ask(tier.objects.replace, key, fleet.seal_manifest(name, record, tier.secret))
+            await tier.ask(tier.objects.replace, key, documents.seal_manifest(name, record, tier.secret))
             _log.info("uploaded %s", name)
         self._told[name] = (record.body, False)
 

@@ -1,4 +1,4 @@
 """What people and the daemon do to stored models: list, remove, evict, verify, import, export.
 
-Everything here works on a store that is handed in. Begin with `catalogue` (what is shown) and `keeper` (what goes).
+Everything here works on a store that is handed in. Begin with `listing` (what is shown) and `eviction` (what goes).
 """

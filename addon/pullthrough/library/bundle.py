@@ -20,7 +20,7 @@ from typing import BinaryIO, Final
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import TransferRefused
 from pullthrough.core.records import Name
-from pullthrough.store.modeltree import document_path, manifest_path, parse_blob_path, parse_manifest_path
+from pullthrough.store.ollama_dir import document_path, manifest_path, parse_blob_path, parse_manifest_path
 
 SUMS: Final = "SHA256SUMS"
 BLOCK: Final = tarfile.BLOCKSIZE

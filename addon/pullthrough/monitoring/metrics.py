@@ -15,18 +15,18 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from pullthrough.config.settings import Settings
-from pullthrough.core.cachestatus import Outcome
+from pullthrough.core.access_log import RequestLog
+from pullthrough.core.cache_status import Outcome
 from pullthrough.core.errors import UpstreamError
 from pullthrough.core.records import by_model
-from pullthrough.core.requestlog import RequestLog
-from pullthrough.library.catalogue import JSON
-from pullthrough.monitoring.vitals import Disk, Vitals
+from pullthrough.library.listing import JSON
+from pullthrough.monitoring.health import Disk, Health
 from pullthrough.recording.counters import Ending
 from pullthrough.recording.pulls import Counts
 from pullthrough.recording.recorder import Recorder
-from pullthrough.runtime.looplag import LoopLag
+from pullthrough.runtime.loop_lag import LoopLag
 from pullthrough.store.store import Store
-from pullthrough.upstream.upstream import Upstream
+from pullthrough.upstream.client import Upstream
 
 PREFIX: Final = "ollama_cache_"
 
@@ -45,7 +45,7 @@ class Metrics(Collector):
         upstream: Upstream,
         requests: RequestLog,
         lag: LoopLag,
-        vitals: Vitals,
+        health: Health,
         pulls: Counts,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
@@ -58,7 +58,7 @@ class Metrics(Collector):
         self._upstream = upstream
         self._requests = requests
         self._lag = lag
-        self._vitals = vitals
+        self._health = health
         self._disk = Disk(0)
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -66,7 +66,7 @@ class Metrics(Collector):
 
     async def expose(self, accept: str) -> tuple[bytes, str]:
         """(all metrics, their Content-Type) in the format that an Accept field asks for."""
-        self._disk = await self._vitals.disk()
+        self._disk = await self._health.disk()
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
@@ -124,7 +124,7 @@ class Metrics(Collector):
         lags = zip(quantiles, self._lag.quantiles(*quantiles), strict=True)
         lag = (((f"{quantile:g}",), seconds) for quantile, seconds in lags)
         yield _gauges("event_loop_lag_seconds", "Lateness of the event loop in ten minutes.", lag, "quantile")
-        ends = (((name,), end.timestamp()) for name, end in self._vitals.certificates().items())
+        ends = (((name,), end.timestamp()) for name, end in self._health.certificates().items())
         yield _gauges("certificate_expiry_timestamp_seconds", "When a certificate ends.", ends, "name")
 
 

@@ -1,4 +1,5 @@
 """mitmproxy's side: hooks, policy at its doors, and the ways that requests leave it.
 
-mitmproxy is imported here and in `addon` only. Begin with `gate` (who and where) and `flows` (requests and answers).
+mitmproxy is imported here and in `addon` only. Begin with `connection_hooks` (who may connect, and where to) and
+`request_hooks` (requests and answers).
 """

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from mitmproxy import http
 from mitmproxy.proxy.mode_specs import RegularMode, ReverseMode
 
-from pullthrough.registry.exchange import Request
+from pullthrough.registry.messages import Request
 
 
 def has_body(request: http.Request) -> bool:

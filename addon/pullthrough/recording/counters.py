@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from pullthrough.upstream.datastream import DataStream
+from pullthrough.upstream.data_stream import DataStream
 
 
 class Ending(StrEnum):

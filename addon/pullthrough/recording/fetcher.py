@@ -17,14 +17,14 @@ from typing import Final
 from pullthrough.core.errors import CacheError, StoreError, UpstreamError, UpstreamTimeout, ValidatorChanged
 from pullthrough.core.intervals import Intervals
 from pullthrough.recording.assembly import Assembly
+from pullthrough.recording.blob_source import BlobSource
+from pullthrough.recording.blob_writer import BlobWriter
 from pullthrough.recording.counters import Counters
-from pullthrough.recording.patience import LEARN, RATE_WEIGHT, Pace, Patience, Ranges, Rates, backoff_s
-from pullthrough.recording.scheduler import MAX_SLICE, MIN_SLICE, Slice
-from pullthrough.recording.sealer import Sealer
-from pullthrough.recording.supply import Supply
+from pullthrough.recording.retry_policy import LEARN, RATE_WEIGHT, Pace, Patience, Ranges, Rates, backoff_s
+from pullthrough.recording.slicing import MAX_SLICE, MIN_SLICE, Slice
 from pullthrough.runtime.clock import steady
-from pullthrough.upstream.dataclient import PIECE
-from pullthrough.upstream.datastream import BATCH, DataStream, ThreadStream
+from pullthrough.upstream.data_client import PIECE
+from pullthrough.upstream.data_stream import BATCH, DataStream, ThreadStream
 
 _log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class Fetcher:
         self,
         name: str,
         assembly: Assembly,
-        supply: Supply,
-        sealer: Sealer,
+        blob_source: BlobSource,
+        blob_writer: BlobWriter,
         counters: Counters,
         rates: Rates,
         *,
@@ -69,19 +69,19 @@ class Fetcher:
         spend: Callable[[int], float] | None,
         fail: Callable[[CacheError], None],
     ) -> None:
-        """`sealer` takes the bytes; `rates` are those of all hosts. `choose` names the next slice for a connection that
-        delivers so many bytes/s; `spend`, where there is a limit, says how long to wait before reading more after so
-        many bytes.
+        """`blob_writer` takes the bytes; `rates` are those of all hosts. `choose` names the next slice for a connection
+        that delivers so many bytes/s; `spend`, where there is a limit, says how long to wait before reading more after
+        so many bytes.
         """
         self.fetched = 0
         self._name = name
         self._assembly = assembly
-        self._supply = supply
+        self._blob_source = blob_source
         self._counters = counters
         self._rates = rates
         self._connections = connections
         self._choose = choose
-        self._sealer = sealer
+        self._blob_writer = blob_writer
         self._spend = spend
         self._fail = fail
         self._workers: set[asyncio.Task[None]] = set()
@@ -167,7 +167,7 @@ class Fetcher:
     @property
     def _usual(self) -> float | None:
         """Bytes a second of one connection; None while that is not known."""
-        return self._rate or self._rates.of(self._supply.host, steady())
+        return self._rate or self._rates.of(self._blob_source.host, steady())
 
     async def _work(self) -> None:
         # On loops that run tasks eagerly `wake` must count this one before it claims.
@@ -189,15 +189,15 @@ class Fetcher:
             self._fail(error)
 
     async def _fetch_one(self) -> None:
-        source = await self._supply.source()
-        async with self._supply.slot(source):
+        source = await self._blob_source.source()
+        async with self._blob_source.slot(source):
             taken = self._choose(self._usual) if self._wanted() else None
             if taken is None:
                 return
             self._assembly.claim(taken.start, taken.stop)
 
             async def fetch(attempt: _Attempt) -> None:
-                stream = await self._supply.open(source, taken.start, taken.stop, length=self._assembly.size)
+                stream = await self._blob_source.open(source, taken.start, taken.stop, length=self._assembly.size)
                 with contextlib.closing(stream):
                     before, self._ranges = self._ranges, LEARN[self._ranges, stream.whole]
                     self._tried.set()
@@ -210,7 +210,7 @@ class Fetcher:
             try:
                 await self._attempt(taken, fetch)
             except UpstreamError as error:
-                self._supply.failed(source, error, silent_s=steady() - self._patience.heard)
+                self._blob_source.failed(source, error, silent_s=steady() - self._patience.heard)
                 raise
 
     async def _attempt(self, taken: Slice, work: Callable[[_Attempt], Awaitable[None]]) -> None:
@@ -251,7 +251,7 @@ class Fetcher:
                 await self._sift(stream, attempt, limit)
         finally:
             if attempt.position > stream.start:
-                await self._sealer.mark(stream.start, attempt.position)
+                await self._blob_writer.mark(stream.start, attempt.position)
             self._learn_rate(stream, attempt.position - stream.start, steady() - began)
 
     async def _pour(self, stream: ThreadStream, attempt: _Attempt) -> None:
@@ -260,7 +260,7 @@ class Fetcher:
         waits = self._spend is not None
 
         def write(offset: int, data: memoryview) -> None:
-            self._sealer.put(offset, data)
+            self._blob_writer.put(offset, data)
             told: Future[float] = Future()
             loop.call_soon_threadsafe(self._note_landed, stream, attempt, offset, offset + len(data), told)
             if waits:
@@ -270,7 +270,7 @@ class Fetcher:
 
     def _note_landed(self, stream: DataStream, attempt: _Attempt, start: int, stop: int, told: "Future[float]") -> None:
         attempt.position = stop
-        self._sealer.landed(start, stop)
+        self._blob_writer.landed(start, stop)
         told.set_result(self._note_progress(stream, attempt, stop - start))
 
     def _note_progress(self, stream: DataStream, attempt: _Attempt, count: int) -> float:
@@ -313,7 +313,7 @@ class Fetcher:
             start, position = gap
             self._landing.add(start, position)
             try:
-                await self._sealer.write(start, data[start - offset : position - offset])
+                await self._blob_writer.write(start, data[start - offset : position - offset])
             finally:
                 self._landing.remove(start, position)
 
@@ -356,8 +356,8 @@ class Fetcher:
             attempt.stop()
         for attempt in others:
             await attempt.over.wait()
-        await self._sealer.begin_again()
-        self._supply.expect(error.validator)
+        await self._blob_writer.begin_again()
+        self._blob_source.expect(error.validator)
         self._held = False
         self.wake()
 

@@ -7,10 +7,10 @@ import asyncio
 from collections.abc import KeysView
 
 from pullthrough.core.digest import Digest
+from pullthrough.recording.blob_source import BlobSource, Obtain
 from pullthrough.recording.recording import Recording
-from pullthrough.recording.supply import Obtain, Supply
 from pullthrough.recording.workroom import Workroom
-from pullthrough.upstream.datastream import DataStream, Source
+from pullthrough.upstream.data_stream import DataStream, Source
 
 
 class Recorder:
@@ -53,8 +53,8 @@ class Recorder:
         """
         recording = self._recordings.get(digest)
         if recording is None:
-            supply = Supply(self._room.upstream, obtain, source, self._room.nearby(digest))
-            recording = Recording(self._room, digest, supply, on_end=self._ended, wanted=wanted, look=look)
+            blob_source = BlobSource(self._room.upstream, obtain, source, self._room.nearby(digest))
+            recording = Recording(self._room, digest, blob_source, on_end=self._ended, wanted=wanted, look=look)
             # Registered before it starts: the loop runs new tasks eagerly, and the next caller must find it.
             self._recordings[digest] = recording
             recording.start(stream, after=self._closing.get(digest))
@@ -62,7 +62,7 @@ class Recorder:
         if wanted:
             recording.want()
         if source is not None:
-            recording.supply.offer(source, obtain)
+            recording.blob_source.offer(source, obtain)
         if stream is not None:
             stream.close()
         return recording

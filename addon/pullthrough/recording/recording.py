@@ -16,18 +16,18 @@ from pullthrough.config.settings import Finish
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError, DigestMismatch, StoreError, StoreUnwritable, UpstreamUnreachable
 from pullthrough.recording.assembly import Assembly
+from pullthrough.recording.blob_source import BlobSource
+from pullthrough.recording.blob_writer import BlobWriter
 from pullthrough.recording.counters import Ending
 from pullthrough.recording.cursor import Cursor
 from pullthrough.recording.fetcher import Fetcher
 from pullthrough.recording.pulls import FAR
 from pullthrough.recording.relay import Relay, Relays
-from pullthrough.recording.scheduler import MAX_SLICE, Demand, Slice, first_slice, next_slice
-from pullthrough.recording.sealer import Sealer
-from pullthrough.recording.supply import Supply
+from pullthrough.recording.slicing import MAX_SLICE, Demand, Slice, first_slice, next_slice
 from pullthrough.recording.workroom import Workroom
 from pullthrough.runtime.clock import steady
 from pullthrough.store.ingest import SharedFile
-from pullthrough.upstream.datastream import DataStream
+from pullthrough.upstream.data_stream import DataStream
 
 _log = logging.getLogger(__name__)
 
@@ -48,13 +48,13 @@ class Recording:
     assembly: Assembly
     _file: SharedFile
     _fetcher: Fetcher
-    _sealer: Sealer
+    _blob_writer: BlobWriter
 
     def __init__(
         self,
         room: Workroom,
         digest: Digest,
-        supply: Supply,
+        blob_source: BlobSource,
         *,
         on_end: Callable[["Recording"], None],
         wanted: bool = False,
@@ -66,7 +66,7 @@ class Recording:
         self._wanted = wanted
         self._pulled = wanted  # somebody pulls the blob, and does not only look into it
         self.digest = digest
-        self.supply = supply
+        self.blob_source = blob_source
         self._room = room
         self._on_end = on_end
         self._ingest = room.store.ingest(digest)
@@ -119,7 +119,7 @@ class Recording:
     def relay(self, start: int, stop: int) -> Relay:
         """The interval from upstream, past the disk."""
         if self._relays is None:
-            self._relays = Relays(self.supply, self._room.counters, self._room.budget, self.assembly.size)
+            self._relays = Relays(self.blob_source, self._room.counters, self._room.rate_limit, self.assembly.size)
         return Relay(self._relays, start, stop)
 
     def detach(self, cursor: Cursor) -> None:
@@ -161,13 +161,13 @@ class Recording:
         try:
             if after is not None:
                 await after.closed()
-            found = await self._room.threads.disk(self._ingest.resume, self.supply.permits)
+            found = await self._room.threads.disk(self._ingest.resume, self.blob_source.permits)
             if found is not None:
                 if await self._has_room(found[0]):
                     self._open(Assembly(*found))
                 return
-            stream = stream or await self.supply.open_first(self._first_slice)
-            self.supply.expect(stream.validator)
+            stream = stream or await self.blob_source.open_first(self._first_slice)
+            self.blob_source.expect(stream.validator)
             if await self._has_room(stream.length, self._ingest.begin):
                 self._open(Assembly(stream.length))
                 await self._fetcher.take(stream)
@@ -178,7 +178,7 @@ class Recording:
     async def _has_room(self, size: int, begin: Callable[[int], None] | None = None) -> bool:
         """Make room for what is to come and `begin`; where that cannot be, clients are served past the disk."""
         try:
-            await self._room.keeper.reserve(self.digest, size if self._pulled else min(size, FAR), whole=size)
+            await self._room.evictor.reserve(self.digest, size if self._pulled else min(size, FAR), whole=size)
             if begin is not None:
                 await self._room.threads.disk(begin, size)
         except StoreUnwritable as error:
@@ -192,22 +192,22 @@ class Recording:
         room = self._room
         self.assembly = assembly
         self._file = self._ingest.file.acquire()
-        self._sealer = Sealer(room.store, room.threads, self._ingest, assembly, self._rouse)
+        self._blob_writer = BlobWriter(room.store, room.threads, self._ingest, assembly, self._rouse)
         self._fetcher = Fetcher(
             self.digest.short,
             assembly,
-            self.supply,
-            self._sealer,
+            self.blob_source,
+            self._blob_writer,
             room.counters,
             room.rates,
-            connections=room.budget.connections(room.connections),
+            connections=room.rate_limit.connections(room.connections),
             choose=self._choose,
-            spend=self._spend if room.budget.is_limited else None,
+            spend=self._spend if room.rate_limit.is_limited else None,
             fail=self._fail,
         )
         self._ready.set_result(assembly.size)
         self._spawn(self._complete(), "hash")
-        self._spawn(self._sealer.keep_flushed(), "flush")
+        self._spawn(self._blob_writer.keep_flushed(), "flush")
         self._watch_idleness()
         self.wake()
 
@@ -224,9 +224,9 @@ class Recording:
         asyncio.get_running_loop().call_later(UNKEPT_S, self._end)
 
     async def _complete(self) -> None:
-        actual = await self._sealer.hash()
-        sealed = await self._sealer.seal(actual)
-        self.supply.prove()
+        actual = await self._blob_writer.hash()
+        sealed = await self._blob_writer.seal(actual)
+        self.blob_source.prove()
         size = self.assembly.size
         _log.info(
             "recorded %s: %d bytes in %.2f s; fetched %.3f x; unhashed at the last byte %.1f %%; "
@@ -249,7 +249,7 @@ class Recording:
             self.assembly,
             [Demand(cursor.position, cursor.stop, cursor.fed) for cursor in self._cursors],
             rate=rate,
-            connections=self._room.budget.connections(self._room.connections),
+            connections=self._room.rate_limit.connections(self._room.connections),
             complete=self._wanted_whole,
             now=steady(),
         )
@@ -290,7 +290,7 @@ class Recording:
                 cursor.rouse()
 
     def _spend(self, count: int) -> float:
-        return self._room.budget.spend(count, live=bool(self._cursors), now=time.monotonic())
+        return self._room.rate_limit.spend(count, live=bool(self._cursors), now=time.monotonic())
 
     # --- ending
 
@@ -354,7 +354,7 @@ class Recording:
         """Stop every task, then let go of the files."""
         # The task that ended the recording may have called this, on a loop that runs tasks eagerly.
         await asyncio.sleep(0)
-        self.supply.close()
+        self.blob_source.close()
         if hasattr(self, "_fetcher"):
             await self._fetcher.stop()
         tasks = list(self._tasks)
@@ -363,13 +363,13 @@ class Recording:
         await asyncio.gather(*tasks, return_exceptions=True)
         if hasattr(self, "_file"):
             with contextlib.suppress(StoreError):
-                await self._sealer.abandon()
+                await self._blob_writer.abandon()
             self._file.release()
         if self._error is not None and self._error.discards:
             # What it holds is the room that the next recording may need, or not of this blob.
             await self._room.threads.disk(self._ingest.discard)
         await self._room.threads.disk(self._ingest.close)
-        self._room.keeper.release(self.digest)
+        self._room.evictor.release(self.digest)
 
     async def closed(self) -> None:
         """Wait until an ended recording has let go of its files."""
@@ -391,8 +391,8 @@ class Recording:
             await work
         except DigestMismatch as error:
             self._room.counters.mismatches += 1
-            self._room.keeper.distrust(self.digest)
-            self.supply.mistrust()
+            self._room.evictor.mismatches(self.digest)
+            self.blob_source.mistrust()
             self._fail(error)
         except CacheError as error:
             self._fail(error)

@@ -15,10 +15,10 @@ from collections.abc import AsyncGenerator
 from typing import Final
 
 from pullthrough.core.errors import UpstreamError
-from pullthrough.recording.budget import Budget
+from pullthrough.recording.blob_source import BlobSource
 from pullthrough.recording.counters import Counters
-from pullthrough.recording.patience import Patience, backoff_s
-from pullthrough.recording.supply import Supply
+from pullthrough.recording.rate_limit import RateLimit
+from pullthrough.recording.retry_policy import Patience, backoff_s
 from pullthrough.runtime.clock import steady
 
 _log = logging.getLogger(__name__)
@@ -31,10 +31,10 @@ AHEAD: Final = 512 << 10
 class Relays:
     """The responses that pass one blob of `size` bytes through."""
 
-    def __init__(self, supply: Supply, counters: Counters, budget: Budget, size: int) -> None:
-        self.supply = supply
+    def __init__(self, blob_source: BlobSource, counters: Counters, rate_limit: RateLimit, size: int) -> None:
+        self.blob_source = blob_source
         self.counters = counters
-        self.budget = budget
+        self.rate_limit = rate_limit
         self.size = size
         self.lines: list[_Line] = []
 
@@ -120,9 +120,9 @@ class _Line:
         source = None
         while position < self._stop:
             try:
-                source = await relays.supply.source()
-                async with relays.supply.slot(source):
-                    stream = await relays.supply.open(source, position, self._stop, length=relays.size)
+                source = await relays.blob_source.source()
+                async with relays.blob_source.slot(source):
+                    stream = await relays.blob_source.open(source, position, self._stop, length=relays.size)
                     offset = stream.start
                     with contextlib.closing(stream):
                         async for data in stream.batches():
@@ -136,12 +136,12 @@ class _Line:
                                 patience.hear(steady())
                             if position >= self._stop:
                                 return
-                            await asyncio.sleep(relays.budget.spend(len(data), live=True, now=time.monotonic()))
+                            await asyncio.sleep(relays.rate_limit.spend(len(data), live=True, now=time.monotonic()))
             except UpstreamError as error:
                 now = steady()
                 silent = now - patience.heard
                 if source is not None:
-                    relays.supply.failed(source, error, silent_s=silent)
+                    relays.blob_source.failed(source, error, silent_s=silent)
                 relays.counters.retries += 1
                 if patience.fail(error, now):
                     raise

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 from pullthrough.config.settings import Finish
 from pullthrough.core.digest import Digest
-from pullthrough.fleet.leaseholder import Leaseholder
-from pullthrough.fleet.nearby import Nearby
+from pullthrough.fleet.lease_holder import LeaseHolder
+from pullthrough.fleet.nearby_sources import NearbySources
 from pullthrough.fleet.tier import Tier
-from pullthrough.library.keeper import Keeper
-from pullthrough.recording.budget import Budget
+from pullthrough.library.eviction import Evictor
 from pullthrough.recording.counters import Counters
-from pullthrough.recording.patience import Rates
-from pullthrough.runtime.threads import Threads
+from pullthrough.recording.rate_limit import RateLimit
+from pullthrough.recording.retry_policy import Rates
+from pullthrough.runtime.executors import Threads
 from pullthrough.store.store import Store
-from pullthrough.upstream.upstream import Upstream
+from pullthrough.upstream.client import Upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +24,17 @@ class Workroom:
     """What all recordings of a daemon share."""
 
     store: Store
-    keeper: Keeper
+    evictor: Evictor
     upstream: Upstream
     threads: Threads
     connections: int
     """Per recording."""
     finish: Finish
-    budget: Budget
-    fleet: tuple[Tier, Leaseholder] | None = None
+    rate_limit: RateLimit
+    fleet: tuple[Tier, LeaseHolder] | None = None
     counters: Counters = field(default_factory=Counters)
     rates: Rates = field(default_factory=Rates)
 
-    def nearby(self, digest: Digest) -> Nearby | None:
+    def nearby(self, digest: Digest) -> NearbySources | None:
         """The fleet's own sources of the blob, where there is a fleet."""
-        return Nearby(*self.fleet, self.store, digest) if self.fleet is not None else None
+        return NearbySources(*self.fleet, self.store, digest) if self.fleet is not None else None

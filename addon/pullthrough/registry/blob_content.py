@@ -11,24 +11,24 @@ from dataclasses import replace
 from typing import Final
 
 from pullthrough.core import capability
-from pullthrough.core.byterange import Unsatisfiable, if_range_matches, parse_range
-from pullthrough.core.cachestatus import CacheStatus, Outcome
-from pullthrough.core.conditional import Precondition, evaluate
+from pullthrough.core.cache_status import CacheStatus, Outcome
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreUnwritable
-from pullthrough.core.route import CanonicalRoute
-from pullthrough.fleet.fleet import capability_secret
+from pullthrough.core.preconditions import Precondition, evaluate
+from pullthrough.core.ranges import Unsatisfiable, if_range_matches, parse_range
+from pullthrough.core.routes import CanonicalRoute
+from pullthrough.fleet.documents import capability_secret
 from pullthrough.fleet.tier import Tier
-from pullthrough.library.claims import public_sizes
-from pullthrough.library.keeper import SMALL
+from pullthrough.library.eviction import SMALL
+from pullthrough.library.expected_sizes import public_sizes
 from pullthrough.recording.pulls import Place, Pulls
 from pullthrough.recording.reader import WAIT_S, Reader
 from pullthrough.recording.recorder import Recorder
 from pullthrough.recording.recording import Recording
-from pullthrough.registry.exchange import Answer, Request
 from pullthrough.registry.grants import Grants
+from pullthrough.registry.messages import Answer, Request
 from pullthrough.registry.offload import Offload
-from pullthrough.registry.signed_addresses import HandedOut
+from pullthrough.registry.signed_urls import HandedOut
 from pullthrough.runtime.clock import lasting
 from pullthrough.store.store import Store
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from pullthrough.config.settings import Settings
 from pullthrough.core import capability
-from pullthrough.core.cachestatus import CacheStatus, Outcome
+from pullthrough.core.cache_status import CacheStatus, Outcome
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import (
     NotTheRegistry,
@@ -22,24 +22,24 @@ from pullthrough.core.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from pullthrough.core.route import BlobRoute, ChunksumsRoute, canonical_path
+from pullthrough.core.routes import BlobRoute, ChunksumsRoute, canonical_path
 from pullthrough.fleet.tier import Tier
 from pullthrough.recording.pulls import Pulls
 from pullthrough.recording.recorder import Recorder
 from pullthrough.registry.blob_content import OCTETS, BlobContent
-from pullthrough.registry.exchange import Answer, Request
 from pullthrough.registry.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.registry.grants import Grant, Grants, attempts
 from pullthrough.registry.manifests import Manifests
+from pullthrough.registry.messages import Answer, Request
 from pullthrough.registry.offload import Offload
 from pullthrough.registry.redirects import Redirects
-from pullthrough.registry.signed_addresses import SignedAddresses
+from pullthrough.registry.signed_urls import SignedUrls
 from pullthrough.runtime.clock import lasting
 from pullthrough.store.store import Store
 from pullthrough.upstream import chunksums
-from pullthrough.upstream.datacheck import relayable
+from pullthrough.upstream.client import DEADLINE_S, DENIED, Upstream
 from pullthrough.upstream.impostors import HEAD_UNKNOWN, REDIRECTS
-from pullthrough.upstream.upstream import DEADLINE_S, DENIED, Upstream
+from pullthrough.upstream.response_checks import relayable
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Blobs:
         upstream: Upstream,
         recorder: Recorder,
         grants: Grants,
-        addresses: SignedAddresses,
+        addresses: SignedUrls,
         manifests: Manifests,
         content: BlobContent,
         offload: Offload,

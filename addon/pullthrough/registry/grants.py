@@ -28,16 +28,16 @@ from pullthrough.core.errors import (
     UpstreamRefused,
     UpstreamUnreachable,
 )
-from pullthrough.core.route import BlobRoute, ChunksumsRoute, parse_canonical_target
-from pullthrough.library.claims import sizes_in
-from pullthrough.net import access
-from pullthrough.recording.scheduler import FIRST_SLICE
-from pullthrough.registry.exchange import Request
+from pullthrough.core.routes import BlobRoute, ChunksumsRoute, parse_canonical_target
+from pullthrough.library.expected_sizes import sizes_in
+from pullthrough.net import client_acl
+from pullthrough.recording.slicing import FIRST_SLICE
+from pullthrough.registry.messages import Request
 from pullthrough.runtime import platform
 from pullthrough.store.store import Store
-from pullthrough.upstream.datacheck import check_length
-from pullthrough.upstream.datastream import DataStream, Source
-from pullthrough.upstream.upstream import DEADLINE_S, DENIED, PAUSES_S, PRIVATE, Upstream
+from pullthrough.upstream.client import DEADLINE_S, DENIED, PAUSES_S, PRIVATE, Upstream
+from pullthrough.upstream.data_stream import DataStream, Source
+from pullthrough.upstream.response_checks import check_length
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Grants:
         self._settings = settings
         self._store = store
         self._upstream = upstream
-        self._vouchers = access.Vouchers()
+        self._vouchers = client_acl.Vouchers()
         self._seen: set[str] = set()
         """Hosts that clients are sent to, and that have given a blob: a login page is never handed on."""
         self._likely: dict[Digest, tuple[str, str]] = {}
@@ -125,15 +125,15 @@ class Grants:
         """Whether this caller may have the blob without a word of the registry's."""
         record = self._store.blob(pair.digest)
         vouched = self._vouchers.holds(
-            access.credential_key(request.authorization),
+            client_acl.credential_key(request.authorization),
             request.host,
             pair.repository,
             pair.digest,
             now=time.monotonic(),
         )
         listed = self._store.is_member(request.host, pair.repository, pair.digest)
-        evidence = access.Evidence(public=record is not None and record.public, listed=listed, vouched=vouched)
-        return access.decide(evidence) is access.Decision.GRANT
+        evidence = client_acl.Evidence(public=record is not None and record.public, listed=listed, vouched=vouched)
+        return client_acl.decide(evidence) is client_acl.Decision.GRANT
 
     def is_public(self, host: str, pair: Pair) -> bool:
         """Whether everybody may have the blob of this repository."""
@@ -153,7 +153,7 @@ class Grants:
             if denials == self.denials(host, pair):
                 self._store.confirm_public(host, pair.repository, pair.digest)
             return
-        key = access.credential_key(authorization)
+        key = client_acl.credential_key(authorization)
         self._vouchers.add(key, host, pair.repository, pair.digest, now=time.monotonic())
         # It was asked for because the anonymous request was refused, with whatever status.
         self._deny(host, pair.repository)

@@ -16,23 +16,23 @@ from typing import Final
 from multidict import CIMultiDict
 
 from pullthrough.config.settings import Settings
-from pullthrough.core.cachestatus import CacheStatus, Outcome
+from pullthrough.core.cache_status import CacheStatus, Outcome
+from pullthrough.core.cdn_loop import CDN_LOOP
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import NotTheRegistry, UnexpectedResponse, UpstreamError, UpstreamTimeout
-from pullthrough.core.loopguard import CDN_LOOP
-from pullthrough.core.manifestjson import DOCKER_TYPE, LIST_TYPE, accept_of
+from pullthrough.core.manifest_json import DOCKER_TYPE, LIST_TYPE, accept_of
 from pullthrough.core.records import ManifestRecord, Name, canonical, version_of
-from pullthrough.core.route import ManifestRoute
+from pullthrough.core.routes import ManifestRoute
 from pullthrough.fleet.tier import Tier
 from pullthrough.registry import freshness
-from pullthrough.registry.exchange import Answer, Request, explained
 from pullthrough.registry.freshness import Freshness, Heard, Verdict
-from pullthrough.runtime.collapse import Collapser
+from pullthrough.registry.messages import Answer, Request, explained
+from pullthrough.runtime.singleflight import SingleFlight
 from pullthrough.store.store import Store
-from pullthrough.upstream.datacheck import relayable
+from pullthrough.upstream.client import DEADLINE_S, Upstream
 from pullthrough.upstream.impostors import REDIRECTS, Response
 from pullthrough.upstream.refusals import described
-from pullthrough.upstream.upstream import DEADLINE_S, Upstream
+from pullthrough.upstream.response_checks import relayable
 
 _log = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ class Manifests:
         self._store = store
         self._upstream = upstream
         self._tier = tier
-        self._adoptions: Collapser[Name, None] = Collapser()
-        self._fetches: Collapser[tuple[Name, str, str, str], Reply] = Collapser()
+        self._adoptions: SingleFlight[Name, None] = SingleFlight()
+        self._fetches: SingleFlight[tuple[Name, str, str, str], Reply] = SingleFlight()
         self._newest = ""
 
     @property

@@ -13,11 +13,11 @@ import logging
 import time
 from typing import Final
 
+from pullthrough.core.cdn_loop import CDN_LOOP
 from pullthrough.core.digest import Digest
-from pullthrough.core.loopguard import CDN_LOOP
 from pullthrough.fleet.tier import Tier
-from pullthrough.registry.exchange import Request
-from pullthrough.registry.returns import Returns
+from pullthrough.registry.messages import Request
+from pullthrough.registry.redirect_failures import RedirectFailures
 from pullthrough.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Offload:
         """`tier` is the fleet's object store; None where parts are served here."""
         self._store = store
         self._tier = tier
-        self._returns = Returns(_log_return)
+        self._returns = RedirectFailures(_log_return)
 
     async def offers(self, request: Request, digest: Digest) -> bool:
         """Return whether the address that this request is answered with may lead on to the object store."""

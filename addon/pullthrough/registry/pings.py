@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from pullthrough.config.settings import Settings
-from pullthrough.core.cachestatus import CacheStatus, Outcome
+from pullthrough.core.cache_status import CacheStatus, Outcome
 from pullthrough.core.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout
-from pullthrough.registry.exchange import Answer, Request, explained
 from pullthrough.registry.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
-from pullthrough.upstream.datacheck import relayable
+from pullthrough.registry.messages import Answer, Request, explained
+from pullthrough.upstream.client import DEADLINE_S, Upstream
 from pullthrough.upstream.impostors import Response
 from pullthrough.upstream.refusals import is_page
-from pullthrough.upstream.upstream import DEADLINE_S, Upstream
+from pullthrough.upstream.response_checks import relayable
 
 _log = logging.getLogger(__name__)
 

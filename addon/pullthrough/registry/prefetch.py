@@ -14,7 +14,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.records import ManifestRecord, Series, by_model, canonical
 from pullthrough.recording.recorder import Recorder
 from pullthrough.store.store import Store
-from pullthrough.upstream.datastream import Source
+from pullthrough.upstream.data_stream import Source
 
 
 class Prefetcher:

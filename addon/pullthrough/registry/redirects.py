@@ -22,16 +22,16 @@ from pullthrough.config.settings import Settings
 from pullthrough.core import presigned
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnreachable
-from pullthrough.core.route import BlobRoute
-from pullthrough.net.access import credential_key
-from pullthrough.registry.exchange import Request
+from pullthrough.core.routes import BlobRoute
+from pullthrough.net.client_acl import credential_key
 from pullthrough.registry.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.registry.grants import Grant, Grants, Pair
-from pullthrough.registry.signed_addresses import SignedAddresses
+from pullthrough.registry.messages import Request
+from pullthrough.registry.signed_urls import SignedUrls
 from pullthrough.runtime.clock import lasting
-from pullthrough.runtime.collapse import Collapser
+from pullthrough.runtime.singleflight import SingleFlight
+from pullthrough.upstream.client import DENIED, PRIVATE, Upstream
 from pullthrough.upstream.impostors import TOO_MANY_REQUESTS
-from pullthrough.upstream.upstream import DENIED, PRIVATE, Upstream
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Redirects:
         settings: Settings,
         upstream: Upstream,
         grants: Grants,
-        addresses: SignedAddresses,
+        addresses: SignedUrls,
         record: Callable[[Digest, Grant], Awaitable[object]],
     ) -> None:
         """`record` begins to record what a registry answers with itself."""
@@ -74,7 +74,7 @@ class Redirects:
         self._grants = grants
         self._addresses = addresses
         self._record = record
-        self._asking: Collapser[Key, str | None] = Collapser()
+        self._asking: SingleFlight[Key, str | None] = SingleFlight()
         self._ahead: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._quiet_until: dict[str, float] = {}
         """By registry."""

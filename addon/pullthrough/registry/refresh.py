@@ -15,13 +15,13 @@ from typing import Final
 from pullthrough.config.settings import Settings
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError
-from pullthrough.core.manifestjson import children_of, parse, preferred
+from pullthrough.core.manifest_json import children_of, parse, preferred
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.recording.ahead import Ahead
+from pullthrough.recording.unattended import Ahead
 from pullthrough.registry.freshness import DOWN_S, Heard
 from pullthrough.registry.manifests import Manifests
 from pullthrough.store.store import Store
-from pullthrough.upstream.upstream import DEADLINE_S, Upstream
+from pullthrough.upstream.client import DEADLINE_S, Upstream
 
 _log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from typing import Any, Final
 from pullthrough.config.settings import Settings
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError, InvalidRequest, UpstreamError, UpstreamRefused
-from pullthrough.core.manifestjson import children_of, preferred
+from pullthrough.core.manifest_json import children_of, preferred
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.recording.ahead import Ahead
+from pullthrough.recording.unattended import Ahead
 from pullthrough.registry.freshness import Heard
 from pullthrough.registry.manifests import Manifests
 from pullthrough.store.store import Store
-from pullthrough.upstream.upstream import DEADLINE_S
+from pullthrough.upstream.client import DEADLINE_S
 
 TOLD_EVERY_S: Final = 0.25
 

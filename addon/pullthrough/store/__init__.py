@@ -1,5 +1,5 @@
 """What is stored: verified blobs, manifests, recordings in progress, and the index of what is known of them.
 
-Import `store.Store`; `inventory` looks at a store without opening it. diskcache is imported here only. Begin with
+Import `store.Store`; `snapshot` looks at a store without opening it. diskcache is imported here only. Begin with
 `store`, whose docstring shows the folder.
 """

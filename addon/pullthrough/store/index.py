@@ -1,4 +1,4 @@
-"""The index: what is known of blobs and manifests, in diskcache; `contents` has its rows.
+"""The index: what is known of blobs and manifests, in diskcache; `rows` has its rows.
 
 Invariant: all of it is resident in its reader, so reading costs no SQL. Writes are left to one thread, because SQLite
 may wait; what comes while it writes is one transaction, and what could not be written is tried again with what comes
@@ -22,9 +22,9 @@ import diskcache
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreError
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name
-from pullthrough.store import contents
-from pullthrough.store.contents import Contents, Members
-from pullthrough.store.traffic import Totals
+from pullthrough.store import rows
+from pullthrough.store.rows import Contents, Members
+from pullthrough.store.usage import Totals
 
 _log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Index:
                 _log.warning("the index in %s is made anew from the files of the store: %s", folder, error)
                 shutil.rmtree(folder)
         index = cls(folder)
-        index._put(contents.VERSION_KEY, lambda: contents.VERSION)
+        index._put(rows.VERSION_KEY, lambda: rows.VERSION)
         index.flush()
         return index._loaded()
 
@@ -114,59 +114,59 @@ class Index:
     def load(self) -> Contents:
         """Check it, and read all but the members."""
         # `_sql` is not diskcache's public interface, which reads row by row: a minute for a store of 10,000 models.
-        checked = self._writer.submit(lambda: contents.check(self.cache._sql))
+        checked = self._writer.submit(lambda: rows.check(self.cache._sql))
         try:
-            found = contents.read(self.cache._sql)
+            found = rows.read(self.cache._sql)
             checked.result()
             return found
-        except contents.UNSOUND as error:
+        except rows.UNSOUND as error:
             raise self._unsound(error) from error
 
     def load_members(self) -> Members:
         """StoreError."""
         try:
-            return contents.read_members(self.cache._sql)
-        except contents.UNSOUND as error:
+            return rows.read_members(self.cache._sql)
+        except rows.UNSOUND as error:
             raise self._unsound(error) from error
 
     def put_blob(self, digest: Digest, record: BlobRecord) -> None:
-        self._put(contents.blob_key(digest), partial(contents.blob_value, record))
+        self._put(rows.blob_key(digest), partial(rows.blob_value, record))
 
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
-        self._put(contents.body_key(record.digest), lambda: record.body)
-        self._put(contents.manifest_key(name), partial(contents.manifest_value, record))
+        self._put(rows.body_key(record.digest), lambda: record.body)
+        self._put(rows.manifest_key(name), partial(rows.manifest_value, record))
 
     def put_child(self, digest: Digest, record: ManifestRecord) -> None:
-        self._put(contents.body_key(record.digest), lambda: record.body)
-        self._put(contents.child_key(digest), partial(contents.manifest_value, record))
+        self._put(rows.body_key(record.digest), lambda: record.body)
+        self._put(rows.child_key(digest), partial(rows.manifest_value, record))
 
     def delete_child(self, digest: Digest) -> None:
         """Its bytes stay."""
-        self._put(contents.child_key(digest), None)
+        self._put(rows.child_key(digest), None)
 
     def delete_manifest(self, name: Name) -> None:
         """Its bytes stay."""
-        self._put(contents.manifest_key(name), None)
+        self._put(rows.manifest_key(name), None)
 
     def delete_body(self, digest: str) -> None:
         """Those bytes, which no manifest has any more."""
-        self._put(contents.body_key(digest), None)
+        self._put(rows.body_key(digest), None)
 
     def put_day(self, day: int, totals: Totals) -> None:
-        self._put(contents.day_key(day), partial(contents.day_value, replace(totals)))
+        self._put(rows.day_key(day), partial(rows.day_value, replace(totals)))
 
     def put_address(self, key: str, digest: Digest, until: float) -> None:
-        self._put(contents.address_key(key), partial(contents.address_value, digest, until))
+        self._put(rows.address_key(key), partial(rows.address_value, digest, until))
 
     def delete_address(self, key: str) -> None:
-        self._put(contents.address_key(key), None)
+        self._put(rows.address_key(key), None)
 
     def put_members(self, host: str, repository: str, digests: Collection[str]) -> None:
         """As they are when the row is written, by another thread."""
-        self._put(contents.members_key(host, repository), lambda: " ".join(list(digests)))
+        self._put(rows.members_key(host, repository), lambda: " ".join(list(digests)))
 
     def delete_members(self, host: str, repository: str) -> None:
-        self._put(contents.members_key(host, repository), None)
+        self._put(rows.members_key(host, repository), None)
 
     def flush(self) -> None:
         """Wait until every write so far is in the database."""

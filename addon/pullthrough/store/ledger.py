@@ -10,10 +10,10 @@ from pathlib import Path
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreUnwritable
 from pullthrough.core.records import Name
-from pullthrough.store.contents import Contents
 from pullthrough.store.index import Index
-from pullthrough.store.storefolder import load_pins, save_pins
-from pullthrough.store.traffic import Totals
+from pullthrough.store.layout import load_pins, save_pins
+from pullthrough.store.rows import Contents
+from pullthrough.store.usage import Totals
 
 
 class Ledger:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Final
 
 from pullthrough.runtime import platform
-from pullthrough.store import contents
-from pullthrough.store.blobfiles import BlobFiles
-from pullthrough.store.contents import Contents
+from pullthrough.store import rows
+from pullthrough.store.blob_files import BlobFiles
 from pullthrough.store.index import DATABASE
-from pullthrough.store.modelfiles import ModelFiles
-from pullthrough.store.modeltree import BLOBS, parse_blob_path
+from pullthrough.store.layout import FORMAT, folds_case, save_pins, write_marker
+from pullthrough.store.manifest_files import ModelFiles
+from pullthrough.store.ollama_dir import BLOBS, parse_blob_path
 from pullthrough.store.proofs import Proof, Proofs
-from pullthrough.store.storefolder import FORMAT, folds_case, save_pins, write_marker
+from pullthrough.store.rows import Contents
 
 _log = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ def _read(folder: Path) -> tuple[Contents, set[str]]:
     """What the index of that time says, and the pins in it; nothing where it is not sound."""
     try:
         with contextlib.closing(sqlite3.connect(folder / DATABASE)) as connection, connection:
-            contents.rename_aliases(connection.execute)
-            return contents.read(connection.execute), contents.read_pins(connection.execute)
-    except contents.UNSOUND as error:
+            rows.rename_aliases(connection.execute)
+            return rows.read(connection.execute), rows.read_pins(connection.execute)
+    except rows.UNSOUND as error:
         _log.warning("the index in %s cannot be read (%s): blobs are private until upstream grants them", folder, error)
         return Contents({}, {}, {}, {}, {}), set()
 
@@ -69,12 +69,12 @@ def _read(folder: Path) -> tuple[Contents, set[str]]:
 def _renew(folder: Path) -> None:
     """Let the index be one of ours, with the same facts. What is wrong with it is seen when it is opened."""
     with (
-        contextlib.suppress(*contents.UNSOUND),
+        contextlib.suppress(*rows.UNSOUND),
         contextlib.closing(sqlite3.connect(folder / DATABASE)) as connection,
         connection,
     ):
-        connection.execute("DELETE FROM Cache WHERE key GLOB 'pin *' OR key IS ?", (contents.VERSION_KEY,))
+        connection.execute("DELETE FROM Cache WHERE key GLOB 'pin *' OR key IS ?", (rows.VERSION_KEY,))
         connection.execute(
             "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, value) VALUES (?, 1, 0, 0, 0, 1, ?)",
-            (contents.VERSION_KEY, contents.VERSION),
+            (rows.VERSION_KEY, rows.VERSION),
         )

@@ -6,7 +6,7 @@
     <dir>/pins                models that stay, besides those that the option names: a pattern on each line
     <dir>/public/             what everybody may have, in the shape of an Ollama models folder:
         blobs/sha256-<hex>    verified blobs, complete, never changed
-        manifests/, manifests-v2/, other-names/   as `modelfiles` says
+        manifests/, manifests-v2/, other-names/   as `manifest_files` says
     <dir>/private/            the same of what upstream refuses to an anonymous request, or has not been asked (0700)
     <dir>/verified            proofs that blobs were verified (0600)
     <dir>/index/              diskcache: what is known of blobs and manifests; derived, made anew where it is missing
@@ -31,20 +31,20 @@ from typing import Final
 
 from pullthrough.core.digest import Digest, trusted
 from pullthrough.core.errors import StoreError
-from pullthrough.core.manifestjson import DOCKER_TYPE, LONGEST
+from pullthrough.core.manifest_json import DOCKER_TYPE, LONGEST
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name, canonical
 from pullthrough.runtime import platform
-from pullthrough.runtime.gcpause import gc_paused
-from pullthrough.store.blobtable import BlobTable
-from pullthrough.store.contents import Contents, Members
+from pullthrough.runtime.gc_pause import gc_paused
+from pullthrough.store.blob_table import BlobTable
 from pullthrough.store.index import Index
 from pullthrough.store.ingest import JOURNAL, PARTIAL, Ingest, SharedFile, partials, quarantined
+from pullthrough.store.layout import folds_case, load_secret, prepare, take_lock
 from pullthrough.store.ledger import Ledger
-from pullthrough.store.manifesttable import ManifestTable
+from pullthrough.store.manifest_files import ModelFiles
+from pullthrough.store.manifest_table import ManifestTable
 from pullthrough.store.migration import migrate
-from pullthrough.store.modelfiles import ModelFiles
-from pullthrough.store.storefolder import folds_case, load_secret, prepare, take_lock
-from pullthrough.store.surveying import Survey
+from pullthrough.store.reconciliation import Reconciliation
+from pullthrough.store.rows import Contents, Members
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Store:
         self._files = ModelFiles(folder, folds_case=folds_case(folder))
         self._blobs = BlobTable(folder, index, contents.blobs)
         self._manifests = ManifestTable(index, contents, self.read_manifest)
-        self._survey = Survey(self._files, self._manifests, self._blobs, self._count_change)
+        self._survey = Reconciliation(self._files, self._manifests, self._blobs, self._count_change)
         self._members: dict[tuple[str, str], str | set[str]] = {**members}
         """What upstream has granted of each (host, repository) to an anonymous request, besides the manifests."""
         self._denials: Counter[tuple[str, str]] = Counter()

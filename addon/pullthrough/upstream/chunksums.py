@@ -10,7 +10,7 @@ from typing import Final
 
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import InvalidRequest, UnexpectedResponse
-from pullthrough.upstream.datacheck import LONGEST_BLOB
+from pullthrough.upstream.response_checks import LONGEST_BLOB
 
 _WORD: Final = re.compile(rb"\S{1,200}")
 

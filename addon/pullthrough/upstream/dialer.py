@@ -21,9 +21,9 @@ from typing import Any, Final, Protocol
 import h11
 
 from pullthrough.config.settings import Endpoint
+from pullthrough.core.cdn_loop import CDN_LOOP, LoopGuard
 from pullthrough.core.errors import UpstreamTimeout, UpstreamUnreachable
-from pullthrough.core.loopguard import CDN_LOOP, LoopGuard
-from pullthrough.net.parent import Parents, Proxy
+from pullthrough.net.proxy_env import ParentProxies, Proxy
 from pullthrough.upstream.resolver import AddressRules
 
 CONNECT_S: Final = 10.0
@@ -248,7 +248,7 @@ class Dialed:
 class Dialer:
     """Opens connections from threads."""
 
-    def __init__(self, context: ssl.SSLContext, rules: AddressRules, parents: Parents, loop: LoopGuard) -> None:
+    def __init__(self, context: ssl.SSLContext, rules: AddressRules, parents: ParentProxies, loop: LoopGuard) -> None:
         """`context` verifies; `rules` say which addresses a name may lead to."""
         self._context = context
         self._rules = rules

@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from pullthrough.core.errors import Disagreement, NotTheRegistry
-from pullthrough.upstream.datastream import Errors, join
+from pullthrough.upstream.data_stream import Errors, join
 from pullthrough.upstream.refusals import described, is_page, is_refusal
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ Invariant: a status alone proves nothing. Pure: knows status, fields and the fir
 from collections.abc import Mapping
 from typing import Final
 
-from pullthrough.core.boundedjson import loads
+from pullthrough.core.bounded_json import loads
 
 REFUSAL_LIMIT: Final = 64 << 10
 """Bytes of a refusal's body that are looked at; a registry's have some hundred."""

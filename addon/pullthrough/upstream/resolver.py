@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from pullthrough.net.tunnel import LegPolicy, check_elsewhere
+from pullthrough.net.address_policy import AddressPolicy, check_elsewhere
 
 
 @dataclass
@@ -26,7 +26,7 @@ class AddressRules:
 
     def __init__(
         self,
-        policy: LegPolicy,
+        policy: AddressPolicy,
         intercepted: Collection[str],
         own: Callable[[], Collection[str]],
         own_ports: Callable[[], Collection[int]],

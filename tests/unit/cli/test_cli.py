@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 import pullthrough
 from pullthrough.cli import app as cli
-from pullthrough.config import places
+from pullthrough.config import paths
 from pullthrough.config.settings import R2_HOST
-from pullthrough.pki.ca import CERTIFICATE_NAME, DER_NAME, KEY_NAME, Authority
+from pullthrough.pki.authority import CERTIFICATE_NAME, DER_NAME, KEY_NAME, Authority
 
 FILES = {CERTIFICATE_NAME, DER_NAME, KEY_NAME}
 Run = Callable[..., Result]
@@ -193,8 +193,8 @@ def test_ca_prefers_the_option(run: Run, tmp_path: Path) -> None:
 
 def test_ca_without_any_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The place that the platform has for it; the store is not touched."""
-    monkeypatch.setattr(places, "default_certs", lambda: tmp_path / "home" / "configuration")
-    monkeypatch.setattr(places, "default_store", lambda: tmp_path / "home" / "data")
+    monkeypatch.setattr(paths, "default_certs", lambda: tmp_path / "home" / "configuration")
+    monkeypatch.setattr(paths, "default_store", lambda: tmp_path / "home" / "data")
     assert run("ca").exit_code == 0
     assert tree(tmp_path) == {f"home/configuration/{name}" for name in FILES}
 

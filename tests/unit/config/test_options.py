@@ -188,10 +188,10 @@ def test_where_it_listens() -> None:
     )
     assert settings.listen == (("cache.lan", 9200), ("::1", 9300), ("127.0.0.1", 9200))
     assert settings.front == {9201: "hub.example"}
-    assert settings.doors == (*settings.listen, ("cache.lan", 9201), ("::1", 9201), ("127.0.0.1", 9201))
-    assert parse(listen=":9200", front="").doors == (("", 9200),)
+    assert settings.listeners == (*settings.listen, ("cache.lan", 9201), ("::1", 9201), ("127.0.0.1", 9201))
+    assert parse(listen=":9200", front="").listeners == (("", 9200),)
     for nowhere in ("", "off", "OFF"):
-        assert parse(listen=nowhere, registries="hub.example").doors == ()
+        assert parse(listen=nowhere, registries="hub.example").listeners == ()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pullthrough.delivery import tls_outlet
 from pullthrough.delivery.outlets import PIECE, Buffers, ClientGone, Unreadable
 from pullthrough.delivery.tls_contexts import TlsContext
 from pullthrough.delivery.tls_outlet import TlsOutlet
-from pullthrough.pki.ca import CERTIFICATE_NAME, Authority
+from pullthrough.pki.authority import CERTIFICATE_NAME, Authority
 
 NAME = "blobs.test"
 DATA = os.urandom(3 * PIECE + 12345)

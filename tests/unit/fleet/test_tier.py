@@ -10,12 +10,12 @@ import pytest
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import SettingsError, TierError
 from pullthrough.core.records import Name
-from pullthrough.fleet import fleet
-from pullthrough.fleet.breaker import FAILURES
-from pullthrough.fleet.objectstore import Found, ObjectStore
+from pullthrough.fleet import documents
+from pullthrough.fleet.circuit_breaker import FAILURES
+from pullthrough.fleet.object_store import Found, ObjectStore
 from pullthrough.fleet.tier import Tier, load_secret
-from pullthrough.runtime.threads import Threads
-from pullthrough.upstream.upstream import Upstream
+from pullthrough.runtime.executors import Threads
+from pullthrough.upstream.client import Upstream
 
 SECRET = b"s" * 32
 DIGEST = Digest("ab" * 32)
@@ -70,7 +70,7 @@ def test_a_blob_of_our_upload_is_a_source() -> None:
     """Signed, near, and of a host that may be connected to."""
     tier, upstream = tier_of(FakeObjects(found=Found(5, DIGEST.hex)))
     source = asyncio.run(tier.source(DIGEST))
-    assert source is not None and source.near and fleet.blob_key(DIGEST) in source.url
+    assert source is not None and source.near and documents.blob_key(DIGEST) in source.url
     assert upstream.admitted == [("store.example", 8080)]
 
 
@@ -101,7 +101,7 @@ def test_a_store_that_fails_is_left_alone() -> None:
 def test_forged_manifest_is_none_and_counted() -> None:
     """Whatever lies at its place."""
     objects = FakeObjects()
-    objects.documents[fleet.manifest_key(NAME)] = b"0" * 64 + b"\n{}"
+    objects.documents[documents.manifest_key(NAME)] = b"0" * 64 + b"\n{}"
     tier, _ = tier_of(objects)
     assert (asyncio.run(tier.manifest(NAME)), tier.counts.forged, tier.counts.manifests) == (None, 1, 0)
 

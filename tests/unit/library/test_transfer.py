@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreUnwritable, TransferRefused
-from pullthrough.core.manifestjson import DOCKER_TYPE
+from pullthrough.core.manifest_json import DOCKER_TYPE
 from pullthrough.core.records import Name
 from pullthrough.library import bundle
-from pullthrough.library.admission import Fate, Outcome
 from pullthrough.library.bundle import END, SUMS, header, padding, sums
-from pullthrough.library.exporting import export_bundle, export_bundle_file, export_tree, select
-from pullthrough.library.importing import Bounds
-from pullthrough.library.inventory import Inventory
+from pullthrough.library.exporter import export_bundle, export_bundle_file, export_tree, select
+from pullthrough.library.import_commit import Fate, ImportOutcome
+from pullthrough.library.importer import Bounds
+from pullthrough.library.snapshot import Snapshot
 from pullthrough.runtime import platform
 from pullthrough.store.store import STAGING, Store
 from tests.support.carrying import import_into
@@ -43,12 +43,12 @@ def opened(folder: Path) -> Iterator[Store]:
         yield store
 
 
-def take_tree(store: Path, tree: Path, **options: Any) -> list[Outcome]:
+def take_tree(store: Path, tree: Path, **options: Any) -> list[ImportOutcome]:
     with opened(store) as opened_store:
         return import_into(opened_store, tree, **options)
 
 
-def take_bundle(store: Path, data: bytes) -> list[Outcome]:
+def take_bundle(store: Path, data: bytes) -> list[ImportOutcome]:
     path = store.with_name("bundle.tar")
     path.write_bytes(data)
     with opened(store) as opened_store:
@@ -57,7 +57,7 @@ def take_bundle(store: Path, data: bytes) -> list[Outcome]:
 
 def exported(store: Path, *models: str) -> bytes:
     """A bundle of these models."""
-    inventory = Inventory.read(store)
+    inventory = Snapshot.read(store)
     file = io.BytesIO()
     export_bundle(inventory, select(inventory, models), file)
     return file.getvalue()
@@ -116,7 +116,7 @@ def test_there_and_back(models: dict[str, list[int]]) -> None:
         packed = exported(folder / "one", "*")
         assert {outcome.fate for outcome in take_bundle(folder / "two", packed)} == {Fate.IMPORTED}
         assert exported(folder / "two", "*") == packed
-        inventory = Inventory.read(folder / "two")
+        inventory = Snapshot.read(folder / "two")
         export_tree(inventory, select(inventory, ["*"]), folder / "out")
         assert read_models(folder / "out") == read_models(folder / "tree")
         assert contents(folder / "one") == contents(folder / "two")
@@ -149,7 +149,7 @@ def test_export_into_a_folder_that_has_some_of_it(tmp_path: Path, tree: Path) ->
     inode = (out / BLOB).stat().st_ino
     wrong = out / "blobs" / f"sha256-{sha256(BLOBS[1])}"
     wrong.write_bytes(b"{{ .Wrong!! }}"[: len(BLOBS[1])])
-    inventory = Inventory.read(tmp_path / "store")
+    inventory = Snapshot.read(tmp_path / "store")
     export_tree(inventory, select(inventory, ["tiny"]), out)
     assert set(read_models(out)) == {PATH, f"{HOST}/library/other/latest"}
     assert (out / BLOB).stat().st_ino == inode
@@ -167,11 +167,11 @@ def test_not_exported(tmp_path: Path, tree: Path, spoil: Callable[[Store], objec
     """Only models that are here, whole and public."""
     take_tree(tmp_path / "store", tree)
     with pytest.raises(TransferRefused, match="expected a model of the store, got 'tinier'"):
-        select(Inventory.read(tmp_path / "store"), ["tiny", "tinier"])
+        select(Snapshot.read(tmp_path / "store"), ["tiny", "tinier"])
     with opened(tmp_path / "store") as store:
         spoil(store)
     with pytest.raises(TransferRefused, match=message):
-        select(Inventory.read(tmp_path / "store"), ["tiny"])
+        select(Snapshot.read(tmp_path / "store"), ["tiny"])
 
 
 def test_a_damaged_blob_is_not_exported(tmp_path: Path, tree: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_damaged_blob_is_not_exported(tmp_path: Path, tree: Path) -> None:
     store = tmp_path / "store"
     take_tree(store, tree)
     blob_file(store, Path(BLOB).name).write_bytes(b"X" * len(BLOBS[0]))
-    inventory = Inventory.read(store)
+    inventory = Snapshot.read(store)
     cargo = select(inventory, ["tiny"])
     for target, export in ((tmp_path / "x.tar", export_bundle_file), (tmp_path / "x", export_tree)):
         with pytest.raises(TransferRefused, match=f"expected bytes of this digest, got sha256:{sha256(b'X' * 640)}"):
@@ -195,7 +195,7 @@ def test_a_damaged_blob_is_not_exported(tmp_path: Path, tree: Path) -> None:
 
 def test_imported_models_are_public_and_stale(tmp_path: Path, tree: Path) -> None:
     """By the operator's word; upstream has confirmed nothing."""
-    assert take_tree(tmp_path / "store", tree) == [Outcome(str(NAME), Fate.IMPORTED)]
+    assert take_tree(tmp_path / "store", tree) == [ImportOutcome(str(NAME), Fate.IMPORTED)]
     with opened(tmp_path / "store") as store:
         record = store.manifest(NAME)
         assert record is not None
@@ -204,7 +204,7 @@ def test_imported_models_are_public_and_stale(tmp_path: Path, tree: Path) -> Non
         for digest in record.sizes:
             blob = store.blob(digest)
             assert blob is not None and blob.public and store.is_member(HOST, "library/tiny", digest)
-    assert take_tree(tmp_path / "store", tree) == [Outcome(str(NAME), Fate.PRESENT)]
+    assert take_tree(tmp_path / "store", tree) == [ImportOutcome(str(NAME), Fate.PRESENT)]
 
 
 def test_private_models_are_nobodys(tmp_path: Path, tree: Path) -> None:
@@ -216,8 +216,8 @@ def test_private_models_are_nobodys(tmp_path: Path, tree: Path) -> None:
         assert all(store.held(digest) is not None for digest in record.sizes)
         assert not any(store.is_member(HOST, "library/tiny", digest) for digest in record.sizes)
         assert not any(blob.public for blob in store.blobs().values())
-    assert take_tree(tmp_path / "store", tree, public=False) == [Outcome(str(NAME), Fate.PRESENT)]
-    assert take_tree(tmp_path / "store", tree) == [Outcome(str(NAME), Fate.IMPORTED)]
+    assert take_tree(tmp_path / "store", tree, public=False) == [ImportOutcome(str(NAME), Fate.PRESENT)]
+    assert take_tree(tmp_path / "store", tree) == [ImportOutcome(str(NAME), Fate.IMPORTED)]
     with opened(tmp_path / "store") as store:
         assert store.manifest(NAME).denied is False  # type: ignore[union-attr]
     take_tree(tmp_path / "store", tree, public=False)
@@ -490,7 +490,7 @@ def test_hostile_bundle(tmp_path: Path, data: bytes, message: str) -> None:
 
 def test_that_bundle_without_the_fault(tmp_path: Path) -> None:
     """The archive that the hostile ones are made from is a good one; a manifest comes in with it."""
-    assert take_bundle(tmp_path / "store", packed(GOOD)) == [Outcome(str(NAME), Fate.IMPORTED)]
+    assert take_bundle(tmp_path / "store", packed(GOOD)) == [ImportOutcome(str(NAME), Fate.IMPORTED)]
     assert contents(tmp_path / "store")[0] == {str(NAME)}
 
 
@@ -501,7 +501,7 @@ def test_what_is_here_already_is_still_checked(tmp_path: Path, good: bytes) -> N
     with pytest.raises(TransferRefused, match="got sha256:"):
         take_bundle(tmp_path / "store", good.replace(BLOBS[0][:64], BLOBS[0][1:65]))
     assert contents(tmp_path / "store") == before
-    assert take_bundle(tmp_path / "store", good) == [Outcome(str(NAME), Fate.PRESENT)]
+    assert take_bundle(tmp_path / "store", good) == [ImportOutcome(str(NAME), Fate.PRESENT)]
 
 
 def test_paths_too_long_for_a_tar() -> None:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import TransferRefused
-from pullthrough.core.manifestjson import DOCKER_TYPE, LIST_TYPE
+from pullthrough.core.manifest_json import DOCKER_TYPE, LIST_TYPE
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.library.admission import Fate, Outcome
 from pullthrough.library.bundle import END, SUMS, header, padding, sums
-from pullthrough.library.exporting import export_bundle, export_tree, select
-from pullthrough.library.inventory import Inventory
+from pullthrough.library.exporter import export_bundle, export_tree, select
+from pullthrough.library.import_commit import Fate, ImportOutcome
+from pullthrough.library.snapshot import Snapshot
 from pullthrough.store.store import Store
 from tests.support.carrying import import_into
 from tests.support.modelsfolder import (
@@ -66,7 +66,7 @@ IMPORTED = {str(NAME): (Fate.IMPORTED, "")}
 
 def stored(store: Path) -> dict[Name, bytes]:
     """The manifests and lists of a store, none of which upstream has confirmed, and nothing half done."""
-    inventory = Inventory.read(store)
+    inventory = Snapshot.read(store)
     assert not any(record.confirmed for record in inventory.manifests.values())
     assert list((store / "ingest").iterdir()) == []
     return {name: record.body for name, record in inventory.manifests.items()}
@@ -82,12 +82,12 @@ def hashes(*blobs: bytes) -> set[str]:
 
 
 def export(store: Path, folder: Path, *models: str) -> None:
-    inventory = Inventory.read(store)
+    inventory = Snapshot.read(store)
     export_tree(inventory, select(inventory, models or ["*"]), folder)
 
 
 def packed(store: Path, *models: str) -> bytes:
-    inventory = Inventory.read(store)
+    inventory = Snapshot.read(store)
     file = io.BytesIO()
     export_bundle(inventory, select(inventory, models or ["*"]), file)
     return file.getvalue()
@@ -618,7 +618,7 @@ def test_outcomes_are_told_once(tmp_path: Path) -> None:
     pull_list(tmp_path / "tree", PATH, CHILDREN, pulled=["ggml"])
     write_model(tmp_path / "tree", PATH, GGML)
     with closing(Store.open(tmp_path / "store")) as store:
-        assert import_into(store, tmp_path / "tree") == [Outcome(str(NAME), Fate.IMPORTED)]
+        assert import_into(store, tmp_path / "tree") == [ImportOutcome(str(NAME), Fate.IMPORTED)]
         assert set(store.manifests()) == {NAME, LIST}
 
 

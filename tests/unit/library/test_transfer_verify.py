@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pullthrough.cli import app as cli
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreError, TransferRefused
-from pullthrough.library.verifying import JOURNAL, Finding, Problem, check, mend
+from pullthrough.library.verifier import JOURNAL, Defect, Problem, check, mend
 from pullthrough.runtime import platform
 from pullthrough.store.store import Store
 from tests.support.carrying import import_into
@@ -128,7 +128,7 @@ def test_files_that_the_index_does_not_know(folder: Path) -> None:
     }
     with closing(Store.open(folder)) as store:
         for finding in report.findings:
-            assert Finding.parse(json.loads(json.dumps(finding.fields()))) == finding
+            assert Defect.parse(json.loads(json.dumps(finding.fields()))) == finding
             mend(store, finding, now=6.0)
         assert store.held(right) is not None
         assert store.held(wrong) is None

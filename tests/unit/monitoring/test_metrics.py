@@ -13,23 +13,23 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from pullthrough.config.options import parse_settings
-from pullthrough.core.cachestatus import CacheStatus, Outcome
+from pullthrough.core.access_log import RequestLog
+from pullthrough.core.cache_status import CacheStatus, Outcome
 from pullthrough.core.errors import UpstreamTimeout
-from pullthrough.core.requestlog import RequestLog
-from pullthrough.library.catalogue import JSON
-from pullthrough.library.keeper import Keeper
+from pullthrough.library.eviction import Evictor
+from pullthrough.library.listing import JSON
+from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.metrics import Metrics
-from pullthrough.monitoring.statuspage import SHARE
-from pullthrough.monitoring.vitals import Vitals
-from pullthrough.recording.budget import Budget
+from pullthrough.monitoring.status_page import SHARE
 from pullthrough.recording.counters import Ending
 from pullthrough.recording.pulls import Counts
+from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.recorder import Recorder
 from pullthrough.recording.workroom import Workroom
-from pullthrough.runtime.looplag import LoopLag
-from pullthrough.runtime.threads import Threads
+from pullthrough.runtime.executors import Threads
+from pullthrough.runtime.loop_lag import LoopLag
 from pullthrough.store.store import Store
-from pullthrough.upstream.upstream import Upstream
+from pullthrough.upstream.client import Upstream
 
 END = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -40,11 +40,11 @@ class Daemon:
     def __init__(self, folder: Path, store: Store, threads: Threads) -> None:
         self.settings = parse_settings({"max_size": "1GB"}, dir=folder, certs=folder)
         self.upstream = Upstream(self.settings)
-        keeper = Keeper(store, threads, max_size=None, min_free=0)
-        room = Workroom(store, keeper, self.upstream, threads, 16, self.settings.finish, Budget(None))
+        evictor = Evictor(store, threads, max_size=None, min_free=0)
+        room = Workroom(store, evictor, self.upstream, threads, 16, self.settings.finish, RateLimit(None))
         self.recorder = Recorder(room)
         self.requests = RequestLog()
-        self.vitals = Vitals(store.folder, lambda: {"CA": END})
+        self.health = Health(store.folder, lambda: {"CA": END})
         self.metrics = Metrics(
             self.settings,
             store,
@@ -52,7 +52,7 @@ class Daemon:
             self.upstream,
             self.requests,
             LoopLag(),
-            self.vitals,
+            self.health,
             Counts(7, 8),
             self.tier,
         )

@@ -1,4 +1,4 @@
-"""assembly and scheduler: against a set of offsets, with tiny geometry."""
+"""assembly and slicing: against a set of offsets, with tiny geometry."""
 
 import hashlib
 
@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from pullthrough.core.intervals import Intervals
-from pullthrough.recording import scheduler
+from pullthrough.recording import slicing
 from pullthrough.recording.assembly import Assembly
-from pullthrough.recording.scheduler import KIB, MAX_SLICE, MIB, MIN_SLICE, PROBE_SLICE, Demand, Slice, next_slice
+from pullthrough.recording.slicing import KIB, MAX_SLICE, MIB, MIN_SLICE, PROBE_SLICE, Demand, Slice, next_slice
 
 
 @pytest.mark.parametrize(("start", "stop"), [(3, 3), (-1, 2), (5, 17), (4, 2)])
@@ -130,7 +130,7 @@ def test_lowest_needed_byte_first() -> None:
 def test_a_starving_reader_comes_first() -> None:
     """Who has had no byte for long gets the next free connection, with a slice small enough to share."""
     assembly = Assembly(64 * MIB)
-    front, back = Demand(0, 8 * MIB, fed=100), Demand(32 * MIB, 40 * MIB, fed=100 - scheduler.STARVING_S)
+    front, back = Demand(0, 8 * MIB, fed=100), Demand(32 * MIB, 40 * MIB, fed=100 - slicing.STARVING_S)
     assert ask(assembly, front, back, rate=MIB) == Slice(32 * MIB, 33 * MIB)
 
 

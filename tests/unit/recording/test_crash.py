@@ -22,7 +22,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import DigestMismatch
 from pullthrough.core.intervals import Intervals
 from pullthrough.recording.assembly import Assembly
-from pullthrough.recording.sealer import Sealer
+from pullthrough.recording.blob_writer import BlobWriter
 from pullthrough.runtime import platform
 from pullthrough.store import store
 from pullthrough.store.ingest import Ingest
@@ -166,24 +166,24 @@ class Life:
     async def _record(self, files: Store, ingest: Ingest, steps: Iterable[Step]) -> None:
         disk = self._disk
         assembly = self._resume(ingest)
-        sealer = Sealer(files, Inline(), ingest, assembly)  # type: ignore[arg-type]
+        blob_writer = BlobWriter(files, Inline(), ingest, assembly)  # type: ignore[arg-type]
 
         async def write(start: int, stop: int) -> None:
             for gap in list(itertools.starmap(slice, assembly.present.missing(start, stop))):
                 delivered = bytearray(disk.promise.delivered)
                 delivered[gap] = self._source[gap]
                 disk.promise = replace(disk.promise, delivered=bytes(delivered))
-                await sealer.write(gap.start, memoryview(self._source)[gap])
+                await blob_writer.write(gap.start, memoryview(self._source)[gap])
 
         async def mark(start: int, stop: int) -> None:
-            await sealer.mark(start, stop)
+            await blob_writer.mark(start, stop)
             marked = Intervals([*disk.promise.marked, *assembly.present.within(start, stop)])
             disk.promise = replace(disk.promise, marked=marked)
 
         async def flush(step: Step) -> None:
             present = assembly.present.copy()
             disk.during_sync = lambda: run(write(step.start, step.stop))
-            await sealer.flush()
+            await blob_writer.flush()
             disk.during_sync = None
             disk.promise = replace(disk.promise, marked=Intervals([*disk.promise.marked, *present]), flushed=present)
 
@@ -197,17 +197,17 @@ class Life:
                     await flush(step)
                 case "again" if not ingest.in_place:  # what is only verified has no source
                     self._withdraw()
-                    await sealer.begin_again()
+                    await blob_writer.begin_again()
                     disk.promise = Promise()
                     self._source = CONTENT
                 case "finish":
                     await write(0, SIZE)
                     await mark(0, SIZE)
-                    if (actual := await sealer.hash()) != DIGEST.hex:
+                    if (actual := await blob_writer.hash()) != DIGEST.hex:
                         self._withdraw()
                         self._source = CONTENT
                     with contextlib.suppress(DigestMismatch):
-                        await sealer.seal(actual)
+                        await blob_writer.seal(actual)
                         disk.promise = replace(disk.promise, flushed=Intervals([(0, SIZE)]))
                     return
                 case "discard":

@@ -8,15 +8,15 @@ import pytest
 
 from pullthrough.core.errors import UpstreamUnreachable
 from pullthrough.recording import fetcher as module
-from pullthrough.recording import patience
+from pullthrough.recording import retry_policy
 from pullthrough.recording.assembly import Assembly
+from pullthrough.recording.blob_source import BlobSource
+from pullthrough.recording.blob_writer import BlobWriter
 from pullthrough.recording.counters import Counters
 from pullthrough.recording.fetcher import Fetcher
-from pullthrough.recording.patience import Rates
-from pullthrough.recording.scheduler import Slice
-from pullthrough.recording.sealer import Sealer
-from pullthrough.recording.supply import Supply
-from pullthrough.upstream.datastream import DataStream, Source
+from pullthrough.recording.retry_policy import Rates
+from pullthrough.recording.slicing import Slice
+from pullthrough.upstream.data_stream import DataStream, Source
 
 SIZE, LIMIT, PIECE = 1000, 100, 60
 SOURCE = Source("https://oci.example/blob")
@@ -60,8 +60,8 @@ class World:
         self.fetcher = Fetcher(
             "test",
             self.assembly,
-            cast(Supply, self),
-            cast(Sealer, self),
+            cast(BlobSource, self),
+            cast(BlobWriter, self),
             Counters(),
             Rates(),
             connections=4,
@@ -139,7 +139,7 @@ def play(*, ignores_range: bool, present: int, fails: bool = False) -> tuple[int
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SLICE", LIMIT)
-    monkeypatch.setattr(patience, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(retry_policy, "BACKOFF_S", 0.0)
 
 
 @pytest.mark.parametrize("present", [0, 60, LIMIT], ids=["at once", "in time", "when the slice is here"])

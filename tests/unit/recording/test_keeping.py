@@ -13,11 +13,11 @@ import pytest
 from pullthrough.config.options import parse_settings
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import SourceDistrusted, StoreUnwritable
-from pullthrough.core.manifestjson import LIST_TYPE
+from pullthrough.core.manifest_json import LIST_TYPE
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.library.keeper import SMALL, Keeper
+from pullthrough.library.eviction import SMALL, Evictor
 from pullthrough.registry.refresh import Refresher
-from pullthrough.runtime.threads import Threads
+from pullthrough.runtime.executors import Threads
 from pullthrough.store.store import Store
 
 NAME = Name.parse("llama3.2")
@@ -52,7 +52,7 @@ def test_the_keeper(store: Store, pinned: bool) -> None:
     async def reserve() -> None:
         threads = Threads()
         try:
-            await Keeper(store, threads, max_size=1500, min_free=0).reserve(Digest("0" * 64), 1000)
+            await Evictor(store, threads, max_size=1500, min_free=0).reserve(Digest("0" * 64), 1000)
         finally:
             threads.close()
 
@@ -68,7 +68,7 @@ def reserve(store: Store, digest: Digest, size: int, **bounds: int) -> None:
     async def work() -> None:
         threads = Threads()
         try:
-            await Keeper(store, threads, **{"max_size": 1500, "min_free": 0, **bounds}).reserve(digest, size)
+            await Evictor(store, threads, **{"max_size": 1500, "min_free": 0, **bounds}).reserve(digest, size)
         finally:
             threads.close()
 
@@ -125,7 +125,7 @@ def test_the_keeper_takes_both_representations(store: Store) -> None:
     async def reserve() -> None:
         threads = Threads()
         try:
-            await Keeper(store, threads, max_size=1500, min_free=0).reserve(Digest("0" * 64), 1000)
+            await Evictor(store, threads, max_size=1500, min_free=0).reserve(Digest("0" * 64), 1000)
         finally:
             threads.close()
 
@@ -216,7 +216,7 @@ def test_evidence_goes_before_models(store: Store) -> None:
     async def scenario() -> None:
         threads = Threads()
         try:
-            keeper = Keeper(store, threads, max_size=store.held_bytes + 8192, min_free=0)
+            evictor = Evictor(store, threads, max_size=store.held_bytes + 8192, min_free=0)
             digest = Digest("9" * 64)
             for _ in range(2):
                 ingest = store.ingest(digest)
@@ -225,7 +225,7 @@ def test_evidence_goes_before_models(store: Store) -> None:
                 store.quarantine(ingest)
                 ingest.close()
             assert len(store.quarantined()) == 1
-            await keeper.reserve(Digest("8" * 64), 8192)
+            await evictor.reserve(Digest("8" * 64), 8192)
             assert store.quarantined() == {} and store.evicted == 0
         finally:
             threads.close()
@@ -239,14 +239,14 @@ def test_what_was_wrong_twice_has_no_room(store: Store) -> None:
     async def scenario() -> None:
         threads = Threads()
         try:
-            keeper = Keeper(store, threads, max_size=None, min_free=0)
+            evictor = Evictor(store, threads, max_size=None, min_free=0)
             digest = Digest("7" * 64)
-            keeper.distrust(digest)
-            await keeper.reserve(digest, SMALL + 1)
-            keeper.distrust(digest)
+            evictor.mismatches(digest)
+            await evictor.reserve(digest, SMALL + 1)
+            evictor.mismatches(digest)
             with pytest.raises(SourceDistrusted, match="brought other bytes twice"):
-                await keeper.reserve(digest, SMALL + 1)
-            await keeper.reserve(digest, SMALL)
+                await evictor.reserve(digest, SMALL + 1)
+            await evictor.reserve(digest, SMALL)
         finally:
             threads.close()
 
@@ -259,9 +259,9 @@ def keep(store: Store, *asked: tuple[str, int, int], max_size: int = 1500) -> No
     async def reserve() -> None:
         threads = Threads()
         try:
-            keeper = Keeper(store, threads, max_size=max_size, min_free=0)
+            evictor = Evictor(store, threads, max_size=max_size, min_free=0)
             for letter, size, whole in asked:
-                await keeper.reserve(Digest(letter * 64), size, whole=whole)
+                await evictor.reserve(Digest(letter * 64), size, whole=whole)
         finally:
             threads.close()
 

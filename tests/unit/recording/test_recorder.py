@@ -9,14 +9,14 @@ from typing import Any, cast
 
 from pullthrough.config.settings import Finish
 from pullthrough.core.digest import Digest
-from pullthrough.library.keeper import Keeper
-from pullthrough.recording.budget import Budget
+from pullthrough.library.eviction import Evictor
+from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.recorder import Recorder
 from pullthrough.recording.workroom import Workroom
-from pullthrough.runtime.threads import Threads
+from pullthrough.runtime.executors import Threads
 from pullthrough.store.store import Store
-from pullthrough.upstream.datastream import DataStream, Errors, LoopStream, Source
-from pullthrough.upstream.upstream import Upstream
+from pullthrough.upstream.client import Upstream
+from pullthrough.upstream.data_stream import DataStream, Errors, LoopStream, Source
 
 DATA = bytes(range(256)) * 16384  # 4 MiB
 DIGEST = Digest(sha256(DATA).hexdigest())
@@ -55,9 +55,9 @@ def play(folder: Path, scenario: Callable[[Store, Recorder], Coroutine[Any, Any,
     store, threads = Store.open(folder / "store"), Threads()
 
     async def run() -> None:
-        keeper = Keeper(store, threads, max_size=None, min_free=0)
+        evictor = Evictor(store, threads, max_size=None, min_free=0)
         upstream = cast(Upstream, FakeUpstream())
-        recorder = Recorder(Workroom(store, keeper, upstream, threads, 4, Finish.AUTO, Budget(None)))
+        recorder = Recorder(Workroom(store, evictor, upstream, threads, 4, Finish.AUTO, RateLimit(None)))
         try:
             await scenario(store, recorder)
         finally:

@@ -1,4 +1,4 @@
-"""Walk every lie of the table through every door of the core: nobody is given what is not his, nobody gets a page
+"""Walk every lie of the table through every entrance of the core: nobody is given what is not his, nobody gets a page
 for a model, and what is really there can be pulled afterwards."""
 
 import asyncio
@@ -12,8 +12,8 @@ from typing import Final
 import pytest
 
 from pullthrough.core.errors import CacheError
-from pullthrough.core.route import BlobRoute
-from pullthrough.library.keeper import SMALL
+from pullthrough.core.routes import BlobRoute
+from pullthrough.library.eviction import SMALL
 from tests.lies import LIES, LOGIN, MARK, PLACES
 from tests.support.liar import GOOD, HOST, SIZE, Cache, Model, cache
 
@@ -76,7 +76,7 @@ async def _walk(here: Cache, model: Model, state: str) -> list[str]:
     callers = (None, GOOD) if model.private else (None,)
     for caller in callers:
         here.upstream._down_until.clear()
-        found += await _doors(here, model, caller)
+        found += await _listeners(here, model, caller)
     here.upstream._down_until.clear()
     with contextlib.suppress(CacheError):
         await here.core._blobs._grants.public_source(HOST, model.repository, model.digest)
@@ -100,7 +100,7 @@ def _is_public(here: Cache, model: Model) -> bool:
     return here.core._blobs._grants.is_public(HOST, BlobRoute(model.repository, model.digest))
 
 
-async def _doors(here: Cache, model: Model, caller: str | None) -> list[str]:
+async def _listeners(here: Cache, model: Model, caller: str | None) -> list[str]:
     found: list[str] = []
     may = caller is not None or not model.private
     for method in ("GET", "HEAD"):

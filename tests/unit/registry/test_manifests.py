@@ -12,7 +12,7 @@ import pytest
 from multidict import CIMultiDict
 
 from pullthrough.config.options import parse_settings
-from pullthrough.core.cachestatus import CacheStatus, Outcome
+from pullthrough.core.cache_status import CacheStatus, Outcome
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import (
     AddressRefused,
@@ -21,15 +21,15 @@ from pullthrough.core.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from pullthrough.core.manifestjson import DOCKER_TYPE
+from pullthrough.core.manifest_json import DOCKER_TYPE
 from pullthrough.core.records import ManifestRecord, Name, Version
-from pullthrough.core.route import ManifestRoute
+from pullthrough.core.routes import ManifestRoute
 from pullthrough.registry import manifests
-from pullthrough.registry.exchange import Answer, Request
 from pullthrough.registry.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.registry.manifests import Manifests
+from pullthrough.registry.messages import Answer, Request
 from pullthrough.store.store import Store
-from pullthrough.upstream.upstream import DEADLINE_S, Response, Upstream
+from pullthrough.upstream.client import DEADLINE_S, Response, Upstream
 
 HOST = "registry.ollama.ai"
 ROUTE = ManifestRoute("library/tiny", "latest")

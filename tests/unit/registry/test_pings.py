@@ -11,7 +11,7 @@ from multidict import CIMultiDict
 
 from pullthrough.config.options import parse_settings
 from pullthrough.core.errors import Offline, UnexpectedResponse, UpstreamError, UpstreamUnreachable
-from pullthrough.registry.exchange import Answer, Request
+from pullthrough.registry.messages import Answer, Request
 from pullthrough.registry.pings import LONGEST_BODY, Greeting, LastGreetings, Pings
 from pullthrough.upstream.impostors import Response
 

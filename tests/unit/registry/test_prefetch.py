@@ -8,12 +8,12 @@ from typing import Any, cast
 import pytest
 
 from pullthrough.core.digest import Digest
-from pullthrough.core.manifestjson import LIST_TYPE
+from pullthrough.core.manifest_json import LIST_TYPE
 from pullthrough.core.records import ManifestRecord, Name
 from pullthrough.recording.recorder import Recorder
 from pullthrough.registry.prefetch import Prefetcher
 from pullthrough.store.store import Store
-from pullthrough.upstream.datastream import Source
+from pullthrough.upstream.data_stream import Source
 
 PLACE = ("registry.ollama.ai", "library/m")
 A, B, C, D = (Digest(letter * 64) for letter in "abcd")

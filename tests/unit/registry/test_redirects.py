@@ -14,15 +14,15 @@ from pullthrough.config.options import parse_settings
 from pullthrough.config.settings import R2_HOST
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import Offline, UpstreamError, UpstreamRefused, UpstreamTimeout, UpstreamUnreachable
-from pullthrough.core.route import BlobRoute, canonical_path
+from pullthrough.core.routes import BlobRoute, canonical_path
 from pullthrough.registry import redirects
-from pullthrough.registry.exchange import Request
 from pullthrough.registry.grants import Grant, Grants
+from pullthrough.registry.messages import Request
 from pullthrough.registry.redirects import AHEAD, AHEAD_AT_ONCE, Redirects
-from pullthrough.registry.signed_addresses import SignedAddresses
-from pullthrough.upstream.datastream import Source
-from pullthrough.upstream.upstream import DEADLINE_S, Upstream
-from tests.unit.registry.test_signed_addresses import FakeLedger
+from pullthrough.registry.signed_urls import SignedUrls
+from pullthrough.upstream.client import DEADLINE_S, Upstream
+from pullthrough.upstream.data_stream import Source
+from tests.unit.registry.test_signed_urls import FakeLedger
 
 REGISTRY = "registry.ollama.ai"
 A = Digest("a" * 64)
@@ -88,7 +88,7 @@ class Scene:
         self.upstream = FakeUpstream()
         self.recorded: list[Digest] = []
         settings = parse_settings(options, dir=Path("/d"), certs=Path("/c"))
-        self.addresses = SignedAddresses(b"s" * 32, cast(Any, FakeLedger()), lambda _: True)
+        self.addresses = SignedUrls(b"s" * 32, cast(Any, FakeLedger()), lambda _: True)
         self.redirects = Redirects(
             settings, cast(Upstream, self.upstream), cast(Grants, self.grants), self.addresses, self._record
         )

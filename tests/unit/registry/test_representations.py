@@ -13,16 +13,16 @@ import pytest
 from multidict import CIMultiDict
 
 from pullthrough.config.options import parse_settings
-from pullthrough.core.cachestatus import Outcome
+from pullthrough.core.cache_status import Outcome
 from pullthrough.core.errors import UpstreamUnreachable
-from pullthrough.core.manifestjson import DOCKER_TYPE, LIST_TYPE, accept_of
+from pullthrough.core.manifest_json import DOCKER_TYPE, LIST_TYPE, accept_of
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.core.route import ManifestRoute
+from pullthrough.core.routes import ManifestRoute
 from pullthrough.registry import manifests
-from pullthrough.registry.exchange import Answer, Request
 from pullthrough.registry.manifests import HEAD_TIMEOUT_S, Manifests
+from pullthrough.registry.messages import Answer, Request
 from pullthrough.store.store import Store
-from pullthrough.upstream.upstream import Response, Upstream
+from pullthrough.upstream.client import Response, Upstream
 
 HOST, OTHER_HOST = "registry.ollama.ai", "registry.ollama.com"
 NAME = Name(HOST, "library/tiny", "latest")

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from pullthrough.core.digest import Digest
-from pullthrough.core.manifestjson import DOCKER_TYPE, LIST_TYPE, OCI_TYPE
+from pullthrough.core.manifest_json import DOCKER_TYPE, LIST_TYPE, OCI_TYPE
 from pullthrough.core.records import DEFAULT_HOST, ManifestRecord, Name
-from pullthrough.library.inventory import Inventory
+from pullthrough.library.snapshot import Snapshot
 from pullthrough.runtime import platform
-from pullthrough.store import index, modelfiles
+from pullthrough.store import index, manifest_files
 from pullthrough.store.index import Index
 from pullthrough.store.store import Store
 from tests.support.bigstore import fill as fill_many
@@ -174,7 +174,7 @@ def test_a_store_outlives_its_index(filled: Path, tmp_path: Path, lose: Callable
         settle(store)
         assert store.changes == 0
         assert_serves(store)
-    assert len(Inventory.read(folder).held_sizes()) == 5
+    assert len(Snapshot.read(folder).held_sizes()) == 5
 
 
 def test_facts_survive_a_good_index(filled: Path, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_an_inventory_of_files(filled: Path, tmp_path: Path) -> None:
     """Without an index what people look at is the same."""
     folder = copied(filled, tmp_path)
     without_index(folder)
-    found, usual = Inventory.read(folder), Inventory.read(filled)
+    found, usual = Snapshot.read(folder), Snapshot.read(filled)
     assert found.held_sizes() == usual.held_sizes()
     assert {name: (record.body, record.denied) for name, record in found.manifests.items()} == {
         name: (record.body, record.denied) for name, record in usual.manifests.items()
@@ -416,7 +416,7 @@ def dying(after: int) -> Iterator[list[int]]:
 def live(folder: Path, after: int) -> tuple[int, bool]:
     """How many operations ended before death, and whether it came."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modelfiles, "ThreadPoolExecutor", AtOnce)
+        patch.setattr(manifest_files, "ThreadPoolExecutor", AtOnce)
         patch.setattr(index, "ThreadPoolExecutor", AtOnce)
         store = Store.open(folder)
     done = 0
@@ -434,7 +434,7 @@ def live(folder: Path, after: int) -> tuple[int, bool]:
 
 def files_of(folder: Path) -> dict[Name, bool]:
     """Whether the manifest of each name is a private one, as the folder says."""
-    with closing(modelfiles.ModelFiles(folder, folds_case=False)) as files:
+    with closing(manifest_files.ModelFiles(folder, folds_case=False)) as files:
         return {name: document.denied for _, found in files.walk() for name, document in found.items()}
 
 

@@ -21,10 +21,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreError
 from pullthrough.core.intervals import Intervals
-from pullthrough.core.manifestjson import DOCKER_TYPE
+from pullthrough.core.manifest_json import DOCKER_TYPE
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.library.inventory import Inventory
-from pullthrough.store.manifesttable import TOLD_S
+from pullthrough.library.snapshot import Snapshot
+from pullthrough.store.manifest_table import TOLD_S
 from pullthrough.store.store import KEPT_S, Store
 
 NAME = Name("registry.ollama.ai", "library/tiny", "latest")
@@ -427,7 +427,7 @@ def test_corrupt_index(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFix
     asyncio.run(store.settle())
     assert len(store.blobs()) == 200
     store.close()
-    assert len(Inventory.read(folder).held_sizes()) == 200
+    assert len(Snapshot.read(folder).held_sizes()) == 200
 
 
 class Bomb:

@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from pullthrough.config.settings import Endpoint
+from pullthrough.core.cdn_loop import LoopGuard
 from pullthrough.core.errors import AddressRefused, UpstreamError, UpstreamTimeout, UpstreamUnreachable
-from pullthrough.core.loopguard import LoopGuard
-from pullthrough.net.parent import Parents, Proxy
-from pullthrough.net.tunnel import LegPolicy
+from pullthrough.net.address_policy import AddressPolicy
+from pullthrough.net.proxy_env import ParentProxies, Proxy
 from pullthrough.upstream import dialer as module
 from pullthrough.upstream.dialer import Caller, Dialed, Dialer
 from pullthrough.upstream.resolver import AddressRules, Named
@@ -205,12 +205,12 @@ def proxied(port: int, answer: bytes = b"HTTP/1.1 200 OK\r\n\r\n", seen: list[by
 # --- what is tested
 
 
-def dialer_of(authority: Authority, *allowed: tuple[str, int], parents: Parents | None = None) -> Dialer:
+def dialer_of(authority: Authority, *allowed: tuple[str, int], parents: ParentProxies | None = None) -> Dialer:
     """One that may connect to these (host, port) whatever their addresses are."""
-    policy = LegPolicy(frozenset(allowed), tunnels=True)
+    policy = AddressPolicy(frozenset(allowed), tunnels=True)
     rules = AddressRules(policy, (), frozenset, frozenset, Named(set()))
     context = ssl.create_default_context(cafile=str(authority.file))
-    return Dialer(context, rules, parents or Parents(), LoopGuard("ollama-cache-test"))
+    return Dialer(context, rules, parents or ParentProxies(), LoopGuard("ollama-cache-test"))
 
 
 def converse(line: Dialed) -> None:
@@ -365,7 +365,7 @@ def test_through_a_parent(start: Start, authority: Authority, scheme: str) -> No
     serve = proxied(server.port, seen=seen)
     parent = start(tls(authority.context("localhost"), serve) if scheme == "https" else serve)
     proxy = Proxy(scheme, "localhost", parent.port, "Basic c2VjcmV0")
-    dialer = dialer_of(authority, (proxy.host, proxy.port), parents=Parents(https=proxy))
+    dialer = dialer_of(authority, (proxy.host, proxy.port), parents=ParentProxies(https=proxy))
     line = dialer.dial(Endpoint("https", "far.example", 443))
     assert line.proxy is None
     converse(line)
@@ -380,7 +380,7 @@ def test_the_server_behind_a_parent_is_verified(start: Start, authority: Authori
     server = start(tls(authority.context("elsewhere.example")))
     parent = start(proxied(server.port))
     proxy = Proxy("http", "localhost", parent.port)
-    dialer = dialer_of(authority, ("localhost", parent.port), parents=Parents(https=proxy))
+    dialer = dialer_of(authority, ("localhost", parent.port), parents=ParentProxies(https=proxy))
     with pytest.raises(UpstreamUnreachable, match=r"^far\.example:443: .*Hostname mismatch"):
         dialer.dial(Endpoint("https", "far.example", 443))
 
@@ -389,7 +389,7 @@ def test_a_parent_that_says_no(start: Start, authority: Authority) -> None:
     """Its status is told, and that it was the parent."""
     parent = start(proxied(0, b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n"))
     proxy = Proxy("http", "localhost", parent.port)
-    dialer = dialer_of(authority, ("localhost", parent.port), parents=Parents(https=proxy))
+    dialer = dialer_of(authority, ("localhost", parent.port), parents=ParentProxies(https=proxy))
     with pytest.raises(UpstreamUnreachable, match=r"parent proxy http://localhost:\d+ answered 407"):
         dialer.dial(Endpoint("https", "far.example", 443))
 
@@ -398,7 +398,7 @@ def test_a_plain_target_is_left_to_the_parent(start: Start, authority: Authority
     """It is to be asked in absolute form."""
     parent = start(echo)
     proxy = Proxy("http", "localhost", parent.port)
-    dialer = dialer_of(authority, ("localhost", parent.port), parents=Parents(http=proxy))
+    dialer = dialer_of(authority, ("localhost", parent.port), parents=ParentProxies(http=proxy))
     line = dialer.dial(Endpoint("http", "far.example", 80))
     assert line.proxy == proxy
     converse(line)

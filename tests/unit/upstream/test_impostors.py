@@ -8,7 +8,7 @@ from multidict import CIMultiDict
 
 from pullthrough.core.errors import Disagreement, NotTheRegistry
 from pullthrough.upstream import impostors as module
-from pullthrough.upstream.datastream import Errors
+from pullthrough.upstream.data_stream import Errors
 from pullthrough.upstream.impostors import LOGGED_S, Impostors, Response
 
 HOST = "registry.ollama.ai"

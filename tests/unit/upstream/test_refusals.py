@@ -1,11 +1,11 @@
-"""refusals, fields and boundedjson: what has the shape of a registry's words, and what of it is fit for use."""
+"""refusals, fields and bounded_json: what has the shape of a registry's words, and what of it is fit for use."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from pullthrough.core.boundedjson import MAX_VALUES, loads
+from pullthrough.core.bounded_json import MAX_VALUES, loads
 from pullthrough.core.fields import LONGEST, cleaned
 from pullthrough.upstream.refusals import described, is_page, is_refusal
 

@@ -1,0 +1,166 @@
+"""What the daemon does for the command line about the fleet's object store.
+
+Invariant: an object goes only when it is wrong, or old and of no manifest; what this cache holds is uploaded again.
+Every call is limited, so that a store that fails ends a verb and never the daemon. Knows no socket and no terminal.
+"""
+
+import asyncio
+import hashlib
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pullthrough.admin.server import Tell, Verb
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import CacheError, ForgedDocument, InvalidRequest, TierError
+from pullthrough.core.records import Name
+from pullthrough.fleet import documents
+from pullthrough.fleet.object_store import Listed
+from pullthrough.fleet.tier import Tier
+from pullthrough.fleet.uploader import Uploader
+from pullthrough.library.listing import JSON
+from pullthrough.library.maintenance import Maintenance
+from pullthrough.recording.counters import Counters
+from pullthrough.registry.warm import Warmer
+from pullthrough.store.store import Store
+
+LOOK_S: Final = 0.5
+
+
+class FleetCommands:
+    """The verbs of one daemon of a fleet."""
+
+    def __init__(
+        self,
+        tier: Tier,
+        uploader: Uploader,
+        store: Store,
+        maintenance: Maintenance,
+        warmer: Warmer,
+        counters: Counters,
+    ) -> None:
+        self._tier = tier
+        self._uploader = uploader
+        self._store = store
+        self._maintenance = maintenance
+        self._warmer = warmer
+        self._counters = counters
+
+    def table(self) -> dict[str, Verb]:
+        return {"tier-verify": self._verify, "tier-prune": self._prune, "tier-warm": self._warm}
+
+    def state(self) -> JSON:
+        """What `stats` tells: counts since the start of the daemon."""
+        counts = self._tier.counts
+        return {
+            "state": "left alone" if self._tier.is_open else "in use",
+            "recorded_bytes": self._counters.near_bytes,
+            "uploaded": counts.uploaded,
+            "uploaded_bytes": counts.uploaded_bytes,
+            "waiting": self._uploader.waiting,
+            "manifests": counts.manifests,
+            "forged": counts.forged,
+            "corrupt": counts.corrupt,
+            "failures": counts.failures,
+        }
+
+    async def _verify(self, _: Mapping[str, Any], tell: Tell) -> Any:
+        """Hash every blob there, and look at every signature: {checked, bytes, findings}; what is wrong goes."""
+        findings, size = [], 0
+        listed = [*await self._list(documents.BLOBS), *await self._list(documents.MANIFESTS)]
+        for done, item in enumerate(listed):
+            await tell({"done": done, "size": len(listed)})
+            problem = await (
+                self._check_blob(item) if item.key.startswith(documents.BLOBS) else self._check_manifest(item)
+            )
+            size += item.size
+            if problem is not None:
+                await self._tier.ask(self._tier.objects.delete, item.key)
+                findings.append({"object": item.key, "problem": problem})
+        return {"checked": len(listed), "bytes": size, "findings": findings}
+
+    async def _check_blob(self, item: Listed) -> str | None:
+        digest, hasher, offset = documents.digest_of(item.key), hashlib.sha256(), 0
+        while offset < item.size:
+            data = await self._tier.ask(self._tier.objects.read_part, item.key, offset, item.size)
+            await asyncio.to_thread(hasher.update, data)
+            offset += len(data)
+        if digest is not None and hasher.hexdigest() == digest.hex:
+            return None
+        if digest is not None:
+            self._tier.mistrust(digest)
+        return f"expected its name's digest, got sha256:{hasher.hexdigest()}"
+
+    async def _check_manifest(self, item: Listed) -> str | None:
+        name = documents.name_of(item.key)
+        data = await self._tier.ask(self._tier.objects.read, item.key)
+        try:
+            if data is not None:
+                documents.unseal_manifest(data, name, self._tier.secret)
+        except ForgedDocument as error:
+            self._uploader.forget(name)
+            return str(error)
+        return None
+
+    async def _prune(self, arguments: Mapping[str, Any], _: Tell) -> Any:
+        """Take away what is older than `age` seconds: {models, blobs, leftovers, freed} as for the store itself.
+
+        Blobs of no manifest and leases; with `all`, manifests that were uploaded so long ago too.
+        """
+        # The store's clock may be ahead of ours, and its times are rounded: no age means all, whatever it says.
+        oldest = time.time() - age_s if (age_s := float(arguments["age"])) else math.inf
+        models, unlisted, wanted = [], [], set[Digest]()
+        for item in await self._list(documents.MANIFESTS):
+            name = documents.name_of(item.key)
+            data = await self._tier.ask(self._tier.objects.read, item.key)
+            try:
+                record = documents.unseal_manifest(data, name, self._tier.secret) if data is not None else None
+            except ForgedDocument:
+                record = None  # for `verify --tier`
+            if record is not None and bool(arguments["all"]) and item.changed < oldest:
+                models.append((name, item))
+            elif record is not None:
+                wanted.update(record.digests)
+        for item in await self._list(documents.BLOBS):
+            digest = documents.digest_of(item.key)
+            if item.changed < oldest and digest is not None and digest not in wanted:
+                unlisted.append(item)
+        leases = [item for item in await self._list(documents.LEASES) if item.changed < oldest]
+        if not arguments["dry_run"]:
+            for item in [*(item for _, item in models), *unlisted, *leases]:
+                await self._tier.ask(self._tier.objects.delete, item.key)
+        return {
+            "models": [name.typed for name, _ in models],
+            "blobs": len(unlisted),
+            "leftovers": len(leases),
+            "freed": sum(item.size for item in unlisted),
+        }
+
+    async def _warm(self, arguments: Mapping[str, Any], tell: Tell) -> Any:
+        """As `warm`; then the model goes from here, where it was not before, once the fleet has it."""
+        done = []
+        for text in map(str, arguments["models"]):
+            try:
+                done.append(await self._bring(text, tell))
+            except CacheError as error:
+                done.append({"model": text, "error": str(error)})
+        return done
+
+    async def _bring(self, text: str, tell: Tell) -> JSON:
+        name = Name.parse(text)
+        known = self._store.manifest(name) is not None
+        warmed = await self._warmer.warm(text, tell, dry_run=False)
+        record = self._store.manifest(name)
+        if record is None or record.denied:
+            raise InvalidRequest(f"expected a public model, got {text!r}")
+        while not all(digest in self._tier.there for digest in record.digests) or not self._uploader.has_told(name):
+            if self._tier.is_open:
+                raise TierError("expected the object store to take the model, got failures; it stays here")
+            await asyncio.sleep(LOOK_S)
+        if not known:
+            await self._maintenance.remove([str(name)])
+        return warmed
+
+    async def _list(self, prefix: str) -> list[Listed]:
+        return await self._tier.ask(self._tier.objects.list, prefix)

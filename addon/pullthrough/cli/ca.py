@@ -1,0 +1,71 @@
+"""The verbs of the command line that are about the certificate authority.
+
+Invariant: an authority that clients may trust is never replaced unasked, and no key is shown. Knows no client.
+"""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pullthrough.cli.common import own_settings, print_lines, refusals
+
+if TYPE_CHECKING:
+    from pullthrough.pki.authority import Authority
+
+app = typer.Typer()
+
+Certs = Annotated[
+    Path | None, typer.Option(help="The folder of the CA; as the option ollama_cache_certs.", show_default=False)
+]
+
+
+@app.callback(invoke_without_command=True)
+def ca(context: typer.Context, certs: Certs = None) -> None:
+    """Make the certificate authority if there is none, and show what clients have to trust."""
+    if context.invoked_subcommand:
+        return
+    from pullthrough.pki.rollover import Rollover  # cryptography takes longer to load than most verbs to run
+
+    with refusals():
+        settings = own_settings(certs=certs)
+        rollover = Rollover.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
+    for authority in rollover.all:
+        _show(authority)
+
+
+@app.command()
+def renew(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Permit this name, too.", show_default=False)
+    ] = None,
+    switch: Annotated[bool, typer.Option("--switch", help="Sign with the next one alone.", show_default=False)] = False,
+    certs: Certs = None,
+) -> None:
+    """Make the next authority beside the one in use."""
+    from pullthrough.pki import rollover
+
+    now = datetime.now(UTC)
+    with refusals():
+        settings = own_settings(certs=certs)
+        if switch:
+            _show(rollover.switch(settings.certs, now=now))
+            typer.echo("Restart the cache. Who trusts only the former CA cannot pull any more.", err=True)
+        else:
+            _show(rollover.renew(settings.certs, [*settings.intercepted, *(names or ())], now=now))
+            typer.echo(
+                "Restart the cache, set each client up again, and then: ollama-cache ca renew --switch", err=True
+            )
+
+
+def _show(authority: "Authority") -> None:
+    print_lines(
+        [
+            f"certificate (PEM)    {authority.certificate_file}",
+            f"certificate (DER)    {authority.certificate_file.with_suffix('.cer')}",
+            f"SHA-256 fingerprint  {authority.fingerprint}",
+            f"signs only           {', '.join(authority.permitted)} (and names below them)",
+            f"valid until          {authority.not_after:%Y-%m-%d}",
+        ]
+    )

@@ -1,0 +1,95 @@
+"""What the verbs of the command line share: their common arguments, the options in force, and how they fail.
+
+Invariant: a verb that cannot do what it was asked for says so in one line on standard error and exits 1 (130 after
+Ctrl-C). Knows no verb, and imports nothing heavy: most verbs are over before such a module would be loaded.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from pullthrough.admin.client import ask
+from pullthrough.config import paths
+from pullthrough.config.options import OPTIONS, environment_texts, parse_settings
+from pullthrough.config.settings import Settings
+from pullthrough.core.errors import CacheError, NoDaemon
+
+Folder = Annotated[
+    Path | None,
+    typer.Option(
+        "--dir", envvar="OLLAMA_CACHE_DIR", help="The store; as the option ollama_cache_dir.", show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON, for scripts.", show_default=False)]
+
+
+def folder_of(given: Path | None) -> Path:
+    """The store that a verb is about."""
+    return given.expanduser() if given is not None else paths.default_store()
+
+
+def own_options(given: Path | None) -> list[dict[str, str]]:
+    """{name, value, source} of each option, as a cache that is started from here would have it."""
+    texts = environment_texts(os.environ)
+    rows = []
+    own = {"dir": str(folder_of(given)), "certs": str(paths.default_certs())}
+    for option in OPTIONS:
+        text = texts.get(option.name, "")
+        value = text or own.get(option.name, option.default)
+        source = "environment" if text else "default"
+        if option.name == "dir" and given is not None and str(given) != text:
+            value, source = own["dir"], "command line"
+        rows.append({"name": option.name, "value": value, "source": source})
+    return rows
+
+
+def own_settings(given: Path | None = None, *, certs: Path | None = None) -> Settings:
+    """The same as values. SettingsError."""
+    texts = {row["name"]: row["value"] for row in own_options(given)}
+    if certs is not None:
+        texts["certs"] = str(certs)
+    return _settings(texts)
+
+
+def settings_in_force(given: Path | None) -> Settings:
+    """Those of the daemon that runs on the store; of one that is started from here where none does."""
+    try:
+        rows = ask(folder_of(given), "config", {})
+    except NoDaemon:
+        return own_settings(given)
+    return _settings({row["name"]: row["value"] for row in rows})
+
+
+def _settings(texts: dict[str, str]) -> Settings:
+    return parse_settings(texts, dir=paths.default_store(), certs=paths.default_certs())
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    typer.echo("\n".join(lines))
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+@contextlib.contextmanager
+def refusals(hint: str = "") -> Iterator[None]:
+    """What cannot be done is said in one line, and so is Ctrl-C, with `hint` behind it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"ollama-cache: interrupted{hint}", err=True)
+        raise typer.Exit(130) from None
+    except (CacheError, OSError) as error:
+        fail(error)
+
+
+def fail(error: object) -> NoReturn:
+    """End with what was expected and what was got."""
+    typer.echo(f"ollama-cache: {error}", err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,291 @@
+"""The verbs of the command line that are about models: what is stored, what stays, what goes.
+
+Invariant: what changes the store is done by the daemon that holds it, or under its lock; what only looks makes and
+locks nothing. Standard output is the answer (plain columns, or JSON whose keys stay), standard error is for what is
+wrong: exit 1, or 2 when called wrongly. Imports nothing heavy before it is needed.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import humanfriendly
+import typer
+
+from pullthrough.admin.client import ask
+from pullthrough.cli import tier as fleet_tier
+from pullthrough.cli.common import (
+    AsJson,
+    Folder,
+    fail,
+    folder_of,
+    own_options,
+    own_settings,
+    print_json,
+    print_lines,
+    refusals,
+)
+from pullthrough.core.errors import CacheError, NoDaemon, StoreError
+from pullthrough.core.humanize import ago_text, columns, size_text
+from pullthrough.library.listing import View, detail, listing, statistics
+from pullthrough.runtime.gc_pause import gc_paused
+
+app = typer.Typer()
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.", show_default=False)]
+Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="As for `ollama pull`.", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for `ollama pull`.", show_default=False)]
+
+
+@app.command()
+def ls(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002 -- the option's name
+    """List the stored models."""
+    rows = _look(dir, "ls", {}, listing)
+    if json:
+        return print_json(rows)
+    now = time.time()
+    table = [("NAME", "ID", "SIZE", "HELD", "PULLED", "PINNED")]
+    for row in rows:
+        pulled = ago_text(now - row["pulled"] if row["pulled"] else None)
+        pinned = "yes" if row["pinned"] else ""
+        table.append((row["name"], row["id"], size_text(row["size"]), row["held"], pulled, pinned))
+    return print_lines(columns(table))
+
+
+@app.command()
+def show(model: Model, dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
+    """Show one model: its layers, times, and who may have it."""
+    found = _look(dir, "show", {"model": model}, lambda view: detail(view, model))
+    if json:
+        return print_json(found)
+    now = time.time()
+    facts = [
+        ("name", found["name"]),
+        ("host", found["host"]),
+        ("digest", found["digest"]),
+        *([("list", found["list"])] if found["list"] else []),
+        ("size", size_text(found["size"])),
+        ("held", found["held"]),
+        ("pulled", ago_text(now - found["pulled"] if found["pulled"] else None)),
+        ("confirmed", ago_text(now - found["confirmed"] if found["confirmed"] else None)),
+        ("visibility", found["visibility"]),
+        ("pinned", "yes" if found["pinned"] else "no"),
+    ]
+    lines = columns(facts)
+    if found["layers"] or not found["children"]:
+        lines += ["", *_layer_lines(found["layers"])]
+    for child in found["children"]:
+        title = " ".join(filter(None, [child["runner"] or "unnamed", child["format"], (child["digest"] or "")[7:19]]))
+        lines += ["", f"{title}{'' if child['held'] else ': not held'}"]
+        if child["layers"]:
+            lines += _layer_lines(child["layers"])
+    return print_lines(lines)
+
+
+def _layer_lines(layers: list[Any]) -> list[str]:
+    table = [("LAYER", "SIZE", "HELD", "MEDIA TYPE")]
+    for layer in layers:
+        held = "yes" if layer["held"] else "no"
+        table.append((layer["digest"][7:19], size_text(layer["size"]), held, layer["media_type"]))
+    return columns(table)
+
+
+@app.command()
+def rm(models: Models, dir: Folder = None) -> None:  # noqa: A002
+    """Remove models, and the blobs that no other model needs."""
+    done = _change(dir, "rm", {"models": models}, lambda keeping: keeping.remove(models))
+    print_lines([*(f"removed {name}" for name in done["models"]), f"{size_text(done['freed'])} freed"])
+
+
+@app.command()
+def pin(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, or a pattern.", show_default=False)],
+    dir: Folder = None,  # noqa: A002
+) -> None:
+    """Keep a model, or all that a pattern such as 'llama3*' names."""
+    done = _change(dir, "pin", {"model": model}, lambda keeping: _at_once(keeping.pin, model))
+    print_lines([f"pinned {done['pattern']}", *(f"    {name}" for name in done["models"])])
+
+
+@app.command()
+def unpin(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As it was pinned.", show_default=False)],
+    dir: Folder = None,  # noqa: A002
+) -> None:
+    """Take a pin back."""
+    done = _change(dir, "unpin", {"model": model}, lambda keeping: _at_once(keeping.unpin, model))
+    print_lines([f"unpinned {done['pattern']}", *(f"    {name} is kept by another pin" for name in done["still"])])
+
+
+@app.command()
+def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
+    """Count models and bytes: what is stored, and what was saved."""
+    found = _look(dir, "stats", {}, statistics)
+    if json:
+        return print_json(found)
+    ratio = f" ({100 * found['ratio']:.0f} % of what was served)" if found["ratio"] is not None else ""
+    facts = [
+        ("models", str(found["models"])),
+        ("blobs", f"{found['blobs']}, {size_text(found['bytes'])}"),
+        ("shared", f"{size_text(found['deduplicated_bytes'])} not stored twice"),
+        ("served", size_text(found["served"])),
+        ("fetched", size_text(found["fetched"])),
+        ("saved", size_text(found["saved"]) + ratio),
+    ]
+    if found.get("bypassed_pulls"):
+        facts.append(("past the cache", f"{found['bypassed_pulls']} pulls by Ollama 0.35 to 0.40.2 since the start"))
+    if "tier" in found:
+        facts += fleet_tier.facts(found["tier"])
+    days = [("DAY (UTC)", "SERVED", "FETCHED")]
+    for day in found["days"][:14]:
+        days.append((day["day"], size_text(day["served"]), size_text(day["fetched"])))
+    return print_lines([*columns(facts), *(["", *columns(days)] if found["days"] else [])])
+
+
+@app.command()
+def config(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
+    """Show the options in force, and where each comes from."""
+    with refusals():
+        try:
+            rows = ask(folder_of(dir), "config", {})
+        except NoDaemon:
+            rows = own_options(dir)
+    if json:
+        return print_json(rows)
+    table = [(row["name"], row["source"], row["value"]) for row in rows]
+    return print_lines(columns([("OPTION", "FROM", "VALUE"), *table]))
+
+
+@app.command()
+def prune(
+    age: Annotated[str, typer.Option(help="How old: 0, 12h, 7d.")] = "7d",
+    all: Annotated[bool, typer.Option("--all", help="Models not pulled for so long, too.", show_default=False)] = False,  # noqa: A002
+    tier: fleet_tier.OnTier = False,
+    dry_run: DryRun = False,
+    dir: Folder = None,  # noqa: A002
+) -> None:
+    """Remove blobs without a model, and what broken pulls have left."""
+    try:
+        age_s = float(humanfriendly.parse_timespan(age))
+    except humanfriendly.InvalidTimespan:
+        raise typer.BadParameter(f"expected a duration such as 0, 12h or 7d, got {age!r}") from None
+    from pullthrough.library.maintenance import would_prune
+
+    arguments = {"age": age_s, "all": all, "dry_run": dry_run}
+    if tier:
+        done = fleet_tier.ask_tier(dir, "tier-prune", arguments)
+    elif dry_run:
+        done = _survey(dir, "prune", arguments, lambda held, pins: would_prune(held, pins, age_s=age_s, every=all))
+    else:
+        done = _change(dir, "prune", arguments, lambda keeping: keeping.prune(age_s=age_s, every=all, dry_run=dry_run))
+    word = "would remove" if dry_run else "removed"
+    print_lines(
+        [
+            *(f"{word} {name}" for name in done["models"]),
+            f"{word} {done['blobs']} blobs and {done['leftovers']} leftovers, {size_text(done['freed'])}",
+        ]
+    )
+
+
+@app.command()
+def warm(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="As for `ollama pull`.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A list of models, one a line; # begins a comment.", show_default=False)
+    ] = None,
+    tier_only: Annotated[
+        bool,
+        typer.Option("--tier-only", help="Into the fleet's object store, and not to stay here.", show_default=False),
+    ] = False,
+    dry_run: DryRun = False,
+    dir: Folder = None,  # noqa: A002
+) -> None:
+    """Record models before anybody pulls them; the cache must run."""
+    if tier_only and dry_run:
+        raise typer.BadParameter("expected --tier-only or --dry-run, got both")
+    wanted = [*(models or []), *(_listed(file) if file is not None else [])]
+    if not wanted:
+        raise typer.BadParameter("expected models, or a list of them with --file, got none")
+    from pullthrough.cli.layer_progress import Layers
+
+    failed = False
+    with refusals(), Layers() as layers:
+        for model in wanted:
+            arguments = {"models": [model], "dry_run": dry_run}
+            try:
+                verb = "tier-warm" if tier_only else "warm"
+                (done,) = ask(folder_of(dir), verb, arguments, on_progress=layers.show)
+            except NoDaemon as error:
+                fail(f"{error}; start it with `ollama-cache run`")
+            except CacheError as error:
+                done = {"model": model, "error": str(error)}
+            failed = failed or "error" in done
+            if "error" in done:
+                typer.echo(f"ollama-cache: {done['model']}: {done['error']}", err=True)
+            else:
+                word = "would record" if dry_run else "recorded"
+                layers.say(f"{done['model']}: {word} {size_text(done['missing'])} of {size_text(done['size'])}")
+    raise typer.Exit(1 if failed else 0)
+
+
+# --- how a verb is done
+
+
+def _look(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[View], Any]) -> Any:
+    return _survey(
+        given,
+        verb,
+        arguments,
+        lambda held, pins: local(View(held.manifests, held.blobs, pins, held.days, held.children)),
+    )
+
+
+def _survey(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[..., Any]) -> Any:
+    """`local` is told an Inventory, and all pins."""
+    folder = folder_of(given)
+    with refusals(), gc_paused():
+        try:
+            return ask(folder, verb, arguments)
+        except NoDaemon:
+            from pullthrough.library.snapshot import Snapshot
+
+            held = Snapshot.read(folder)
+            return local(held, (*own_settings(given).pins, *sorted(held.pins)))
+
+
+def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[Any], Any]) -> Any:
+    """`local` is a coroutine function of a Housekeeping."""
+    folder = folder_of(given)
+    with refusals():
+        try:
+            return ask(folder, verb, arguments)
+        except NoDaemon:
+            import asyncio
+            from contextlib import closing
+
+            from pullthrough.library.maintenance import Maintenance
+            from pullthrough.runtime.platform import become_owner
+            from pullthrough.store.layout import MARKER
+            from pullthrough.store.store import Store
+
+            if not (folder / MARKER).exists():
+                raise StoreError(f"expected a store in {folder}, got none; see --dir") from None
+            pins = own_settings(given).pins
+            become_owner(folder)
+            with closing(Store.open(folder)) as store:
+                return asyncio.run(local(Maintenance(store, pins, ())))
+
+
+async def _at_once(work: Callable[[str], Any], text: str) -> Any:
+    return work(text)
+
+
+def _listed(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"expected a list of models in {file}, got {error}")
+    return [text for line in lines if (text := line.partition("#")[0].strip())]

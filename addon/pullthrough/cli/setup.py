@@ -1,0 +1,160 @@
+"""The verbs of the command line that set up a client and find out what is wrong.
+
+Invariant: standard output is what is to be run or applied elsewhere, or the findings, and nothing else. Uses the
+options of the cache that runs, else those of the environment.
+"""
+
+import ipaddress
+import os
+import re
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from pullthrough.admin.client import ask
+from pullthrough.cli.common import (
+    AsJson,
+    Folder,
+    fail,
+    folder_of,
+    print_json,
+    print_lines,
+    refusals,
+    settings_in_force,
+)
+from pullthrough.config.settings import PROXY_PORT, Endpoint
+from pullthrough.core.errors import NoDaemon
+
+if TYPE_CHECKING:
+    from pullthrough.doctor.rules import ServerFacts
+
+app = typer.Typer()
+
+_ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9._-]+))(?::(?P<port>\d{1,5}))?")
+
+
+class Kind(StrEnum):
+    """What a client may be."""
+
+    LINUX = "linux"
+    MACOS = "macos"
+    WINDOWS = "windows"
+    COMPOSE = "compose"
+    KUBERNETES = "kubernetes"
+
+
+@app.command()
+def connect(
+    kind: Annotated[Kind, typer.Option("--for", help="What the client is.")] = Kind.LINUX,
+    address: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST[:PORT]",
+            help="Where clients find the proxy, if not at this machine's own port.",
+            show_default=False,
+        ),
+    ] = "",
+    dir: Folder = None,  # noqa: A002 -- the option's name
+) -> None:
+    """Print the command that sets up a client, to be run there."""
+    # Cryptography takes longer to load than most verbs to run.
+    from pullthrough.pki.client_setup import SYSTEMS, clients_host, command, documents
+    from pullthrough.pki.rollover import Rollover
+    from pullthrough.runtime.platform import own_addresses
+
+    given = _ADDRESS.fullmatch(address)
+    if address and given is None:
+        raise typer.BadParameter(f"expected a host or host:port, got {address!r}")
+    with refusals():
+        settings = settings_in_force(dir)
+        rollover = Rollover.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
+    host = (given["v6"] or given["host"]) if given else clients_host(settings)
+    proxy = Endpoint("http", host, int(given["port"]) if given and given["port"] else _proxy_port(dir))
+    made = documents(rollover.certificates, rollover.permitted, proxy.origin)
+    if kind not in SYSTEMS:
+        typer.echo(made[f"/connect/{kind}.yaml"].body.decode(), nl=False)
+        return
+    if not settings.listen:
+        fail(
+            "expected a port to fetch the script from, got ollama_cache_listen=off; docs/clients.md has the way by hand"
+        )
+    published = settings.advertise.port if settings.advertise is not None else 0
+    server = Endpoint("http", host, published or settings.listen[0][1])
+    typer.echo("To be run on the client; the script's --undo (on Windows -Undo) takes it back:", err=True)
+    typer.echo(command(kind, made[f"/connect/{SYSTEMS[kind]}"], server=server.origin, proxy=proxy.origin))
+    if not given and (others := sorted(filter(_is_reachable, own_addresses() - {host}))):
+        typer.echo(f"For --address, this machine also has {', '.join(others)}", err=True)
+
+
+@app.command()
+def doctor(
+    client: Annotated[
+        bool, typer.Option("--client", help="Look at this machine's Ollama, not at the cache.", show_default=False)
+    ] = False,
+    json: AsJson = False,
+    dir: Folder = None,  # noqa: A002 -- the option's name
+) -> None:
+    """Find out what is wrong, and say what mends it."""
+    from pullthrough.doctor import rules
+
+    with refusals():
+        if client:
+            from pullthrough.doctor.probe_client import client_facts
+
+            findings = rules.of_client(client_facts(settings_in_force(dir).intercepted))
+        else:
+            findings = rules.of_server(_server_facts(dir))
+    if json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            print_lines([f"{finding.what}: {finding.why}", f"    {finding.mend}"])
+        if not findings:
+            print_lines(["nothing is wrong"])
+    raise typer.Exit(int(any(finding.grave for finding in findings)))
+
+
+def _proxy_port(given: Path | None) -> int:
+    """That of the cache that runs."""
+    try:
+        return int(ask(folder_of(given), "proxy", {})["port"])
+    except NoDaemon:
+        return PROXY_PORT
+
+
+def _server_facts(given: Path | None) -> "ServerFacts":
+    """By the daemon's own client where one runs, which knows its parent proxies and whom it trusts."""
+    import asyncio
+
+    from pullthrough.doctor.probe_server import Outlook, look_out, server_facts
+    from pullthrough.net.proxy_env import ParentProxies
+    from pullthrough.runtime.platform import own_addresses
+    from pullthrough.upstream.client import Upstream
+
+    settings, proxy, running = settings_in_force(given), Endpoint("http", "", PROXY_PORT), True
+
+    async def look() -> Outlook:
+        upstream = Upstream(settings, own_addresses=own_addresses, parents=ParentProxies.parse(os.environ))
+        await upstream.open()
+        try:
+            return await look_out(upstream, settings, datetime.now(UTC))
+        finally:
+            await upstream.close()
+
+    try:
+        proxy = Endpoint("http", **ask(folder_of(given), "proxy", {}))
+        outlook = Outlook(**ask(folder_of(given), "look out", {}))
+    except NoDaemon:
+        running, outlook = sys.platform == "win32", asyncio.run(look())
+    return server_facts(settings, proxy, outlook, running=running, now=datetime.now(UTC))
+
+
+def _is_reachable(address: str) -> bool:
+    """Whether another machine may know us by it."""
+    parsed = ipaddress.ip_address(address)
+    return not parsed.is_loopback and not parsed.is_link_local

@@ -1,0 +1,204 @@
+"""The verbs `verify`, `import` and `export` of the command line.
+
+Invariant: results are on standard output, progress and errors on standard error, and the exit code is 0 only if all
+was done and nothing was wrong. What enters the store or leaves it goes through the daemon that holds it, or under its
+lock; bytes are hashed here, on all cores. Knows no layout and no format.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pullthrough.admin.client import ask
+from pullthrough.cli import tier as fleet_tier
+from pullthrough.cli.common import AsJson, Folder, folder_of, print_json, refusals, settings_in_force
+from pullthrough.core.errors import NoDaemon, TransferRefused
+
+if TYPE_CHECKING:
+    from pullthrough.library.import_commit import ImportOutcome, Model, Terms
+    from pullthrough.library.verifier import Defect
+
+app = typer.Typer()
+
+
+@app.command()
+def verify(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models to check; none: everything.")
+    ] = None,
+    tier: fleet_tier.OnTier = False,
+    dir: Folder = None,  # noqa: A002 -- the option's name
+    json: AsJson = False,
+) -> None:
+    """Hash every blob again and hold the store against its index; what is wrong is no hit any more."""
+    if tier and models:
+        raise typer.BadParameter("expected models or --tier, got both")
+    if tier:
+        fleet_tier.verify(dir, json=json)
+    from pullthrough.cli.progress import Meter
+    from pullthrough.library.verifier import check
+    from pullthrough.runtime.platform import become_owner
+
+    with refusals("; the same command goes on from here"):
+        folder = folder_of(dir)
+        become_owner(folder)
+        with Meter("verified") as meter:
+            report = check(folder, models or (), now=time.time(), on_total=meter.expect, on_bytes=meter.advance)
+        mended = _mend(folder, report.findings)
+    if json:
+        print_json(
+            {
+                "checked": report.checked,
+                "bytes": report.size,
+                "remembered": report.remembered,
+                "seconds": round(meter.seconds, 3),
+                "findings": [
+                    {**finding.fields(), "done": done} for finding, done in zip(report.findings, mended, strict=True)
+                ],
+            }
+        )
+    else:
+        for finding, done in zip(report.findings, mended, strict=True):
+            typer.echo(f"{finding}{'; ' if done else ''}{done}")
+        earlier = f", {report.remembered} by the run before" if report.remembered else ""
+        typer.echo(f"{report.checked} blobs checked{earlier}, {len(report.findings)} things wrong; {meter.summary()}")
+    if report.findings:
+        raise typer.Exit(1)
+
+
+def _mend(folder: Path, findings: list["Defect"]) -> list[str]:
+    """What was done about each."""
+    if not findings:
+        return []
+    try:
+        done: list[str] = ask(folder, "mend", {"findings": [finding.fields() for finding in findings]})
+    except NoDaemon:
+        from pullthrough.library.verifier import mend
+        from pullthrough.store.store import Store
+
+        with closing(Store.open(folder)) as store:
+            return [mend(store, finding, now=time.time()) for finding in findings]
+    return done
+
+
+@app.command("import")
+def import_models(
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIR|BUNDLE]", help="A models folder of Ollama, or a bundle; none: this machine's Ollama."
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Let nobody have the models until their registry grants them.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Also replace manifests that their registry has confirmed.")
+    ] = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard links, no copies, of files that only our own user can write to.")
+    ] = False,
+    dir: Folder = None,  # noqa: A002 -- the option's name
+    json: AsJson = False,
+) -> None:
+    """Take in models from a folder or bundle; everybody may pull them then, unless --private says otherwise."""
+    from pullthrough.cli.progress import Meter
+    from pullthrough.library.import_commit import Fate, Terms
+    from pullthrough.library.importer import Bounds, Staging, take
+    from pullthrough.library.snapshot import Snapshot
+    from pullthrough.store.ollama_dir import default_tree
+
+    with refusals(), Meter("imported") as meter:
+        settings = settings_in_force(dir)
+        source = source or default_tree(os.environ)
+        if not source.exists():
+            raise TransferRefused(f"expected a folder or file, got no {source}")
+        with _door(settings.dir, Terms(public=not private, replace_confirmed=replace)) as admit:
+            staging = Staging(
+                settings.dir,
+                held=Snapshot.read(settings.dir).held_sizes(),
+                bounds=Bounds(settings.max_size, settings.min_free),
+                link=link,
+                on_total=meter.expect,
+                on_bytes=meter.advance,
+            )
+            with staging:
+                outcomes = take(source, staging, partial(admit, staging.folder))
+    if json:
+        models = [{"model": outcome.model, "fate": outcome.fate, "why": outcome.why} for outcome in outcomes]
+        print_json({"models": models, "bytes": meter.size, "seconds": round(meter.seconds, 3)})
+    else:
+        for outcome in outcomes:
+            typer.echo(f"{outcome.model}: {outcome.fate}{': ' if outcome.why else ''}{outcome.why}")
+        typer.echo(f"{sum(outcome.fate is Fate.IMPORTED for outcome in outcomes)} models imported; {meter.summary()}")
+    if any(outcome.fate is Fate.REFUSED for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _door(folder: Path, terms: "Terms") -> Iterator[Callable[[Path, "Model"], "ImportOutcome"]]:
+    """What admits a staged model: the daemon that has the store, or we, if it is free."""
+    from pullthrough.library.import_commit import MANIFEST, Fate, ImportOutcome, admit
+
+    def by_daemon(staging: Path, model: "Model") -> ImportOutcome:
+        (staging / MANIFEST).write_bytes(model.record.body)
+        answer = ask(
+            folder,
+            "admit",
+            {
+                "staging": staging.name,
+                "model": str(model.name),
+                "blobs": dict(model.blobs),
+                "public": terms.public,
+                "replace_confirmed": terms.replace_confirmed,
+            },
+        )
+        return ImportOutcome(answer["model"], Fate(answer["fate"]), answer["why"])
+
+    try:
+        ask(folder, "config", {})
+    except NoDaemon:
+        import asyncio
+
+        from pullthrough.runtime.platform import become_owner
+        from pullthrough.store.store import Store
+
+        become_owner(folder)
+        with closing(Store.open(folder)) as store:
+            asyncio.run(store.settle())
+            yield lambda staging, model: admit(store, staging, model, terms, now=time.time())
+    else:
+        yield by_daemon
+
+
+@app.command()
+def export(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names as they are typed, or patterns.")],
+    to: Annotated[str, typer.Option("--to", metavar="DIR|FILE.tar|-", help="A models folder, a bundle, or - .")],
+    dir: Folder = None,  # noqa: A002 -- the option's name
+) -> None:
+    """Carry models out: to a folder that serves as OLLAMA_MODELS, or to a bundle; - is standard output."""
+    from pullthrough.cli.progress import Meter
+    from pullthrough.library.exporter import export_bundle, export_bundle_file, export_tree, select
+    from pullthrough.library.snapshot import Snapshot
+
+    with refusals(), Meter("exported") as meter:
+        if to == "-" and sys.stdout.isatty():
+            raise TransferRefused("expected standard output to be a file or pipe, got a terminal")
+        inventory = Snapshot.read(folder_of(dir))
+        cargo = select(inventory, models)
+        meter.expect(cargo.size)
+        if to == "-":
+            export_bundle(inventory, cargo, sys.stdout.buffer, on_bytes=meter.advance)
+        elif to.endswith(".tar"):
+            export_bundle_file(inventory, cargo, Path(to), on_bytes=meter.advance)
+        else:
+            export_tree(inventory, cargo, Path(to), on_bytes=meter.advance)
+    typer.echo(f"{cargo.models} models, {len(cargo.blobs)} blobs; {meter.summary()}", err=True)

@@ -1,0 +1,68 @@
+"""One line per answered request, the same whichever port it came to, and the count of them.
+
+Invariant: query strings are cut: they may be capabilities. The fields beside a line's text have the same names for
+good: scripts read them. Knows what a line looks like and nothing of how it came about.
+"""
+
+import logging
+from collections import Counter
+
+from pullthrough.core.cache_status import CacheStatus, Outcome
+
+_log = logging.getLogger(__name__)
+
+
+class RequestLog:
+    """Of one daemon."""
+
+    def __init__(self) -> None:
+        self.answers: Counter[tuple[Outcome, int]] = Counter()
+        """How many requests ended with an outcome and a status."""
+        self.sent = 0
+        """Bytes of blobs that went to clients."""
+
+    def answer(self, client: str, method: str, target: str, status: int, cache: CacheStatus) -> None:
+        """A request that was answered at once."""
+        fields = self._count(client, method, target, status, cache)
+        _log.info("%s %s %s -> %d %s", client, method, fields["path"], status, cache, extra={"fields": fields})
+
+    def transfer(
+        self,
+        client: str,
+        method: str,
+        target: str,
+        status: int,
+        cache: CacheStatus,
+        *,
+        sent: int,
+        seconds: float,
+        problem: str,
+    ) -> None:
+        """A body has been sent; `problem` is why it ended before its time, "" if it did not."""
+        fields = self._count(client, method, target, status, cache)
+        fields |= {"bytes": sent, "seconds": round(seconds, 3), "problem": problem}
+        self.sent += sent
+        _log.info(
+            "%s %s %s -> %d, %d bytes in %.2f s%s; %s",
+            client,
+            method,
+            fields["path"],
+            status,
+            sent,
+            seconds,
+            f", short: {problem}" if problem else "",
+            cache,
+            extra={"fields": fields},
+        )
+
+    def _count(self, client: str, method: str, target: str, status: int, cache: CacheStatus) -> dict[str, object]:
+        self.answers[cache.outcome, status] += 1
+        return {
+            "event": "request",
+            "client": client,
+            "method": method,
+            "path": target.partition("?")[0],
+            "status": status,
+            "outcome": str(cache.outcome),
+            "cache_status": str(cache),
+        }

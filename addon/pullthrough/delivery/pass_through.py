@@ -1,0 +1,186 @@
+"""Pass a request on to the server that it was meant for, and the answer back, as they come.
+
+What is not answered here: uploads to the blob host, and addresses there that are not ours. A body is passed on while
+it comes; an answer that comes before its end is passed back at once, and then the client's connection ends with it.
+
+Invariant: method, target, fields and body are those that were sent, but for Expect (answered here) and CDN-Loop; an
+answer that breaks off ends the client's connection short. Nothing is kept. Knows no registry.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import h11
+
+from pullthrough.config.settings import Endpoint
+from pullthrough.core.cdn_loop import CDN_LOOP, LoopGuard
+from pullthrough.core.errors import CacheError, LoopDetected, Offline, UpstreamUnreachable
+from pullthrough.delivery.socket_polling import either_readable, readable
+from pullthrough.delivery.tls_outlet import TlsOutlet
+from pullthrough.upstream.dialer import Dialed, Dialer, translated
+
+CLIENT_SILENT_S: Final = 600.0
+"""How long a client may take between two pieces of what it uploads, as mitmproxy has it (tcp_timeout)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Where a host's requests go that are passed on."""
+
+    host: str
+    endpoint: Endpoint
+    dialer: Dialer
+    loop: LoopGuard
+    offline: bool
+
+
+class PassThrough:
+    """One client's requests on their way to one server, over one connection while that lasts."""
+
+    def __init__(self, way: Way, out: TlsOutlet) -> None:
+        self._way = way
+        self._out = out
+        self._line: Dialed | None = None
+        self._upstream = h11.Connection(h11.CLIENT)
+
+    def close(self) -> None:
+        """Let go of the connection to the server."""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+    def exchange(self, client: h11.Connection, request: h11.Request) -> int:
+        """Pass the request on and its answer back; the answer's status.
+
+        CacheError where there is no answer; ClientGone; h11.RemoteProtocolError for what is no HTTP; PassingBroken
+        where an answer broke off.
+        """
+        self._check(request)
+        line = self._connect()
+        try:
+            self._send_request(line, client, request)
+            status = self._return_answer(line, client)
+        except BaseException:
+            self.close()
+            raise
+        if self._upstream.our_state is self._upstream.their_state is h11.DONE:
+            self._upstream.start_next_cycle()
+        else:
+            self.close()
+        return status
+
+    def _check(self, request: h11.Request) -> None:
+        trail = next((value.decode("latin-1") for name, value in request.headers if name == b"cdn-loop"), "")
+        if self._way.loop.is_own(trail):
+            raise LoopDetected(f"expected another way to {self._way.host}, got one that leads back here")
+        if self._way.offline:
+            path = request.target.decode("latin-1").partition("?")[0]
+            raise Offline(f"offline: {request.method.decode()} {path} is the registry's")
+
+    def _connect(self) -> Dialed:
+        if self._line is not None and readable(self._line.sock, 0.0):
+            # What comes without having been asked for is the end.
+            self.close()
+        if self._line is None:
+            self._line = self._way.dialer.dial(self._way.endpoint)
+            self._upstream = h11.Connection(h11.CLIENT)
+        return self._line
+
+    def _fields(self, request: h11.Request, line: Dialed) -> list[tuple[bytes, bytes]]:
+        trail, fields = "", []
+        for name, value in request.headers.raw_items():
+            match name.lower():
+                case b"cdn-loop":
+                    trail = value.decode("latin-1")
+                case b"host":
+                    fields.append((name, self._way.endpoint.authority.encode() if self._is_moved else value))
+                # What it takes to use this proxy is nobody's business behind it (RFC 9110 section 11.7.2).
+                case b"expect" | b"proxy-authorization":
+                    pass
+                case _:
+                    fields.append((name, value))
+        fields.append((CDN_LOOP.encode(), self._way.loop.extend(trail).encode("latin-1")))
+        if line.proxy is not None:
+            fields += [(name.encode(), value.encode("latin-1")) for name, value in line.proxy.fields.items()]
+        return fields
+
+    @property
+    def _is_moved(self) -> bool:
+        return self._way.endpoint.host != self._way.host
+
+    def _send_request(self, line: Dialed, client: h11.Connection, request: h11.Request) -> None:
+        origin = self._way.endpoint.origin.encode() if line.proxy is not None else b""
+        head = h11.Request(method=request.method, target=origin + request.target, headers=self._fields(request, line))
+        line.write(self._upstream.send(head) or b"")
+        if client.they_are_waiting_for_100_continue:
+            self._out.put(
+                client.send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")) or b""
+            )
+        while True:
+            event = client.next_event()
+            if event is h11.NEED_DATA:
+                if not self._wait_for_client(line):
+                    return
+                client.receive_data(self._out.read())
+                continue
+            if isinstance(event, h11.Data):
+                try:
+                    line.write(self._upstream.send(event) or b"")
+                except CacheError:
+                    # Servers that say no do not always read to the end: what they said may be here.
+                    if readable(line.sock, 0.0):
+                        return
+                    raise
+                if readable(line.sock, 0.0):
+                    return
+                continue
+            if isinstance(event, h11.EndOfMessage):
+                line.write(self._upstream.send(h11.EndOfMessage()) or b"")
+                return
+            raise UpstreamUnreachable("the client ended within its request")
+
+    def _wait_for_client(self, line: Dialed) -> bool:
+        """Whether more of the body has come; False once the server has something to say."""
+        if self._out.readable(0.0):
+            return True
+        from_client, from_server = either_readable(self._out.sock, line.sock, CLIENT_SILENT_S)
+        if not from_client and not from_server:
+            raise UpstreamUnreachable("the client sent nothing more")
+        return not from_server
+
+    def _return_answer(self, line: Dialed, client: h11.Connection) -> int:
+        status = 0
+        while True:
+            try:
+                with translated():
+                    event = self._upstream.next_event()
+                if event is h11.NEED_DATA:
+                    self._upstream.receive_data(line.read())
+                    continue
+            except CacheError as error:
+                if status:
+                    raise PassThroughBroken(status, str(error)) from None
+                raise
+            match event:
+                case h11.Response():
+                    status = event.status_code
+                    fields = event.headers.raw_items()
+                    answer = h11.Response(status_code=status, headers=fields, reason=event.reason)
+                    self._out.put(client.send(answer) or b"")
+                case h11.Data():
+                    self._out.put(client.send(event) or b"")
+                case h11.EndOfMessage():
+                    self._out.put(client.send(h11.EndOfMessage(headers=event.headers)) or b"")
+                    return status
+                case h11.InformationalResponse():
+                    pass
+                case _:
+                    raise UpstreamUnreachable("the server ended without an answer")
+
+
+class PassThroughBroken(CacheError):
+    """The answer broke off after its head had been passed back."""
+
+    def __init__(self, status: int, problem: str) -> None:
+        super().__init__(problem)
+        self.status = status

@@ -1,0 +1,213 @@
+"""Finding out about a cache what `rules` judges: its ports, its authority, the registry, the store, the disk.
+
+Invariant: nothing is changed, here or elsewhere, but that missing copies of a certificate are written again; every
+attempt ends within seconds; what cannot be done is a fact and not an error. Does not know what is wrong.
+"""
+
+import contextlib
+import email.utils
+import http.client
+import math
+import shutil
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from pullthrough.config.settings import Endpoint, Settings
+from pullthrough.core import presigned
+from pullthrough.core.bounded_json import loads
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import AuthorityError, CacheError, StoreError
+from pullthrough.core.manifest_json import DOCKER_TYPE
+from pullthrough.doctor.rules import Leg, ServerFacts
+from pullthrough.pki.authority import CERTIFICATE_NAME, KEY_NAME
+from pullthrough.pki.rollover import Rollover
+from pullthrough.store.layout import check_marker
+from pullthrough.upstream.client import Upstream
+
+SAMPLE: Final = "library/all-minilm"
+"""A small public model: its config is what is asked for in parts."""
+PATIENCE_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """How the registry answers us, as ServerFacts has it."""
+
+    upstream: str = ""
+    displaced: str = ""
+    ranges: str = ""
+    unsigned: str = ""
+    bypassed: int = 0
+    skew_s: float = 0.0
+
+
+async def look_out(upstream: Upstream, settings: Settings, now: datetime, bypassed: int = 0) -> Outlook:
+    """Ask the first registry for a manifest and for one byte of a blob; `now` is aware.
+
+    `bypassed` pulls have gone past the cache.
+    """
+    found = await _ask(upstream, settings, now)
+    return replace(found, bypassed=bypassed, displaced="; ".join(upstream.impostors.told))
+
+
+async def _ask(upstream: Upstream, settings: Settings, now: datetime) -> Outlook:
+    if settings.offline:
+        return Outlook()
+    host = settings.registries[0]
+    try:
+        target = f"/v2/{SAMPLE}/manifests/latest"
+        response = await upstream.ask("GET", host, target, {"Accept": DOCKER_TYPE}, timeout_s=PATIENCE_S)
+    except CacheError as error:
+        return Outlook(upstream=f"{host}: {error}")
+    skew_s = 0.0
+    with contextlib.suppress(KeyError, ValueError, TypeError):  # no date, no true date, a date without a zone
+        skew_s = (now - email.utils.parsedate_to_datetime(response.headers["Date"])).total_seconds()
+    if response.status != 200:
+        return Outlook(skew_s=skew_s)  # another registry need not have the sample
+    try:
+        digest = Digest.parse(loads(response.body, limit=len(response.body))["config"]["digest"])
+        source, stream = await upstream.obtain(host, SAMPLE, digest, {}, asked=(0, 1), timeout_s=PATIENCE_S)
+        unsigned = _unsigned(settings, source.url if stream is None else "")
+        stream = stream or await upstream.open_range(source, 0, 1, expected_length=None, validator=None)
+        stream.close()
+    except (CacheError, ValueError, KeyError, TypeError) as error:
+        return Outlook(ranges=str(error), skew_s=skew_s)
+    ranges = "expected 206 to a request for one byte, got 200" if stream.whole else ""
+    return Outlook(ranges=ranges, unsigned=unsigned, skew_s=skew_s)
+
+
+def _unsigned(settings: Settings, location: str) -> str:
+    """Why a redirect of the registry's is no use to clients that fetch past this proxy."""
+    host = urlsplit(location).hostname or ""
+    if not location:
+        return f"{settings.registries[0]} answers with the bytes themselves"
+    if host != settings.blob_host or presigned.expiry(location, now=time.time()) is None:
+        return f"{settings.registries[0]} redirects to {host}, without a signature of the blob host's"
+    return ""
+
+
+def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: bool, now: datetime) -> ServerFacts:
+    """`proxy` is where the proxy listens, or would; `running` as in the facts."""
+    rollover, problem = None, ""
+    try:
+        # Before the first start there is none, and nothing is wrong with that.
+        if running or any((settings.certs / name).exists() for name in (KEY_NAME, CERTIFICATE_NAME)):
+            rollover = Rollover.load(settings.certs, settings.intercepted, now=now)
+    except AuthorityError as error:
+        problem = str(error)
+    door = Endpoint("http", *settings.listen[0]) if settings.listen else None
+    return ServerFacts(
+        authority=problem,
+        expires_s=(rollover.all[-1].not_after - now).total_seconds() if rollover else math.inf,
+        issuer=common_name(rollover.of(settings.registries[0]).certificate.subject) if rollover else "",
+        store=_store_problem(settings.dir),
+        quarantined=_count(settings.dir / "quarantine"),
+        running=running,
+        leg=try_leg(proxy, settings.registries[0]),
+        port=_port_problem(door, rollover) if door else "",
+        taken=door is not None and not _reach(door),
+        upstream=out.upstream,
+        displaced=out.displaced,
+        ranges=out.ranges,
+        unsigned=out.unsigned,
+        bypassed=out.bypassed,
+        skew_s=out.skew_s,
+        free=shutil.disk_usage(_existing(settings.dir)).free,
+        min_free=settings.min_free,
+    )
+
+
+def try_leg(proxy: Endpoint, host: str) -> Leg:
+    """Reach `host` through `proxy`, and look at who signed what is presented. Nothing is verified."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    issuer = ""
+    try:
+        with tunnel(proxy, host, context) as sock:
+            raw = sock.getpeercert(binary_form=True)
+            if raw:
+                issuer = common_name(x509.load_der_x509_certificate(raw).issuer)
+    except ConnectionRefusedError as error:
+        return Leg(address=proxy.authority, reached=error.strerror or str(error))
+    except (OSError, http.client.HTTPException) as error:
+        reached = _reach(proxy)
+        return Leg(address=proxy.authority, reached=reached, answered="" if reached else str(error) or "it hung up")
+    return Leg(address=proxy.authority, issuer=issuer)
+
+
+@contextlib.contextmanager
+def tunnel(proxy: Endpoint, host: str, context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
+    """TLS with `host` through `proxy`. OSError, of which ssl.SSLError is one; HTTPException."""
+    connection = http.client.HTTPConnection(local_host(proxy.host), proxy.port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        connection.set_tunnel(host, 443)
+        connection.connect()
+        with context.wrap_socket(connection.sock, server_hostname=host) as sock:
+            yield sock
+
+
+def common_name(name: x509.Name) -> str:
+    """The CN, or the whole name where there is none."""
+    found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(found[0].value) if found else name.rfc4514_string()
+
+
+def _reach(endpoint: Endpoint) -> str:
+    """Why nobody takes a connection there."""
+    try:
+        socket.create_connection((local_host(endpoint.host), endpoint.port), PATIENCE_S).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def local_host(host: str) -> str:
+    """Where we reach what listens on `host`."""
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- not listened on
+
+
+def _port_problem(door: Endpoint, rollover: Rollover | None) -> str:
+    connection = http.client.HTTPConnection(local_host(door.host), door.port, timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", "/ca.crt")
+            response = connection.getresponse()
+            body = response.read(1 << 20)
+        except (OSError, http.client.HTTPException) as error:
+            return f"{door.authority}: {error}"
+    pem = rollover.current.certificate.public_bytes(Encoding.PEM) if rollover else b""
+    if response.status != 200 or pem not in body:
+        return f"{door.authority}: expected our certificate at /ca.crt, got another answer ({response.status})"
+    return ""
+
+
+def _store_problem(folder: Path) -> str:
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            check_marker(folder)
+    except (StoreError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _count(folder: Path) -> int:
+    try:
+        return len(list(folder.iterdir()))
+    except OSError:
+        return 0
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that there is."""
+    return next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))

@@ -1,0 +1,43 @@
+"""A circuit breaker: whether a service that has failed lately is asked again.
+
+Invariant: after FAILURES in a row it is left alone for a pause, doubled by each further failure; then one request at a
+time finds out. Pure state: `now` is a parameter, in seconds of any steady clock. Knows no service.
+"""
+
+from typing import Final
+
+FAILURES: Final = 3
+PAUSE_S: Final = 15.0
+PAUSE_LIMIT_S: Final = 120.0
+TRIAL_S: Final = 5.0
+"""How long the request that finds out may take before another one is let through."""
+
+
+class CircuitBreaker:
+    """Of one service."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._closed_at = 0.0
+
+    def permits(self, now: float) -> bool:
+        """Whether the service may be asked; while it is being tried, only whoever asks first."""
+        if self._failures < FAILURES:
+            return True
+        if now < self._closed_at:
+            return False
+        self._closed_at = now + TRIAL_S
+        return True
+
+    def is_open(self, now: float) -> bool:
+        """Whether the service is left alone; asking this lets nobody through."""
+        return self._failures >= FAILURES and now < self._closed_at
+
+    def succeeded(self) -> None:
+        self._failures = 0
+
+    def failed(self, now: float) -> None:
+        self._failures += 1
+        if self._failures >= FAILURES:
+            doublings = min(self._failures - FAILURES, 10)
+            self._closed_at = now + min(PAUSE_LIMIT_S, PAUSE_S * 2**doublings)

@@ -1,0 +1,217 @@
+"""Keep the store within its bounds: room is made before a recording begins.
+
+Invariant: what is held, what is being recorded (at its full size), what earlier recordings have left and what is in
+quarantine never exceed `max_size`, and never leave less than `min_free` of the disk, as far as eviction can help: a
+blob is not recorded where no room can be made for the rest of its model too, and nothing is evicted for it. Quarantine
+goes first, then what recordings have left, then models. What had another digest twice has no room for a while. Knows no
+client and no upstream.
+"""
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import humanfriendly
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import SourceDistrusted, StoreUnwritable
+from pullthrough.core.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
+from pullthrough.library.eviction_order import Choice, Holding, choose
+from pullthrough.library.mismatches import Mismatches
+from pullthrough.runtime.clock import steady
+from pullthrough.runtime.executors import Threads
+from pullthrough.store.layout import restore
+from pullthrough.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+
+SMALL: Final = 64 << 10
+"""Bytes of a blob that is recorded anew however often it was wrong: it costs little, and is not given unverified."""
+
+
+class Evictor:
+    """The bounds of one store."""
+
+    def __init__(
+        self, store: Store, threads: Threads, *, max_size: int | None, min_free: int, pins: Sequence[str] = ()
+    ) -> None:
+        """`max_size` and `min_free` in bytes; `pins` are patterns of models that stay, as the store's do."""
+        self._store = store
+        self._threads = threads
+        self._max_size = max_size
+        self._min_free = min_free
+        self._pins = pins
+        self._reserved: dict[Digest, int] = {}
+        self._mismatches = Mismatches()
+        self._turn = asyncio.Lock()
+
+    async def reserve(self, digest: Digest, size: int, *, whole: int | None = None) -> None:
+        """Make room for a recording of `size` bytes; it counts in full until `release`. StoreUnwritable if none can be.
+
+        What an earlier recording of it has left is counted in, and a blob that is held takes no more. Nothing is
+        evicted where there can be no room for the `whole` of the blob and for the rest of its model. SourceDistrusted
+        for what had another digest lately.
+        """
+        if (known := self._store.blob(digest)) is not None and known.held:
+            self._reserved[digest] = 0  # it is only verified
+            return
+        if size > SMALL and self._mismatches.holds(digest, now=steady()):
+            raise SourceDistrusted(f"{digest.short}: its source has brought other bytes twice; not kept now")
+        async with self._turn:
+            try:
+                await self._threads.disk(restore, self._store.folder)
+                # In this order: room that a recording takes between the two is not missed twice.
+                free = (await self._threads.disk(shutil.disk_usage, self._store.folder)).free
+                partials = await self._threads.disk(self._store.partials)
+                evidence = await self._threads.disk(self._store.quarantined)
+            except OSError as error:
+                raise StoreUnwritable(f"recording {digest}: {error}") from error
+            suspect = sum(taken for taken, _ in evidence.values())
+            excess = self._excess({**self._reserved, digest: size}, partials, suspect, free)
+            if excess > 0:
+                # Bytes that are no model go before models.
+                freed = await self._drop_evidence(evidence, excess)
+                excess, free, suspect = excess - freed, free + freed, suspect - freed
+            if excess > 0:
+                await self._store.settle()  # what is not known yet would go first, as nobody's
+                rest = await self._threads.disk(
+                    _rest_of_model,
+                    digest,
+                    [*self._store.manifests().values(), *self._store.children().values()],
+                    self._store.known_blobs(),
+                )
+                most = max(size, whole or 0)
+                total = self._excess({**rest, **self._reserved, digest: most}, partials, suspect, free)
+                await self._evict(digest, most + sum(rest.values()), (excess, total), partials, free)
+            self._reserved[digest] = size
+
+    async def _drop_evidence(self, evidence: Mapping[Path, tuple[int, float]], excess: int) -> int:
+        """Remove quarantined files, the oldest first, until `excess` bytes are free; returns how many are."""
+        freed, paths = 0, []
+        for path, (taken, _) in sorted(evidence.items(), key=lambda item: item[1][1]):
+            if freed >= excess:
+                break
+            freed += taken
+            paths.append(path)
+        await self._threads.disk(self._store.remove_files, paths)
+        if paths:
+            _log.info("removed %d quarantined files, %s, to make room", len(paths), _text(freed))
+        return freed
+
+    def mismatches(self, digest: Digest) -> None:
+        """What was recorded for the blob had another digest: after a second time it is not recorded for a while."""
+        self._mismatches.note(digest, now=steady())
+
+    def release(self, digest: Digest) -> None:
+        """The recording has ended."""
+        self._reserved.pop(digest, None)
+
+    def _excess(
+        self, reserved: dict[Digest, int], partials: dict[Digest, tuple[int, float]], suspect: int, free: int
+    ) -> int:
+        """By how many bytes the bounds would be exceeded once all that is reserved has come in."""
+        to_come = sum(max(0, size - partials.get(digest, (0, 0.0))[0]) for digest, size in reserved.items())
+        excess = to_come + self._min_free - free
+        if self._max_size is not None:
+            idle = sum(size for digest, (size, _) in partials.items() if digest not in reserved)
+            taken = sum(max(size, partials.get(digest, (0, 0.0))[0]) for digest, size in reserved.items())
+            excess = max(excess, self._store.held_bytes + taken + idle + suspect - self._max_size)
+        return excess
+
+    async def _evict(
+        self,
+        digest: Digest,
+        size: int,
+        excess: tuple[int, int],
+        partials: dict[Digest, tuple[int, float]],
+        free: int,
+    ) -> None:
+        """Free the first `excess`, if the second one, of all `size` bytes of a model, could be freed too."""
+        store = self._store
+        busy = frozenset([digest, *self._reserved, *store.open_blobs()])
+        idle = {store.ingest(part).partial_path: facts for part, facts in partials.items() if part not in busy}
+        choice: Choice | None = await self._threads.disk(
+            _choose,
+            dict(store.manifests()),
+            store.known_blobs(),
+            idle,
+            pins=(*self._pins, *store.ledger.pins),
+            excess=excess,
+            busy=busy,
+        )
+        if choice is None:
+            bound = f"max_size {_text(self._max_size)}, " if self._max_size is not None else ""
+            raise StoreUnwritable(
+                f"recording {digest}: expected room for {_text(size)} within the bounds "
+                f"({bound}min_free {_text(self._min_free)}), got {_text(free)} of free disk and nothing left to evict"
+            )
+        for holding in choice.holdings:
+            # A model may have gone, and a blob may be read, since the survey.
+            if holding.name is not None:
+                age_d = (time.time() - holding.used) / 86400
+                _log.info(
+                    "evicting %s, last pulled %.1f days ago, to make room for %s", holding.name, age_d, digest.short
+                )
+                self._store.drop_model(holding.name)
+        blobs = [part for part in choice.parts if isinstance(part, Digest) and self._is_free(part)]
+        paths = [*self._store.evict(blobs), *(part for part in choice.parts if isinstance(part, Path))]
+        await self._threads.disk(self._store.remove_files, paths)
+        _log.info("evicted %d blobs, %s", len(paths), _text(choice.freed))
+
+    def _is_free(self, digest: Digest) -> bool:
+        record = self._store.blob(digest)
+        return record is not None and record.held and not self._store.is_open(digest)
+
+
+def _rest_of_model(
+    digest: Digest, manifests: Sequence[ManifestRecord], blobs: Mapping[Digest, BlobRecord]
+) -> dict[Digest, int]:
+    """What else is not here of the model that the blob is wanted for: of the smallest that lists it."""
+    rests = []
+    for manifest in manifests:
+        # Of a list a client takes one child, which is a manifest itself.
+        if manifest.lists(digest) and not manifest.is_list:
+            absent = {
+                each: size or 0 for each, size in manifest.sizes.items() if not blobs.get(each, BlobRecord()).held
+            }
+            absent.pop(digest, None)
+            rests.append(absent)
+    return min(rests, key=lambda rest: sum(rest.values()), default={})
+
+
+def _choose(
+    manifests: Mapping[Name, ManifestRecord],
+    blobs: Mapping[Digest, BlobRecord],
+    partials: Mapping[Path, tuple[int, float]],
+    *,
+    pins: Sequence[str],
+    excess: tuple[int, int],
+    busy: frozenset[Digest],
+) -> Choice | None:
+    """What goes of what is known at one moment; it takes long where that is much."""
+    sizes: dict[Hashable, int] = {digest: record.size or 0 for digest, record in blobs.items() if record.held}
+    holdings = [
+        Holding(name, frozenset(listed_by(records)), max(record.pulled for record in records), name.is_among(pins))
+        for name, records in by_model(manifests).items()
+    ]
+    listed = frozenset[Hashable]().union(*(holding.parts for holding in holdings))
+    # A private model's manifest is never stored: its blobs stand for themselves.
+    for digest, record in blobs.items():
+        if record.held and digest not in listed:
+            holdings.append(Holding(None, frozenset([digest]), record.recorded))
+    for path, (size, changed) in partials.items():
+        holdings.append(Holding(None, frozenset([path]), changed, is_leftover=True))
+        sizes[path] = size
+    least, most = excess
+    if most > least and choose(holdings, sizes, excess=most, busy=busy) is None:
+        return None
+    return choose(holdings, sizes, excess=least, busy=busy)
+
+
+def _text(size: int | None) -> str:
+    return str(humanfriendly.format_size(size or 0))

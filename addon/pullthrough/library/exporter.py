@@ -1,0 +1,292 @@
+"""Carry models of the store out: to a models folder that Ollama can use, or to a bundle.
+
+Invariant: every byte is hashed as it is copied, and a model whose blobs are not all here, or that its registry refuses
+to everybody, is not exported at all. A manifest comes to its place after its blobs, a bundle's file when it is whole.
+Only reads the store, so it may run beside a daemon. Knows no terminal.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import TransferRefused
+from pullthrough.core.manifest_json import DOCKER_TYPE, LIST_TYPE, Child, children_of, in_place, preferred
+from pullthrough.core.records import ManifestRecord, Name, by_model
+from pullthrough.library.bundle import END, SUMS, header, padding, sums
+from pullthrough.library.parallel_hash import FileRange, HashPool
+from pullthrough.library.snapshot import Snapshot
+from pullthrough.runtime import platform
+from pullthrough.store.ollama_dir import (
+    NAMED_DOCUMENTS,
+    anchor,
+    anchored,
+    blob_path,
+    document_path,
+    link_target,
+    manifest_path,
+    parse_manifest_path,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cargo:
+    """What is carried, as in a models folder of Ollama."""
+
+    manifests: dict[str, bytes]
+    """By path, in order: manifests and anchors in the old tree, lists in the new one."""
+    lists: dict[Digest, bytes]
+    """The lists once more, which are blobs there too."""
+    blobs: dict[Digest, int]
+    """All others, with their sizes."""
+
+    @property
+    def size(self) -> int:
+        return sum(self.blobs.values())
+
+    @property
+    def models(self) -> int:
+        return len(set(map(parse_manifest_path, self.manifests)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A manifest that is here whole: a model's, or one that its list offers."""
+
+    child: Child | None
+    """None of a model's."""
+    manifest: Mapping[str, Any]
+    blobs: dict[Digest, int]
+    """Itself too, where a list refers to it."""
+
+
+def select(inventory: Snapshot, models: Collection[str]) -> Cargo:
+    """Select these models of the store. Raises TransferRefused unless each is there, whole and not private.
+
+    Of the two representations of a model those that are whole; of a list the children that are.
+    """
+    found = {name: record for model in models for name, record in inventory.select(model).items()}
+    cargo = Cargo({}, {}, {})
+    for name, records in sorted(by_model(found).items()):
+        if any(record.denied for record in records):
+            raise TransferRefused(f"{name}: expected a public model, got one that its registry refuses to everybody")
+        whole: dict[bool, tuple[ManifestRecord, list[_Part]]] = {}
+        refused = []
+        for record in sorted(records, key=lambda record: record.confirmed):
+            try:
+                whole[record.is_list] = record, _parts(inventory, name, record)
+            except TransferRefused as error:
+                refused.append(error)
+        if not whole:
+            raise refused[-1]
+        for record, parts in whole.values():
+            for part in parts:
+                cargo.blobs.update(part.blobs)
+            if record.is_list:
+                cargo.lists[Digest(record.digest)] = record.body
+                cargo.manifests[document_path(name)] = record.body
+                cargo.manifests[manifest_path(name)] = _anchor(record, parts)
+        if False in whole:
+            cargo.manifests[manifest_path(name)] = whole[False][0].body
+    lists = {digest: body for digest, body in sorted(cargo.lists.items()) if digest not in cargo.blobs}
+    return Cargo(cargo.manifests, lists, dict(sorted(cargo.blobs.items())))
+
+
+def _parts(inventory: Snapshot, name: Name, record: ManifestRecord) -> list[_Part]:
+    """Find the manifest, or those of a list, whose blobs are here. Raises TransferRefused for none."""
+    if not record.is_list:
+        if anchored(record.body) is not None:
+            raise TransferRefused(
+                f"{name}: expected a registry's manifest, got an anchor that Ollama writes for its older versions: "
+                "remove the model, and import it again"
+            )
+        blobs = _sizes(record)
+        if lacking := _lacking(inventory, blobs):
+            raise TransferRefused(f"{name}: {lacking}")
+        return [_Part(None, json.loads(record.body), blobs)]
+    found = []
+    lacking = "expected a manifest of its list in the store, got none: pull it first"
+    for child in children_of(record.body):
+        if child.digest is None:
+            manifest, blobs = in_place(record.body, child), {layer.digest: layer.size for layer in child.layers}
+        elif (known := inventory.children.get(child.digest)) is not None:
+            manifest, blobs = json.loads(known.body), {child.digest: len(known.body), **_sizes(known)}
+        else:
+            continue
+        if not (lacking := _lacking(inventory, blobs)):
+            found.append(_Part(child, manifest, blobs))
+    if not found:
+        raise TransferRefused(f"{name}: {lacking}")
+    return found
+
+
+def _sizes(record: ManifestRecord) -> dict[Digest, int]:
+    return {digest: size for digest, size in record.sizes.items() if size is not None}
+
+
+def _lacking(inventory: Snapshot, blobs: Mapping[Digest, int]) -> str:
+    """Tell why these blobs cannot be carried; "" if they can."""
+    for digest, size in blobs.items():
+        held = inventory.blobs.get(digest)
+        if held is None or not held.held or held.size is None:
+            return f"expected all its blobs in the store, got none of {digest}: pull it first"
+        if not held.public:
+            return f"expected public blobs, got {digest}, which nobody has been granted yet"
+        if held.size != size:
+            return f"expected {size} bytes of {digest}, got {held.size}"
+    return ""
+
+
+def _anchor(record: ManifestRecord, parts: Sequence[_Part]) -> bytes:
+    """Make what an older Ollama runs of a list, and what lets it keep the rest."""
+    children = {part.child: part for part in parts if part.child is not None}
+    documents = {Digest(record.digest): (LIST_TYPE, len(record.body))}
+    for child, part in children.items():
+        if child.digest is not None:
+            documents[child.digest] = DOCKER_TYPE, part.blobs[child.digest]
+    best = preferred(children)
+    assert best is not None
+    return anchor(children[best].manifest, documents)
+
+
+def export_tree(
+    inventory: Snapshot, cargo: Cargo, folder: Path, *, on_bytes: Callable[[int], object] = lambda count: None
+) -> None:
+    """Write the cargo into a models folder, which may be there already. OSError as the disk says."""
+    crew = HashPool(on_bytes)
+    manifests, documents = dict(cargo.manifests), dict(cargo.lists)
+    for path, body in cargo.manifests.items():
+        name = parse_manifest_path(path)
+        if name is None or document_path(name) in cargo.manifests:
+            continue
+        if os.path.lexists(folder / document_path(name)):
+            # A newer Ollama has named another document there, and looks there first.
+            manifests[document_path(name)] = body
+            documents[Digest(sha256(body).hexdigest())] = body
+    paths = {digest: folder / blob_path(digest) for digest in (*cargo.blobs, *documents)}
+    for target in [*paths.values(), *(folder / path for path in manifests)]:
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+    def work(digest: Digest) -> None:
+        target = paths[digest]
+        if _has(crew, target, digest, cargo.blobs[digest]):
+            return
+        with _opened(inventory, digest, cargo.blobs[digest]) as source, _placed(target) as descriptor:
+            _compare(digest, crew.copy(source, descriptor))
+
+    todo = sorted(cargo.blobs, key=lambda digest: -cargo.blobs[digest])
+    crew.each(todo, work, lambda _, result: result())
+    for digest, body in documents.items():
+        _write(paths[digest], body)
+    for path, body in manifests.items():
+        if not (path.startswith(f"{NAMED_DOCUMENTS}/") and _link(folder / path, Digest(sha256(body).hexdigest()))):
+            _write(folder / path, body)
+    for parent in {(folder / path).parent for path in manifests} | {path.parent for path in paths.values()}:
+        platform.sync_folder(parent)
+
+
+def export_bundle(
+    inventory: Snapshot, cargo: Cargo, file: BinaryIO, *, on_bytes: Callable[[int], object] = lambda count: None
+) -> None:
+    """Write the cargo as a bundle, front to back. An error leaves it without its end, so nobody takes it for whole."""
+    crew = HashPool(on_bytes)
+    first = cargo.manifests | {blob_path(digest): body for digest, body in cargo.lists.items()}
+    members = {path: sha256(body).hexdigest() for path, body in first.items()}
+    members |= {blob_path(digest): digest.hex for digest in cargo.blobs}
+    for path, body in {SUMS: sums(members), **first}.items():
+        file.write(header(path, len(body)) + body + padding(len(body)))
+    for digest, size in cargo.blobs.items():
+        with _opened(inventory, digest, size) as source:
+            file.write(header(blob_path(digest), size))
+            _compare(digest, crew.pour(source, file.write))
+            file.write(padding(size))
+    file.write(END)
+    file.flush()
+
+
+def export_bundle_file(
+    inventory: Snapshot, cargo: Cargo, path: Path, *, on_bytes: Callable[[int], object] = lambda count: None
+) -> None:
+    """The same into a file, which is in its place when it is whole and durable."""
+    with _placed(path) as descriptor:
+        with os.fdopen(os.dup(descriptor), "wb") as file:
+            export_bundle(inventory, cargo, file, on_bytes=on_bytes)
+        platform.sync_data(descriptor)
+    platform.sync_folder(path.parent)
+
+
+def _has(crew: HashPool, path: Path, digest: Digest, size: int) -> bool:
+    """An earlier export has put the blob there."""
+    try:
+        descriptor = platform.open_regular(path)
+    except OSError:
+        return False
+    try:
+        source = FileRange.whole(descriptor)
+        return source.size == size and crew.hash(source) == digest.hex
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(inventory: Snapshot, digest: Digest, size: int) -> Iterator[FileRange]:
+    try:
+        descriptor = platform.open_regular(inventory.blob_path(digest))
+    except OSError as error:
+        raise TransferRefused(f"blob {digest}: expected its file, got: {error}; run verify") from error
+    try:
+        source = FileRange.whole(descriptor)
+        if source.size != size:
+            raise TransferRefused(f"blob {digest}: expected {size} bytes, got {source.size}; run verify")
+        yield source
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, body: bytes) -> None:
+    with _placed(path) as descriptor:
+        platform.write_at(descriptor, 0, body)
+        platform.sync_data(descriptor)
+
+
+def _link(path: Path, digest: Digest) -> bool:
+    """Make the name in the new tree a link to its document; False where links cannot be made."""
+    temporary = _temporary(path)
+    try:
+        temporary.symlink_to(Path(link_target(digest)))
+    except OSError:
+        return False  # a file system without links, or a Windows that forbids them: Ollama makes copies there, too
+    os.replace(temporary, path)
+    return True
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
+
+
+@contextlib.contextmanager
+def _placed(path: Path) -> Iterator[int]:
+    """A new file to write, which takes the path's place when nothing fails."""
+    temporary = _temporary(path)
+    # Readable by all: an Ollama that runs as a user of its own is to read it.
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
+    try:
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _compare(digest: Digest, actual: str) -> None:
+    if actual != digest.hex:
+        raise TransferRefused(f"blob {digest}: expected bytes of this digest, got sha256:{actual}; run verify")

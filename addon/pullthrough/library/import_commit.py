@@ -1,0 +1,163 @@
+"""Let models into the store whose blobs have been verified in a staging folder inside it.
+
+Invariant: blobs come first and the manifest last, and what upstream has refused stays refused, whatever anybody says
+here. Knows neither where the models come from nor a terminal.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from os import stat_result
+from os.path import lexists
+from pathlib import Path
+from typing import Final, Self
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import TransferRefused
+from pullthrough.core.manifest_json import DOCKER_TYPE, children_of, type_of
+from pullthrough.core.records import ManifestRecord, Name
+from pullthrough.store.store import Store
+
+MANIFEST: Final = "manifest"
+"""The file of a staging folder with the manifest of the model that is to be admitted."""
+
+
+class Fate(StrEnum):
+    """What became of one model."""
+
+    IMPORTED = "imported"
+    PRESENT = "present"
+    """It was here already, with the same bytes."""
+    KEPT = "kept"
+    """Another manifest is stored under that name, and upstream has confirmed it."""
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class ImportOutcome:
+    """Of one model; `why` of what was not imported."""
+
+    model: str
+    fate: Fate
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On which models are let in."""
+
+    public: bool = True
+    """Everybody may have them, by the operator's word; else nobody until upstream grants it, as after a refusal."""
+    replace_confirmed: bool = False
+    """They take the place of manifests that upstream has confirmed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model on its way in, in the representation for clients that take lists or in the one for others."""
+
+    name: Name
+    record: ManifestRecord
+    blobs: Mapping[Digest, int]
+    """What comes with it, with the claimed sizes: of a list the children that are whole, and all that they list."""
+
+    @classmethod
+    def parse(cls, name: Name, body: bytes, blobs: Callable[[ManifestRecord], Mapping[Digest, int]]) -> Self:
+        """Make a model of these bytes, which may be a list. Raises TransferRefused if they are neither."""
+        # `confirmed` 0: upstream has said nothing about it here. It is stale from the beginning, and served when
+        # upstream cannot be asked.
+        record = ManifestRecord.parse(body, type_of(body), now=0.0)
+        if record is None or not record.listed:
+            raise TransferRefused(f"{name}: expected a manifest that lists blobs, got {body[:60]!r}")
+        return cls(name._replace(takes_lists=record.is_list), record, blobs(record))
+
+
+def needs(
+    record: ManifestRecord, *, document: Callable[[Digest], bytes | None], has: Callable[[Digest], bool]
+) -> dict[Digest, int]:
+    """Find the blobs that come with a manifest or list; `document` reads a child where it comes from.
+
+    A child is absent where nobody has pulled it, which is usual: a list comes with those of which everything is
+    there. Raises TransferRefused for a list that has none of these.
+    """
+    if not record.is_list:
+        return {digest: size for digest, size in record.sizes.items() if size is not None}
+    found: dict[Digest, int] = {}
+    for child in children_of(record.body):
+        blobs = {layer.digest: layer.size for layer in child.layers}
+        if child.digest is not None:
+            if (body := document(child.digest)) is None:
+                continue
+            manifest = ManifestRecord.parse(body, DOCKER_TYPE, now=0.0)
+            if manifest is None or manifest.is_list:
+                raise TransferRefused(f"{child.digest}: expected a manifest, as the list says, got {body[:60]!r}")
+            blobs = {child.digest: len(body)} | needs(manifest, document=document, has=has)
+        if blobs and all(map(has, blobs)):
+            found |= blobs
+    if not found:
+        raise TransferRefused("expected all blobs of one manifest of the list, got those of none: pull the model again")
+    return found
+
+
+def admit(store: Store, staging: Path, model: Model, terms: Terms, *, now: float) -> ImportOutcome:
+    """The three steps at once, for who has the store to himself. Waits for the disk."""
+    return refusal(store, model, terms) or enter(store, model, terms, place(store, staging, model), now=now)
+
+
+def refusal(store: Store, model: Model, terms: Terms) -> ImportOutcome | None:
+    """Why the model may not come in; None if it may."""
+    stored = store.manifest(model.name)
+    text = str(model.name)
+    if terms.public and _is_refused(store, model.name):
+        return ImportOutcome(
+            text, Fate.REFUSED, "expected a public model, got one that its registry refuses to everybody"
+        )
+    same = stored is not None and stored.digest == model.record.digest
+    if stored is not None and stored.confirmed and not same and not terms.replace_confirmed:
+        return ImportOutcome(text, Fate.KEPT, f"sha256:{stored.digest} is stored, and its registry has confirmed it")
+    return None
+
+
+def place(store: Store, staging: Path, model: Model) -> dict[Digest, stat_result]:
+    """Move those of its blobs that lie in the staging folder among the store's. Waits for the disk, and changes
+    nothing that is resident; StoreUnwritable if the disk refuses.
+    """
+    placed = {}
+    for digest in model.blobs:
+        # What is not there is held, or another model that has it came first.
+        if lexists(staging / digest.file_name):
+            placed[digest] = store.place(digest, staging / digest.file_name)
+    return placed
+
+
+def enter(
+    store: Store, model: Model, terms: Terms, placed: Mapping[Digest, stat_result], *, now: float
+) -> ImportOutcome:
+    """Make hits of what was placed, and store the manifest."""
+    name, text, stored = model.name, str(model.name), store.manifest(model.name)
+    for digest, status in placed.items():
+        store.publish(digest, status, now=now)
+    for digest in model.blobs:
+        if store.held(digest) is None:
+            return ImportOutcome(
+                text, Fate.REFUSED, f"blob {digest}: expected it in the store, got none: it was evicted"
+            )
+    same = stored is not None and stored.digest == model.record.digest
+    if not (same and stored is not None and (not stored.denied or not terms.public)):
+        store.put_manifest(name, model.record._replace(denied=not terms.public, pulled=now))
+    elif not placed and (not terms.public or all(_is_public(store, name, each) for each in model.blobs)):
+        return ImportOutcome(text, Fate.PRESENT)
+    if terms.public:
+        for digest in model.blobs:
+            store.confirm_public(name.host, name.repository, digest)
+    return ImportOutcome(text, Fate.IMPORTED)
+
+
+def _is_refused(store: Store, name: Name) -> bool:
+    """Upstream has refused the repository; what was imported as private is denied as well, and never confirmed."""
+    return any(record.confirmed for record in store.refused(*name.place))
+
+
+def _is_public(store: Store, name: Name, digest: Digest) -> bool:
+    record = store.blob(digest)
+    return record is not None and record.public and store.is_member(name.host, name.repository, digest)

@@ -1,0 +1,192 @@
+"""What is stored, told as models: rows, one model in detail, and sums.
+
+Invariant: the same values give the same answer, whether the daemon or the command line looks; keys stay as they are,
+as scripts read them. Sizes are bytes, times Unix seconds or None for never. Knows neither disk nor terminal.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+from functools import cached_property
+from itertools import chain
+from typing import Any, Final
+
+from pullthrough.core import manifest_json
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import NoSuchModel
+from pullthrough.core.manifest_json import Child, Layer
+from pullthrough.core.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
+from pullthrough.store.usage import Totals
+
+JSON = dict[str, Any]
+
+_EPOCH: Final = date(1970, 1, 1)
+SHOWN: Final = 5
+"""How many models an error names at most."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What a store holds at one moment."""
+
+    manifests: Mapping[Name, ManifestRecord]
+    blobs: Mapping[Digest, BlobRecord]
+    """All that are known, held or not."""
+    pins: tuple[str, ...]
+    """Of the option and of the store."""
+    days: Mapping[int, Totals]
+    children: Mapping[Digest, ManifestRecord] = field(default_factory=dict)
+    """The manifests that stored lists refer to, as far as their bytes are here."""
+
+    @cached_property
+    def models(self) -> dict[Name, list[ManifestRecord]]:
+        """The representations of each model, without those that are private if others are not."""
+        return {
+            name: [record for record in records if not record.denied] or records
+            for name, records in by_model(self.manifests).items()
+        }
+
+    @cached_property
+    def held(self) -> dict[Digest, int]:
+        """The sizes of the blobs that are here."""
+        return {digest: record.size or 0 for digest, record in self.blobs.items() if record.held}
+
+
+def find(text: str, names: Iterable[Name]) -> Name:
+    """The stored model that a user means by `text`. NoSuchModel if there is none, or more than one."""
+    wanted = text if "@" in text or ":" in text.rpartition("/")[2] else f"{text}:latest"
+    every = list(dict.fromkeys(name.model for name in names))
+    found = [name for name in every if wanted in name.forms]
+    for name in found:
+        if wanted in (str(name), name.typed):
+            return name
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise NoSuchModel(f"expected one model, got {text!r}, which may be {_shown(found)}")
+    base = wanted.rpartition(":")[0]
+    near = [name for name in every if base in {form.rpartition(":")[0] for form in name.forms}]
+    raise NoSuchModel(
+        f"expected a stored model, got {text!r}"
+        + (f"; stored is {_shown(near)}" if near else "; see `ollama-cache ls`")
+    )
+
+
+def _shown(names: list[Name]) -> str:
+    texts = sorted(name.typed for name in names)
+    return ", ".join(texts[:SHOWN]) + (f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else "")
+
+
+def listing(view: View, shown: Collection[Name] | None = None) -> list[JSON]:
+    """A row for each model, or only for those that are `shown`, the one pulled last first."""
+    rows = [_row(view, name, view.models[name]) for name in (view.models if shown is None else shown)]
+    return sorted(rows, key=lambda row: (-(row["pulled"] or 0.0), row["name"]))
+
+
+def _row(view: View, name: Name, records: Sequence[ManifestRecord]) -> JSON:
+    digest = records[0].digest
+    return {
+        "name": name.typed,
+        "host": name.host,
+        "repository": name.repository,
+        "reference": name.reference,
+        "id": digest[:12],
+        "digest": f"sha256:{digest}",
+        "size": size_of(view, records),
+        "held": "complete" if _is_whole(view, records) else "partial",
+        "pulled": max(record.pulled for record in records) or None,
+        "pinned": name.is_among(view.pins),
+        "visibility": "private" if records[0].denied else "public",
+    }
+
+
+def size_of(view: View, records: Sequence[ManifestRecord]) -> int:
+    """What the blobs of a model take together, each once, as far as it is known."""
+    if len(records) == 1 and not records[0].is_list:
+        return records[0].size
+    sizes: dict[Digest, int | None] = {}
+    for record in records:
+        sizes |= {digest: size for digest, size in record.sizes.items() if sizes.get(digest) is None}
+    return sum(view.held.get(digest, 0) if size is None else size for digest, size in sizes.items())
+
+
+def _is_whole(view: View, records: Sequence[ManifestRecord]) -> bool:
+    """Whether the clients of both classes find here what their manifests need.
+
+    A child that is stored as the plain manifest too is here, whether or not anybody asked for it as a blob.
+    """
+    held: Container[str] = view.held
+    if any(record.is_list for record in records):
+        held = {*view.held, *(Digest(record.digest) for record in records)}
+    return all(record.is_whole(view.children, held) for record in records)
+
+
+def detail(view: View, text: str) -> JSON:
+    """One model: its row, when upstream confirmed it, its layers in the manifest's order, and those of its children.
+
+    `layers` are those of the manifest for clients that accept no lists, `children` what the list offers.
+    """
+    name = find(text, view.manifests)
+    records = view.models[name]
+    layers: list[JSON] = []
+    children: list[JSON] = []
+    for record in records:
+        if record.is_list:
+            children = [_child(view, child, records) for child in manifest_json.children_of(record.body)]
+        elif not layers:
+            layers = _layers(view, manifest_json.parse(record.body).layers)
+    confirmed = max(record.confirmed for record in records) or None
+    digests = [f"sha256:{record.digest}" for record in records if record.is_list]
+    listed = {"list": digests[0] if digests else None, "children": children}
+    return {**_row(view, name, records), "confirmed": confirmed, "layers": layers, **listed}
+
+
+def _layers(view: View, layers: Iterable[Layer]) -> list[JSON]:
+    return [
+        {
+            "media_type": layer.media_type,
+            "digest": str(layer.digest),
+            "size": layer.size,
+            "held": layer.digest in view.held,
+        }
+        for layer in layers
+    ]
+
+
+def _child(view: View, child: Child, records: Iterable[ManifestRecord]) -> JSON:
+    """Of a reference the digest, and whether its manifest is here; then its layers are known."""
+    layers, held = child.layers, True
+    if child.digest is not None:
+        known = view.children.get(child.digest)
+        held = child.digest in view.held or child.digest.hex in {record.digest for record in records}
+        layers = manifest_json.parse(known.body).layers if known is not None else ()
+    return {
+        "runner": child.runner,
+        "format": child.format,
+        "digest": str(child.digest) if child.digest is not None else None,
+        "held": held,
+        "layers": _layers(view, layers),
+    }
+
+
+def statistics(view: View) -> JSON:
+    """Sums over everything; `deduplicated_bytes` is what copies for each model would take beyond what is held."""
+    listed = Counter(chain.from_iterable(map(listed_by, view.models.values())))
+    shared = sum((count - 1) * view.held.get(digest, 0) for digest, count in listed.items() if count > 1)
+    served = sum(totals.served for totals in view.days.values())
+    fetched = sum(totals.fetched for totals in view.days.values())
+    return {
+        "models": len(view.models),
+        "blobs": len(view.held),
+        "bytes": sum(view.held.values()),
+        "deduplicated_bytes": shared,
+        "served": served,
+        "fetched": fetched,
+        "saved": max(0, served - fetched),
+        "ratio": max(0, served - fetched) / served if served else None,
+        "days": [
+            {"day": str(_EPOCH + timedelta(days=day)), "served": totals.served, "fetched": totals.fetched}
+            for day, totals in sorted(view.days.items(), reverse=True)
+        ],
+    }

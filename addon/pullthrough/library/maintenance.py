@@ -1,0 +1,139 @@
+"""Change a store as people ask: models go, stay for good, or are cleaned up.
+
+Invariant: one step at a time, with the event loop free in between, so that pulls go on; a blob that somebody reads or
+a recording that runs is never touched. Knows neither sockets nor terminal: the daemon and, without one, the command
+line call the same.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Collection, Sequence
+from typing import Final
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import InvalidRequest, NoSuchModel
+from pullthrough.core.records import Name, listed_by
+from pullthrough.library.listing import JSON, find
+from pullthrough.library.prune_plan import Plan, plan_prune, plan_removal
+from pullthrough.library.snapshot import Snapshot
+from pullthrough.store.ingest import INGEST, PARTIAL, partials, quarantined
+from pullthrough.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+STEP: Final = 100
+"""Blobs that go without a pause: some milliseconds."""
+
+
+def would_prune(inventory: Snapshot, pins: Sequence[str], *, age_s: float, every: bool) -> JSON:
+    """What `prune` would do of a store that nobody has; nothing is changed or locked."""
+    leftovers = quarantined(inventory.folder)
+    for digest, facts in partials(inventory.folder).items():
+        leftovers[inventory.folder / INGEST / f"{digest.file_name}{PARTIAL}"] = facts
+    oldest = time.time() - age_s
+    manifests, blobs = inventory.manifests, inventory.blobs
+    return _told(plan_prune(manifests, blobs, leftovers, oldest=oldest, every=every, pins=pins, busy=()))
+
+
+class Maintenance:
+    """The changes of one store."""
+
+    def __init__(self, store: Store, pins: Sequence[str], recording: Collection[Digest]) -> None:
+        """`pins` are the option's; `recording` is a live view of what is being recorded."""
+        self._store = store
+        self._pins = pins
+        self._recording = recording
+        self._turn = asyncio.Lock()
+
+    async def remove(self, texts: Sequence[str]) -> JSON:
+        """These models go. NoSuchModel if one is not there: then none goes."""
+        await self._store.settle()
+        async with self._turn:
+            names = [find(text, self._store.manifests()) for text in texts]
+            manifests, blobs = dict(self._store.manifests()), self._store.known_blobs()
+            plan = await asyncio.to_thread(plan_removal, manifests, blobs, names, busy=self._busy())
+            return await self._carry_out(plan)
+
+    async def prune(self, *, age_s: float, every: bool, dry_run: bool) -> JSON:
+        """Clean up what is older than `age_s` seconds."""
+        await self._store.settle()
+        async with self._turn:
+            manifests, blobs = dict(self._store.manifests()), self._store.known_blobs()
+            idle = await asyncio.to_thread(self._store.quarantined)
+            for digest, facts in (await asyncio.to_thread(self._store.partials)).items():
+                if digest not in self._recording:
+                    idle[self._store.ingest(digest).partial_path] = facts
+            plan = await asyncio.to_thread(
+                plan_prune,
+                manifests,
+                blobs,
+                idle,
+                oldest=time.time() - age_s,
+                every=every,
+                pins=(*self._pins, *self._store.ledger.pins),
+                busy=self._busy(),
+            )
+            return _told(plan) if dry_run else await self._carry_out(plan)
+
+    def pin(self, text: str) -> JSON:
+        """Keep a model, or all that a pattern names, for good. NoSuchModel if a name without wildcards is unknown."""
+        is_pattern = any(character in text for character in "*?[")
+        pattern = text if is_pattern else str(find(text, self._store.manifests()))
+        if not pattern.strip() or any(character.isspace() for character in pattern):
+            raise InvalidRequest(f"expected a model or a pattern such as llama3*, got {text!r}")
+        self._store.ledger.pin(pattern)
+        names = {name.typed for name in self._store.manifests() if name.matches(pattern)}
+        return {"pattern": pattern, "models": sorted(names)}
+
+    def unpin(self, text: str) -> JSON:
+        """Take a pin back. NoSuchModel if it is none; `still` are models that another pin keeps."""
+        ledger = self._store.ledger
+        candidates = [text]
+        with contextlib.suppress(InvalidRequest):  # a pattern
+            candidates.append(str(Name.parse(text)))
+        with contextlib.suppress(NoSuchModel):  # a pin whose model has gone
+            candidates.append(str(find(text, self._store.manifests())))
+        pattern = next((candidate for candidate in candidates if candidate in ledger.pins), None)
+        if pattern is None:
+            known = ", ".join(sorted(ledger.pins)) or "none"
+            option = ", ".join(self._pins) or "none"
+            raise NoSuchModel(f"expected a pin of this store ({known}; by the option: {option}), got {text!r}")
+        ledger.unpin(pattern)
+        matching = {name.model for name in self._store.manifests() if name.matches(pattern)}
+        return {
+            "pattern": pattern,
+            "models": sorted(name.typed for name in matching),
+            "still": sorted(name.typed for name in matching if ledger.keeps(name, self._pins)),
+        }
+
+    def _busy(self) -> frozenset[Digest]:
+        return self._store.open_blobs() | frozenset(self._recording)
+
+    async def _carry_out(self, plan: Plan) -> JSON:
+        store = self._store
+        for name in plan.names:
+            store.drop_model(name)
+            await asyncio.sleep(0)
+        listed = await asyncio.to_thread(listed_by, list(store.manifests().values()))
+        for start in range(0, len(plan.blobs), STEP):
+            step = plan.blobs[start : start + STEP]
+            # A client may have come since: what it reads or needs stays.
+            busy = self._busy()
+            held = [digest for digest in step if (record := store.blob(digest)) is not None and record.held]
+            free = [digest for digest in held if digest not in listed and digest not in busy]
+            await asyncio.to_thread(store.remove_files, store.evict(free))
+        resumed = {store.ingest(digest).partial_path for digest in self._recording}
+        await asyncio.to_thread(store.remove_files, [path for path in plan.files if path not in resumed])
+        _log.info("removed %d models, %d blobs, %d leftovers", len(plan.names), len(plan.blobs), len(plan.files))
+        return _told(plan)
+
+
+def _told(plan: Plan) -> JSON:
+    return {
+        "models": [name.typed for name in plan.names],
+        "blobs": len(plan.blobs),
+        "leftovers": len(plan.files),
+        "freed": plan.freed,
+    }

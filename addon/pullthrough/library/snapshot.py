@@ -1,0 +1,93 @@
+"""What a store holds, read from its index beside the daemon that runs on it, or from its files where it has no index.
+
+Invariant: nothing is changed and no lock is taken, so it is true of one moment only: who acts on it looks again.
+Knows no bytes of blobs.
+"""
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import StoreError, TransferRefused
+from pullthrough.core.records import BlobRecord, ManifestRecord, Name
+from pullthrough.store.blob_files import BlobFiles
+from pullthrough.store.layout import check_marker, folds_case, load_pins
+from pullthrough.store.manifest_files import ModelFiles
+from pullthrough.store.proofs import Proofs
+from pullthrough.store.reconciliation import record_of
+from pullthrough.store.rows import Contents, look
+from pullthrough.store.usage import Totals
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What is known in the store in `folder`."""
+
+    folder: Path
+    blobs: Mapping[Digest, BlobRecord]
+    """Those that are not here, too."""
+    manifests: Mapping[Name, ManifestRecord]
+    children: Mapping[Digest, ManifestRecord]
+    """The manifests that stored lists refer to, as far as their bytes are here."""
+    pins: frozenset[str]
+    days: Mapping[int, Totals]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Snapshot":
+        """What the index says, or what the files say. Raises StoreError where there is no sound store."""
+        check_marker(folder)
+        try:
+            contents = look(folder / "index")
+        except StoreError:
+            contents = _read_files(folder)
+        pins = frozenset(load_pins(folder))
+        return cls(folder, contents.blobs, contents.manifests, contents.children, pins, contents.days)
+
+    def blob_path(self, digest: Digest) -> Path:
+        """Where the blob's file lies, or would."""
+        files, record = BlobFiles(self.folder), self.blobs.get(digest, BlobRecord())
+        file = files.look(digest, public=record.public)
+        return files.path(digest, public=record.public if file is None else file.public)
+
+    def held_sizes(self) -> dict[Digest, int]:
+        """The blobs whose files are still those that were verified, with their sizes."""
+        files = BlobFiles(self.folder)
+        found = {}
+        for digest, record in self.blobs.items():
+            file = files.look(digest, public=record.public)
+            if file is not None and record.is_file(file.size, file.mtime_ns, file.inode):
+                found[digest] = file.size
+        return found
+
+    def select(self, model: str) -> dict[Name, ManifestRecord]:
+        """The models of that name, as it is typed, or pattern; `latest` where it has no tag. TransferRefused for none.
+
+        A manifest that was asked for by its digest alone is no model.
+        """
+        found = {
+            name: record
+            for name, record in self.manifests.items()
+            if ":" not in name.reference and (name.matches(model) or name.matches(f"{model}:latest"))
+        }
+        if not found:
+            raise TransferRefused(f"expected a model of the store, got {model!r}")
+        return found
+
+
+def _read_files(folder: Path) -> Contents:
+    """What the next start will make the index of."""
+    proofs, blobs = Proofs(folder), {}
+    try:
+        for file in BlobFiles(folder).walk():
+            record = BlobRecord(file.size, True, file.public, 0, 0, file.mtime_ns / 1e9)
+            if (proof := proofs.find(file.digest)) is not None and proof.proves(file.size, file.mtime_ns, file.inode):
+                record = record._replace(mtime_ns=file.mtime_ns, inode=file.inode)
+            blobs[file.digest] = record
+        with closing(ModelFiles(folder, folds_case=folds_case(folder))) as files:
+            found = {name: record_of(document, None) for _, each in files.walk() for name, document in each.items()}
+    except OSError as error:
+        raise StoreError(f"store {folder}: expected files that can be read, got: {error}") from error
+    manifests = {name: record for name, record in found.items() if record is not None}
+    return Contents(blobs, manifests, {}, {}, {})

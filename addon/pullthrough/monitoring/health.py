@@ -1,0 +1,73 @@
+"""Whether the daemon is fit to serve: its disk, its certificates, its end.
+
+Invariant: a disk that does not answer holds up one thread and nobody's event loop. Knows no page and no metric.
+"""
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from pullthrough.store.layout import restore
+
+FRESH_S: Final = 1.0
+"""How long the disk is not looked at again."""
+PATIENCE_S: Final = 2.0
+"""How long the disk may take to answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """What the store's disk says."""
+
+    free: int
+    """Bytes."""
+    problem: str = ""
+    """Why nothing can be stored, "" if that is not so."""
+
+
+class Health:
+    """Of one daemon."""
+
+    def __init__(self, folder: Path, certificates: Callable[[], Mapping[str, datetime]]) -> None:
+        """`folder` is the store's; `certificates` says by name until when those that clients are shown are valid."""
+        self.draining = False
+        """The daemon is about to end."""
+        self._folder = folder
+        self.certificates = certificates
+        self._look: asyncio.Task[Disk] | None = None
+        self._looked = 0.0
+
+    async def disk(self) -> Disk:
+        """As it was FRESH_S ago at most, or is."""
+        if self._look is None or (self._look.done() and time.monotonic() - self._looked > FRESH_S):
+            self._looked = time.monotonic()
+            work = asyncio.to_thread(_look, self._folder)
+            self._look = asyncio.get_running_loop().create_task(work, name="look at the disk")
+        done, _ = await asyncio.wait([self._look], timeout=PATIENCE_S)
+        return self._look.result() if done else Disk(0, f"no answer in {PATIENCE_S:.0f} s")
+
+    async def problems(self) -> list[str]:
+        """Why the daemon should not be sent clients; empty if it should."""
+        problems = ["draining"] if self.draining else []
+        if problem := (await self.disk()).problem:
+            problems.append(f"store: {problem}")
+        now = datetime.now(UTC)
+        for name, end in self.certificates().items():
+            if end <= now:
+                problems.append(f"certificate of {name}: expired at {end:%Y-%m-%d %H:%M} UTC")
+        return problems
+
+
+def _look(folder: Path) -> Disk:
+    try:
+        free = shutil.disk_usage(folder).free
+        restore(folder)
+    except OSError as error:
+        return Disk(0, error.strerror or str(error))
+    return Disk(free, "" if os.access(folder, os.W_OK) else "not writable")

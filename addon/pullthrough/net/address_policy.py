@@ -1,0 +1,92 @@
+"""Which connections the proxy may open for its clients.
+
+Invariant: a leg to an address that is not public is refused, whatever name led there, so that the proxy is no door
+into the network it stands in. Pure: names are resolved and our own addresses found by the caller.
+"""
+
+import ipaddress
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from pullthrough.core.errors import AddressRefused, LoopDetected
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NAT64_LOCAL = ipaddress.ip_network("64:ff9b:1::/48")
+_AZURE_WIRE_SERVER = ipaddress.ip_address("168.63.129.16")
+"""A public address that answers only inside Azure, with instance secrets."""
+SHARED = ipaddress.ip_network("100.64.0.0/10")
+"""What carriers number their customers with, and Tailscale its machines (RFC 6598). Neither public, nor private to the
+network that the cache stands in: behind such a carrier, strangers have these addresses too. So nobody who has one is
+admitted, and no connection leads to one, unless the network is configured by its number."""
+
+
+def unwrap(address: Address) -> Address:
+    """The IPv4 address that an IPv6 address stands for (mapped, NAT64, 6to4), else the address itself."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return address.ipv4_mapped
+        if address.sixtofour is not None:
+            return address.sixtofour
+        if address in _NAT64:
+            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address
+
+
+def check_address(text: str, *, own: Collection[str] = ()) -> None:
+    """AddressRefused unless `text` is an address on the public Internet and not in `own`."""
+    try:
+        address = unwrap(ipaddress.ip_address(text.partition("%")[0]))
+    except ValueError as error:
+        raise AddressRefused(f"expected an IP address, got {text!r}") from error
+    if address.version == 4 and address in SHARED:
+        raise AddressRefused(f"expected a public address, got {text} (RFC 6598: of a carrier, or of Tailscale)")
+    site_local = isinstance(address, ipaddress.IPv6Address) and (address.is_site_local or address in _NAT64_LOCAL)
+    if not address.is_global or address.is_multicast or site_local or address == _AZURE_WIRE_SERVER:
+        raise AddressRefused(f"expected a public address, got {text}")
+    if text in own or str(address) in own:
+        raise AddressRefused(f"expected an address of another machine, got our own {text}")
+
+
+def check_elsewhere(name: str, addresses: Iterable[str], *, own: Collection[str]) -> None:
+    """LoopDetected if a registry's name leads to this machine: a hosts entry that belongs on clients only."""
+    for text in addresses:
+        address = unwrap(ipaddress.ip_address(text.partition("%")[0]))
+        if address.is_loopback or text in own or str(address) in own:
+            raise LoopDetected(
+                f"expected {name} on another machine, got our own {text}: "
+                "the cache's machine must resolve it as the Internet does"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class AddressPolicy:
+    """Where mitmproxy may connect to on behalf of clients."""
+
+    exempt: frozenset[tuple[str, int]]
+    """Configured (host, port): registries, their upstreams, the blob host. Exact matches only."""
+    tunnels: bool
+    """Whether hosts that are not intercepted may be reached at all."""
+
+    def is_exempt(self, host: str, port: int) -> bool:
+        return (host.lower().rstrip("."), port) in self.exempt
+
+    def check_port(self, port: int, *, encrypted: bool) -> None:
+        """AddressRefused unless `port` is the one for the form of the request."""
+        if not self.tunnels:
+            raise AddressRefused("tunnels to other hosts are switched off (tunnel=none)")
+        expected = 443 if encrypted else 80
+        if port != expected:
+            raise AddressRefused(f"expected port {expected}, got {port}")
+
+    def judge(self, addresses: Sequence[str], *, own: Collection[str] = ()) -> tuple[str, ...]:
+        """The addresses that may be connected to: all of them, each once, or AddressRefused.
+
+        One bad address refuses the name: a resolver that mixes public and private answers is rebinding.
+        """
+        if not addresses:
+            raise AddressRefused("expected at least one address, got none")
+        for address in addresses:
+            check_address(address, own=own)
+        return tuple(dict.fromkeys(addresses))

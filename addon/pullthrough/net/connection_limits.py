@@ -1,0 +1,104 @@
+"""How many connections clients may hold: each address for itself, and all together, whichever port they came to.
+
+Invariant: a connection that is busy is never closed to make room for another. Pure: a connection is what closes it.
+"""
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from pullthrough.net.address_policy import unwrap
+
+PER_ADDRESS: Final = 1024
+"""Sixty Ollamas behind one router, with sixteen parts each."""
+RESERVED: Final = 1024
+"""Descriptors that are kept for upstream, the disk and ourselves, or half of a lower limit."""
+LEAST_RESERVED: Final = 192
+"""So many in any case: the event loop accepts a hundred connections at once before anybody can close one."""
+LEAST: Final = 16
+PER_CLIENT: Final = 2
+"""Descriptors that a client may cost: its connection, and the file or the connection that it is answered from."""
+
+
+def most_connections(descriptors: int) -> int:
+    """How many clients may be connected at once where the process may have so many descriptors."""
+    reserved = max(LEAST_RESERVED, min(RESERVED, descriptors // 2))
+    return max(LEAST, (descriptors - reserved) // PER_CLIENT)
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """The place of one connection. Whoever owns the connection holds it, and releases it when the connection ends."""
+
+    key: str
+    close: Callable[[], None]
+    """Closes the connection to make room."""
+    limits: "ConnectionLimits"
+    busy: bool = False
+    """Something is being answered: it is not closed to make room."""
+
+    def release(self) -> None:
+        """Give the place up. May be called twice."""
+        self.limits.release(self)
+
+
+@dataclass(slots=True)
+class ConnectionLimits:
+    """The places of all connections."""
+
+    total: int
+    per_address: int = PER_ADDRESS
+    _by_key: dict[str, dict[Slot, None]] = field(default_factory=dict)
+    """The slots of each address, the oldest first."""
+    _count: int = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def take(self, address: str, close: Callable[[], None]) -> Slot | None:
+        """A place for a new connection, if need be that of one that waits; None if every other is busy.
+
+        The one that has waited longest goes, of the same address if that has too many, else of the address with most.
+        """
+        key = client_key(address)
+        if len(self._by_key.get(key, ())) >= self.per_address:
+            leaving = _longest_waiting(self._by_key[key])
+        elif self._count >= self.total:
+            groups = sorted(self._by_key.values(), key=len, reverse=True)
+            leaving = next(filter(None, map(_longest_waiting, groups)), None)
+        else:
+            return self._add(key, close)
+        if leaving is None:
+            return None
+        self.release(leaving)
+        leaving.close()
+        return self._add(key, close)
+
+    def release(self, slot: Slot) -> None:
+        """Give a slot up, if it has not been already."""
+        group = self._by_key.get(slot.key, {})
+        if slot in group:
+            del group[slot]
+            self._count -= 1
+        if not group:
+            self._by_key.pop(slot.key, None)
+
+    def _add(self, key: str, close: Callable[[], None]) -> Slot:
+        slot = Slot(key, close, self)
+        self._by_key.setdefault(key, {})[slot] = None
+        self._count += 1
+        return slot
+
+
+def client_key(address: str) -> str:
+    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, whose hosts choose the rest themselves."""
+    try:
+        found = unwrap(ipaddress.ip_address(address.partition("%")[0]))
+    except ValueError:
+        return address
+    return str(found) if found.version == 4 else str(ipaddress.ip_network((int(found), 64), strict=False))
+
+
+def _longest_waiting(group: dict[Slot, None]) -> Slot | None:
+    return next((slot for slot in group if not slot.busy), None)

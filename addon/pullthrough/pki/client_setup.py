@@ -1,0 +1,103 @@
+"""What sets up a client: scripts and descriptions that make an Ollama trust our authority and use our proxy.
+
+The templates lie in `connect/`. A script carries the certificates and takes the proxy's address as an argument, so that
+its checksum is the same whatever this machine is called, and whoever has fetched one file has fetched all.
+
+Invariant: a document depends on the certificates and the configured address alone, never on what a client says.
+Does not know who serves the documents.
+"""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import resources
+from string import Template
+from typing import Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from pullthrough.config.settings import Settings
+from pullthrough.runtime import platform
+
+TEXT: Final = "text/plain; charset=utf-8"
+YAML: Final = "application/yaml"
+"""RFC 9512."""
+TEMPLATES: Final = {
+    "linux.sh": TEXT,
+    "macos.sh": TEXT,
+    "windows.ps1": TEXT,
+    "compose.yaml": YAML,
+    "kubernetes.yaml": YAML,
+}
+
+SYSTEMS: Final = {"linux": "linux.sh", "macos": "macos.sh", "windows": "windows.ps1"}
+"""Those with a script."""
+
+_FETCH_AND_RUN: Final = {
+    "linux": """cd "$(mktemp -d)" && curl -fsSO --noproxy '*' {url} \
+&& echo "{sum}  linux.sh" | sha256sum -c && sudo sh linux.sh {proxy}""",
+    "macos": """cd "$(mktemp -d)" && curl -fsSO --noproxy '*' {url} \
+&& echo "{sum}  macos.sh" | shasum -a 256 -c && sh macos.sh {proxy}""",
+    "windows": """$f = "$(New-TemporaryFile).ps1"; curl.exe -fsSo $f --noproxy '*' {url}; \
+if ((Get-FileHash $f).Hash -eq '{sum}') {{ powershell -ExecutionPolicy Bypass -File $f {proxy} }} \
+else {{ 'expected the script of this cache, got another' }}""",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SetupDocument:
+    """A file for clients."""
+
+    content_type: str
+    body: bytes
+
+
+class _Template(Template):
+    delimiter = "@@"  # which no shell gives a meaning to
+
+
+def documents(
+    certificates: Sequence[x509.Certificate], names: Sequence[str], proxy: str
+) -> Mapping[str, SetupDocument]:
+    """All documents by the path they are served at.
+
+    `certificates` are to be trusted, the one in use first, and permit `names`; `proxy` is a URL for those documents
+    that have nobody to tell them one.
+    """
+    pem = "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in certificates)
+    fingerprints = [certificate.fingerprint(hashes.SHA256()) for certificate in certificates]
+    values = {
+        "certificates": pem.strip(),
+        "indented": textwrap.indent(pem, " " * 6).strip(),
+        "fingerprints": " ".join(fingerprint.hex(":").upper() for fingerprint in fingerprints),
+        "hashes": " ".join(fingerprint.hex().upper() for fingerprint in fingerprints),
+        "names": ", ".join(names),
+        "proxy": proxy,
+    }
+    folder = resources.files("pullthrough.pki") / "connect"
+    rendered = {
+        f"/connect/{name}": SetupDocument(
+            content_type, _Template((folder / name).read_text(encoding="utf-8")).substitute(values).encode()
+        )
+        for name, content_type in TEMPLATES.items()
+    }
+    return {
+        "/ca.crt": SetupDocument("application/pem-certificate-chain", pem.encode()),
+        "/ca.cer": SetupDocument("application/pkix-cert", certificates[0].public_bytes(Encoding.DER)),
+        **rendered,
+    }
+
+
+def clients_host(settings: Settings) -> str:
+    """The name or address of this machine for clients: what `advertise` says, else our address towards others."""
+    return settings.advertise.host if settings.advertise is not None else platform.lan_address()
+
+
+def command(system: str, script: SetupDocument, *, server: str, proxy: str) -> str:
+    """The one line for a client's shell that fetches `script` from the origin `server`, checks it and runs it."""
+    return _FETCH_AND_RUN[system].format(
+        url=f"{server}/connect/{SYSTEMS[system]}", sum=sha256(script.body).hexdigest(), proxy=proxy
+    )

@@ -1,0 +1,166 @@
+"""Lead mitmproxy's own connections through the parent proxy: tokens, pushes, and tunnels that nobody reads.
+
+The way is chosen for each connection (mitmproxy's `via`) and not by its upstream mode: that knows no NO_PROXY, does
+not go with transparent and reverse mode, and would send the parent's password to registries (`upstream_auth` is
+Authorization in reverse mode).
+
+Invariant: what the parent is asked to resolve has been judged by `check_remote`; credentials go to the parent alone.
+Knows no content.
+"""
+
+import ipaddress
+import logging
+import socket
+from collections.abc import Collection, Mapping
+from weakref import WeakKeyDictionary
+
+from mitmproxy import connection, ctx, http, version
+from mitmproxy.net import server_spec
+from mitmproxy.proxy import layer, server_hooks, tunnel
+from mitmproxy.proxy.context import Context
+from mitmproxy.proxy.layers import TCPLayer
+from mitmproxy.proxy.layers.http._upstream_proxy import HttpUpstreamProxy
+
+from pullthrough.config.settings import Endpoint
+from pullthrough.core.cdn_loop import CDN_LOOP, LoopGuard
+from pullthrough.core.errors import LoopDetected, SettingsError
+from pullthrough.net.proxy_env import ParentProxies, Proxy, check_remote
+from pullthrough.runtime.platform import own_addresses
+
+_log = logging.getLogger(__name__)
+
+
+class UpstreamProxy:
+    """An addon of the gate's. Leads nothing anywhere before `open`."""
+
+    name = "ollama_cache_parent"
+
+    def __init__(self) -> None:
+        self._parents = ParentProxies()
+        self._loop = LoopGuard("")
+        self._trails: WeakKeyDictionary[connection.Client, str] = WeakKeyDictionary()
+
+    def open(self, parents: ParentProxies, loop: LoopGuard) -> None:
+        """From now on, these are the ways out."""
+        self._parents = parents
+        self._loop = loop
+
+    def is_parent(self, host: str, port: int) -> bool:
+        """Whether a connection to this address is one to the parent."""
+        return any((proxy.host, proxy.port) == (host, port) for proxy in self._parents.all)
+
+    def check(self, host: str, port: int, *, encrypted: bool) -> None:
+        """AddressRefused if the parent would be asked for a host that we do not lead anybody to."""
+        if self.leads(host, port, encrypted=encrypted):
+            check_remote(host)
+
+    def leads(self, host: str, port: int, *, encrypted: bool) -> bool:
+        """Whether the way there goes through the parent."""
+        return self._parents.of("https" if encrypted else "http", host, port) is not None
+
+    def enter(self, flow: http.HTTPFlow) -> None:
+        """Remember where a CONNECT has been. LoopDetected if that was here."""
+        trail = flow.request.headers.get(CDN_LOOP, "")
+        if self._loop.is_own(trail):
+            raise LoopDetected(f"expected another way to {flow.request.host}, got one that leads back here")
+        self._trails[flow.client_conn] = trail
+
+    def tunnel(self, context: Context) -> layer.Layer:
+        """The layer that passes a connection on unread to `context.server`."""
+        assert context.server.address
+        stack = tunnel.LayerStack()
+        if proxy := self._parents.of("https", *context.server.address[:2]):
+            context.server.via = _via(proxy)
+            stack /= _Tunnel.make(context, True)
+        stack /= TCPLayer(context, ignore=True)
+        return stack[0]
+
+    def lead(self, request: http.Request, server: connection.Server) -> tuple[str, int] | None:
+        """Send a passed-through request the way out; where the parent is that is asked, if any."""
+        proxy = self._parents.of(request.scheme, request.host, request.port)
+        server.via = None
+        if proxy is None:
+            return None
+        if proxy.scheme == "https" or request.scheme == "https":
+            server.via = _via(proxy)
+        else:
+            # A plain request is asked of the proxy itself, by its absolute form: proxies let CONNECT lead to 443 only.
+            request.authority = Endpoint(request.scheme, request.host, request.port).authority
+            request.headers.update(proxy.fields)
+            request.data.host, request.data.port = proxy.host, proxy.port
+        return proxy.host, proxy.port
+
+    # --- hooks
+
+    def http_connect_upstream(self, flow: http.HTTPFlow) -> None:
+        """A CONNECT of ours goes to the parent."""
+        address = flow.server_conn.address
+        for proxy in self._parents.all:
+            if address and (proxy.host, proxy.port) == address[:2]:
+                flow.request.headers.update(proxy.fields)
+                flow.request.headers[CDN_LOOP] = self._loop.extend(self._trails.get(flow.client_conn))
+
+    def server_connect_error(self, data: server_hooks.ServerConnectionHookData) -> None:
+        if data.server.address and self.is_parent(*data.server.address[:2]):
+            _log.warning("parent proxy %s:%d: %s", *data.server.address[:2], data.server.error)
+
+    def error(self, flow: http.HTTPFlow) -> None:
+        if flow.server_conn.via is not None and flow.error is not None:
+            _log.warning("%s:%d through the parent proxy: %s", flow.request.host, flow.request.port, flow.error.msg)
+
+
+class _Tunnel(HttpUpstreamProxy):
+    """A tunnel that says why it does not come about: its client has been told that it has."""
+
+    def on_handshake_error(self, err: str) -> layer.CommandGenerator[None]:
+        assert self.conn.address
+        _log.warning("%s:%d through the parent proxy: %s", *self.conn.address[:2], err)
+        yield from super().on_handshake_error(err)
+
+
+def check_internals() -> None:
+    """SettingsError unless mitmproxy is of the generation that this cache was tried with, and a tunnel can be made."""
+    found = version.VERSION
+    if not found.startswith("12.") or tuple(int(part) for part in found.split(".")[:3]) < (12, 2, 3):
+        raise SettingsError(f"expected mitmproxy >=12.2.3,<13, got {found}")
+    client = connection.Client(peername=("127.0.0.1", 1), sockname=("127.0.0.1", 2))
+    context = Context(client, ctx.options)
+    context.server = connection.Server(address=("trial.invalid", 443), via=("http", ("127.0.0.1", 3)))
+    try:
+        trial = _Tunnel.make(context, True)[0]
+        is_ours = isinstance(trial, _Tunnel) and callable(HttpUpstreamProxy.on_handshake_error)
+    except Exception as error:
+        raise SettingsError(
+            f"mitmproxy {found} does not make tunnels as expected ({error!r}): use another one"
+        ) from error
+    if not is_ours:
+        raise SettingsError(f"expected a tunnel of our kind from mitmproxy {found}, got {trial!r}: use another one")
+
+
+def ways_out(environment: Mapping[str, str], ports: Collection[int]) -> ParentProxies:
+    """The environment's proxies, but for this cache, which listens on `ports`. SettingsError for an unusable one.
+
+    A proxy that is this cache is no way out, and not worth refusing to start: the variables are often set for all
+    programs of a machine, to have them use the cache.
+    """
+    parents = ParentProxies.parse(environment)
+    for proxy in parents.all:
+        if proxy.port in ports and _is_here(proxy.host):
+            _log.warning("the environment's proxy %s is this cache: not used", proxy.origin)
+            parents = parents.without(proxy)
+        else:
+            _log.info("registries are reached through the parent proxy %s", proxy.origin)
+    return parents
+
+
+def _is_here(host: str) -> bool:
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        # Not now: then the loop guard will tell.
+        return False
+    return any(ipaddress.ip_address(text.partition("%")[0]).is_loopback or text in own_addresses() for text in found)
+
+
+def _via(proxy: Proxy) -> server_spec.ServerSpec:
+    return ("https" if proxy.scheme == "https" else "http"), (proxy.host, proxy.port)

@@ -1,0 +1,188 @@
+"""Hash what has been assembled, keep the journal, and publish the blob once it is whole and right.
+
+Invariant: the hash goes over the file as it is on disk, in order, once; nothing is published before its digest was
+compared. What an earlier daemon has written is hashed again behind everything else. Knows no connection and no reader.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from pullthrough.core.errors import DigestMismatch, StoreError
+from pullthrough.core.intervals import Intervals
+from pullthrough.recording.assembly import Assembly
+from pullthrough.runtime import platform
+from pullthrough.runtime.executors import Threads
+from pullthrough.store.ingest import Ingest
+from pullthrough.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+HASH_PIECE: Final = 4 << 20
+# What one visit to the thread may hash: each visit waits for the event loop twice, and on a busy machine that costs
+# more than the hashing itself.
+HASH_STRETCH: Final = 64 << 20
+# A visit at low priority may take ten times as long, and the daemon's end waits for it.
+REHASH_STRETCH: Final = 16 << 20
+HELD_BACK: Final = 1 << 20
+"""Bytes at the end of a blob found without proof that nobody gets before its digest is right."""
+FLUSH_S: Final = 2.0
+FLUSH_BYTES: Final = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """How long the commit took (seconds), and how much of the blob was unhashed when its last byte came."""
+
+    commit_s: float
+    fsync_s: float
+    unhashed: int
+
+
+class BlobWriter:
+    """Follows one assembly to its end."""
+
+    def __init__(
+        self,
+        store: Store,
+        threads: Threads,
+        ingest: Ingest,
+        assembly: Assembly,
+        on_landed: Callable[[int, int], None] = lambda *_: None,
+    ) -> None:
+        """`on_landed` is told each interval that has been written."""
+        self._on_landed = on_landed
+        self._store = store
+        self._threads = threads
+        self._ingest = ingest
+        self._assembly = assembly
+        self._found = assembly.present.copy()
+        """What an earlier daemon has written."""
+        if ingest.in_place:
+            assembly.shown = max(0, assembly.size - HELD_BACK)
+        self._grown = asyncio.Event()
+        self._much = asyncio.Event()
+        # What an earlier daemon has written may not be durable yet.
+        self._unflushed = assembly.present.size
+        self._unhashed = 0
+        self._journal = asyncio.Lock()
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write bytes that have arrived; StoreUnwritable if the disk refuses."""
+        await self._threads.disk(self.put, offset, data)
+        self.landed(offset, offset + len(data))
+
+    def put(self, offset: int, data: memoryview) -> None:
+        """Write bytes that have arrived, in a thread; they count once they have `landed`. Raises StoreUnwritable."""
+        self._ingest.write_at(offset, data)
+
+    def landed(self, start: int, stop: int) -> None:
+        """The bytes have been written."""
+        self._assembly.add(start, stop)
+        if self._assembly.complete:
+            self._unhashed = self._assembly.size - self._assembly.hashed
+        self._grown.set()
+        self._unflushed += stop - start
+        if self._unflushed >= FLUSH_BYTES:
+            self._much.set()
+        self._on_landed(start, stop)
+
+    async def mark(self, start: int, stop: int) -> None:
+        """Journal what is present of `[start, stop)`."""
+        present = self._assembly.present.within(start, stop)
+        await self._threads.disk(self._ingest.mark, present)
+
+    async def keep_flushed(self) -> None:
+        """Make what is written durable, every FLUSH_S seconds or FLUSH_BYTES bytes, for ever."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_S):
+                    await self._much.wait()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Make what is written durable now."""
+        self._much.clear()
+        async with self._journal:
+            if self._unflushed:
+                self._unflushed = 0
+                await self._threads.disk(self._ingest.flush, self._assembly.present.copy())
+
+    async def abandon(self) -> None:
+        """Make what is written durable, and give back the room for what is not, unless all is."""
+        if self._assembly.complete:
+            return
+        await self.flush()
+        await self._threads.disk(self._ingest.give_back, self._assembly.present.copy())
+
+    async def begin_again(self) -> None:
+        """Forget every byte, in memory and in the journal."""
+        async with self._journal:
+            await self._threads.disk(self._ingest.begin_again)
+            self._assembly.begin_again()
+            self._found = Intervals()
+        self._grown.set()
+
+    async def hash(self) -> str:
+        """Hash the prefix as it grows; returns the hexadecimal sha256 when all of it has gone through."""
+        while (actual := await self._hash_generation()) is None:
+            pass
+        return actual
+
+    async def _hash_generation(self) -> str | None:
+        """As `hash`; None if the assembly was begun again meanwhile."""
+        assert self._ingest.file is not None
+        hasher = hashlib.sha256()
+        descriptor, assembly = self._ingest.file.descriptor, self._assembly
+        generation = assembly.generation
+
+        def update(start: int, stop: int) -> int:
+            offset = start
+            while offset < stop and (data := platform.read_at(descriptor, offset, min(HASH_PIECE, stop - offset))):
+                hasher.update(data)
+                offset += len(data)
+            return offset
+
+        while assembly.hashed < assembly.size:
+            if assembly.frontier == assembly.hashed:
+                self._grown.clear()
+                await self._grown.wait()
+                if assembly.generation != generation:
+                    return None
+                continue
+            if (found := self._found.stop_at(assembly.hashed)) > assembly.hashed:
+                stop = min(found, assembly.hashed + REHASH_STRETCH)
+                hashed = await self._threads.rehashing(update, assembly.hashed, stop)
+            else:
+                stop = min(assembly.frontier, assembly.hashed + HASH_STRETCH)
+                hashed = await self._threads.hashing(update, assembly.hashed, stop)
+            if assembly.generation != generation:
+                return None
+            assembly.hashed = hashed
+            if assembly.hashed < stop:
+                raise StoreError(
+                    f"recording {self._ingest.digest}: expected {assembly.size} bytes on disk, got {assembly.hashed}"
+                )
+        return hasher.hexdigest()
+
+    async def seal(self, actual: str) -> Sealed:
+        """Publish the blob if it is what it claims to be; DigestMismatch after it was quarantined if not."""
+        began = time.monotonic()
+        digest = self._ingest.digest
+        if actual != digest.hex:
+            path = await self._threads.disk(self._store.quarantine, self._ingest)
+            self._store.disown(digest)
+            _log.error("expected %s, got sha256:%s: quarantined as %s", digest, actual, path.name)
+            raise DigestMismatch(str(digest), f"sha256:{actual}")
+        await self._threads.disk(self._ingest.sync)
+        synced = time.monotonic()
+        placed = await self._threads.disk(self._store.place, digest, self._ingest.partial_path)
+        self._store.publish(digest, placed, now=time.time())
+        self._assembly.shown = self._assembly.size
+        await self._threads.disk(self._ingest.forget)
+        return Sealed(time.monotonic() - began, synced - began, self._unhashed)

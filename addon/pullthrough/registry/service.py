@@ -1,0 +1,190 @@
+"""Answer a request as the registry and its CDN would: status, headers, and bytes or a reader. Begin reading here.
+
+Invariant: what a client sees has the shape of the real registry (same hosts, a 307, the same bytes); a reader is given
+out only where `access.decide`, a valid capability or a signed address that was handed out here grants it; None means
+"not ours: pass it through". Knows neither mitmproxy nor how bytes are sent.
+"""
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from pullthrough.config.settings import Settings
+from pullthrough.core import capability
+from pullthrough.core.cache_status import CacheStatus, Outcome
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import (
+    CacheError,
+    LoopDetected,
+    UpstreamTimeout,
+)
+from pullthrough.core.manifest_json import children_of, preferred
+from pullthrough.core.records import Name, canonical
+from pullthrough.core.routes import (
+    BlobRoute,
+    CanonicalRoute,
+    ChunksumsRoute,
+    ManifestRoute,
+    Route,
+    parse_canonical_target,
+    parse_registry_target,
+)
+from pullthrough.fleet.tier import Tier
+from pullthrough.library.expected_sizes import public_sizes
+from pullthrough.recording.pulls import Place, Pulls
+from pullthrough.recording.recorder import Recorder
+from pullthrough.recording.unattended import Ahead
+from pullthrough.registry.blob_content import BlobContent
+from pullthrough.registry.blobs import Blobs
+from pullthrough.registry.grants import Grants
+from pullthrough.registry.manifests import Manifests
+from pullthrough.registry.messages import Answer, Request, explained, failure
+from pullthrough.registry.offload import Offload
+from pullthrough.registry.pings import Pings
+from pullthrough.registry.prefetch import Prefetcher
+from pullthrough.registry.refresh import Refresher
+from pullthrough.registry.signed_urls import HandedOut, SignedUrls
+from pullthrough.registry.warm import Warmer
+from pullthrough.runtime.clock import lasting
+from pullthrough.store.store import Store
+from pullthrough.upstream.client import DEADLINE_S, Upstream
+from pullthrough.upstream.data_stream import Source
+
+_log = logging.getLogger(__name__)
+
+
+class Registry:
+    """The core: requests in, answers out."""
+
+    def __init__(
+        self, settings: Settings, store: Store, upstream: Upstream, recorder: Recorder, tier: Tier | None = None
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._upstream = upstream
+        self.pulls = Pulls(_log_lost)
+        self._addresses = SignedUrls(store.secret, store.ledger, store.is_public)
+        self._manifests = Manifests(settings, store, upstream, tier)
+        self._pings = Pings(settings, upstream)
+        grants = Grants(settings, store, upstream)
+        offload = Offload(store, tier if settings.offload else None)
+        self._prefetcher = Prefetcher(store, recorder, grants.source, self._known_source)
+        self._content = BlobContent(store, recorder, grants, offload, self.pulls, self._follow, tier)
+        self._blobs = Blobs(
+            settings,
+            store,
+            upstream,
+            recorder,
+            grants,
+            self._addresses,
+            self._manifests,
+            self._content,
+            offload,
+            self.pulls,
+            tier,
+        )
+        ahead = Ahead(settings, store, recorder, grants.public_source)
+        self._refresher = Refresher(settings, store, upstream, ahead, self._manifests)
+        self.warmer = Warmer(settings, store, ahead, self._manifests)
+
+    def open(self) -> None:
+        """Begin what is done by itself."""
+        self._refresher.open()
+
+    async def close(self) -> None:
+        """Start nothing more."""
+        await self._refresher.close()
+        await self._blobs.redirects.close()
+        await self._prefetcher.close()
+
+    async def answer(self, request: Request) -> Answer | None:
+        """The answer, or None where the request is to be passed through to upstream untouched."""
+        if request.method not in ("GET", "HEAD") or request.host not in self._settings.intercepted:
+            return None
+        route = self._route(request)
+        if request.trail and self._upstream.loop.is_own(request.trail):
+            return _looped(request, route)
+        match route:
+            case None:
+                return await self._pings.answer(request)
+            case ManifestRoute():
+                answer = await self._manifests.answer(request, route)
+                if answer.status == 200 and request.method == "GET" and request.may_bypass:
+                    self._prepare_addresses(request, route)
+                return answer
+        # x/transfer waits for a head as long as it takes, and gives up after six errors within a second.
+        patience_s = None if request.is_transfer and request.method == "GET" else DEADLINE_S
+        try:
+            async with asyncio.timeout(patience_s):
+                match route:
+                    case HandedOut() if request.method == "HEAD":
+                        # The method is part of what is signed: the blob host would refuse it, too.
+                        return Answer(403, CacheStatus(Outcome.BYPASS))
+                    case HandedOut():
+                        return await self._content.read(request, route.digest, handed_out=route)
+                    case CanonicalRoute():
+                        return await self._content.canonical(request, route)
+                    case ChunksumsRoute():
+                        return await self._blobs.chunksums(request, route) if request.method == "GET" else None
+                    case BlobRoute():
+                        return await self._blobs.answer(request, route)
+        except CacheError as error:
+            return failure(error, route.digest)
+        except TimeoutError:
+            return failure(UpstreamTimeout("no answer in time"), route.digest)
+
+    def _route(self, request: Request) -> Route | CanonicalRoute | HandedOut | None:
+        """What the request names, of what may be answered here."""
+        # Clients that reach the cache by a registry's name alone ask for canonical addresses under it too.
+        canonical = parse_canonical_target(request.target)
+        if canonical is not None and capability.is_claimed(canonical.query):
+            return canonical
+        if handed_out := self._addresses.recognise(request.host, request.target, now=lasting()):
+            return handed_out
+        if canonical is None and request.host in self._settings.registries:
+            return parse_registry_target(request.target)
+        return canonical
+
+    def _prepare_addresses(self, request: Request, route: ManifestRoute) -> None:
+        """Obtain the addresses of a model's blobs before a client that may bypass this proxy asks for each."""
+        name = Name(canonical(request.host), route.repository, route.reference, request.takes_lists)
+        record = self._store.manifest(name)
+        if record is None or record.denied:
+            return
+        chosen = preferred(children_of(record.body)) if record.is_list else None
+        for series in record.series(self._store.children()):
+            # Of a list, the child that the client is about to choose.
+            if not series.is_of_tensors and (
+                chosen is None or chosen.digest is None or chosen.digest.hex == series.key
+            ):
+                self._blobs.redirects.prepare(request, route.repository, series.digests)
+
+    def _known_source(self, digest: Digest) -> Source | None:
+        """A source of the blob that a client has been sent to."""
+        source = self._addresses.source(digest, now=lasting())
+        return replace(source, sizes=public_sizes(self._store, digest)) if source is not None else None
+
+    def _follow(self, place: Place, digest: Digest) -> None:
+        """Record the layers that a client which pulls this one will ask for next."""
+        if self._settings.prefetch and not self._settings.offline:
+            self._prefetcher.follow(*place, digest)
+
+
+def _log_lost(client: str, place: Place, bypasses: bool) -> None:
+    model = f"{place[0]}/{place[1]}"
+    if bypasses:
+        _log.warning(
+            "client %s pulled %s past the cache: Ollama 0.35.0 to 0.40.2 downloads past every proxy; use the cache as "
+            "gateway, pull from its port 9200, or upgrade Ollama",
+            client,
+            model,
+        )
+    else:
+        _log.info("client %s was sent to the registry's address of %s and was not seen again", client, model)
+
+
+def _looped(request: Request, route: Route | CanonicalRoute | HandedOut | None) -> Answer:
+    error = LoopDetected(f"{request.host}: expected another way to the registry, got one that leads back here")
+    if route is not None and not isinstance(route, ManifestRoute):
+        return failure(error, route.digest)
+    return explained(error.status_hint, "DENIED", str(error), CacheStatus(Outcome.BYPASS))

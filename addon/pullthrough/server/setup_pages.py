@@ -1,0 +1,25 @@
+"""The documents that set up a client, as pages of the blob server's port.
+
+Invariant: they are what they were when the cache started, whoever asks and however. Knows no certificate and no
+template.
+"""
+
+from collections.abc import Mapping
+
+from aiohttp import hdrs, web
+
+from pullthrough.pki.client_setup import SetupDocument
+from pullthrough.server.pages import Handler, Pages
+
+
+def add(pages: Pages, documents: Mapping[str, SetupDocument]) -> None:
+    """Give each document at its path."""
+    for path, document in documents.items():
+        pages.add(path, _giving(document))
+
+
+def _giving(document: SetupDocument) -> Handler:
+    async def give(_: web.BaseRequest) -> web.Response:
+        return web.Response(body=document.body, headers={hdrs.CONTENT_TYPE: document.content_type})
+
+    return give

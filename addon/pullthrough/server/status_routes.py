@@ -1,0 +1,125 @@
+"""What the blob server's port shows of the daemon itself, as pages.
+
+Invariant: nothing here changes anything. The state is looked at once a second for all who watch, and not at all while
+nobody does. Knows HTTP and which part tells what.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import hdrs, web
+
+from pullthrough.monitoring.health import Health
+from pullthrough.monitoring.metrics import Metrics
+from pullthrough.monitoring.status import StatusView
+from pullthrough.monitoring.status_page import SHARE, StatusPage
+from pullthrough.server.pages import Handler, Pages
+
+INTERVAL_S: Final = 1.0
+HEARTBEAT: Final = 15
+"""Frames in which nothing has changed until a watcher is told so: who has gone is noticed by that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What all watchers are sent of one moment."""
+
+    number: int
+    parts: dict[str, str]
+    """As of StatusPage."""
+    change: bytes
+    """Events of what differs from the frame before."""
+    made: float
+    """Monotonic seconds."""
+
+
+class StatusRoutes:
+    """The pages of one daemon."""
+
+    def __init__(self, metrics: Metrics, health: Health, watch: StatusView) -> None:
+        self._metrics = metrics
+        self._health = health
+        self._watch = watch
+        self._page = StatusPage()
+        self._frame = Frame(0, {}, b"", -math.inf)
+        self._making: asyncio.Task[Frame] | None = None
+
+    def enter(self, pages: Pages) -> None:
+        """Take the paths."""
+        pages.add("/", self._show)
+        pages.add("/events", self._follow)
+        pages.add("/metrics", self._expose)
+        pages.add("/healthz", self._live)
+        pages.add("/readyz", self._ready)
+        pages.add("/alerts.yml", _file("alerts.yml", "text/yaml"))
+        pages.add("/dashboard.json", _file("dashboard.json", "application/json"))
+
+    # --- for people
+
+    async def _show(self, _: web.BaseRequest) -> web.Response:
+        is_fresh = time.monotonic() - self._frame.made < INTERVAL_S
+        frame = self._frame if is_fresh else await self._next()
+        fields = {"Content-Security-Policy": self._page.policy}
+        return web.Response(text=self._page.page(frame.parts), content_type="text/html", headers=fields)
+
+    async def _follow(self, _: web.BaseRequest) -> web.Response:
+        return web.Response(body=self._events(), content_type="text/event-stream", charset="utf-8")
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        """Server-sent events (WHATWG HTML section 9.2): all parts, then those that change."""
+        frame = await self._next()
+        yield _encode(frame.parts)
+        while not self._health.draining:
+            before, frame = frame, await self._next()
+            if frame.number != before.number + 1:
+                yield _encode(frame.parts)  # a watcher who takes it slowly has missed some
+            elif frame.change or frame.number % HEARTBEAT == 0:
+                yield frame.change or b":\n\n"
+
+    async def _next(self) -> Frame:
+        """The next frame, the same for all who wait for it."""
+        if self._making is None or self._making.done():
+            self._making = asyncio.get_running_loop().create_task(self._make(), name="look")
+        return await asyncio.shield(self._making)
+
+    async def _make(self) -> Frame:
+        before = self._frame
+        await asyncio.sleep(before.made + INTERVAL_S - time.monotonic())
+        parts = self._page.parts(await self._watch.look())
+        changed = {name: part for name, part in parts.items() if part != before.parts.get(name)}
+        self._frame = Frame(before.number + 1, parts, _encode(changed), time.monotonic())
+        return self._frame
+
+    # --- for programs
+
+    async def _expose(self, request: web.BaseRequest) -> web.Response:
+        body, content_type = await self._metrics.expose(request.headers.get(hdrs.ACCEPT, ""))
+        return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
+
+    async def _live(self, _: web.BaseRequest) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _ready(self, _: web.BaseRequest) -> web.Response:
+        problems = await self._health.problems()
+        return web.Response(status=503 if problems else 200, text="\n".join(problems or ["ok"]) + "\n")
+
+
+def _encode(parts: dict[str, str]) -> bytes:
+    """An event for each part, of its name."""
+    lines = (
+        f"event: {name}\n{''.join(f'data: {line}\n' for line in part.splitlines())}\n" for name, part in parts.items()
+    )
+    return "".join(lines).encode()
+
+
+def _file(name: str, content_type: str) -> Handler:
+    body = (SHARE / name).read_bytes()
+
+    async def give(_: web.BaseRequest) -> web.Response:
+        return web.Response(body=body, content_type=content_type, charset="utf-8")
+
+    return give

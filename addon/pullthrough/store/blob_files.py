@@ -1,0 +1,80 @@
+"""Where the files of blobs lie: below `public/` what everybody may have, below `private/` everything else.
+
+Invariant: a blob changes its root by a rename, so it is in one of them at any moment, and what is no regular file is
+no blob. Knows neither what was verified nor who may have what.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from pullthrough.core.digest import Digest
+from pullthrough.store.ollama_dir import BLOBS, parse_blob_path
+
+PUBLIC: Final = "public"
+PRIVATE: Final = "private"
+ROOTS: Final = (PUBLIC, PRIVATE)
+
+
+class BlobFile(NamedTuple):
+    """A blob's file as it is now."""
+
+    digest: Digest
+    public: bool
+    """It lies below `public/`."""
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+class BlobFiles:
+    """Those of one store."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._public = f"{folder}/{PUBLIC}/{BLOBS}/"
+        self._private = f"{folder}/{PRIVATE}/{BLOBS}/"
+
+    def path(self, digest: Digest, *, public: bool) -> Path:
+        """Where the blob lies in that root, if it does."""
+        return self._folder / (PUBLIC if public else PRIVATE) / BLOBS / digest.file_name
+
+    def look(self, digest: Digest, *, public: bool) -> BlobFile | None:
+        """The blob's file, looked for in that root first."""
+        for root in (public, not public):
+            try:
+                # Not by `path`: a Path takes five times as long, and this is asked for each request.
+                status = os.lstat((self._public if root else self._private) + digest.file_name)
+            except OSError:
+                continue
+            if stat.S_ISREG(status.st_mode):
+                return BlobFile(digest, root, status.st_size, status.st_mtime_ns, status.st_ino)
+        return None
+
+    def move(self, digest: Digest, *, public: bool) -> None:
+        """Let the blob lie in that root, if it lies in the other. Raises OSError if the disk refuses."""
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.path(digest, public=not public), self.path(digest, public=public))
+
+    def remove(self, digest: Digest) -> None:
+        """Remove the blob's file. Raises OSError if the disk refuses."""
+        for public in (True, False):
+            self.path(digest, public=public).unlink(missing_ok=True)
+
+    def walk(self) -> Iterator[BlobFile]:
+        """All of them, with what was there when it was looked at. Raises OSError if the disk refuses."""
+        for root in (self._public, self._private):
+            with contextlib.suppress(FileNotFoundError), os.scandir(root) as entries:
+                for entry in entries:
+                    digest = parse_blob_path(f"{BLOBS}/{entry.name}")
+                    if digest is None:
+                        continue
+                    with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
+                        status = entry.stat(follow_symlinks=False)
+                        if stat.S_ISREG(status.st_mode):
+                            yield BlobFile(
+                                digest, root == self._public, status.st_size, status.st_mtime_ns, status.st_ino
+                            )

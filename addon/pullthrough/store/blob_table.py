@@ -1,0 +1,204 @@
+"""What is known of blobs, held against their files, and the files that are read now.
+
+Invariant: a file is a hit only while its size, time and inode are those of the moment when it was verified; what lies
+below `public/` is public and nothing else is. A file without proof counts as held, and is verified when somebody asks
+for it. Knows no manifest and no repository.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import StoreUnwritable
+from pullthrough.core.records import BlobRecord
+from pullthrough.runtime import platform
+from pullthrough.store.blob_files import BlobFile, BlobFiles
+from pullthrough.store.index import Index
+from pullthrough.store.ingest import SharedFile
+from pullthrough.store.proofs import Proof, Proofs
+
+_log = logging.getLogger(__name__)
+
+
+class BlobTable:
+    """Of one store. `place` waits for the disk and changes nothing that is resident."""
+
+    def __init__(self, folder: Path, index: Index, records: dict[Digest, BlobRecord]) -> None:
+        self._index = index
+        self.files = BlobFiles(folder)
+        self.proofs = Proofs(folder)
+        self.records = records
+        self.settled = False
+        """Whether the records have been compared with all files."""
+        self.changes = 0
+        """How often one has changed."""
+        self.held_bytes = sum([record.size or 0 for record in records.values() if record.held])
+        """What all held blobs take together."""
+        self.evicted = 0
+        """Blobs that have gone since the start, to make room or because somebody said so."""
+        self.evicted_bytes = 0
+        self.open: dict[Digest, SharedFile] = {}
+        """Those that somebody reads now."""
+
+    def find(self, digest: Digest) -> BlobRecord | None:
+        """What is known of the blob, whether or not its bytes are here."""
+        if not self.settled:
+            self.look(digest)
+        return self.records.get(digest)
+
+    def held(self, digest: Digest) -> BlobRecord | None:
+        """The record of a blob whose file is still the one that was verified, else None."""
+        record = self.find(digest)
+        if record is None or not record.held:
+            return None
+        if digest in self.open:
+            return record
+        file = self.files.look(digest, public=record.public)
+        if file is None:
+            self.put(digest, record._replace(held=False))
+            return None
+        return record if record.is_file(file.size, file.mtime_ns, file.inode) else None
+
+    def path(self, digest: Digest) -> Path:
+        """Where the blob's file lies, or would."""
+        record = self.records.get(digest)
+        public = record is not None and record.public
+        file = self.files.look(digest, public=public)
+        return self.files.path(digest, public=public if file is None else file.public)
+
+    def acquire(self, digest: Digest) -> SharedFile | None:
+        """The blob's bytes to read, None when they are not here; `release` it after use."""
+        record = self.held(digest)
+        if record is None:
+            return None
+        blob = self.open.get(digest)
+        if blob is None:
+            try:
+                descriptor = platform.open_descriptor(self.path(digest), os.O_RDONLY | platform.NO_LINK)
+            except OSError:
+                return None
+            blob = self.open[digest] = SharedFile(descriptor, record.size or 0, lambda: self.open.pop(digest))
+        return blob.acquire()
+
+    def disown(self, digest: Digest) -> None:
+        """The blob's file cannot be read any more: it is no hit from now on, and recorded anew when asked for."""
+        record = self.records.get(digest)
+        if record is not None and record.held:
+            self.put(digest, record._replace(held=False))
+            with contextlib.suppress(OSError):
+                self.files.remove(digest)
+
+    def evict(self, digests: Sequence[Digest]) -> list[Path]:
+        """Their blobs are no hits from now on; the files that are returned are the caller's to remove."""
+        paths = []
+        for digest in digests:
+            self.evicted += 1
+            self.evicted_bytes += self.records[digest].size or 0
+            paths.append(self.path(digest))
+            self.put(digest, self.records[digest]._replace(held=False))
+        return paths
+
+    def place(self, digest: Digest, verified: Path) -> os.stat_result:
+        """Move a file that was hashed, and whose bytes are durable, among the blobs; it is no hit before `publish`.
+
+        Raises StoreUnwritable if the disk refuses.
+        """
+        known = self.records.get(digest)
+        path = self.files.path(digest, public=known is not None and known.public)
+        try:
+            _let_all_read(verified)
+            # Readable bytes under the final name first, then the proof: a crash between leaves a file that is hashed
+            # again, never a proof without its file.
+            os.replace(verified, path)
+            platform.sync_folder(path.parent)
+            placed = path.stat()
+        except OSError as error:
+            raise StoreUnwritable(f"publishing {digest}: {error}") from error
+        try:
+            self.proofs.add(digest, Proof(placed.st_size, placed.st_mtime_ns, placed.st_ino))
+        except OSError as error:
+            _log.warning("noting that %s was verified: %s; it may be hashed again", digest.short, error)
+        return placed
+
+    def publish(self, digest: Digest, placed: os.stat_result, *, now: float) -> BlobRecord:
+        """The blob is a hit from now on, as long as its file is the one that was placed."""
+        record = self.records.get(digest, BlobRecord())._replace(
+            size=placed.st_size,
+            held=True,
+            mtime_ns=placed.st_mtime_ns,
+            inode=placed.st_ino,
+            recorded=now,
+        )
+        self._move(digest, public=record.public)  # what is known of it may have changed since it was placed
+        self.put(digest, record)
+        return record
+
+    def show(self, digest: Digest, *, public: bool) -> None:
+        """The blob is public from now on, or private."""
+        known = self.find(digest) or BlobRecord()
+        if known.public != public:
+            self._move(digest, public=public)
+            self.put(digest, known._replace(public=public))
+
+    def _move(self, digest: Digest, *, public: bool) -> None:
+        try:
+            self.files.move(digest, public=public)
+        except OSError as error:
+            _log.error("moving %s to the %s blobs: %s", digest.short, "public" if public else "private", error)
+
+    def put(self, digest: Digest, record: BlobRecord) -> None:
+        """Know this of the blob."""
+        known = self.records.get(digest, BlobRecord())
+        self.held_bytes += (record.size or 0) * record.held - (known.size or 0) * known.held
+        self.records[digest] = record
+        self.changes += 1
+        self._index.put_blob(digest, record)
+
+    # --- what the files say
+
+    def compare(self, file: BlobFile) -> None:
+        """See that the record is right about a file that was there a moment ago."""
+        known = self.records.get(file.digest)
+        if known is None or (known.public, known.inode) != (file.public, file.inode) or not known.is_file(*file[2:]):
+            self.look(file.digest)
+
+    def look(self, digest: Digest) -> None:
+        """Let the record be right about the blob's file, wherever it lies."""
+        known = self.records.get(digest)
+        file = self.files.look(digest, public=known is None or known.public)
+        if file is None:
+            if known is not None and known.held:
+                self.put(digest, known._replace(held=False))
+            return
+        is_proven = known is not None and known.is_file(file.size, file.mtime_ns, file.inode)
+        if not is_proven and (proof := self.proofs.find(digest)) is not None:
+            is_proven = proof.proves(file.size, file.mtime_ns, file.inode)
+        record = BlobRecord(
+            size=file.size,
+            held=True,
+            public=file.public,
+            mtime_ns=file.mtime_ns if is_proven else 0,
+            inode=file.inode if is_proven else 0,
+            recorded=known.recorded if known is not None and known.held else file.mtime_ns / 1e9,
+        )
+        if record != known:
+            self.put(digest, record)
+
+    def proven(self) -> dict[Digest, Proof]:
+        """What proves each held blob."""
+        return {
+            digest: Proof(record.size or 0, record.mtime_ns, record.inode)
+            for digest, record in self.records.items()
+            if record.held and record.mtime_ns
+        }
+
+
+def _let_all_read(path: Path) -> None:
+    """An Ollama that runs as a user of its own may read what is public; `private/` is closed as a whole."""
+    if sys.platform != "win32" and path.stat().st_nlink == 1:  # else it is another folder's file too
+        with contextlib.suppress(PermissionError):  # a disk without modes
+            path.chmod(0o644)

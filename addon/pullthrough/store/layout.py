@@ -1,0 +1,225 @@
+"""The folder of a store: its marker, its lock, its secret, its pins.
+
+Invariant: a folder with anything else in it is never taken for a store, two processes never have one at once, nothing
+in it is a link to elsewhere, and nobody but its owner may write to it. Knows neither blobs nor manifests.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import stat
+import sys
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Final
+
+from pullthrough.core.errors import StoreError
+from pullthrough.runtime import platform
+from pullthrough.store.blob_files import PRIVATE, PUBLIC
+from pullthrough.store.ollama_dir import BLOBS, MANIFESTS, NAMED_DOCUMENTS
+from pullthrough.store.proofs import VERIFIED
+
+FORMAT: Final = 2
+"""1 had all blobs in `blobs/`, and manifests and pins in the index alone."""
+OLDEST_FORMAT: Final = 1
+"""What `migration` knows to convert."""
+MARKER: Final = "ollama-cache.json"
+PINS: Final = "pins"
+_LOCK: Final = "lock"
+_SECRET: Final = "secret"  # noqa: S105 -- a file's name
+_FOLDERS: Final = (
+    "index",
+    "ingest",
+    "quarantine",
+    PUBLIC,
+    f"{PUBLIC}/{BLOBS}",
+    f"{PUBLIC}/{MANIFESTS}",
+    f"{PUBLIC}/{NAMED_DOCUMENTS}",
+    PRIVATE,
+    f"{PRIVATE}/{BLOBS}",
+)
+
+
+def prepare(folder: Path) -> int:
+    """Make a store of an absent or empty folder, and see that an old one can be used; returns its format.
+
+    Raises StoreError, OSError.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"store {folder}: expected a folder, got a file")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+    marker = folder / MARKER
+    if marker.exists():
+        found = read_marker(folder)
+    else:
+        # A fresh file system has lost+found; a crash while the marker was written leaves its temporary.
+        names = [path.name for path in folder.iterdir()]
+        if names := sorted(name for name in names if name != "lost+found" and not name.startswith(f".{MARKER}")):
+            raise StoreError(
+                f"store {folder}: expected an ollama-cache store or an empty folder, "
+                f"got a folder with {names[0]!r} in it"
+            )
+        write_marker(folder)
+        found = FORMAT
+    check_safe(folder)
+    make_folders(folder)
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"x")
+    return found
+
+
+def make_folders(folder: Path) -> None:
+    """Make what is missing of the store's folders. Raises OSError if the disk refuses."""
+    for name in _FOLDERS:
+        (folder / name).mkdir(exist_ok=True, mode=0o700 if name == PRIVATE else 0o755)
+
+
+def restore(folder: Path) -> None:
+    """Make again what somebody has removed of the store's folders. Raises OSError if the disk refuses, or has gone."""
+    if not (folder / MARKER).exists():
+        # Another disk, or none, is mounted there by now: nothing is made on it.
+        raise FileNotFoundError(errno.ENOENT, f"no store any more, {MARKER} has gone", str(folder))
+    make_folders(folder)
+
+
+def check_safe(folder: Path) -> None:
+    """See that nobody else may write to the store, read its secret, or lead us elsewhere. Raises StoreError.
+
+    Windows has other rights, which are inherited from the user's folder.
+    """
+    if sys.platform == "win32":
+        return
+    _check_mode(folder, folder.stat(), 0o002, "chmod o-w")
+    for name in (*_FOLDERS, MARKER, _LOCK, _SECRET, PINS, VERIFIED):
+        path = folder / name
+        with contextlib.suppress(FileNotFoundError):
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                raise StoreError(
+                    f"{path} is a link to {path.readlink()}, which the store does not follow: "
+                    "remove it, and move the whole store or mount the other disk there instead"
+                )
+            if (name in _FOLDERS) != stat.S_ISDIR(status.st_mode):
+                raise StoreError(f"{path}: expected a {'folder' if name in _FOLDERS else 'file'}, got another kind")
+            if name in (_SECRET, VERIFIED):
+                _check_mode(path, status, 0o077, "chmod 600")
+            elif name == PRIVATE:
+                _check_mode(path, status, 0o077, "chmod 700")
+            else:
+                _check_mode(path, status, 0o002, "chmod o-w")
+
+
+def _check_mode(path: Path, status: os.stat_result, forbidden: int, mend: str) -> None:
+    if sys.platform == "win32":  # whose files have no owner or mode of this kind
+        return
+    if status.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
+        raise StoreError(
+            f"{path} belongs to user {status.st_uid}: run this as that user, or give the store a new owner"
+        )
+    # In a sticky folder nobody renames or removes what is another's.
+    is_open = status.st_mode & forbidden and not (forbidden == 0o002 and status.st_mode & stat.S_ISVTX)
+    if is_open and not platform.lacks_modes(path):
+        raise StoreError(
+            f"{path}: other users of this machine may {'write to' if forbidden == 0o002 else 'use'} it "
+            f"(mode {stat.S_IMODE(status.st_mode):04o}): {mend} {path}"
+        )
+
+
+def read_marker(folder: Path) -> int:
+    """The format of the store in `folder`. Raises StoreError if it is none, or one that we do not know."""
+    try:
+        text = (folder / MARKER).read_text()
+    except OSError as error:
+        raise StoreError(f"expected an ollama-cache store in {folder}, got none; see --dir") from error
+    try:
+        found = json.loads(text)["format"]
+    except (ValueError, KeyError, TypeError):
+        found = text[:40]
+    if found not in range(OLDEST_FORMAT, FORMAT + 1):
+        raise StoreError(
+            f"store {folder}: expected format {OLDEST_FORMAT} to {FORMAT} in {MARKER}, got {found!r}: "
+            "a newer version of ollama-cache made it"
+        )
+    return int(found)
+
+
+def check_marker(folder: Path) -> None:
+    """See that `folder` is a store that can be read as it is. Raises StoreError."""
+    if read_marker(folder) != FORMAT:
+        raise StoreError(f"store {folder} is of an earlier format: start the cache once, which converts it")
+
+
+def write_marker(folder: Path) -> None:
+    """The folder is a store of our format from now on."""
+    _write_new(folder / MARKER, json.dumps({"format": FORMAT}).encode() + b"\n", mode=0o644)
+
+
+def take_lock(folder: Path) -> contextlib.ExitStack:
+    """The lock of the one daemon, until it is closed. Raises StoreError if another process has it.
+
+    The folder is locked beside the file, which somebody may remove. The file says who has the lock, and is all there
+    is on systems that lock no folders.
+    """
+    with contextlib.ExitStack() as undo:
+        file = platform.open_descriptor(folder / _LOCK, os.O_RDWR | os.O_CREAT | platform.NO_LINK)
+        lock = undo.enter_context(os.fdopen(file, "r+b"))
+        guard = platform.open_folder(folder)
+        if guard is not None:
+            undo.callback(os.close, guard)
+        if not platform.lock_exclusively(lock) or (guard is not None and not platform.lock_folder(guard)):
+            lock.seek(0)
+            holder = lock.read(64).decode("ascii", "replace").strip()
+            raise StoreError(f"store {folder}: expected a free store, got one in use by process {holder or 'unknown'}")
+        lock.truncate(0)
+        lock.seek(0)
+        lock.write(f"{os.getpid()}\n".encode())
+        lock.flush()
+        return undo.pop_all()
+
+
+def load_secret(folder: Path) -> bytes:
+    """What signs capabilities; made where there is none."""
+    path = folder / _SECRET
+    if not path.exists():
+        _write_new(path, secrets.token_bytes(32), mode=0o600)
+    secret = path.read_bytes()
+    if len(secret) != 32:
+        raise StoreError(f"expected 32 bytes in {path}, got {len(secret)}; delete the file to make a new secret")
+    return secret
+
+
+def load_pins(folder: Path) -> set[str]:
+    """The patterns of models that stay, a line each. Raises StoreError if the file cannot be read."""
+    try:
+        text = (folder / PINS).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return set()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"expected a pattern on each line of {folder / PINS}, got: {error}") from error
+    return {line.strip() for line in text.splitlines()} - {""}
+
+
+def save_pins(folder: Path, pins: Collection[str]) -> None:
+    """In place of those before. Raises OSError if the disk refuses."""
+    _write_new(folder / PINS, "".join(f"{pattern}\n" for pattern in sorted(pins)).encode(), mode=0o644)
+
+
+def folds_case(folder: Path) -> bool:
+    """Whether the disk takes two names for one that differ in capitals alone."""
+    return (folder / MARKER.upper()).exists()
+
+
+def _write_new(path: Path, data: bytes, *, mode: int) -> None:
+    """Put a small file in place whole: a crash leaves none or all of it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        platform.write_at(descriptor, 0, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
+    platform.sync_folder(path.parent)

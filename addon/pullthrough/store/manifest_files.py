@@ -1,0 +1,317 @@
+"""The files of manifests: each is upstream's bytes, at a path that says which name they are stored under.
+
+    manifests/<host>/<namespace>/<model>/<tag>      for clients that take no lists; as Ollama keeps its models
+    manifests-v2/<host>/<namespace>/<model>/<tag>   for those that do; a copy of the document, as Ollama 0.40 reads it
+    other-names/<host/repository>/@<reference>      what Ollama's folders have no place for, percent-encoded in lower
+                                                    case, cut at `+/+` where it is long; `.lists` as the second
+
+They lie below `public/`, or below `private/` while upstream refuses them to an anonymous request. On a disk that folds
+case, names with capitals are other names.
+
+Invariant: a file is there whole or not at all, the newest state of a name is the one that is written, and what is
+hidden is out of `public/` when `hide` returns. Folders without a file are removed: Ollama stops at them. Knows no
+index and no blob.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final, NamedTuple
+
+from pullthrough.core.errors import TransferRefused
+from pullthrough.core.records import Name
+from pullthrough.core.routes import ManifestRoute, parse_registry_target
+from pullthrough.runtime import platform
+from pullthrough.store.blob_files import PRIVATE, PUBLIC, ROOTS
+from pullthrough.store.ollama_dir import (
+    LONGEST_MANIFEST,
+    MANIFESTS,
+    NAMED_DOCUMENTS,
+    document_path,
+    manifest_path,
+    parse_manifest_path,
+)
+
+_log = logging.getLogger(__name__)
+
+OTHER_NAMES: Final = "other-names"
+TEMPORARY: Final = ".manifest-"
+"""What a file on its way begins with, in `ingest/`."""
+
+_FOR_OLLAMA: Final = re.compile(
+    r"[\w-]+/[A-Za-z0-9][A-Za-z0-9._-]*(%3A[0-9]+)?/[A-Za-z0-9_][A-Za-z0-9_-]{0,79}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,79}){2}"
+)
+"""Paths that every version of Ollama reads as a name (types/model/name.go)."""
+_NOWHERE: Final = re.compile(r"(^|/)((con|prn|aux|nul|com\d|lpt\d)(\.[^/]*)?|[^/]*\.)(/|$)", re.IGNORECASE)
+"""What Windows takes for a device, or loses the end of."""
+_PIECE: Final = 120
+_LISTS: Final = ".lists"
+
+
+class Document(NamedTuple):
+    """What a file says of its name."""
+
+    body: bytes
+    denied: bool
+    """It lies below `private/`."""
+    changed: float
+    """When it was written, Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What is to be written: `body` None for no file."""
+
+    body: bytes | None
+    denied: bool = False
+
+
+class ModelFiles:
+    """Those of one store. A thread of its own writes them."""
+
+    def __init__(self, folder: Path, *, folds_case: bool, durable: bool = True) -> None:
+        """`durable` False leaves it to the caller to flush what was written."""
+        self._durable = durable or not hasattr(os, "sync")
+        self._folder = folder
+        self._folds_case = folds_case
+        self._lock = threading.Lock()
+        self._pending: dict[Name, _State] = {}
+        self._unsynced: set[Path] = set()
+        self._is_asked = False
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ollama-cache-files")
+
+    # --- writing
+
+    def put(self, name: Name, body: bytes, *, denied: bool) -> None:
+        """Write the name's file, soon."""
+        self._ask(name, _State(body, denied))
+
+    def remove(self, name: Name) -> None:
+        """Remove the name's file, soon."""
+        self._ask(name, _State(None))
+
+    def hide(self, name: Name, body: bytes) -> None:
+        """Let the name's file be among the private ones: it has left `public/` when this returns."""
+        with self._lock:
+            for path in self._paths(name):
+                with contextlib.suppress(FileNotFoundError):
+                    target = self._folder / PRIVATE / path
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(self._folder / PUBLIC / path, target)
+                    self._unsynced |= {target.parent, (self._folder / PUBLIC / path).parent}
+        self._ask(name, _State(body, denied=True))
+
+    def is_pending(self, name: Name) -> bool:
+        """Whether the file is not yet as it was last said to be."""
+        return name in self._pending
+
+    def flush(self) -> None:
+        """Wait until all that was said so far has been written, or has failed."""
+        self._writer.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.submit(self._write)
+        self._writer.shutdown(wait=True)
+
+    def _ask(self, name: Name, state: _State) -> None:
+        with self._lock:
+            self._pending[name] = state
+            was_asked, self._is_asked = self._is_asked, True
+        if not was_asked:
+            self._writer.submit(self._write)
+
+    def _write(self) -> None:
+        """Write what has come since the last time. What the disk refuses is tried again with what comes next."""
+        with self._lock:
+            pending = dict(self._pending)
+            self._is_asked = False
+        for name, state in pending.items():
+            try:
+                self._write_one(name, state)
+            except OSError as error:
+                _log.warning("writing the manifest of %s: %s", name, error)
+        with self._lock:
+            unsynced, self._unsynced = self._unsynced, set()
+        for folder in unsynced if self._durable else ():
+            try:
+                platform.sync_folder(folder)
+            except FileNotFoundError:
+                continue  # it was removed again
+            except OSError as error:
+                _log.warning("flushing %s: %s", folder, error)
+
+    def _write_one(self, name: Name, state: _State) -> None:
+        temporary = None
+        if state.body is not None:
+            temporary = self._folder / "ingest" / f"{TEMPORARY}{secrets.token_hex(8)}"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(temporary, flags, 0o644)
+            try:
+                platform.write_at(descriptor, 0, state.body)
+                if self._durable:
+                    platform.sync_data(descriptor)
+            except OSError:
+                temporary.unlink()
+                raise
+            finally:
+                os.close(descriptor)
+        with self._lock:
+            if self._pending.get(name) is state:
+                target = self._put_in_place(name, state, temporary)
+                del self._pending[name]
+                self._remove_others(name, target)
+            elif temporary is not None:
+                temporary.unlink()
+
+    def _put_in_place(self, name: Name, state: _State, temporary: Path | None) -> Path | None:
+        if temporary is None:
+            return None
+        target = self._folder / (PRIVATE if state.denied else PUBLIC) / self._paths(name)[0]
+        folder = target.parent
+        while not folder.exists():
+            self._unsynced.add(folder.parent)
+            folder = folder.parent
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, target)
+        self._unsynced.add(target.parent)
+        return target
+
+    def _remove_others(self, name: Name, target: Path | None) -> None:
+        """Remove the name's files but for `target`, and the folders that are empty then."""
+        for root in ROOTS:
+            for path in self._paths(name):
+                other = self._folder / root / path
+                if other == target:
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    other.unlink()
+                    self._unsynced.add(other.parent)
+                self._remove_empty(other.parent)
+
+    def _remove_empty(self, folder: Path) -> None:
+        while folder.parent.parent != self._folder:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError:
+                return  # there is something in it
+            folder = folder.parent
+
+    # --- reading
+
+    def of(self, host: str, repository: str) -> dict[Name, Document]:
+        """What the files say of the repository. Raises OSError if the disk refuses."""
+        found: dict[Name, Document] = {}
+        for root in ROOTS:  # what is in both is private
+            for folder in self._folders(host, repository):
+                self._gather(root, PurePosixPath(folder), found, {(host, repository)})
+        return found
+
+    def walk(self) -> Iterator[tuple[tuple[str, str], dict[Name, Document]]]:
+        """The same of each repository, with its (host, repository). Raises OSError if the disk refuses."""
+        places: dict[tuple[str, str], None] = {}
+        for root in ROOTS:
+            for tree in (MANIFESTS, NAMED_DOCUMENTS, OTHER_NAMES):
+                for path in _walk(self._folder / root, PurePosixPath(tree)):
+                    if (name := _parse(path)) is not None:
+                        places[name.place] = None
+        for place in places:
+            yield place, self.of(*place)
+
+    def _gather(
+        self, root: str, folder: PurePosixPath, found: dict[Name, Document], places: set[tuple[str, str]]
+    ) -> None:
+        for path in _walk(self._folder / root, folder):
+            name = _parse(path)
+            if name is None or name.place not in places:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = platform.open_regular(self._folder / root / path)
+                with os.fdopen(descriptor, "rb") as file:
+                    body = file.read(LONGEST_MANIFEST + 1)
+                    changed = os.fstat(file.fileno()).st_mtime
+                if len(body) <= LONGEST_MANIFEST:
+                    found[name] = Document(body, root == PRIVATE, changed)
+
+    # --- paths
+
+    def _paths(self, name: Name) -> list[str]:
+        """Where the name's file is to be, and where else another disk may have had it."""
+        other = _other_path(name)
+        usual = _usual_path(name)
+        if usual is None:
+            return [other]
+        return [other, usual] if self._folds_case and usual != usual.lower() else [usual, other]
+
+    def _folders(self, host: str, repository: str) -> list[str]:
+        """The folders with a repository's files."""
+        folders = [str(PurePosixPath(_other_path(Name(host, repository, "x"))).parent)]
+        for takes_lists in (False, True):
+            usual = _usual_path(Name(host, repository, "x", takes_lists))
+            if usual is not None:
+                folders.append(str(PurePosixPath(usual).parent))
+        return folders
+
+
+def _walk(root: Path, folder: PurePosixPath) -> Iterator[str]:
+    """The paths below `root` of the files in the folder; no link is followed."""
+    try:
+        with os.scandir(root / folder) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(root, folder / entry.name)
+        elif entry.is_file(follow_symlinks=False):
+            yield str(folder / entry.name)
+
+
+def _usual_path(name: Name) -> str | None:
+    """Its path in Ollama's folders, None where they have none for it."""
+    try:
+        path = document_path(name) if name.takes_lists else manifest_path(name)
+    except TransferRefused:
+        return None
+    if not _FOR_OLLAMA.fullmatch(path) or _NOWHERE.search(path) or _parse(path) != name:
+        return None
+    return path
+
+
+def _other_path(name: Name) -> str:
+    reference = _pieces(f"@{name.reference}") + (_LISTS if name.takes_lists else "")
+    return f"{OTHER_NAMES}/{_pieces(f'{name.host}/{name.repository}')}/{reference}"
+
+
+def _parse(path: str) -> Name | None:
+    """The name whose file lies there; None where none can."""
+    tree, _, rest = path.partition("/")
+    if tree != OTHER_NAMES:
+        name = parse_manifest_path(path)
+        return name and name._replace(takes_lists=tree == NAMED_DOCUMENTS)
+    text = rest.replace("+/+", "")
+    takes_lists = text.endswith(_LISTS)
+    place, at, reference = text.removesuffix(_LISTS).partition("/@")
+    host, _, repository = _decoded(place).partition("/")
+    route = parse_registry_target(f"/v2/{repository}/manifests/{_decoded(reference)}")
+    if not at or not host or not isinstance(route, ManifestRoute):
+        return None
+    return Name(host, route.repository, route.reference, takes_lists)
+
+
+def _pieces(text: str) -> str:
+    encoded = re.sub(r"[^a-z0-9_@-]", lambda match: "".join(f"%{byte:02x}" for byte in match[0].encode()), text)
+    return "+/+".join(encoded[start : start + _PIECE] for start in range(0, len(encoded), _PIECE))
+
+
+def _decoded(text: str) -> str:
+    return re.sub(r"(?:%[0-9a-f]{2})+", lambda match: bytes.fromhex(match[0].replace("%", "")).decode("latin-1"), text)

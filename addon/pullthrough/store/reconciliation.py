@@ -1,0 +1,123 @@
+"""Hold what the index says against the files of the store, and let the files be right.
+
+What is asked for is compared before it is answered, everything else behind that, so a store whose index is missing, old
+or of another disk serves at once. A manifest that the index does not know is stale: it is asked for again, and served
+while upstream cannot be asked. Invariant: after `settle` every file is known, and nothing else is.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from itertools import islice
+
+from pullthrough.core.errors import StoreUnwritable
+from pullthrough.core.manifest_json import type_of
+from pullthrough.core.records import ManifestRecord, Name
+from pullthrough.store.blob_table import BlobTable
+from pullthrough.store.manifest_files import Document, ModelFiles
+from pullthrough.store.manifest_table import ManifestTable
+
+_log = logging.getLogger(__name__)
+
+_STEP = 200
+"""Files that are compared without a pause: some milliseconds."""
+
+Place = tuple[str, str]
+"""(host, repository)."""
+
+
+class Reconciliation:
+    """Of one store."""
+
+    def __init__(
+        self, files: ModelFiles, manifests: ManifestTable, blobs: BlobTable, changed: Callable[[], object]
+    ) -> None:
+        """`changed` is called after each change of a manifest."""
+        self._files = files
+        self._manifests = manifests
+        self._blobs = blobs
+        self._changed = changed
+        self._seen: set[Place] = set()
+        self._turn = asyncio.Lock()
+
+    @property
+    def settled(self) -> bool:
+        return self._blobs.settled
+
+    def look(self, place: Place) -> None:
+        """Let what is known of a repository's manifests be what its files say."""
+        if self.settled or place in self._seen:
+            return
+        try:
+            found = self._files.of(*place)
+        except OSError as error:
+            _log.warning("reading the manifests of %s/%s: %s", *place, error)
+            return
+        self._compare(place, found)
+
+    async def settle(self) -> None:
+        """Compare everything that has not been compared yet. Raises StoreUnwritable if the disk cannot be read."""
+        async with self._turn:
+            if self.settled:
+                return
+            try:
+                await self._settle()
+            except OSError as error:
+                raise StoreUnwritable(f"comparing the store with its index: {error}") from error
+
+    async def _settle(self) -> None:
+        await asyncio.to_thread(self._blobs.proofs.load)
+        names = self._files.walk()
+        while batch := await asyncio.to_thread(lambda: list(islice(names, _STEP))):
+            for place, found in batch:
+                if place not in self._seen:
+                    self._compare(place, found)
+            await asyncio.sleep(0)
+        for place in {name.place for name in self._manifests.records} - self._seen:
+            self.look(place)
+            await asyncio.sleep(0)
+        unseen = {digest for digest, record in self._blobs.records.items() if record.held}
+        files = self._blobs.files.walk()
+        while batch_of_files := await asyncio.to_thread(lambda: list(islice(files, _STEP))):
+            for file in batch_of_files:
+                unseen.discard(file.digest)
+                self._blobs.compare(file)
+            await asyncio.sleep(0)
+        for number, digest in enumerate(unseen):
+            self._blobs.look(digest)
+            if number % _STEP == 0:
+                await asyncio.sleep(0)
+        self._blobs.settled = True
+        self._seen.clear()
+        await asyncio.to_thread(self._blobs.proofs.tidy, self._blobs.proven())
+
+    def _compare(self, place: Place, found: Mapping[Name, Document]) -> None:
+        self._seen.add(place)
+        table = self._manifests
+        for name in [name for name, _ in table.of(place) if name not in found and not self._files.is_pending(name)]:
+            table.drop(name)
+            self._changed()
+        for name, document in found.items():
+            if self._files.is_pending(name):
+                continue
+            known = table.records.get(name)
+            record = record_of(document, known)
+            if record is None:
+                _log.warning("the file of %s is no manifest; it is recorded anew when asked for", name)
+                if known is not None:
+                    table.drop(name)
+            elif known is None or not table.is_same(known, record):
+                table.put(name, record)
+                self._changed()
+
+
+def record_of(document: Document, known: ManifestRecord | None) -> ManifestRecord | None:
+    """What the file says, with what is known besides; None if it is no manifest."""
+    record = ManifestRecord.parse(document.body, type_of(document.body), now=0.0)
+    if record is None:
+        return None
+    if known is None or known.digest != record.digest:
+        return record._replace(denied=document.denied, pulled=document.changed)
+    return known._replace(
+        denied=document.denied, listed=record.listed, claimed=record.claimed, references=record.references
+    )

@@ -1,0 +1,398 @@
+"""Our own HTTP client towards registries and blob sources.
+
+Invariant: every address it connects to is a configured one or public; every data response handed on has been checked
+against what was asked (status, Content-Range, complete length, validator, encoding). Signed addresses and
+credentials stay in memory and out of every message. Knows neither the store nor who asks.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import ssl
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Final
+
+import aiohttp
+import certifi
+from yarl import URL
+
+from pullthrough.config.parsers import is_address
+from pullthrough.config.settings import Endpoint, Settings
+from pullthrough.core.cdn_loop import CDN_LOOP, LoopGuard
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import (
+    AddressRefused,
+    Offline,
+    SourceExpired,
+    UnexpectedResponse,
+    UpstreamRefused,
+    UpstreamUnreachable,
+    ValidatorChanged,
+)
+from pullthrough.core.fields import cleaned
+from pullthrough.core.ranges import format_range
+from pullthrough.net.address_policy import AddressPolicy, check_address
+from pullthrough.net.proxy_env import ParentProxies, check_remote
+from pullthrough.upstream.content_coding import decode
+from pullthrough.upstream.data_client import PROXY_AUTHENTICATION_REQUIRED, Ask, DataResponse, Getting
+from pullthrough.upstream.data_stream import (
+    FAILURES,
+    DataStream,
+    Errors,
+    LoopStream,
+    Source,
+    ThreadStream,
+    body_of,
+    translate,
+)
+from pullthrough.upstream.dialer import Dialer
+from pullthrough.upstream.impostors import REDIRECTS, TOO_MANY_REQUESTS, Impostors, Response
+from pullthrough.upstream.refusals import REFUSAL_LIMIT, described, is_page, is_refusal
+from pullthrough.upstream.resolver import AddressRules, CheckedResolver, Named
+from pullthrough.upstream.response_checks import SOURCE_GONE, check_data, check_length, relayable
+
+CONNECT_TIMEOUT_S: Final = 10.0
+CONNECTIONS_PER_HOST: Final = 32
+MAX_CONTROL_BODY: Final = 8 << 20
+"""A manifest of a tensor model with 1000+ layers takes about 300 KiB."""
+
+STALL_TIMEOUT_S: Final = 10.0
+"""Half of what the shortest-lived clients in use wait for a byte would be 2.5 s; a slow line needs more. Clients that
+wait behind a stalled slice are fed by other connections meanwhile only once it is given up."""
+
+READ_BUFFER: Final = 512 << 10
+PAUSES_S: Final = (0.1, 0.4)
+"""Before the second and the third try of a control-plane request."""
+
+DEADLINE_S: Final = 20.0
+"""All work for one control-plane request, retries included: Ollama's probe gives up after 30 s."""
+
+DENIED: Final = frozenset({401, 403, 404})
+"""What a registry answers to somebody who may not know, or may not be told."""
+
+PRIVATE: Final = frozenset({401, 403})
+"""Those of them that cannot mean that there is nothing."""
+
+LOOP_DETECTED: Final = 508
+"""What a cache says to a request that has been there before (RFC 5842 section 7.2): it will say so again."""
+
+
+MAX_HOPS: Final = 5
+
+_log = logging.getLogger(__name__)
+
+
+class Upstream:
+    """The client. `open` it inside the running loop, `close` it at the end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        trusted_ca: str | None = None,
+        own_addresses: Callable[[], Collection[str]] = frozenset,
+        own_ports: Callable[[], Collection[int]] = frozenset,
+        parents: ParentProxies = ParentProxies(),  # noqa: B008 -- frozen
+    ) -> None:
+        """`trusted_ca` is a PEM file that replaces certifi's; the addresses are this machine's, the ports ours."""
+        self.loop = LoopGuard(f"ollama-cache-{secrets.token_hex(8)}")
+        self.errors = Errors()
+        self._settings = settings
+        self._parents = parents
+        ways_out = {(proxy.host, proxy.port) for proxy in parents.all}
+        self._policy = AddressPolicy(exempt_hosts(settings) | ways_out, tunnels=True)
+        self._own = own_addresses
+        self._named = Named({(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
+        self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
+        self._session: aiohttp.ClientSession | None = None
+        self._near: set[tuple[str, int]] = set()
+        self._rules = AddressRules(
+            self._policy, settings.intercepted, own_addresses, own_ports, self._named, self._near
+        )
+        self.dialer = Dialer(self._context, self._rules, parents, self.loop)
+        """Connections for threads, under the same rules."""
+        self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
+        self._down_until: dict[str, float] = {}
+        self._data = Getting(self.dialer)
+        self.impostors = Impostors(settings.registries, self.errors)
+
+    async def open(self) -> None:
+        connector = aiohttp.TCPConnector(
+            ssl=self._context,
+            limit=0,
+            resolver=CheckedResolver(self._rules),
+            keepalive_timeout=30,
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=READ_BUFFER,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S),
+        )
+
+        self._data.open()
+
+    async def close(self) -> None:
+        self._data.close()
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # --- whether a registry answers at all
+
+    def down_until(self, host: str) -> float:
+        """Until when (monotonic seconds) the registry counts as down; 0 when it does not."""
+        return self._down_until.get(host, 0.0)
+
+    def is_up(self, host: str) -> bool:
+        """Whether the registry does not count as down."""
+        return self.down_until(host) <= time.monotonic()
+
+    def mark_down(self, host: str, seconds: float) -> None:
+        self._down_until[host] = time.monotonic() + seconds
+
+    def admit(self, host: str, port: int) -> None:
+        """A host of the fleet's own: it may have any address, and is no registry that `offline` is about."""
+        self._near.add((host, port))
+
+    def slot(self, source: Source) -> asyncio.Semaphore:
+        """One of the places that all recordings share towards the source's host; first come, first served."""
+        return self._slots[source.host]
+
+    # --- control plane
+
+    async def ask(
+        self, method: str, host: str, target: str, headers: Mapping[str, str], *, timeout_s: float
+    ) -> Response:
+        """One exchange with a registry; redirects are handed on, not followed.
+
+        NotTheRegistry if the answer has not the shape of a registry's; the other errors are those of `converse`.
+        """
+        response = await self.converse(method, host, target, headers, timeout_s=timeout_s)
+        return self.impostors.judged(host, response, head=method == "HEAD")
+
+    async def converse(
+        self, method: str, host: str, target: str, headers: Mapping[str, str], *, timeout_s: float
+    ) -> Response:
+        """The same, whoever has answered: for what has no shape to tell a registry by.
+
+        UpstreamUnreachable, UpstreamTimeout or UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no usable
+        answer.
+        """
+        url = self._settings.endpoint(host).origin + target
+
+        async def once() -> Response:
+            with contextlib.closing(await self._send(method, url, headers)) as response:
+                limit = MAX_CONTROL_BODY if response.status < 400 else REFUSAL_LIMIT
+                return Response(response.status, cleaned(response.headers), await body_of(response, limit))
+
+        response = await self._patiently(host, once, timeout_s)
+        coding = response.headers.get("Content-Encoding", "identity")
+        return replace(response, body=decode(response.body, coding, limit=MAX_CONTROL_BODY))
+
+    async def obtain(
+        self,
+        host: str,
+        repository: str,
+        digest: Digest,
+        headers: Mapping[str, str],
+        *,
+        asked: tuple[int, int] | None = None,
+        timeout_s: float,
+    ) -> tuple[Source, DataStream | None]:
+        """Ask the registry for a blob: its source, and the body itself where the registry has no other.
+
+        Of such a body no more than `[asked)` is wanted. UpstreamRefused with the registry's status where it says no;
+        NotTheRegistry where something else does.
+        """
+        target = f"/v2/{repository}/blobs/{digest}"
+        url = self._settings.endpoint(host).origin + target
+        ranged = {"Range": format_range(*asked)} if asked else {}
+        response = await self._patiently(host, lambda: self._send("GET", url, {**headers, **ranged}), timeout_s)
+        # Under the registry's public name: that is what signatures are made for, and what redirects start from.
+        source = Source(f"https://{host}{target}", {k: v for k, v in headers.items() if k.lower() == "authorization"})
+        if response.status == 200 or (asked and response.status in (206, 416)):
+            with _closing_on_error(response):
+                if is_page(response.headers):
+                    raise self.impostors.displaced(host, described(response.status, response.headers))
+                extent = check_data(response.status, cleaned(response.headers), asked=asked, length=None)
+                return source, LoopStream(response, extent, self.errors, source, ranged=asked is not None)
+        with contextlib.closing(response):
+            fields = cleaned(response.headers)
+            location = fields.get("Location")
+            if response.status in REDIRECTS and location:
+                return source.moved(location), None
+            if response.status >= 400:
+                refusal = self.impostors.judged(host, await self._refusal(response))
+                raise UpstreamRefused(refusal.status, relayable(refusal.headers))
+            raise UnexpectedResponse(f"expected 200, a redirect or a refusal, got {response.status}")
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> Response:
+        """An answer of 400 and above, with as much of its body as is needed to tell whose it is."""
+        body = b""
+        try:
+            async with asyncio.timeout(STALL_TIMEOUT_S):
+                body = await body_of(response, REFUSAL_LIMIT)
+        except FAILURES as error:
+            # What is missing proves nothing either.
+            _log.debug("a refusal broke off: %s", translate(error))
+        return Response(response.status, cleaned(response.headers), body)
+
+    async def _patiently[T: (Response, aiohttp.ClientResponse)](
+        self, host: str, once: Callable[[], Awaitable[T]], timeout_s: float
+    ) -> T:
+        """An answer of the registry; connections that fail and 5xx are tried again, as clients do not (HEAD, manifest).
+
+        The limit is for all tries together.
+        """
+        with self.errors.counted():
+            try:
+                async with asyncio.timeout(timeout_s):
+                    for pause in PAUSES_S:
+                        try:
+                            response = await once()
+                        except (aiohttp.ClientError, OSError):
+                            pass
+                        else:
+                            if response.status < 500 or response.status == LOOP_DETECTED:
+                                break
+                            if isinstance(response, aiohttp.ClientResponse):
+                                response.close()
+                        await asyncio.sleep(pause)
+                    else:
+                        response = await once()
+            except FAILURES as error:
+                raise translate(error) from None
+        if response.status >= 500 or response.status == TOO_MANY_REQUESTS:
+            self.errors[UpstreamRefused] += 1
+        self._down_until.pop(host, None)
+        return response
+
+    @staticmethod
+    def source_at(host: str, target: str, location: str) -> Source:
+        """The source that an answer to `target` points to; `location` may be relative."""
+        return Source(f"https://{host}{target}").moved(location)
+
+    # --- data plane
+
+    async def open_range(
+        self, source: Source, start: int, stop: int, *, expected_length: int | None, validator: str | None
+    ) -> DataStream:
+        """A checked response to a GET of `[start, stop)`.
+
+        The stream may be the whole blob from byte 0, when the source ignores Range. SourceExpired if the address is
+        no longer good; LengthContradicted if the blob has not the length that was expected, or none of those that the
+        source is known by; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
+        """
+        with self.errors.counted():
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
+                    response, source = await self._follow(source, {"Range": format_range(start, stop)})
+            except FAILURES as error:
+                raise translate(error) from None
+        with self.errors.counted(), _closing_on_error(response):
+            fields = cleaned(response.headers)
+            if response.status in SOURCE_GONE:
+                shaped = is_refusal(response.status, fields, await self._data.text(response, REFUSAL_LIMIT))
+                what = "" if shaped else described(response.status, fields)
+                raise SourceExpired(response.status, relayable(fields), what=what)
+            extent = check_data(response.status, fields, asked=(start, stop), length=expected_length)
+            if not source.near:
+                check_length(extent.length, source.sizes)
+            stream = ThreadStream(response, self._data.crew, extent, self.errors, source)
+            if validator is not None and stream.validator != validator:
+                raise ValidatorChanged(validator, stream.validator)
+        return stream
+
+    async def _follow(self, source: Source, headers: dict[str, str]) -> tuple[DataResponse, Source]:
+        """The response behind all redirects, and where it came from."""
+        for _ in range(MAX_HOPS + 1):
+            response = await self._fetch(self._reach(source.url), {**source.headers, **headers})
+            location = response.headers.get("Location")
+            if response.status not in REDIRECTS or not location:
+                return response, source
+            response.close()
+            source = source.moved(location)
+        raise UnexpectedResponse(f"expected at most {MAX_HOPS} redirects, got more")
+
+    def _reach(self, url: str) -> str:
+        """The address with the host replaced where `upstream` says so; AddressRefused for what we never ask."""
+        parsed = URL(url, encoded=True)
+        host, port = (parsed.host or "").rstrip("."), parsed.port or 0
+        endpoint = self._settings.upstream.get(host)
+        if endpoint is not None and parsed.is_default_port():
+            return endpoint.origin + parsed.raw_path_qs
+        if self._policy.is_exempt(host, port) or (host, port) in self._named.addresses | self._near:
+            return url
+        if parsed.scheme != "https":
+            raise AddressRefused(f"expected an https address, got {parsed.scheme}://{host}")
+        if is_address(host):
+            check_address(host, own=self._own())
+        elif self._parents.of(parsed.scheme, host, port):
+            check_remote(host)
+        return url
+
+    def _check(self, there: URL) -> None:
+        """Offline or UpstreamUnreachable where nothing is asked now."""
+        if self._settings.offline and (there.host or "", there.port or 0) not in self._near:
+            raise Offline("offline: upstream is not asked")
+        if self._session is None:
+            raise UpstreamUnreachable("expected an open client, got a closed one")
+
+    def _fields(self, headers: Mapping[str, str]) -> dict[str, str]:
+        # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
+        return {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
+
+    async def _fetch(self, url: str, headers: Mapping[str, str]) -> DataResponse:
+        """A response to a GET whose body is read by threads."""
+        there = URL(url, encoded=True)
+        self._check(there)
+        if there.host is None or there.port is None:
+            raise ValueError("no host")
+        endpoint = Endpoint(there.scheme, there.host, there.port)
+        return await self._data.get(Ask(endpoint, there.raw_path_qs, self._fields(headers), STALL_TIMEOUT_S))
+
+    async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        there = URL(url, encoded=True)
+        self._check(there)
+        assert self._session is not None
+        fields = self._fields(headers)
+        proxy = self._parents.of(there.scheme, there.host or "", there.port or 0)
+        connect: dict[str, str] | None = None
+        if proxy is not None and there.scheme == "https":
+            connect = {**proxy.fields, CDN_LOOP: self.loop.identifier}
+        elif proxy is not None:
+            fields |= proxy.fields
+        response = await self._session.request(
+            method,
+            there,
+            headers=fields,
+            proxy=proxy.origin if proxy is not None else None,
+            proxy_headers=connect,
+            allow_redirects=False,
+            skip_auto_headers=("User-Agent", "Accept"),
+        )
+        if proxy is not None and response.status == PROXY_AUTHENTICATION_REQUIRED:
+            response.close()
+            raise UpstreamUnreachable(f"parent proxy {proxy.origin} answered {response.status}")
+        return response
+
+
+def exempt_hosts(settings: Settings) -> frozenset[tuple[str, int]]:
+    """The (host, port) pairs that may have any address: what the configuration names."""
+    named = {(host, port) for host in settings.intercepted for port in (80, 443)}
+    return frozenset(named | {(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
+
+
+@contextlib.contextmanager
+def _closing_on_error(response: aiohttp.ClientResponse | DataResponse) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        response.close()
+        raise

@@ -1,0 +1,270 @@
+"""The body of a checked data response, and what the HTTP client library's failures mean.
+
+Invariant: exactly the bytes that the response's head announced are handed on, or an error is raised; no message quotes
+an address, which may be signed. Knows neither what is asked for nor what becomes of the bytes.
+"""
+
+import asyncio
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Self
+
+import aiohttp
+from yarl import URL
+
+from pullthrough.core.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from pullthrough.core.fields import is_clean
+from pullthrough.runtime.executors import Crew
+from pullthrough.upstream.data_client import GATHER_S, HELD_S, PIECE, DataResponse
+from pullthrough.upstream.dialer import translated
+from pullthrough.upstream.response_checks import Extent
+
+BATCH: Final = 256 << 10
+
+# ValueError: addresses and header fields that cannot be sent, as far as the library finds out late.
+FAILURES: Final = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the bytes of one blob can be had: a (usually signed, short-lived) address. In memory only."""
+
+    url: str = field(repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    near: bool = field(default=False, repr=False)
+    """It is the fleet's own, and no upstream's."""
+    sizes: frozenset[int] = field(default=frozenset(), repr=False)
+    """The complete lengths that the blob may have; empty where nothing is known."""
+    proves: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    """To be called once all of the blob has come from here, and has its digest: then who gave the source was right."""
+
+    @property
+    def host(self) -> str:
+        return URL(self.url, encoded=True).host or ""
+
+    def moved(self, location: str) -> Self:
+        """Where a Location leads that an answer of this source has: with its credentials only within its origin."""
+        there = join(self.url, location)
+        return replace(self, url=there, headers=self.headers if _origin(there) == _origin(self.url) else {})
+
+
+def join(base: str, location: str) -> str:
+    """Where a Location leads. UnexpectedResponse if it is no address; it may be signed, so it is not quoted."""
+    try:
+        return str(URL(base, encoded=True).join(URL(location, encoded=True)))
+    except ValueError:
+        raise UnexpectedResponse(
+            f"expected an address in Location, got {len(location)} characters that are none"
+        ) from None
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port: what an Authorization is for (RFC 6454 section 4)."""
+    parsed = URL(url, encoded=True)
+    return parsed.scheme, parsed.host, parsed.port
+
+
+class Errors(Counter[type[UpstreamError]]):
+    """How often upstream has failed us since the start, by what it was."""
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the failure that leaves the block."""
+        try:
+            yield
+        except UpstreamError as error:
+            self[type(error)] += 1
+            raise
+
+
+class DataStream(ABC):
+    """A checked data response: the bytes `[start, stop)` of a blob of `length` bytes, in order. `close` it."""
+
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        extent: Extent,
+        errors: Errors,
+        source: Source | None = None,
+        *,
+        ranged: bool = True,
+        whole: bool = False,
+    ) -> None:
+        """`source` is where the bytes came from, behind all redirects; `ranged` says that a Range was asked for, and
+        `whole` that the complete blob is the answer to whatever was asked.
+
+        `errors` counts how the body fails.
+        """
+        self.source = source
+        self.ranged = ranged
+        self.whole = whole
+        self.start = extent.start
+        self.stop = extent.stop
+        self.length = extent.length
+        # The fleet's sources need not agree on one: the digest tells whether their bytes fit together.
+        tag = headers.get("ETag")
+        self.validator = tag if tag is not None and not self.near and is_clean("ETag", tag) else None
+        self._errors = errors
+
+    @property
+    def near(self) -> bool:
+        """The bytes are the fleet's own, and cost upstream nothing."""
+        return self.source is not None and self.source.near
+
+    @abstractmethod
+    def close(self) -> None:
+        """A response that was read to its end has given its connection back; any other is closed with it."""
+
+    @abstractmethod
+    def batches(self) -> AsyncGenerator[bytes]:
+        """The body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
+
+    async def first(self, count: int) -> bytes:
+        """The first `count` bytes, or all if there are fewer; the rest is given up. Raises as `batches`."""
+        found = b""
+        async with contextlib.aclosing(self.batches()) as batches:
+            while len(found) < count and (data := await anext(batches, b"")):
+                found += data
+        self.close()
+        return found[:count]
+
+
+class LoopStream(DataStream):
+    """A response to the event loop's client."""
+
+    def __init__(self, response: aiohttp.ClientResponse, *arguments: Any, **options: Any) -> None:
+        super().__init__(response.headers, *arguments, whole=response.status == 200, **options)
+        self._response = response
+
+    def close(self) -> None:
+        self._response.close()
+
+    async def batches(self) -> AsyncGenerator[bytes]:
+        content = self._response.content
+        left = self.stop - self.start
+        with self._errors.counted():
+            try:
+                while left:
+                    data = await content.readany()
+                    if not data:
+                        raise UpstreamUnreachable(f"expected {left} more bytes, got the end of the response")
+                    if len(data) < min(BATCH, left):
+                        await asyncio.sleep(GATHER_S)
+                        # A failure while we waited is for the next read: these bytes are here.
+                        with contextlib.suppress(*FAILURES):
+                            data += content.read_nowait()
+                    if len(data) > left:
+                        raise UnexpectedResponse(f"expected {left} more bytes, got {len(data)}")
+                    left -= len(data)
+                    yield data
+                # The end of the message gives the connection back for the next slice.
+                if await content.readany():
+                    raise UnexpectedResponse(f"expected {self.stop - self.start} bytes, got more")
+            except FAILURES as error:
+                raise translate(error) from None
+
+
+class ThreadStream(DataStream):
+    """A response to the threads' client."""
+
+    def __init__(self, response: DataResponse, crew: Crew, *arguments: Any, **options: Any) -> None:
+        super().__init__(response.headers, *arguments, whole=response.status == 200, **options)
+        self._response = response
+        self._crew = crew
+        self._left = self.stop - self.start
+        if not self._left:
+            response.finish()
+
+    def close(self) -> None:
+        self._response.close()
+
+    async def pour(self, write: Callable[[int, memoryview], None], piece: int = PIECE) -> None:
+        """Have a thread give all bytes to `write(offset, bytes)`, at most `piece` of them at once.
+
+        UpstreamUnreachable or UpstreamTimeout if the body ends early or stalls, when what has come was given.
+        """
+        with self._errors.counted():
+            await self._crew.run(lambda: self._pour(write, piece), self._response.stop)
+
+    def pause(self, seconds: float) -> None:
+        """Read nothing for so long, in the thread that gives the bytes."""
+        self._response.pause(seconds)
+
+    async def batches(self) -> AsyncGenerator[bytes]:
+        buffer = memoryview(bytearray(min(BATCH, self._left)))
+        with self._errors.counted():
+            while self._left:
+                count = await self._crew.run(lambda: self._fill(buffer), self._response.stop)
+                yield bytes(buffer[:count])
+
+    def _pour(self, write: Callable[[int, memoryview], None], piece: int) -> None:
+        buffer = memoryview(bytearray(min(piece, self._left)))
+        while self._left:
+            offset = self.stop - self._left
+            write(offset, buffer[: self._fill(buffer)])
+
+    def _fill(self, buffer: memoryview) -> int:
+        """Read until the buffer or the body is full, or what has come should wait no longer; at least a byte."""
+        response, filled, until = self._response, 0, 0.0
+        room = min(len(buffer), self._left)
+        problem: UpstreamError | None = None
+        try:
+            with translated():
+                while filled < room and (not filled or time.monotonic() < until):
+                    count = response.take(buffer[filled:room])
+                    if count is None:
+                        if not response.wait(GATHER_S if filled else None):
+                            if filled:
+                                break
+                            raise TimeoutError
+                    elif count:
+                        until = until if filled else time.monotonic() + HELD_S
+                        filled += count
+                    else:
+                        raise UpstreamUnreachable(
+                            f"expected {self._left - filled} more bytes, got the end of the response"
+                        )
+        except UpstreamError as error:
+            # These bytes are here: the failure is for the next read.
+            if not filled:
+                raise
+            problem = error
+        self._left -= filled
+        if problem is None and not self._left:
+            response.finish()
+        return filled
+
+
+async def body_of(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The whole body. UnexpectedResponse if it is longer than `limit`; a refusal is cut there."""
+    found = bytearray()
+    while data := await response.content.readany():
+        found += data
+        if len(found) > limit:
+            if response.status >= 400:
+                return b""
+            raise UnexpectedResponse(f"expected at most {limit} bytes, got more")
+    return bytes(found)
+
+
+def translate(error: BaseException) -> UpstreamError:
+    """Our error for the client library's; without addresses, which may be signed."""
+    if isinstance(error, TimeoutError):
+        return UpstreamTimeout("no answer in time")
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return UpstreamUnreachable(f"the parent proxy answered {error.status} to CONNECT")
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return UpstreamUnreachable(f"parent proxy {error.host}:{error.port}: {error.os_error}")
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return UpstreamUnreachable(f"{error.host}: name resolution failed: {error.os_error}")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        reason = getattr(error, "certificate_error", None) or error.os_error
+        return UpstreamUnreachable(f"{error.host}:{error.port}: {reason}")
+    # The library's own messages quote what they are about: an address, or the bytes that are no HTTP.
+    if isinstance(error, ValueError):
+        return UnexpectedResponse(f"expected an address that can be used, got one that cannot ({type(error).__name__})")
+    return UpstreamUnreachable(f"{type(error).__name__}: {(type(error).__doc__ or '').partition('\n')[0]}")

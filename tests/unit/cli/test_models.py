@@ -1,0 +1,255 @@
+"""models without a daemon: what each verb says, does and exits with; recorded at 80 columns."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pullthrough.cli import app as cli
+from pullthrough.core.digest import Digest
+from pullthrough.core.intervals import Intervals
+from pullthrough.core.records import ManifestRecord, Name
+from pullthrough.store.store import Store
+from pullthrough.store.usage import Totals
+from tests.support.bigstore import fill
+from tests.support.storefiles import blob_file, blob_files
+
+VERBS: Final = ("ls", "show", "rm", "pin", "unpin", "stats", "config", "prune", "warm")
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A store of two models that share a layer, a blob without a model, a partial, and a day of traffic."""
+    folder = tmp_path / "store"
+    store = Store.open(folder)
+    now = time.time()
+    for data in (b"one", b"two", b"both", b"alone"):
+        put(store, data, now)
+    for text, parts, pulled in (("llama3.2:1b", (b"one", b"both"), 3600), ("me/x", (b"two", b"both", b"gone"), 86400)):
+        layers = [{"mediaType": f"x/{part.decode()}", "digest": str(digest(part)), "size": len(part)} for part in parts]
+        record = ManifestRecord.parse(json.dumps({"layers": layers}).encode(), "application/json", now=now - pulled)
+        assert record is not None
+        store.put_manifest(Name.parse(text), record)
+        store.touch(Name.parse(text), now - pulled - 1)
+    store.ledger.put_days({20000: Totals(2_000_000, 500_000)})
+    partial = store.ingest(digest(b"gone"))
+    partial.begin(4)
+    partial.close()
+    store.close()
+    return folder
+
+
+def put(store: Store, data: bytes, now: float) -> None:
+    ingest = store.ingest(digest(data))
+    ingest.begin(len(data))
+    ingest.write_at(0, data)
+    ingest.close()
+    store.publish(ingest.digest, store.place(ingest.digest, ingest.partial_path), now=now)
+    ingest.forget()
+
+
+def digest(data: bytes) -> Digest:
+    return Digest(sha256(data).hexdigest())
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a verb on the store, with no settings but those in `env`."""
+    for name in os.environ:
+        if re.match(r"(?i)ollama", name):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def invoke(*arguments: str, env: dict[str, str] | None = None) -> Result:
+        env = {"OLLAMA_CACHE_DIR": str(folder), **(env or {})}
+        result = CliRunner().invoke(cli.app, arguments, env=env, prog_name="ollama-cache")
+        assert "\x1b" not in result.output
+        return result
+
+    return invoke
+
+
+def said(result: Result) -> str:
+    """Standard output of a verb that did what it says."""
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+def refused(result: Result) -> str:
+    """The line of a verb that could not."""
+    assert (result.exit_code, result.stdout) == (1, "")
+    return result.stderr
+
+
+def test_ls(run: Run) -> None:
+    """As `ollama list`, with what is special here."""
+    lines = said(run("ls", env={"OLLAMA_CACHE_PINS": "me/*"})).splitlines()
+    assert re.sub(r"\b[0-9a-f]{12}\b", "ID..........", "\n".join(lines)) == (
+        "NAME           ID              SIZE    HELD        PULLED        PINNED\n"
+        "llama3.2:1b    ID..........    7 B     complete    1 hour ago\n"
+        "me/x:latest    ID..........    11 B    partial     1 day ago     yes"
+    )
+    rows = json.loads(said(run("ls", "--json")))
+    assert list(rows[0]) == [
+        *("name", "host", "repository", "reference", "id", "digest", "size", "held", "pulled", "pinned", "visibility")
+    ]
+    assert rows[0]["digest"].startswith(f"sha256:{rows[0]['id']}")
+
+
+def test_show(run: Run) -> None:
+    """Layers in the manifest's order, which are here, and who may have them."""
+    text = re.sub(r"sha256:\S+", "sha256:…", said(run("show", "me/x")))
+    assert text == (
+        "name          me/x:latest\nhost          registry.ollama.ai\ndigest        sha256:…\nsize          11 B\n"
+        "held          partial\npulled        1 day ago\nconfirmed     1 day ago\nvisibility    public\n"
+        "pinned        no\n\n"
+        "LAYER           SIZE    HELD    MEDIA TYPE\n"
+        f"{digest(b'two').short}    3 B     yes     x/two\n"
+        f"{digest(b'both').short}    4 B     yes     x/both\n"
+        f"{digest(b'gone').short}    4 B     no      x/gone\n"
+    )
+    found = json.loads(said(run("show", "me/x", "--json")))
+    assert found["layers"][2] == {"media_type": "x/gone", "digest": str(digest(b"gone")), "size": 4, "held": False}
+    assert refused(run("show", "llama3.2")) == (
+        "ollama-cache: expected a stored model, got 'llama3.2'; stored is llama3.2:1b\n"
+    )
+
+
+def test_stats(run: Run) -> None:
+    """What is stored once though two need it, and what did not have to be fetched."""
+    assert said(run("stats")) == (
+        "models     2\nblobs      4, 15 B\nshared     4 B not stored twice\nserved     2.0 MB\nfetched    500 KB\n"
+        "saved      1.5 MB (75 % of what was served)\n\n"
+        "DAY (UTC)     SERVED    FETCHED\n2024-10-04    2.0 MB    500 KB\n"
+    )
+    assert json.loads(said(run("stats", "--json"))) == {
+        "models": 2,
+        "blobs": 4,
+        "bytes": 15,
+        "deduplicated_bytes": 4,
+        "served": 2_000_000,
+        "fetched": 500_000,
+        "saved": 1_500_000,
+        "ratio": 0.75,
+        "days": [{"day": "2024-10-04", "served": 2_000_000, "fetched": 500_000}],
+    }
+
+
+def test_rm(run: Run, folder: Path) -> None:
+    """The model and what is its alone; with one unknown name nothing goes."""
+    assert "got 'nope'" in refused(run("rm", "me/x", "nope"))
+    assert said(run("rm", "me/x")) == "removed me/x:latest\n3 B freed\n"
+    assert {path.name for path in blob_files(folder)} == {
+        digest(data).file_name for data in (b"one", b"both", b"alone")
+    }
+    store = Store.open(folder)
+    assert list(store.manifests()) == [Name.parse("llama3.2:1b")]
+    assert store.held(digest(b"two")) is None
+    store.close()
+
+
+def test_pins(run: Run) -> None:
+    """A pin stays, keeps from prune, and can be taken back; also one for a pattern, whose models need not be here."""
+    assert said(run("pin", "me/x")) == "pinned registry.ollama.ai/me/x:latest\n    me/x:latest\n"
+    assert said(run("pin", "gemma*")) == "pinned gemma*\n"
+    assert "got 'nope'" in refused(run("pin", "nope"))
+    assert [row["pinned"] for row in json.loads(said(run("ls", "--json")))] == [False, True]
+    assert "me/x" not in said(run("prune", "--age", "0", "--all", "--dry-run"))
+    assert said(run("unpin", "me/x", env={"OLLAMA_CACHE_PINS": "me/*"})) == (
+        "unpinned registry.ollama.ai/me/x:latest\n    me/x:latest is kept by another pin\n"
+    )
+    assert "expected a pin of this store (gemma*; by the option: none), got 'me/x'" in refused(run("unpin", "me/x"))
+
+
+def test_prune(run: Run, folder: Path) -> None:
+    """By default only what is a week old; a dry run changes nothing and says the same."""
+    assert said(run("prune")) == "removed 0 blobs and 0 leftovers, 0 B\n"
+    dry = said(run("prune", "--age", "0", "--dry-run"))
+    assert re.fullmatch(r"would remove 1 blobs and 1 leftovers, .+ B\n", dry)
+    assert blob_file(folder, digest(b"alone").file_name).exists()
+    assert said(run("prune", "--age", "0")) == dry.replace("would remove", "removed")
+    assert not blob_file(folder, digest(b"alone").file_name).exists()
+    assert list((folder / "ingest").iterdir()) == []
+    done = said(run("prune", "--age", "90m", "--all"))
+    assert done.startswith("removed me/x:latest\nremoved 1 blobs")
+    assert run("prune", "--age", "soon").exit_code == 2
+
+
+def test_config(run: Run, folder: Path) -> None:
+    """Each option, its value and where that is from."""
+    rows = {row["name"]: row for row in json.loads(said(run("config", "--json", env={"OLLAMA_CACHE_PINS": "x"})))}
+    assert rows["pins"] == {"name": "pins", "value": "x", "source": "environment"}
+    assert rows["finish"] == {"name": "finish", "value": "auto", "source": "default"}
+    assert rows["dir"] == {"name": "dir", "value": str(folder), "source": "environment"}
+    assert "\nfinish                  default        auto\n" in said(run("config"))
+
+
+def test_warm_needs_the_cache(run: Run, tmp_path: Path) -> None:
+    """Without a daemon it says what to start; called without a model it is called wrongly."""
+    assert "start it with `ollama-cache run`" in refused(run("warm", "llama3.2"))
+    assert run("warm").exit_code == 2
+    (tmp_path / "list").write_text("# none yet\n\n")
+    assert run("warm", "--file", str(tmp_path / "list")).exit_code == 2
+    assert "expected a list of models in" in refused(run("warm", "--file", str(tmp_path / "absent")))
+
+
+@pytest.mark.parametrize("verb", [["ls"], ["show", "x"], ["stats"], ["rm", "x"], ["pin", "x"], ["prune"]])
+def test_no_store(run: Run, tmp_path: Path, verb: list[str]) -> None:
+    """A folder that is no store is said to be none, and nothing is made there."""
+    (tmp_path / "empty").mkdir()
+    assert "expected a" in refused(run(*verb, "--dir", str(tmp_path / "empty")))
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_locked_store(run: Run, folder: Path) -> None:
+    """What looks works while another process holds the store; what changes it does not, and says who has it."""
+    store = Store.open(folder)
+    try:
+        assert "llama3.2:1b" in said(run("ls"))
+        assert f"expected a free store, got one in use by process {os.getpid()}" in refused(run("rm", "me/x"))
+    finally:
+        store.close()
+
+
+def test_looking_changes_nothing(run: Run, folder: Path) -> None:
+    """No verb that looks touches a file of the store, a complete one or a partial."""
+
+    def state() -> dict[str, tuple[int, int]]:
+        files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(("-shm", "-wal"))]
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+    before = state()
+    for verb in (["ls"], ["show", "me/x"], ["stats"], ["config"]):
+        said(run(*verb))
+    assert state() == before
+    store = Store.open(folder)
+    assert store.ingest(digest(b"gone")).resume() == (4, Intervals())
+    store.close()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(run: Run, verb: str) -> None:
+    """It fits 80 columns."""
+    text = said(run(verb, "--help"))
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.long
+def test_many_models(tmp_path: Path, run: Run) -> None:
+    """Ten thousand models, sixty thousand blobs: seconds of a busy machine at most."""
+    fill(tmp_path / "big", models=10_000, layers=7, day=86.4)
+    for verb in (["ls"], ["stats"], ["prune", "--dry-run"]):
+        began = time.process_time()
+        said(run(*verb, "--dir", str(tmp_path / "big")))
+        spent = time.process_time() - began
+        print(f"{verb[0]}: {spent:.2f} s of CPU")
+        assert spent < 10

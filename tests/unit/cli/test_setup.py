@@ -1,0 +1,87 @@
+"""setup without a cache that runs: what is printed for a client, and what is refused."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from pullthrough.cli import app as cli
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a verb, with folders of the test's own and no settings but those in `env`."""
+    for name in ("TERMINAL_WIDTH", "COLUMNS"):
+        monkeypatch.setenv(name, "80")
+    monkeypatch.setattr("pullthrough.runtime.platform.lan_address", lambda: "10.0.0.1")
+    folders = {"OLLAMA_CACHE_DIR": str(tmp_path / "store"), "OLLAMA_CACHE_CERTS": str(tmp_path / "certs")}
+
+    def invoke(*arguments: str, env: dict[str, str] | None = None) -> Result:
+        return CliRunner().invoke(cli.app, arguments, env={**folders, **(env or {})}, prog_name="ollama-cache")
+
+    return invoke
+
+
+ADDRESSES: Final = {
+    "given": ("--address 10.9.8.7", {}, "10.9.8.7:9200", "10.9.8.7:8080"),
+    "given with a port": ("--address cache.lan:3128", {}, "cache.lan:9200", "cache.lan:3128"),
+    "IPv6": ("--address [fd00::1]:3128", {}, "[fd00::1]:9200", "[fd00::1]:3128"),
+    "advertised": ("", {"OLLAMA_CACHE_ADVERTISE": "cache.lan:9300"}, "cache.lan:9300", "cache.lan:8080"),
+    "own": ("", {}, "10.0.0.1:9200", "10.0.0.1:8080"),
+    "another port": ("", {"OLLAMA_CACHE_LISTEN": ":9999", "OLLAMA_CACHE_FRONT": ""}, "10.0.0.1:9999", "10.0.0.1:8080"),
+}
+
+
+@pytest.mark.parametrize(("line", "env", "server", "proxy"), ADDRESSES.values(), ids=ADDRESSES.keys())
+def test_address(run: Run, line: str, env: dict[str, str], server: str, proxy: str) -> None:
+    """Where the script is fetched from, and what it is told; standard output is the command and nothing else."""
+    result = run("connect", *line.split(), env=env)
+    assert result.exit_code == 0, result.output
+    (command,) = result.stdout.splitlines()
+    assert f"curl -fsSO --noproxy '*' http://{server}/connect/linux.sh " in command
+    assert command.endswith(f"sudo sh linux.sh http://{proxy}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "expected"),
+    [
+        pytest.param("", {"OLLAMA_CACHE_LISTEN": "off"}, "got ollama_cache_listen=off", id="no port"),
+        pytest.param("--address a;reboot", {}, "expected a host or host:port, got 'a;reboot'", id="not an address"),
+        pytest.param("--address http://a", {}, "got 'http://a'", id="a URL"),
+        pytest.param("--for amiga", {}, "'amiga'", id="unknown system"),
+    ],
+)
+def test_refused(run: Run, arguments: str, env: dict[str, str], expected: str) -> None:
+    """Nothing is printed that could be run."""
+    result = run("connect", *arguments.split(), env=env)
+    assert result.exit_code in (1, 2) and result.stdout == ""
+    assert expected in re.sub(r"\s+", " ", result.stderr)
+
+
+def test_doctor(run: Run, tmp_path: Path) -> None:
+    """Where nothing runs it says what to start, in words and as JSON, and makes nothing."""
+    env = {"OLLAMA_CACHE_OFFLINE": "true", "OLLAMA_CACHE_MIN_FREE": "0"}
+    told = run("doctor", "--json", env=env)
+    (finding,) = json.loads(told.stdout)
+    assert told.exit_code == 1
+    assert list(finding) == ["what", "why", "mend", "grave"]
+    # Somebody else may use mitmproxy's port on this machine.
+    assert finding["what"] in ("the cache does not run", "another program has the port")
+    told = run("doctor", env=env)
+    assert told.exit_code == 1
+    assert told.stdout == f"{finding['what']}: {finding['why']}\n    {finding['mend']}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["connect", "doctor", "ca renew"])
+def test_help(run: Run, verb: str) -> None:
+    """It fits 80 columns."""
+    text = run(*verb.split(), "--help").stdout
+    assert max(map(len, text.splitlines())) <= 80

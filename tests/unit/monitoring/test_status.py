@@ -1,0 +1,149 @@
+"""status: what is private stays a number, rates and names of recordings, and many models hold nobody up."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from pullthrough.config.settings import Settings
+from pullthrough.core.digest import Digest
+from pullthrough.core.records import BlobRecord, ManifestRecord, Name
+from pullthrough.library.listing import View
+from pullthrough.monitoring import status
+from pullthrough.monitoring.health import Health
+from pullthrough.monitoring.status import StatusView
+from pullthrough.recording.pulls import Counts
+from pullthrough.recording.recorder import Recorder
+from pullthrough.store.store import Store
+from pullthrough.upstream.client import Upstream
+
+SETTINGS = SimpleNamespace(max_size=None, min_free=0, registries=("registry.ollama.ai",))
+
+
+def digest(number: int) -> Digest:
+    return Digest(f"{number:064x}")
+
+
+def name(number: int) -> Name:
+    return Name("registry.ollama.ai", f"library/m{number}", "latest")
+
+
+def manifest(numbers: list[int]) -> ManifestRecord:
+    layers = [{"digest": digest(number), "size": 10} for number in numbers]
+    record = ManifestRecord.parse(json.dumps({"layers": layers}).encode(), "", now=1.0)
+    assert record is not None
+    return record
+
+
+class Daemon:
+    """What a Watch looks at."""
+
+    def __init__(self, models: int, *, layers: int = 1, private: int = 0) -> None:
+        numbers = [[model * layers + layer for layer in range(layers)] for model in range(models)]
+        self.manifests = {
+            name(model): manifest(listed)._replace(denied=model < private, pulled=float(model))
+            for model, listed in enumerate(numbers)
+        }
+        self.blobs = {digest(number): BlobRecord(10, True) for listed in numbers for number in listed}
+        self.running: list[Any] = []
+        self.views = 0
+
+    def view(self) -> View:
+        self.views += 1
+        return View(dict(self.manifests), dict(self.blobs), (), {})
+
+    def watch(self, folder: Path) -> StatusView:
+        counters = SimpleNamespace(retries=0, mismatches=0)
+        recorder = SimpleNamespace(recordings=lambda: self.running, counters=counters)
+        store = SimpleNamespace(manifests=lambda: self.manifests, held_bytes=0)
+        upstream = SimpleNamespace(is_up=lambda _: True, errors=Counter(), impostors=SimpleNamespace(told=[]))
+        return StatusView(
+            cast(Settings, SETTINGS), cast(Store, store), cast(Recorder, recorder), cast(Upstream, upstream),
+            Health(folder, dict), self.view, Counts(3, 4),
+        )  # fmt: skip
+
+
+def test_models(tmp_path: Path) -> None:
+    """The newest fifty, the others counted; of private ones their number and size."""
+    daemon = Daemon(60, private=3)
+    held = asyncio.run(daemon.watch(tmp_path).look()).holdings
+    assert [row["name"] for row in held.models] == [f"m{number}:latest" for number in range(59, 9, -1)]
+    assert (held.public, held.private, held.private_bytes) == (57, 3, 30)
+    assert held.sums["models"] == 60
+
+
+def test_recordings(tmp_path: Path) -> None:
+    """Rate and time left come from two looks; the name of a public model that lists the blob, of a private one none."""
+    daemon = Daemon(2, private=1)
+
+    async def main() -> None:
+        watcher = daemon.watch(tmp_path)
+        for number in (0, 1, 7):
+            daemon.running.append(SimpleNamespace(digest=digest(number), present=0, size=1000, readers=2))
+        first = await watcher.look()
+        assert [(one.model, one.rate, one.left_s) for one in first.recordings] == [
+            ("", 0.0, None), ("m1:latest", 0.0, None), ("", 0.0, None),
+        ]  # fmt: skip
+        began = time.monotonic()
+        await asyncio.sleep(0.05)
+        daemon.running[1].present = 500
+        second = (await watcher.look()).recordings[1]
+        assert 0 < second.rate <= 500 / 0.05
+        assert second.left_s == pytest.approx(500 / second.rate)
+        assert second.rate >= 500 / (time.monotonic() - began + 0.5)
+
+    asyncio.run(main())
+
+
+def test_how_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models are not looked at again while that is fresh, which lasts twenty times as long as the looking."""
+    daemon = Daemon(1)
+    monkeypatch.setattr(status, "FRESH_S", 0.0)
+    sum_up = status._sum_up
+
+    def slow(view: View) -> status.Holdings:
+        time.sleep(0.05)
+        return sum_up(view)
+
+    monkeypatch.setattr(status, "_sum_up", slow)
+
+    async def main() -> list[int]:
+        watcher = daemon.watch(tmp_path)
+        seen = []
+        for _ in range(3):
+            await watcher.look()
+            seen.append(daemon.views)
+        monkeypatch.setattr(watcher, "_stale_at", 0.0)
+        await watcher.look()
+        return [*seen, daemon.views]
+
+    assert asyncio.run(main()) == [1, 1, 1, 2]
+
+
+@pytest.mark.long
+def test_ten_thousand_models(tmp_path: Path) -> None:
+    """The event loop goes on beside a look at them."""
+    daemon = Daemon(10_000, layers=6)
+    late = []
+
+    async def tick() -> None:
+        while True:
+            due = time.monotonic() + 0.005
+            await asyncio.sleep(0.005)
+            late.append(time.monotonic() - due)
+
+    async def main() -> None:
+        ticking = asyncio.create_task(tick())
+        for _ in range(3):
+            watcher = daemon.watch(tmp_path)
+            await watcher.look()
+        ticking.cancel()
+
+    asyncio.run(main())
+    assert len(late) > 10
+    assert max(late) < 0.5  # about 0.04 on an idle machine
