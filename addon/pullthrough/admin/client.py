@@ -1,6 +1,6 @@
 """Ask the daemon that holds a store, over its control socket (`control` has the protocol).
 
-Invariant: either the result, or an error that says whether there was a daemon at all. Knows no verb.
+Invariant: either the result, or an error that says whether there was a daemon at all.
 """
 
 import json

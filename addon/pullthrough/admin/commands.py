@@ -1,7 +1,6 @@
 """What the daemon does for the command line, by verb.
 
-Invariant: what only looks works on a copy in a thread, so that no pull waits for it. Knows the daemon's parts and no
-socket.
+Invariant: what only looks works on a copy in a thread, so that no pull waits for it.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """What the daemon does for the command line about the fleet's object store.
 
 Invariant: an object goes only when it is wrong, or old and of no manifest; what this cache holds is uploaded again.
-Every call is limited, so that a store that fails ends a verb and never the daemon. Knows no socket and no terminal.
+Every call is limited, so that a store that fails ends a verb and never the daemon.
 """
 
 import asyncio

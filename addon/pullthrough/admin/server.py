@@ -4,7 +4,7 @@ One request a connection: a line of JSON `{"verb": …, "arguments": {…}}`, an
 last one, `{"result": …}` or `{"error": "expected …, got …"}`.
 
 Invariant: only the store's owner can ask (0600 before anybody can connect), and whoever asks goes when the daemon
-does. Knows no verb. Not on Windows, whose Python has no such sockets.
+does. Not on Windows, whose Python has no such sockets.
 """
 
 import asyncio

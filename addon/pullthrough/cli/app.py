@@ -1,7 +1,7 @@
 """The command line: `ollama-cache run`, and the verbs of the other `cli_` modules.
 
 Invariant: a verb either does what it says and exits 0, or says on standard error what was expected and what was got
-and exits 1 (2 when it was called wrongly). Knows mitmdump only as a program to start.
+and exits 1 (2 when it was called wrongly).
 """
 
 import os

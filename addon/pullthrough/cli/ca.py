@@ -1,6 +1,6 @@
 """The verbs of the command line that are about the certificate authority.
 
-Invariant: an authority that clients may trust is never replaced unasked, and no key is shown. Knows no client.
+Invariant: an authority that clients may trust is never replaced unasked, and no key is shown.
 """
 
 from datetime import UTC, datetime

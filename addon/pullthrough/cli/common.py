@@ -1,7 +1,7 @@
 """What the verbs of the command line share: their common arguments, the options in force, and how they fail.
 
 Invariant: a verb that cannot do what it was asked for says so in one line on standard error and exits 1 (130 after
-Ctrl-C). Knows no verb, and imports nothing heavy: most verbs are over before such a module would be loaded.
+Ctrl-C). Nothing heavy is imported here: most verbs are over before such a module would be loaded.
 """
 
 import contextlib

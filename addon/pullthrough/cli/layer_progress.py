@@ -1,7 +1,4 @@
-"""The progress of `warm`: a bar for each layer on a terminal, a line for each elsewhere.
-
-Knows no daemon.
-"""
+"""The progress of `warm`: a bar for each layer on a terminal, a line for each elsewhere."""
 
 from collections.abc import Mapping
 from types import TracebackType

@@ -1,7 +1,4 @@
-"""Show on standard error how far a long verb is, and how fast: a bar on a terminal, plain lines elsewhere.
-
-Knows bytes and a verb, nothing of what is done.
-"""
+"""Show on standard error how far a long verb is, and how fast: a bar on a terminal, plain lines elsewhere."""
 
 import threading
 import time

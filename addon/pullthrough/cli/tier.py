@@ -1,7 +1,6 @@
 """What verbs of the command line do about the fleet's object store, with `--tier`.
 
-Invariant: only the daemon talks to the object store, which has its credentials and the fleet's secret. Knows no
-object.
+Invariant: only the daemon talks to the object store, which has its credentials and the fleet's secret.
 """
 
 from collections.abc import Callable, Mapping

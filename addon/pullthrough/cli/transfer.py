@@ -2,7 +2,7 @@
 
 Invariant: results are on standard output, progress and errors on standard error, and the exit code is 0 only if all
 was done and nothing was wrong. What enters the store or leaves it goes through the daemon that holds it, or under its
-lock; bytes are hashed here, on all cores. Knows no layout and no format.
+lock; bytes are hashed here, on all cores.
 """
 
 import os

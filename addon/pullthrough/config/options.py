@@ -1,7 +1,7 @@
 """Every option: its name, default, meaning and grammar; from texts to `Settings`.
 
 Invariant: `Settings` are made only if every option was understood; a bad value raises SettingsError that names the
-option, what was expected and what was got. Knows neither where option texts come from nor the machine's folders.
+option, what was expected and what was got.
 """
 
 import re

@@ -1,7 +1,6 @@
 """The grammar of the options that name hosts, networks and addresses.
 
 Invariant: a text either makes a value that can be used as it is, or raises ValueError that says what was expected.
-Knows no option's name.
 """
 
 import ipaddress

@@ -1,7 +1,4 @@
-"""Where things lie on this machine when no option says so.
-
-Knows the platform's customs and nothing of what is put there.
-"""
+"""Where things lie on this machine when no option says so."""
 
 from pathlib import Path
 

@@ -1,7 +1,4 @@
-"""The effective options, as values that the other modules get.
-
-Knows neither their texts (`options` does) nor the machine's folders.
-"""
+"""The effective options, as values that the other modules get."""
 
 import ipaddress
 from collections.abc import Mapping

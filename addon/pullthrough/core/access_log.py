@@ -1,7 +1,7 @@
 """One line per answered request, the same whichever port it came to, and the count of them.
 
 Invariant: query strings are cut: they may be capabilities. The fields beside a line's text have the same names for
-good: scripts read them. Knows what a line looks like and nothing of how it came about.
+good: scripts read them.
 """
 
 import logging

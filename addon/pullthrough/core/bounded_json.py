@@ -1,6 +1,6 @@
 """JSON from outside, within bounds: a few bytes of it may stand for many objects, and brackets for a deep stack.
 
-Invariant: what is returned took memory in proportion to `limit`; everything else is ValueError. Knows no format.
+Invariant: what is returned took memory in proportion to `limit`; everything else is ValueError.
 """
 
 import json

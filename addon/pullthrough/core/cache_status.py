@@ -1,7 +1,4 @@
-"""The words one exchange can end with, from RFC 9211, used alike in the Cache-Status field, the log and counters.
-
-Knows only how to spell an outcome; others decide it.
-"""
+"""The words one exchange can end with, from RFC 9211, used alike in the Cache-Status field, the log and counters."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,8 +1,7 @@
 """The signed query of a canonical blob address: who holds it may read that one blob until it expires.
 
-Invariant: a query verifies only if this very secret signed this digest, size and expiry.
-Like a presigned object-store URL (the thing it stands in for) it is a bearer right and is cut from logs.
-Knows no clock, request or file.
+Invariant: a query verifies only if this very secret signed this digest, size and expiry. Like a presigned
+object-store URL (the thing it stands in for) it is a bearer right and is cut from logs.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """A blob's name: sha256 and 64 hexadecimal digits. Parsed once, trusted after.
 
 Invariant: a `Digest` holds lower-case hexadecimal, so two spellings of one name are equal and share one file.
-Knows no bytes: hashing and comparing is the store's work.
 """
 
 import re

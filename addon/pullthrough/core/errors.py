@@ -29,7 +29,7 @@
         └── AddressRefused         the address policy forbids the connection
             └── LoopDetected       a registry's name leads back to this cache (508)
 
-Messages say what was expected and what was got. Knows no client, socket or file.
+Messages say what was expected and what was got.
 """
 
 from collections.abc import Sequence

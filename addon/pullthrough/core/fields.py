@@ -1,7 +1,7 @@
 """Fields of upstream's answers, made safe to look at, to log and to send on.
 
 Invariant: a field that is kept is printable ASCII and no longer than its meaning needs; the others are as if they had
-not been sent (RFC 9110 section 5.5). Knows no meaning of a field but its length.
+not been sent (RFC 9110 section 5.5).
 """
 
 from collections.abc import Mapping

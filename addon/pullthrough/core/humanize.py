@@ -1,7 +1,4 @@
-"""Sizes, times and columns, as Ollama's own command line words them (format/bytes.go, format/time.go, v0.12).
-
-Knows no model and no terminal.
-"""
+"""Sizes, times and columns, as Ollama's own command line words them (format/bytes.go, format/time.go, v0.12)."""
 
 from collections.abc import Sequence
 from typing import Final

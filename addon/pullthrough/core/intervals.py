@@ -1,7 +1,6 @@
 """A set of byte offsets, kept as half-open intervals.
 
 Invariant: the intervals are sorted, disjoint, non-adjacent and non-empty.
-Knows no total size: what is missing is always asked within bounds.
 """
 
 from bisect import bisect_left, bisect_right

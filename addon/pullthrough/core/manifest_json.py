@@ -1,9 +1,9 @@
 """The JSON of manifests and of manifest lists, read without trusting it.
 
-A manifest has `layers` and perhaps a `config`. A list, which Ollama accepts since 0.40, has `manifests`: each child is
-a reference to a blob that is a manifest (`digest`, `runner`, `format`, no size), or a whole manifest in place. The
+A manifest has `layers` and perhaps a `config`. A list, which Ollama accepts since 0.40, has `manifests`: each child
+is a reference to a blob that is a manifest (`digest`, `runner`, `format`, no size), or a whole manifest in place. The
 `mediaType` inside the document tells them apart, as in the client (manifest package of 0.40), never the Content-Type.
-Invariant: whatever the bytes are, the result is a document or ValueError. Knows no store and no policy.
+Invariant: whatever the bytes are, the result is a document or ValueError.
 """
 
 import re

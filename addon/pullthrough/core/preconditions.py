@@ -1,8 +1,8 @@
 """Conditional requests (RFC 9110 section 13): whether a GET or HEAD of a blob is answered as if it had no conditions.
 
 Invariant: evaluated before Range and If-Range, in the order of section 13.2.2. A blob has an entity tag and no
-modification date, so If-Unmodified-Since and If-Modified-Since are ignored (sections 13.1.4 and 13.1.3); If-Range
-is `ranges`'s. Knows no status codes beyond what the three results mean.
+modification date, so If-Unmodified-Since and If-Modified-Since are ignored (sections 13.1.4 and 13.1.3); If-Range is
+`ranges`'s.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Range requests (RFC 9110 section 14): the grammar, and the one place where inclusive meets half-open.
 
-Invariant: everything returned is half-open, `start <= stop <= length`; only text on the wire is inclusive.
-Multiple ranges, unknown units and malformed fields are ignored, as section 14.2 allows: the whole representation
-is then the answer. Knows no status codes beyond what the three results mean, and no bytes.
+Invariant: everything returned is half-open, `start <= stop <= length`; only text on the wire is inclusive. Multiple
+ranges, unknown units and malformed fields are ignored, as section 14.2 allows: the whole representation is then the
+answer.
 """
 
 import re

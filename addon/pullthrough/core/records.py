@@ -1,7 +1,7 @@
 """What is known of blobs and manifests, as values.
 
 Invariant: all are tuples, because a start makes them by the hundred thousand, and names are looked up for each
-request. Knows neither how they are stored nor what follows from them.
+request.
 """
 
 import re

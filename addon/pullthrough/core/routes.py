@@ -1,7 +1,7 @@
 """Request targets: which of them name a manifest, a blob, its chunk sums, or its bytes at the canonical address.
 
-Invariant: a route holds only names that the registry's grammar allows, and a normalised digest; None means "not
-ours, pass it through untouched". Knows no host's policy, credentials or content.
+Invariant: a route holds only names that the registry's grammar allows, and a normalised digest; None means "not ours,
+pass it through untouched".
 """
 
 import re

@@ -2,7 +2,7 @@
 
 Invariant: a stranger is sent away before its first byte is looked at. A connection whose request is being answered is
 never closed from here, and no request is refused: Ollama gives up after a few errors. How many may be open is the
-business of `connection_limits`; those that wait go first. Knows connections and no answer.
+business of `connection_limits`; those that wait go first.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Send a reader's bytes to a client of one of our aiohttp servers, from a thread and by sendfile where there is one.
 
 Invariant: a body is sent whole, or stops short of its Content-Length, `Sending.problem` says why, and the caller ends
-the connection. Knows no registry and no request.
+the connection.
 """
 
 import asyncio

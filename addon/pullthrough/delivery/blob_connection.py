@@ -13,7 +13,7 @@ A request and a byte go this way:
 Invariant: what is not answered by the registry's core is passed on by `pass_through`, or refused; SNI, Host and the
 request target name the blob host, else 421. A body ends whole, or the connection ends with FIN short of its
 Content-Length, which lets Ollama keep what it has (server/download.go: an unexpected EOF keeps progress, a reset does
-not). Knows neither mitmproxy nor how anything is answered.
+not).
 """
 
 import logging

@@ -1,11 +1,11 @@
 """Send a body from a thread: what a reader of the event loop hands out, to where the client takes it.
 
 The reader and all that it stands for belong to the event loop. A thread asks it by `LoopReader`, which takes from it
-as much as is there, and asks again only when that has been sent: once for a blob that is stored. Descriptors stay open
-because the reader holds them, which is closed when the thread is done.
+as much as is there, and asks again only when that has been sent: once for a blob that is stored. Descriptors stay
+open because the reader holds them, which is closed when the thread is done.
 
-Invariant: nothing of the loop's is touched from a thread. A body is sent whole, or stops short and `Sending` says why.
-Knows no request.
+Invariant: nothing of the loop's is touched from a thread. A body is sent whole, or stops short and `Sending` says
+why.
 """
 
 import asyncio

@@ -1,11 +1,11 @@
 """Threads for connections: a place for each that is being served, one poller for those that wait for a request.
 
 A connection is served from a thread from its first byte to its last, and gives the thread back while it is idle. Its
-`deadline` says until when what it does now has to be done; whoever is over it is shut down, which frees a blocked read
-or write at once.
+`deadline` says until when what it does now has to be done; whoever is over it is shut down, which frees a blocked
+read or write at once.
 
 Invariant: no more threads than places; who comes when all are taken waits, first come, first served. When `close` has
-returned no thread uses a socket any more. Knows neither TLS nor HTTP.
+returned no thread uses a socket any more.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """The data plane: connections to the blob host, and the bodies of the plain ports, sent from threads.
 
 Decisions are the event loop's and bytes are the threads': what is shared by all of them is made, opened and ended
-here. Knows neither mitmproxy nor how a request is answered.
+here.
 """
 
 import asyncio

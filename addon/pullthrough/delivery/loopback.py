@@ -1,11 +1,11 @@
 """A private listener for bodies that leave through mitmproxy.
 
-A flow that stays with mitmproxy (what comes by `http://`, under a registry's name, in TLS to the proxy itself, or where
-sockets cannot be taken) is re-pointed here once its request has been decided, and mitmproxy streams what it gets. That
-is slower than a thread of its own, and leans on nothing but what mitmproxy documents.
+A flow that stays with mitmproxy (what comes by `http://`, under a registry's name, in TLS to the proxy itself, or
+where sockets cannot be taken) is re-pointed here once its request has been decided, and mitmproxy streams what it
+gets. That is slower than a thread of its own, and leans on nothing but what mitmproxy documents.
 
 Invariant: on loopback; a body is given once, to whoever names it by a path that nobody can guess, and was decided for
-the client it goes to. Knows no request.
+the client it goes to.
 """
 
 import asyncio

@@ -6,7 +6,7 @@ there is room, so that clients which stall hold none.
 
 Invariant: bytes leave in order, all of them or an exception: `ClientGone` when it is the client's end, `Unreadable`
 when it is the file's. An outlet is used by one thread at a time, but for `stop`. Descriptors of files are used by
-offset only, as several clients share one. Knows no HTTP.
+offset only, as several clients share one.
 """
 
 import contextlib

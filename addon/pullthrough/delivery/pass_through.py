@@ -4,7 +4,7 @@ What is not answered here: uploads to the blob host, and addresses there that ar
 it comes; an answer that comes before its end is passed back at once, and then the client's connection ends with it.
 
 Invariant: method, target, fields and body are those that were sent, but for Expect (answered here) and CDN-Loop; an
-answer that breaks off ends the client's connection short. Nothing is kept. Knows no registry.
+answer that breaks off ends the client's connection short. Nothing is kept.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Whether a blocking socket can be read or written, and whether its peer has gone.
 
 Invariant: nothing is read. Windows has no poll(2); there select(2) is used, which sees a peer that has gone only by
-looking for the end of what it sent. Knows no protocol.
+looking for the end of what it sent.
 """
 
 import contextlib

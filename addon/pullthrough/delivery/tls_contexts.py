@@ -1,7 +1,7 @@
 """TLS of the connections that are served from threads: which certificate is shown, and how.
 
 Invariant: a context is never changed once a connection has used it; a renewed leaf makes another one, and connections
-of the former one go on. Knows no socket.
+of the former one go on.
 """
 
 from typing import Any, Final

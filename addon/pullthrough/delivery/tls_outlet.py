@@ -1,7 +1,7 @@
 """TLS on a client's socket that a thread owns, also where the first bytes of the handshake had been read before.
 
 Invariant: as in `outlets`. Reads and writes block, each until the connection's `deadline` at most, at which somebody
-calls `stop`. Knows no HTTP.
+calls `stop`.
 """
 
 import contextlib

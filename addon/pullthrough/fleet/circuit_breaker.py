@@ -1,7 +1,7 @@
 """A circuit breaker: whether a service that has failed lately is asked again.
 
-Invariant: after FAILURES in a row it is left alone for a pause, doubled by each further failure; then one request at a
-time finds out. Pure state: `now` is a parameter, in seconds of any steady clock. Knows no service.
+Invariant: after FAILURES in a row it is left alone for a pause, doubled by each further failure; then one request at
+a time finds out. Pure state: `now` is a parameter, in seconds of any steady clock.
 """
 
 from typing import Final

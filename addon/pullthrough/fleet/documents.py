@@ -6,7 +6,7 @@
     leases/<hex>/<number>                       a signed document: which cache fetches the blob from upstream
 
 A signed document is `<hexadecimal HMAC-SHA256>\\n<JSON>`. Invariant: a document opens only if this fleet's secret
-signed it for the place where it lies. Knows no object store, clock or file.
+signed it for the place where it lies.
 """
 
 import base64

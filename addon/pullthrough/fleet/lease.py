@@ -3,7 +3,7 @@
 A lease is never changed by another cache than its holder. Who cannot use it creates the one with the next number, and
 whoever created that is the holder from then on; so a store need know only "create where there is none".
 
-Pure state: `now` is a parameter, in Unix seconds. Knows no object store and no blob.
+Pure state: `now` is a parameter, in Unix seconds.
 """
 
 from collections.abc import Collection

@@ -1,7 +1,7 @@
 """Let one cache of a fleet fetch a blob from upstream, while the others record it from that one.
 
-Invariant: without an answer of the object store everybody fetches for itself; a lease is held as long as the recording
-runs and until the blob is uploaded, and no longer. Knows no recording's bytes.
+Invariant: without an answer of the object store everybody fetches for itself; a lease is held as long as the
+recording runs and until the blob is uploaded, and no longer.
 """
 
 import asyncio

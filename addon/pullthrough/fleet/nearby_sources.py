@@ -1,7 +1,6 @@
 """The sources of one blob that are nearer than upstream: the object store, or the cache that just fetches it.
 
-Invariant: only public blobs are looked for; what has failed a recording TRIES times is not asked again for it. Knows
-neither slices nor bytes.
+Invariant: only public blobs are looked for; what has failed a recording TRIES times is not asked again for it.
 """
 
 from typing import Final

@@ -2,7 +2,7 @@
 
 Invariant: no call outlasts its limits, and an upload holds no more than a few parts in memory. Calls wait for the
 network: the daemon makes them in threads, and makes no asynchronous ones, because what those leave running can abort
-the interpreter's exit (obstore 0.12.1). No message quotes a query, which may be signed. Knows not what objects mean.
+the interpreter's exit (obstore 0.12.1). No message quotes a query, which may be signed.
 """
 
 import contextlib

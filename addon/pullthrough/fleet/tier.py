@@ -1,8 +1,7 @@
 """The second tier: the object store that a fleet of caches shares, as one cache reads it.
 
 Invariant: what it says is believed only under the fleet's signature, and bytes from it are verified like upstream's;
-one that fails is left alone for a while and never fails a pull. Only public blobs are looked for. Knows neither
-requests nor recordings.
+one that fails is left alone for a while and never fails a pull. Only public blobs are looked for.
 """
 
 import logging

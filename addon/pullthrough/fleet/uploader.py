@@ -2,7 +2,7 @@
 
 Invariant: what is still to be uploaded follows from the store alone, so no crash forgets it; a blob's object appears
 only once all its bytes have been read and hashed to its name; a manifest follows its last blob; nothing of a private
-model leaves. One blob at a time, part by part. Knows no client and no upstream.
+model leaves. One blob at a time, part by part.
 """
 
 import asyncio

@@ -7,8 +7,8 @@
 
 Unpacked it is a models folder of Ollama, which `sha256sum -c SHA256SUMS` checks. Headers are ustar (POSIX.1-1988; a
 size from 8 GiB on in base 256, as GNU tar and bsdtar write and read it), with no owner, time or padding but zeros.
-Invariant: a header is believed only if it is to the byte what `header` writes for that name and size: so there are
-no links, devices, extensions or other places to hide something in. Knows no store.
+Invariant: a header is believed only if it is to the byte what `header` writes for that name and size: so there are no
+links, devices, extensions or other places to hide something in.
 """
 
 import re

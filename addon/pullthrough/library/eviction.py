@@ -2,9 +2,9 @@
 
 Invariant: what is held, what is being recorded (at its full size), what earlier recordings have left and what is in
 quarantine never exceed `max_size`, and never leave less than `min_free` of the disk, as far as eviction can help: a
-blob is not recorded where no room can be made for the rest of its model too, and nothing is evicted for it. Quarantine
-goes first, then what recordings have left, then models. What had another digest twice has no room for a while. Knows no
-client and no upstream.
+blob is not recorded where no room can be made for the rest of its model too, and nothing is evicted for it.
+Quarantine goes first, then what recordings have left, then models. What had another digest twice has no room for a
+while.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Which models go when room is needed.
 
 Invariant: nothing kept or in flight is ever chosen, models go whole (a blob goes only when nothing that stays needs
-it), and nothing goes unless enough goes. Pure: sizes and times are arguments. Knows no disk.
+it), and nothing goes unless enough goes. Pure: sizes and times are arguments.
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
 """Carry models of the store out: to a models folder that Ollama can use, or to a bundle.
 
-Invariant: every byte is hashed as it is copied, and a model whose blobs are not all here, or that its registry refuses
-to everybody, is not exported at all. A manifest comes to its place after its blobs, a bundle's file when it is whole.
-Only reads the store, so it may run beside a daemon. Knows no terminal.
+Invariant: every byte is hashed as it is copied, and a model whose blobs are not all here, or that its registry
+refuses to everybody, is not exported at all. A manifest comes to its place after its blobs, a bundle's file when it
+is whole. Only reads the store, so it may run beside a daemon.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Let models into the store whose blobs have been verified in a staging folder inside it.
 
 Invariant: blobs come first and the manifest last, and what upstream has refused stays refused, whatever anybody says
-here. Knows neither where the models come from nor a terminal.
+here.
 """
 
 from collections.abc import Callable, Mapping

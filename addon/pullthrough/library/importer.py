@@ -1,8 +1,8 @@
 """Take models from a models folder of Ollama, or from a bundle, into the store.
 
 `Staging` copies and verifies into a folder of its own inside the store, and needs no lock; the second step, which
-`import_commit` has, is for whoever holds the store. Invariant: a model is imported whole or not at all, and a bundle as
-well; nothing enters that was not hashed here. Knows no terminal.
+`import_commit` has, is for whoever holds the store. Invariant: a model is imported whole or not at all, and a bundle
+as well; nothing enters that was not hashed here.
 """
 
 import contextlib

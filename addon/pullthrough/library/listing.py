@@ -1,7 +1,7 @@
 """What is stored, told as models: rows, one model in detail, and sums.
 
 Invariant: the same values give the same answer, whether the daemon or the command line looks; keys stay as they are,
-as scripts read them. Sizes are bytes, times Unix seconds or None for never. Knows neither disk nor terminal.
+as scripts read them. Sizes are bytes, times Unix seconds or None for never.
 """
 
 from collections import Counter

@@ -1,8 +1,7 @@
 """Change a store as people ask: models go, stay for good, or are cleaned up.
 
 Invariant: one step at a time, with the event loop free in between, so that pulls go on; a blob that somebody reads or
-a recording that runs is never touched. Knows neither sockets nor terminal: the daemon and, without one, the command
-line call the same.
+a recording that runs is never touched.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Hash and copy the bytes of many files at once, on every core, until told to stop.
 
 Invariant: the hash that a copy returns is that of the bytes which were written, and nothing runs any more when `each`
-returns or raises, Ctrl-C included. hashlib gives the interpreter lock free, so threads are enough. Knows no blob.
+returns or raises, Ctrl-C included. hashlib gives the interpreter lock free, so threads are enough.
 """
 
 import os

@@ -1,7 +1,7 @@
 """What goes when people clean up.
 
 Invariant: nothing in flight and nothing pinned is chosen, and no blob that a model which stays lists. Pure: times and
-what lies on the disk are arguments. Knows no disk.
+what lies on the disk are arguments.
 """
 
 from collections.abc import Collection, Mapping

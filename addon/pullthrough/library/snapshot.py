@@ -1,7 +1,6 @@
 """What a store holds, read from its index beside the daemon that runs on it, or from its files where it has no index.
 
 Invariant: nothing is changed and no lock is taken, so it is true of one moment only: who acts on it looks again.
-Knows no bytes of blobs.
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 Invariant: `check` changes nothing, so it may run beside a daemon; what it found is looked at again before it is
 reported, and once more by `mend`, which runs where the store is held: under its lock, or in the daemon. What a run
-that was interrupted has verified is remembered until a run comes to its end. Knows no terminal.
+that was interrupted has verified is remembered until a run comes to its end.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Whether the daemon is fit to serve: its disk, its certificates, its end.
 
-Invariant: a disk that does not answer holds up one thread and nobody's event loop. Knows no page and no metric.
+Invariant: a disk that does not answer holds up one thread and nobody's event loop.
 """
 
 import asyncio

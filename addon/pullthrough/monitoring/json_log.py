@@ -1,7 +1,7 @@
 """Log records as lines of JSON, for programs that collect logs.
 
 Invariant: one object a line, whatever is logged; `time`, `level`, `logger` and `message` are always there, and beside
-them the fields that a record brings along. Knows no event.
+them the fields that a record brings along.
 """
 
 import json

@@ -1,7 +1,7 @@
 """What the daemon counts, as Prometheus wants it told.
 
 Invariant: the number of series is bounded by the options, whatever is pulled: no digest, model or client is a label.
-Nothing is counted here: each number is read where it is kept. Knows no HTTP.
+Nothing is counted here: each number is read where it is kept.
 """
 
 import re

@@ -1,7 +1,7 @@
 """What a person who watches the cache wants to see, looked up together.
 
 Invariant: what grows with the number of models is looked at in a thread, and as seldom as that is long; of private
-models nothing is told but how many there are and how big. Knows the daemon's parts and no page.
+models nothing is told but how many there are and how big.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """The status page: what `watch` sees, as HTML.
 
-Invariant: every text from outside (model names, upstream's errors) is escaped by the template engine; script and style
-are inline, and the page's policy names their hashes, so that nothing else runs or loads. Knows no request.
+Invariant: every text from outside (model names, upstream's errors) is escaped by the template engine; script and
+style are inline, and the page's policy names their hashes, so that nothing else runs or loads.
 """
 
 import base64

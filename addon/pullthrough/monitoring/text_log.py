@@ -1,7 +1,7 @@
 """Log records as lines of text for people and terminals, and not too many of them.
 
 Invariant: what a peer sent stays on its line and cannot steer the terminal; a peer that misbehaves in a loop does not
-fill the disk. Knows no event.
+fill the disk.
 """
 
 import logging

@@ -3,7 +3,7 @@
 Any page that a user opens can have the browser ask a server of the user's network: so it could have models recorded,
 gigabyte after gigabyte. Hits are no better: how fast they come tells what is stored.
 
-Invariant: what a client of models sends (Ollama, curl, OCI clients) is never taken for a page. Knows no answer.
+Invariant: what a client of models sends (Ollama, curl, OCI clients) is never taken for a page.
 """
 
 from collections.abc import Mapping

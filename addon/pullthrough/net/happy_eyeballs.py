@@ -1,6 +1,6 @@
 """Which of a name's addresses answers first, so that one that leads nowhere keeps nobody waiting (RFC 8305).
 
-Invariant: only the given addresses are tried, and no byte is sent to them. Knows no name and no policy.
+Invariant: only the given addresses are tried, and no byte is sent to them.
 """
 
 import asyncio

@@ -1,12 +1,12 @@
 """What a client may make mitmproxy hold: a place among the connections, a head of bounded size, and some time for it.
 
-mitmproxy reads as fast as a client sends, whether or not it can use the bytes, and has no limit for the size of a head
-and none for the time that it takes. Here its reader of a client's connection is replaced by one that looks, before it
-reads on, at what mitmproxy has not used yet: while a head is awaited, too much of it ends the connection; at any other
-time reading waits until it has been used.
+mitmproxy reads as fast as a client sends, whether or not it can use the bytes, and has no limit for the size of a
+head and none for the time that it takes. Here its reader of a client's connection is replaced by one that looks,
+before it reads on, at what mitmproxy has not used yet: while a head is awaited, too much of it ends the connection;
+at any other time reading waits until it has been used.
 
 Invariant: a connection whose request is being answered, or that is a tunnel, is never ended from here. Leans on
-mitmproxy internals that `hook_check` tries at start. Knows no policy and no content.
+mitmproxy internals that `hook_check` tries at start.
 """
 
 import asyncio

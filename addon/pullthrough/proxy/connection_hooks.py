@@ -1,10 +1,9 @@
 """Policy hooks: who may connect, what is intercepted, and where connections may lead.
 
-Invariant: what is not intercepted is never decrypted; every leg that mitmproxy opens is judged here, whatever
-request led to it, and pinned to an address that was judged; an exception refuses. Only what `pass_on` has let through
-reaches our hosts, and what options and the environment name. Of a client that does not know of us (transparent and
-reverse mode) the name decides what is intercepted; the address it dialled never leads a leg of an intercepted host.
-Knows no request's content.
+Invariant: what is not intercepted is never decrypted; every leg that mitmproxy opens is judged here, whatever request
+led to it, and pinned to an address that was judged; an exception refuses. Only what `pass_on` has let through reaches
+our hosts, and what options and the environment name. Of a client that does not know of us (transparent and reverse
+mode) the name decides what is intercepted; the address it dialled never leads a leg of an intercepted host.
 """
 
 import asyncio

@@ -1,9 +1,10 @@
 """Take those of mitmproxy's own addons out that have nothing to do.
 
 mitmproxy asks each of its forty addons about each event, which is most of what a small request costs. Those that only
-act when an option of theirs is set, and of which none is set, are removed as mitmproxy has it (`AddonManager.remove`).
+act when an option of theirs is set, and of which none is set, are removed as mitmproxy has it
+(`AddonManager.remove`).
 
-Invariant: an addon whose options were given stays, and so does one that is not in the list. Knows no event.
+Invariant: an addon whose options were given stays, and so does one that is not in the list.
 """
 
 from typing import Final

@@ -1,4 +1,4 @@
-"""How this process logs: mitmproxy's own handler, in our formats and within bounds. Knows no event."""
+"""How this process logs: mitmproxy's own handler, in our formats and within bounds."""
 
 import logging
 import time

@@ -1,6 +1,6 @@
 """mitmproxy's messages as our values, and the other way.
 
-Invariant: a response says the Content-Length that it is given, whatever body it carries. Knows no policy.
+Invariant: a response says the Content-Length that it is given, whatever body it carries.
 """
 
 from collections.abc import Iterable

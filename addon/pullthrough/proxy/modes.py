@@ -1,6 +1,6 @@
 """Which modes of mitmproxy the cache runs in.
 
-Invariant: a mode for which `connection_hooks` does not decide what is intercepted stops the start. Knows no connection.
+Invariant: a mode for which `connection_hooks` does not decide what is intercepted stops the start.
 """
 
 from collections.abc import Collection, Iterable

@@ -1,7 +1,7 @@
 """Flows turned into requests, and answers into responses; what is not ours to answer is passed through.
 
-Invariant: a request that we may answer is held until it is complete, any other body flows; what fails here is an empty
-response, never upstream's bytes by accident. Knows how mitmproxy works and nothing of how a request is answered.
+Invariant: a request that we may answer is held until it is complete, any other body flows; what fails here is an
+empty response, never upstream's bytes by accident.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """What the first bytes of a connection say: whom a client wants that takes us for the server.
 
 Invariant: nothing is said before the name is complete, and nothing is read beyond the ClientHello or the head of the
-first request. A name is the client's claim and no more. Knows no policy.
+first request. A name is the client's claim and no more.
 """
 
 import re

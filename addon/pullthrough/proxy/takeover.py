@@ -3,10 +3,10 @@
 The descriptor is duplicated and mitmproxy's side is ended at once, as if the client had left: what counts its
 connections, and frees what it holds for each, does so now.
 
-Invariant: a connection is taken whole or left as it was; what the client has sent is in what is taken, or still in the
-socket. These internals of mitmproxy and asyncio are used, which `check` tries: `Proxyserver.connections`, a handler's
-`client`, `transports` and `layer`, the stack of its layers, the buffer of its HTTP/1 connection, and that of asyncio's
-StreamReader. Knows no TLS.
+Invariant: a connection is taken whole or left as it was; what the client has sent is in what is taken, or still in
+the socket. These internals of mitmproxy and asyncio are used, which `check` tries: `Proxyserver.connections`, a
+handler's `client`, `transports` and `layer`, the stack of its layers, the buffer of its HTTP/1 connection, and that
+of asyncio's StreamReader.
 """
 
 import asyncio

@@ -5,7 +5,6 @@ not go with transparent and reverse mode, and would send the parent's password t
 Authorization in reverse mode).
 
 Invariant: what the parent is asked to resolve has been judged by `check_remote`; credentials go to the parent alone.
-Knows no content.
 """
 
 import ipaddress

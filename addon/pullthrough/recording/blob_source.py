@@ -1,7 +1,7 @@
 """The source of one blob: kept, shared by all its connections, obtained again when it has expired.
 
-Invariant: sources live in memory only, and are obtained once for all who miss one; the fleet's own come first, and one
-of them that fails is let go at once. Knows no bytes and no slices.
+Invariant: sources live in memory only, and are obtained once for all who miss one; the fleet's own come first, and
+one of them that fails is let go at once.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Hash what has been assembled, keep the journal, and publish the blob once it is whole and right.
 
 Invariant: the hash goes over the file as it is on disk, in order, once; nothing is published before its digest was
-compared. What an earlier daemon has written is hashed again behind everything else. Knows no connection and no reader.
+compared. What an earlier daemon has written is hashed again behind everything else.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """One reader's place in a recording, and its waiting for the next byte.
 
-Invariant: a reader waits for bytes, never for another reader. Knows neither where bytes come from nor who reads them.
+Invariant: a reader waits for bytes, never for another reader.
 """
 
 import asyncio

@@ -1,8 +1,7 @@
 """Fetch the slices of one blob over several connections, and absorb what goes wrong with them.
 
-Invariant: a slice is claimed before it is asked for and released however its fetch ends, so no byte is fetched by
-two connections at once; a failure is retried with back-off while there is progress, and given up after a silence.
-Knows neither readers nor files: it is told what to fetch next and hands bytes on.
+Invariant: a slice is claimed before it is asked for and released however its fetch ends, so no byte is fetched by two
+connections at once; a failure is retried with back-off while there is progress, and given up after a silence.
 """
 
 import asyncio

@@ -2,7 +2,7 @@
 
 Invariant: over any time the bytes spent are at most the rate times that time and one burst; whoever spends waits for
 what it has spent, so equal spenders get equal shares. What nobody waits for stands back while somebody is waiting.
-Pure state: `now` is a parameter. Knows no connection; hits are not its business.
+Pure state: `now` is a parameter.
 """
 
 from typing import Final

@@ -2,7 +2,6 @@
 
 Invariant: what is handed out lies in `[position, stop)` of the blob, in order and without gaps; a span names bytes
 that are written and stay readable until `close`. Threads use it through `byte_sender.LoopReader`.
-Knows no HTTP: when bytes are missing it waits for the recording, or passes them through where that cannot be written.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Record blobs: the one door through which blob bytes come in from upstream.
 
-Invariant: there is at most one recording per digest, whoever asks. Knows no HTTP, no manifest and no policy.
+Invariant: there is at most one recording per digest, whoever asks.
 """
 
 import asyncio

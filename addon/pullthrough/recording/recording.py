@@ -2,7 +2,6 @@
 
 Invariant: readers wait for bytes, never for a leader: a client that leaves changes nothing for others. When the
 recording fails its readers get what is present and then the error; the partial stays for the next one.
-Knows neither requests nor policy: who may read was decided before.
 """
 
 import asyncio

@@ -1,9 +1,8 @@
 """Bytes of one blob straight from upstream, kept in a small window: what is left when the store cannot be written.
 
 Invariant: bytes come in order and without gaps, from responses that were checked like a recording's; a failure is
-tried again from the next byte. Readers at about the same place share one response through what it has brought last; all
-windows of a blob together hold at most WINDOW bytes, and whoever falls out of them gets a response of its own.
-Knows no store.
+tried again from the next byte. Readers at about the same place share one response through what it has brought last;
+all windows of a blob together hold at most WINDOW bytes, and whoever falls out of them gets a response of its own.
 """
 
 import asyncio

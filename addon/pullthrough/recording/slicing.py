@@ -1,10 +1,10 @@
 """Which slice of a recording to ask upstream for next.
 
 Invariant: a slice is a free, non-empty interval, so no byte is fetched twice. Pure: reads an `Assembly`, changes
-nothing; `now` is a parameter. Knows no connection: whoever is free asks, and is told what to fetch.
+nothing; `now` is a parameter.
 
-The order: a reader that starves; else the lowest free byte that some reader will need (so the hash keeps up with
-the download); else, when the blob is to be completed, the lowest free byte of all.
+The order: a reader that starves; else the lowest free byte that some reader will need (so the hash keeps up with the
+download); else, when the blob is to be completed, the lowest free byte of all.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """Record blobs that no client has asked for yet, for everybody.
 
 Invariant: a blob comes in through its one recording, like a client's, and only from where an anonymous request gets
-it. Knows nobody who waits.
+it.
 """
 
 from collections.abc import Awaitable, Callable

@@ -1,7 +1,7 @@
 """What to do for a manifest request: before upstream is asked, and after it was heard.
 
-Invariant: a decision depends on the arguments alone; all times are Unix seconds and `now` is a parameter.
-Knows no bytes, hosts or credentials. (RFC 9111 section 4 has the terms.)
+Invariant: a decision depends on the arguments alone; all times are Unix seconds and `now` is a parameter. (RFC 9111
+section 4 has the terms.)
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,10 @@
 """Ask a registry for a blob in a caller's name, and remember to whom it said yes.
 
-Invariant: a yes is a redirect to the blob host's own address of that digest, or bytes that agree with what is known of
-it: a random piece of the held bytes, else the size that the repository's manifests claim. Where nothing is known the
-yes counts once all bytes have come and have the digest. Any other redirect proves nothing until such bytes have come
-from behind it: it may lead to a login page, or to where the caller is refused. What an anonymous request got is public;
-what took credentials counts for those credentials, which stay in memory. Knows neither recordings nor answers.
+Invariant: a yes is a redirect to the blob host's own address of that digest, or bytes that agree with what is known
+of it: a random piece of the held bytes, else the size that the repository's manifests claim. Where nothing is known
+the yes counts once all bytes have come and have the digest. Any other redirect proves nothing until such bytes have
+come from behind it: it may lead to a login page, or to where the caller is refused. What an anonymous request got is
+public; what took credentials counts for those credentials, which stay in memory.
 """
 
 import asyncio

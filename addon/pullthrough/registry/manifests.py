@@ -1,8 +1,8 @@
 """Answer manifest requests: from the store while fresh, else from upstream, stale when upstream cannot answer.
 
-Invariant: bytes are upstream's, untouched (a model's ID is their hash); only what an anonymous request got is
-stored, and refusals (401, 403, 404, 412) never are. Clients that accept manifest lists (Ollama since 0.40) and others
-get what upstream says to their kind; a list never goes to one that does not accept it. Knows no blobs.
+Invariant: bytes are upstream's, untouched (a model's ID is their hash); only what an anonymous request got is stored,
+and refusals (401, 403, 404, 412) never are. Clients that accept manifest lists (Ollama since 0.40) and others get
+what upstream says to their kind; a list never goes to one that does not accept it.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """A client's request and the answer to it, as values.
 
 Invariant: an answer's `length` is its Content-Length, also where no body is sent. `failure` is the one place that
-turns an error into a blob route's answer. Knows neither mitmproxy nor how anything is answered.
+turns an error into a blob route's answer.
 """
 
 import json

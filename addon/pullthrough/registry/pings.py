@@ -5,7 +5,6 @@ are all here does not turn back at the door (OCI distribution-spec, "Determining
 
 Invariant: only an answer in a registry's shape is given or remembered: an ordinary status, no page, a small body, and
 fields that mean the same to everybody. Remembered in memory only, one answer for each registry, target and method.
-Knows no model.
 """
 
 import asyncio

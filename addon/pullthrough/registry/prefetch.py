@@ -1,9 +1,9 @@
 """Record the layers that a client will ask for next: an Ollama pulls the layers of a manifest one after another.
 
 Invariant: only public manifests are followed, one blob at a time per manifest, and never a model of tensors, whose
-blobs either pass by (x/transfer ignores HTTPS_PROXY) or are asked for many at a time. Of a list one child is followed,
-the one that the client pulls: where several list the blob and go on differently, nobody knows which that is. What
-fails is left to the client's own request. Knows no answers.
+blobs either pass by (x/transfer ignores HTTPS_PROXY) or are asked for many at a time. Of a list one child is
+followed, the one that the client pulls: where several list the blob and go on differently, nobody knows which that
+is. What fails is left to the client's own request.
 """
 
 import asyncio

@@ -1,9 +1,8 @@
 """Look at stored tags in the background, and record what has changed before the tag moves.
 
-Invariant: a tag is adopted only once every blob of its new manifest is here (of a list: of the children that were here
-before, by runner), so who pulls it meanwhile gets the old model whole and from the LAN. Only public models that are
-here whole, or pinned, are looked at; one at a time.
-Knows no client: one that asks after the tag's lifetime is answered by upstream's word at once, as ever.
+Invariant: a tag is adopted only once every blob of its new manifest is here (of a list: of the children that were
+here before, by runner), so who pulls it meanwhile gets the old model whole and from the LAN. Only public models that
+are here whole, or pinned, are looked at; one at a time.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """Answer a request as the registry and its CDN would: status, headers, and bytes or a reader. Begin reading here.
 
-Invariant: what a client sees has the shape of the real registry (same hosts, a 307, the same bytes); a reader is given
-out only where `access.decide`, a valid capability or a signed address that was handed out here grants it; None means
-"not ours: pass it through". Knows neither mitmproxy nor how bytes are sent.
+Invariant: what a client sees has the shape of the real registry (same hosts, a 307, the same bytes); a reader is
+given out only where `access.decide`, a valid capability or a signed address that was handed out here grants it; None
+means "not ours: pass it through".
 """
 
 import asyncio

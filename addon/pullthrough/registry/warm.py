@@ -1,7 +1,7 @@
 """Record models before anybody asks for them, for clients that take manifest lists and for those that do not.
 
 Invariant: a blob comes in through its one recording, like a client's, and a tag is stored only as upstream gives it
-to everybody. One model and one blob at a time, in the manifest's order. Knows no terminal.
+to everybody. One model and one blob at a time, in the manifest's order.
 """
 
 import asyncio

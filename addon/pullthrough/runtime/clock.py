@@ -7,8 +7,6 @@
   object store has signed. Unix seconds, which go on while the machine sleeps and which setting its clock does not move.
 - `time.time`: what others write or read (certificates, leases among caches), and what is kept for a next start
   (when a manifest was confirmed, a model pulled). Such a time is never believed to lie in the future.
-
-Knows nothing of what is measured.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Threads for what must not run on the event loop: calls that wait for disk or network, and hashing.
 
 Invariant: a call that was begun is waited for even when its caller is cancelled, so that no descriptor is closed
-under a thread that still uses it. Knows nothing of what is called.
+under a thread that still uses it.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Let the garbage collector wait where nothing but keepers is made.
 
-Invariant: it runs again afterwards, if it ran before. Knows nothing of what is made.
+Invariant: it runs again afterwards, if it ran before.
 """
 
 import contextlib

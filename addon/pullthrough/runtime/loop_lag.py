@@ -1,7 +1,7 @@
 """How late the event loop is: everything else waits at least as long, and for that long nobody was silent.
 
-While it looks, the loop's own clock leaves out what the process has not run (`clock`).
-Invariant: looking costs one short timer, whatever runs. Knows nothing of what makes it late.
+While it looks, the loop's own clock leaves out what the process has not run (`clock`). Invariant: looking costs one
+short timer, whatever runs.
 """
 
 import asyncio

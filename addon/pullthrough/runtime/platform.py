@@ -1,7 +1,7 @@
 """What differs between operating systems: positioned reads and writes, durability, locks, boot identity, addresses.
 
 Invariant: every function works everywhere that Python does; where a system lacks a call the fallback is slower or
-weaker, and the docstring says so. Knows no blob, store or protocol.
+weaker, and the docstring says so.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Run equal work once: whoever asks while it runs gets the same result.
 
 Invariant: a follower's cancellation never touches the work; the work is cancelled only when nobody waits any more;
-every exit (value, error, cancellation) releases all who wait. Knows nothing of what the work is.
+every exit (value, error, cancellation) releases all who wait.
 """
 
 import asyncio

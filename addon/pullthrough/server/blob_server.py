@@ -5,8 +5,8 @@ canonical address. Ollama wants another host name behind a blob's redirect (serv
 asked by name is sent to this server's address, and who asked by address gets the bytes at once.
 
 Invariant: nothing is forwarded, and only what an anonymous caller may have is given: Authorization is dropped before
-a request is looked at. An address that is handed out is made from the connection's own local address, never from
-what the client says. Knows sockets and HTTP, and nothing of how a request is answered or what its pages show.
+a request is looked at. An address that is handed out is made from the connection's own local address, never from what
+the client says.
 """
 
 import errno

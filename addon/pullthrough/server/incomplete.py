@@ -1,11 +1,12 @@
 """End an incomplete response so that its client notices (RFC 9112 section 8).
 
-A body that is shorter than its Content-Length is an error to Go, curl and browsers. Python's urllib, when it is read in
-pieces, and Java's streams take its end for the end, and what was read for the whole. They get a reset. Ollama keeps
-what an orderly close has brought and throws away what a reset has (server/download.go), so Go's clients get the close.
+A body that is shorter than its Content-Length is an error to Go, curl and browsers. Python's urllib, when it is read
+in pieces, and Java's streams take its end for the end, and what was read for the whole. They get a reset. Ollama
+keeps what an orderly close has brought and throws away what a reset has (server/download.go), so Go's clients get the
+close.
 
 Invariant: what ends the connection while a body is under way makes no difference: the system resets it, even when the
-process is killed. Knows sockets and no body.
+process is killed.
 """
 
 import socket

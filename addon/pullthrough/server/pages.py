@@ -2,7 +2,7 @@
 
 Invariant: a page is given only to who asks for it by an address or by a name that is ours. A browser's visitor could
 else be led here by a name that a stranger's site owns, and the site would read the answer (DNS rebinding). No page is
-framed, sniffed or kept. Knows what no page is about.
+framed, sniffed or kept.
 """
 
 import ipaddress

@@ -1,7 +1,6 @@
 """The documents that set up a client, as pages of the blob server's port.
 
-Invariant: they are what they were when the cache started, whoever asks and however. Knows no certificate and no
-template.
+Invariant: they are what they were when the cache started, whoever asks and however.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """What the blob server's port shows of the daemon itself, as pages.
 
 Invariant: nothing here changes anything. The state is looked at once a second for all who watch, and not at all while
-nobody does. Knows HTTP and which part tells what.
+nobody does.
 """
 
 import asyncio

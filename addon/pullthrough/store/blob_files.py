@@ -1,7 +1,7 @@
 """Where the files of blobs lie: below `public/` what everybody may have, below `private/` everything else.
 
 Invariant: a blob changes its root by a rename, so it is in one of them at any moment, and what is no regular file is
-no blob. Knows neither what was verified nor who may have what.
+no blob.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 Invariant: a file is a hit only while its size, time and inode are those of the moment when it was verified; what lies
 below `public/` is public and nothing else is. A file without proof counts as held, and is verified when somebody asks
-for it. Knows no manifest and no repository.
+for it.
 """
 
 import contextlib

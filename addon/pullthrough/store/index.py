@@ -2,7 +2,7 @@
 
 Invariant: all of it is resident in its reader, so reading costs no SQL. Writes are left to one thread, because SQLite
 may wait; what comes while it writes is one transaction, and what could not be written is tried again with what comes
-next. `cull_limit=0`, because diskcache's own culling drops ten rows of any size. Knows no files of blobs.
+next. `cull_limit=0`, because diskcache's own culling drops ten rows of any size.
 """
 
 import contextlib

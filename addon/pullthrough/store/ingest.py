@@ -1,12 +1,12 @@
 """One blob being recorded: a sparse file and the journal of what of it is written and what is durable.
 
-Invariant: what `resume` reports present was written before it was journalled. In the boot that wrote it, "written"
-is enough (the kernel has it even after `kill -9`); after another boot only what was flushed counts. Nothing here is
+Invariant: what `resume` reports present was written before it was journalled. In the boot that wrote it, "written" is
+enough (the kernel has it even after `kill -9`); after another boot only what was flushed counts. Nothing here is
 trusted to be right: a resumed prefix is hashed again like any other byte.
 
 The journal is lines of `<crc32, 8 hex> <JSON>`: a header, then `{"w": [start, stop]}` for a written interval and
 `{"f": [[start, stop], …]}` for all that was durable at that moment. Reading stops at the first line that does not
-check, so a torn tail costs what it described and nothing else. Knows no network and no hash.
+check, so a torn tail costs what it described and nothing else.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """The folder of a store: its marker, its lock, its secret, its pins.
 
 Invariant: a folder with anything else in it is never taken for a store, two processes never have one at once, nothing
-in it is a link to elsewhere, and nobody but its owner may write to it. Knows neither blobs nor manifests.
+in it is a link to elsewhere, and nobody but its owner may write to it.
 """
 
 import contextlib

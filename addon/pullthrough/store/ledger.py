@@ -1,7 +1,7 @@
 """What people have said, what was counted and what was handed out: pins, bytes by day, signed addresses.
 
 Pins are a file of the store, the rest is in the index. Invariant: a pin that was set is in force at once and after a
-restart. Knows neither options nor blobs.
+restart.
 """
 
 from collections.abc import Iterable, Mapping

@@ -5,12 +5,11 @@
     other-names/<host/repository>/@<reference>      what Ollama's folders have no place for, percent-encoded in lower
                                                     case, cut at `+/+` where it is long; `.lists` as the second
 
-They lie below `public/`, or below `private/` while upstream refuses them to an anonymous request. On a disk that folds
-case, names with capitals are other names.
+They lie below `public/`, or below `private/` while upstream refuses them to an anonymous request. On a disk that
+folds case, names with capitals are other names.
 
 Invariant: a file is there whole or not at all, the newest state of a name is the one that is written, and what is
-hidden is out of `public/` when `hide` returns. Folders without a file are removed: Ollama stops at them. Knows no
-index and no blob.
+hidden is out of `public/` when `hide` returns. Folders without a file are removed: Ollama stops at them.
 """
 
 import contextlib

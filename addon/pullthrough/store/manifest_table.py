@@ -2,7 +2,7 @@
 
 Invariant: a list lists what each of its children lists as soon as that child's bytes are here, so whoever asks what a
 repository lists, what a model needs, or what may go, sees one flat set of blobs. Bytes are stored once, whoever has
-them: names and children. What a list refers to says nothing of who may have it. Knows no file and no visibility.
+them: names and children. What a list refers to says nothing of who may have it.
 """
 
 from collections import Counter

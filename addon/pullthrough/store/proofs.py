@@ -7,7 +7,6 @@ The last line of a blob counts. Copying gives files new inodes and keeps their t
 and this file tells that it was copied by its own inode: then size and time are the proof.
 
 Invariant: a line is believed whole or not at all, and what was never flushed may be lost: the blob is hashed again.
-Knows no file of a blob.
 """
 
 import contextlib

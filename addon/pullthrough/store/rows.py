@@ -12,8 +12,8 @@
 
 All of it is derived from the files of the store, or has a safe default there. Invariant: keys are text, values are
 text or bytes, and nothing is ever unpickled: a pickle in an index that somebody else may write to is code that runs
-here. A kind comes out of SQLite as one text, because a hundred thousand rows as Python objects take four times as long.
-Knows the table (diskcache 5.6.3's), and neither who writes it nor any file of a blob.
+here. A kind comes out of SQLite as one text, because a hundred thousand rows as Python objects take four times as
+long.
 """
 
 import contextlib

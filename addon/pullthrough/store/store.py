@@ -15,7 +15,7 @@
 
 Invariant: the files are right, and the index is compared with them: with those of a model before it is answered for,
 with all behind that. A file that is moved among the blobs was hashed in full before (ingest → verify → publish); one
-that came there otherwise is hashed before its end is served. Knows no network.
+that came there otherwise is hashed before its end is served.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """How many bytes of blobs went to clients and came from upstream, by day.
 
 Invariant: a total never goes down; what has changed is told once (`take`), so that writing it can wait and be done
-for many requests together. Knows neither requests nor where totals are kept.
+for many requests together.
 """
 
 from collections.abc import Mapping

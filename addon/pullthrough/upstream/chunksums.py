@@ -2,7 +2,6 @@
 v0.6.6-v0.31.1).
 
 Invariant: a list that `check` has passed covers its blob from the first byte to the last, without gap or overlap.
-Knows neither where a list comes from nor the bytes it speaks of.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Our own HTTP client towards registries and blob sources.
 
 Invariant: every address it connects to is a configured one or public; every data response handed on has been checked
-against what was asked (status, Content-Range, complete length, validator, encoding). Signed addresses and
-credentials stay in memory and out of every message. Knows neither the store nor who asks.
+against what was asked (status, Content-Range, complete length, validator, encoding). Signed addresses and credentials
+stay in memory and out of every message.
 """
 
 import asyncio

@@ -1,7 +1,6 @@
 """Content codings of control-plane answers (RFC 9110 section 8.4.1). Blobs have none, ever.
 
 Invariant: what is returned is complete and no longer than the limit; everything else is UnexpectedResponse.
-Knows no header fields and no connection.
 """
 
 import zlib

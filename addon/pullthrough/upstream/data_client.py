@@ -1,7 +1,7 @@
 """GET requests for blob bytes, from threads: HTTP/1.1 over connections that are kept for the next one.
 
-Invariant: a connection is used again only after the whole of a response, and nothing more, was read from it; heads are
-bounded. No message quotes what was asked for or sent. Knows neither what is asked for nor what becomes of the bytes.
+Invariant: a connection is used again only after the whole of a response, and nothing more, was read from it; heads
+are bounded. No message quotes what was asked for or sent.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """The body of a checked data response, and what the HTTP client library's failures mean.
 
-Invariant: exactly the bytes that the response's head announced are handed on, or an error is raised; no message quotes
-an address, which may be signed. Knows neither what is asked for nor what becomes of the bytes.
+Invariant: exactly the bytes that the response's head announced are handed on, or an error is raised; no message
+quotes an address, which may be signed.
 """
 
 import asyncio

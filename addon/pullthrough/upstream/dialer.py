@@ -1,8 +1,7 @@
 """Connections to other servers, for threads: by name and port, through the parent proxy where one is prescribed.
 
 Invariant: the chain and the host name of every TLS server are verified; a name is connected to only at addresses that
-the rules let through; the parent's credentials go to the parent alone. No message quotes what was sent. Knows HTTP only
-as far as CONNECT.
+the rules let through; the parent's credentials go to the parent alone. No message quotes what was sent.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Who answers in a registry's place, and what was seen of it last: a captive portal, a web filter, a gateway.
 
 Invariant: an answer that is handed on by `judged` has the shape of a registry's. What is remembered and logged is a
-status, a media type and a length, and nothing of a page's text. Knows no connection and no blob.
+status, a media type and a length, and nothing of a page's text.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Names into addresses, for our own HTTP clients: none that they must not connect to.
 
-Invariant: a name is resolved only to addresses that the policy lets through, all of them or none. Knows no request.
+Invariant: a name is resolved only to addresses that the policy lets through, all of them or none.
 """
 
 import socket
