@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -20,8 +19,8 @@ from typing import Any, Final, NoReturn
 from mitmproxy import addonmanager, ctx, exceptions
 from mitmproxy.proxy.mode_specs import ProxyMode
 
+from pullthrough.admin.command import Arguments, Look
 from pullthrough.admin.desk import Desk
-from pullthrough.admin.server import Tell
 from pullthrough.config import paths
 from pullthrough.config.options import OPTIONS, environment_texts, parse_settings
 from pullthrough.config.settings import PREFIX, PROXY_PORT, Endpoint, Settings
@@ -233,7 +232,7 @@ class OllamaCache:
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder, fleet and fleet[0])
         self._registry.open()
-        told = {"proxy": _tell_address, "look out": self._look_out}
+        told = {"proxy": Look(_tell_address), "look-out": Look(self._look_out)}
         origins = _origins(settings)
         shared = await self._share(*fleet) if fleet is not None else None
         self._desk = Desk(settings, self._store, self._recorder, self._registry, self._requests, origins, told, shared)
@@ -332,7 +331,7 @@ class OllamaCache:
             self._confdir.cleanup()
             self._confdir = None
 
-    async def _look_out(self, _: Mapping[str, Any], __: Tell) -> Any:
+    async def _look_out(self, _: Arguments) -> Any:
         """For the doctor: how the registry answers the client that pulls use."""
         assert self._settings and self._upstream and self._registry
         return asdict(await look_out(self._upstream, self._settings, _now(), self._registry.pulls.counts.bypassed))
@@ -385,7 +384,7 @@ def _proxy_address() -> tuple[str, int]:
     return found[0] if found else ("", ctx.options.listen_port or PROXY_PORT)
 
 
-async def _tell_address(_: Mapping[str, Any], __: Tell) -> Any:
+async def _tell_address(_: Arguments) -> Any:
     host, port = _proxy_address()
     return {"host": host, "port": port}
 

@@ -50,6 +50,13 @@ def said(proxy: Proxy, *arguments: str) -> str:
     return done.stdout
 
 
+def asked(proxy: Proxy, path: str, *body: str) -> list[Any]:
+    """Return what the control socket answers to curl, line by line."""
+    command = ["curl", "-sS", "--unix-socket", str(proxy.store / SOCKET), f"http://cache/v1/{path}"]
+    done = subprocess.run([*command, *(f"-d{text}" for text in body)], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def check_agreement(store: Path) -> None:
     """Index and files agree: each held blob has its file, each file its row, each manifest's row is whole."""
     contents = look(store / "index")
@@ -81,6 +88,14 @@ def test_one_store_two_hands(
     assert {name: row["held"] for name, row in rows.items()} == {"small:latest": "complete", "other:latest": "complete"}
     found = told(proxy, "show", "other")
     assert [layer["digest"] for layer in found["layers"]] == list(other.blobs)
+    assert asked(proxy, "show?model=other") == [found]
+    for verb in ("pin", "unpin"):
+        (pinned,) = asked(proxy, verb, '{"model": "other"}')
+        assert pinned["models"] == ["other:latest"]
+    assert asked(proxy, "prune", '{"age": 0}') == [{"models": [], "blobs": 0, "leftovers": 0, "freed": 0}]
+    *progress, last = asked(proxy, "warm", '{"models": ["small"]}')
+    assert {line["progress"]["model"] for line in progress} == {"small:latest"}
+    assert last == {"result": [{"model": "small:latest", "size": 3 * MB + 23, "missing": 0}]}
     sums = told(proxy, "stats")
     assert sums["models"] == 2
     assert sums["served"] >= 6 * MB

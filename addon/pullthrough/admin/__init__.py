@@ -1,4 +1,4 @@
 """The control socket: what the command line asks of a running daemon.
 
-Begin with `control`; `verbs` has what is done for each verb.
+Begin with `server`; `commands` and `fleet_commands` have what is done for each verb.
 """

@@ -1,8 +1,9 @@
-"""Ask the daemon that holds a store, over its control socket (`control` has the protocol).
+"""Ask the daemon that holds a store, over its control socket (`server` has the protocol).
 
 Invariant: either the result, or an error that says whether there was a daemon at all.
 """
 
+import contextlib
 import json
 import socket
 import sys
@@ -15,16 +16,20 @@ from pullthrough.core.errors import ControlError, NoDaemon
 SOCKET: Final = "control.sock"
 POINTER: Final = "control.path"
 """A file that says where the socket is, when the store's own path is too long for one."""
+ADDRESS: Final = "/v1/"
+"""What the path of every command begins with."""
+LINES: Final = "application/x-ndjson"
+"""The content type of progress and what came of it."""
 
 
 def ask(
     folder: Path,
-    verb: str,
+    command: str,
     arguments: Mapping[str, Any],
     *,
     on_progress: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Any:
-    """The result of the verb. NoDaemon where nobody listens, ControlError with the daemon's words if it says no."""
+    """Return the result of a command. Raises NoDaemon where nobody listens, ControlError if the daemon says no."""
     if sys.platform == "win32":
         raise NoDaemon("expected a control socket, got Windows, whose Python has none; stop the cache first")
     try:
@@ -36,18 +41,43 @@ def ask(
             sock.connect(pointer or str(folder / SOCKET))
         except OSError as error:
             raise NoDaemon(f"expected a running cache on {folder}, got {error.strerror or error}") from error
-        try:
-            sock.sendall(json.dumps({"verb": verb, "arguments": arguments}).encode() + b"\n")
-            with sock.makefile("rb") as lines:
-                for line in lines:
-                    answer = json.loads(line)
-                    if "progress" not in answer:
-                        break
-                    on_progress(answer["progress"])
-                else:
-                    raise ControlError(f"expected an answer to {verb}, got the end of the connection")
-        except (OSError, ValueError) as error:
-            raise ControlError(f"expected an answer to {verb}, got {error}") from error
-    if "error" in answer:
-        raise ControlError(answer["error"])
-    return answer["result"]
+        return _exchange(sock, command, arguments, on_progress)
+
+
+def _exchange(
+    sock: socket.socket,
+    command: str,
+    arguments: Mapping[str, Any],
+    on_progress: Callable[[Mapping[str, Any]], None],
+) -> Any:
+    # Takes longer to load than most of what is asked takes to be answered, and no cache may run.
+    import http.client
+
+    connection = http.client.HTTPConnection("cache")
+    connection.sock = sock
+    broken = f"the running cache broke off before it had answered {command}; its log may say why"
+    try:
+        # Whoever hangs up before it has read all may have said why.
+        with contextlib.suppress(BrokenPipeError):
+            connection.request("POST", f"{ADDRESS}{command}", json.dumps(arguments).encode())
+        response = connection.getresponse()
+        if response.headers.get_content_type() == LINES:
+            last = {}
+            for line in response:
+                last = json.loads(line)
+                if "progress" in last:
+                    on_progress(last["progress"])
+        else:
+            answer = json.loads(response.read())
+            last = {"result": answer} if response.status == http.client.OK else dict(answer)
+    except http.client.RemoteDisconnected as error:
+        raise ControlError(broken) from error
+    except http.client.BadStatusLine as error:
+        raise ControlError(
+            "the running cache does not speak HTTP at its control socket: it is older than this program; start it again"
+        ) from error
+    except (OSError, ValueError, TypeError, http.client.HTTPException) as error:
+        raise ControlError(f"{broken} ({error})") from error
+    if "result" in last:
+        return last["result"]
+    raise ControlError(last.get("error", broken))

@@ -1,15 +1,15 @@
-"""What the daemon does for the command line, by verb.
+"""What the daemon does for the command line.
 
 Invariant: what only looks works on a copy in a thread, so that no pull waits for it.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from pullthrough.admin.server import Tell, Verb
+from pullthrough.admin.command import Arguments, Change, Command, Job, Look, Tell
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError, InvalidRequest
 from pullthrough.core.records import Name
@@ -23,7 +23,7 @@ from pullthrough.store.store import STAGING, Store
 
 
 class Commands:
-    """The verbs of one daemon."""
+    """The commands of one daemon."""
 
     def __init__(
         self,
@@ -47,19 +47,19 @@ class Commands:
         self._pulls = pulls
         self._tier = tier
 
-    def table(self) -> dict[str, Verb]:
+    def table(self) -> dict[str, Command]:
         return {
-            "ls": self._ls,
-            "show": self._show,
-            "stats": self._stats,
-            "config": self._config,
-            "rm": self._rm,
-            "pin": self._pin,
-            "unpin": self._unpin,
-            "prune": self._prune,
-            "warm": self._warm,
-            "admit": self._admit,
-            "mend": self._mend,
+            "ls": Look(self._ls),
+            "show": Look(self._show),
+            "stats": Look(self._stats),
+            "config": Look(self._config),
+            "rm": Change(self._rm),
+            "pin": Change(self._pin),
+            "unpin": Change(self._unpin),
+            "prune": Change(self._prune),
+            "warm": Job(self._warm),
+            "admit": Change(self._admit),
+            "mend": Change(self._mend),
         }
 
     def view(self) -> View:
@@ -69,56 +69,56 @@ class Commands:
         manifests, children = dict(self._store.manifests()), dict(self._store.children())
         return View(manifests, self._store.known_blobs(), pins, dict(ledger.days), children)
 
-    async def _ls(self, _: Mapping[str, Any], __: Tell) -> Any:
+    async def _ls(self, _: Arguments) -> Any:
         return await asyncio.to_thread(listing, self.view())
 
-    async def _show(self, arguments: Mapping[str, Any], _: Tell) -> Any:
-        return await asyncio.to_thread(detail, self.view(), str(arguments["model"]))
+    async def _show(self, arguments: Arguments) -> Any:
+        return await asyncio.to_thread(detail, self.view(), arguments.text("model"))
 
-    async def _stats(self, _: Mapping[str, Any], __: Tell) -> Any:
+    async def _stats(self, _: Arguments) -> Any:
         self._count()
         sums = await asyncio.to_thread(statistics, self.view())
         sums |= {"bypassed_pulls": self._pulls.bypassed, "unseen_pulls": self._pulls.unseen}
         return sums | {"tier": self._tier()} if self._tier is not None else sums
 
-    async def _config(self, _: Mapping[str, Any], __: Tell) -> Any:
+    async def _config(self, _: Arguments) -> Any:
         return self._options
 
-    async def _rm(self, arguments: Mapping[str, Any], _: Tell) -> Any:
-        return await self._maintenance.remove([str(text) for text in arguments["models"]])
+    async def _rm(self, arguments: Arguments) -> Any:
+        return await self._maintenance.remove(arguments.texts("models"))
 
-    async def _pin(self, arguments: Mapping[str, Any], _: Tell) -> Any:
-        return self._maintenance.pin(str(arguments["model"]))
+    async def _pin(self, arguments: Arguments) -> Any:
+        return self._maintenance.pin(arguments.text("model"))
 
-    async def _unpin(self, arguments: Mapping[str, Any], _: Tell) -> Any:
-        return self._maintenance.unpin(str(arguments["model"]))
+    async def _unpin(self, arguments: Arguments) -> Any:
+        return self._maintenance.unpin(arguments.text("model"))
 
-    async def _prune(self, arguments: Mapping[str, Any], _: Tell) -> Any:
+    async def _prune(self, arguments: Arguments) -> Any:
         return await self._maintenance.prune(
-            age_s=float(arguments["age"]), every=bool(arguments["all"]), dry_run=bool(arguments["dry_run"])
+            age_s=arguments.seconds("age"), every=arguments.flag("all"), dry_run=arguments.flag("dry_run")
         )
 
-    async def _warm(self, arguments: Mapping[str, Any], tell: Tell) -> Any:
+    async def _warm(self, arguments: Arguments, tell: Tell) -> Any:
         done = []
-        for text in arguments["models"]:
+        for text in arguments.texts("models"):
             try:
-                done.append(await self._warmer.warm(str(text), tell, dry_run=bool(arguments["dry_run"])))
+                done.append(await self._warmer.warm(text, tell, dry_run=arguments.flag("dry_run")))
             except CacheError as error:
-                done.append({"model": str(text), "error": str(error)})
+                done.append({"model": text, "error": str(error)})
         return done
 
-    async def _admit(self, arguments: Mapping[str, Any], _: Tell) -> Any:
-        folder = str(arguments["staging"])
+    async def _admit(self, arguments: Arguments) -> Any:
+        folder = arguments.text("staging")
         if not folder.startswith(STAGING) or "/" in folder:
             raise InvalidRequest(f"expected a folder {STAGING}… of the store, got {folder!r}")
         staging = self._store.folder / "ingest" / folder
-        terms = Terms(bool(arguments["public"]), bool(arguments["replace_confirmed"]))
-        name = Name.parse(str(arguments["model"]))
+        terms = Terms(arguments.flag("public"), arguments.flag("replace_confirmed"))
+        name = Name.parse(arguments.text("model"))
         try:
             body = await asyncio.to_thread((staging / MANIFEST).read_bytes)
         except OSError as error:
             raise InvalidRequest(f"expected a staged manifest of {name}, got {error}") from error
-        blobs = {Digest.parse(digest): int(size) for digest, size in arguments["blobs"].items()}
+        blobs = {Digest.parse(digest): size for digest, size in arguments.sizes("blobs").items()}
         model = Model.parse(name, body, lambda _: blobs)
         outcome = refusal(self._store, model, terms)
         if outcome is None:
@@ -126,9 +126,9 @@ class Commands:
             outcome = enter(self._store, model, terms, placed, now=time.time())
         return asdict(outcome)
 
-    async def _mend(self, arguments: Mapping[str, Any], _: Tell) -> Any:
+    async def _mend(self, arguments: Arguments) -> Any:
         done = []
-        for finding in map(Defect.parse, arguments["findings"]):
+        for finding in map(Defect.parse, arguments.objects("findings")):
             done.append(mend(self._store, finding, now=time.time()))
             await asyncio.sleep(0)
         return done

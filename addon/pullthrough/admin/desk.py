@@ -10,9 +10,10 @@ import time
 from collections.abc import Mapping
 from typing import Final
 
+from pullthrough.admin.command import Command
 from pullthrough.admin.commands import Commands
 from pullthrough.admin.fleet_commands import FleetCommands
-from pullthrough.admin.server import ControlServer, Verb
+from pullthrough.admin.server import ControlServer
 from pullthrough.config.settings import Settings
 from pullthrough.core.access_log import RequestLog
 from pullthrough.core.errors import StoreError
@@ -41,10 +42,10 @@ class Desk:
         registry: Registry,
         requests: RequestLog,
         options: list[JSON],
-        others: Mapping[str, Verb],
+        others: Mapping[str, Command],
         fleet: tuple[Tier, Uploader] | None = None,
     ) -> None:
-        """`options` are what `config` tells; `others` are verbs that are not about the store."""
+        """`options` are what `config` tells; `others` are commands that are not about the store."""
         self._store = store
         self._recorder = recorder
         self._requests = requests

@@ -1,17 +1,16 @@
 """What the daemon does for the command line about the fleet's object store.
 
 Invariant: an object goes only when it is wrong, or old and of no manifest; what this cache holds is uploaded again.
-Every call is limited, so that a store that fails ends a verb and never the daemon.
+Every call is limited, so that a store that fails ends a command and never the daemon.
 """
 
 import asyncio
 import hashlib
 import math
 import time
-from collections.abc import Mapping
 from typing import Any, Final
 
-from pullthrough.admin.server import Tell, Verb
+from pullthrough.admin.command import Arguments, Change, Command, Job, Tell
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError, ForgedDocument, InvalidRequest, TierError
 from pullthrough.core.records import Name
@@ -29,7 +28,7 @@ LOOK_S: Final = 0.5
 
 
 class FleetCommands:
-    """The verbs of one daemon of a fleet."""
+    """The commands of one daemon of a fleet."""
 
     def __init__(
         self,
@@ -47,8 +46,8 @@ class FleetCommands:
         self._warmer = warmer
         self._counters = counters
 
-    def table(self) -> dict[str, Verb]:
-        return {"tier-verify": self._verify, "tier-prune": self._prune, "tier-warm": self._warm}
+    def table(self) -> dict[str, Command]:
+        return {"tier-verify": Job(self._verify), "tier-prune": Change(self._prune), "tier-warm": Job(self._warm)}
 
     def state(self) -> JSON:
         """What `stats` tells: counts since the start of the daemon."""
@@ -65,7 +64,7 @@ class FleetCommands:
             "failures": counts.failures,
         }
 
-    async def _verify(self, _: Mapping[str, Any], tell: Tell) -> Any:
+    async def _verify(self, _: Arguments, tell: Tell) -> Any:
         """Hash every blob there, and look at every signature: {checked, bytes, findings}; what is wrong goes."""
         findings, size = [], 0
         listed = [*await self._list(documents.BLOBS), *await self._list(documents.MANIFESTS)]
@@ -103,13 +102,13 @@ class FleetCommands:
             return str(error)
         return None
 
-    async def _prune(self, arguments: Mapping[str, Any], _: Tell) -> Any:
+    async def _prune(self, arguments: Arguments) -> Any:
         """Take away what is older than `age` seconds: {models, blobs, leftovers, freed} as for the store itself.
 
         Blobs of no manifest and leases; with `all`, manifests that were uploaded so long ago too.
         """
         # The store's clock may be ahead of ours, and its times are rounded: no age means all, whatever it says.
-        oldest = time.time() - age_s if (age_s := float(arguments["age"])) else math.inf
+        oldest = time.time() - age_s if (age_s := arguments.seconds("age")) else math.inf
         models, unlisted, wanted = [], [], set[Digest]()
         for item in await self._list(documents.MANIFESTS):
             name = documents.name_of(item.key)
@@ -118,7 +117,7 @@ class FleetCommands:
                 record = documents.unseal_manifest(data, name, self._tier.secret) if data is not None else None
             except ForgedDocument:
                 record = None  # for `verify --tier`
-            if record is not None and bool(arguments["all"]) and item.changed < oldest:
+            if record is not None and arguments.flag("all") and item.changed < oldest:
                 models.append((name, item))
             elif record is not None:
                 wanted.update(record.digests)
@@ -127,7 +126,7 @@ class FleetCommands:
             if item.changed < oldest and digest is not None and digest not in wanted:
                 unlisted.append(item)
         leases = [item for item in await self._list(documents.LEASES) if item.changed < oldest]
-        if not arguments["dry_run"]:
+        if not arguments.flag("dry_run"):
             for item in [*(item for _, item in models), *unlisted, *leases]:
                 await self._tier.ask(self._tier.objects.delete, item.key)
         return {
@@ -137,10 +136,10 @@ class FleetCommands:
             "freed": sum(item.size for item in unlisted),
         }
 
-    async def _warm(self, arguments: Mapping[str, Any], tell: Tell) -> Any:
+    async def _warm(self, arguments: Arguments, tell: Tell) -> Any:
         """As `warm`; then the model goes from here, where it was not before, once the fleet has it."""
         done = []
-        for text in map(str, arguments["models"]):
+        for text in arguments.texts("models"):
             try:
                 done.append(await self._bring(text, tell))
             except CacheError as error:

@@ -1,10 +1,11 @@
-"""The control socket: where the command line asks the daemon that holds the store.
+"""The control socket: HTTP at a Unix socket in the store, where the command line asks the daemon that holds it.
 
-One request a connection: a line of JSON `{"verb": …, "arguments": {…}}`, answered by lines `{"progress": {…}}` and a
-last one, `{"result": …}` or `{"error": "expected …, got …"}`.
+A command is at `/v1/NAME`: POST with its arguments as a JSON object, or GET with a query where it only looks. The
+answer is its result as JSON; of a Job, lines of JSON: `{"progress": {...}}` as it goes on, and a last one,
+`{"result": ...}` or `{"error": "...", "status": ...}`. Any other error has its HTTP status and `{"error": "..."}`.
 
-Invariant: only the store's owner can ask (0600 before anybody can connect), and whoever asks goes when the daemon
-does. Not on Windows, whose Python has no such sockets.
+Invariant: only the store's owner can ask (0600 before anybody can connect); whoever hangs up ends what they asked
+for, and so does the end of the daemon. Not on Windows, whose Python has no such sockets.
 """
 
 import asyncio
@@ -16,11 +17,14 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from pullthrough.admin.client import POINTER, SOCKET
+from aiohttp import hdrs, web
+
+from pullthrough.admin.client import ADDRESS, LINES, POINTER, SOCKET
+from pullthrough.admin.command import Arguments, Command, Job, Look
 from pullthrough.core.errors import CacheError, InvalidRequest
 
 _log = logging.getLogger(__name__)
@@ -28,25 +32,24 @@ _log = logging.getLogger(__name__)
 LONGEST_PATH: Final = 100
 """sun_path has 108 bytes on Linux and 104 on macOS, one of them for the end."""
 
-LONGEST_REQUEST: Final = 1 << 20
 PATIENCE_S: Final = 10.0
 """How long a connection may take for its request."""
 
-Tell = Callable[[Mapping[str, Any]], Awaitable[None]]
-"""Send a progress object."""
-Verb = Callable[[Mapping[str, Any], Tell], Awaitable[Any]]
-"""From arguments to a result that is JSON; CacheError says no."""
+TO_OLDER_CLIENT: Final = {
+    "error": "this ollama-cache is older than the cache that runs; use the program that the cache was installed with"
+}
+"""What a client is told that sends a bare line of JSON, as this socket took it before it spoke HTTP."""
 
 
 class ControlServer:
     """The socket of one store, which the caller has locked."""
 
-    def __init__(self, folder: Path, verbs: Mapping[str, Verb]) -> None:
+    def __init__(self, folder: Path, commands: Mapping[str, Command]) -> None:
         self._folder = folder
-        self._verbs = verbs
-        self._server: asyncio.Server | None = None
-        self._runtime: tempfile.TemporaryDirectory[str] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._commands = commands
+        self._runner: web.ServerRunner | None = None
+        self._elsewhere: tempfile.TemporaryDirectory[str] | None = None
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
         """Listen from now on; a socket that a crash has left gives way. OSError is logged: pulls need no socket."""
@@ -54,34 +57,38 @@ class ControlServer:
             _log.info("no control socket on Windows: stop the cache before a verb that changes the store")
             return
         self._clear()
+        server = _Server(self._answer, handler_cancellation=True, access_log=None, keepalive_timeout=PATIENCE_S)
+        self._runner = web.ServerRunner(server)
         try:
             path = self._folder / SOCKET
             if len(os.fsencode(path)) > LONGEST_PATH:
-                self._runtime = tempfile.TemporaryDirectory(prefix="ollama-cache-")  # 0700
-                path = Path(self._runtime.name) / SOCKET
+                self._elsewhere = tempfile.TemporaryDirectory(prefix="ollama-cache-")  # 0700
+                path = Path(self._elsewhere.name) / SOCKET
                 (self._folder / POINTER).write_text(f"{path}\n", encoding="utf-8")
             with contextlib.ExitStack() as undo:
                 sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 sock.bind(os.fspath(path))
                 path.chmod(0o600)
-                self._server = await asyncio.start_unix_server(self._accept, sock=sock, limit=LONGEST_REQUEST)
+                await self._runner.setup()
+                await web.SockSite(self._runner, sock).start()
                 undo.pop_all()
         except OSError as error:
             _log.warning("no control socket in %s: %s", self._folder, error)
+            await self.close()
 
     async def close(self) -> None:
         """Answer nobody any more. May be called twice, and without `open`."""
-        server, self._server = self._server, None
-        if server is None:
+        runner, self._runner = self._runner, None
+        if runner is None:
             return
-        server.close()
-        for task in list(self._tasks):
+        for task in self._running:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await runner.cleanup()
         self._clear()
-        if self._runtime is not None:
-            self._runtime.cleanup()
-            self._runtime = None
+        if self._elsewhere is not None:
+            self._elsewhere.cleanup()
+            self._elsewhere = None
 
     def _clear(self) -> None:
         path = self._folder / SOCKET
@@ -90,53 +97,109 @@ class ControlServer:
                 path.unlink()
         (self._folder / POINTER).unlink(missing_ok=True)
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.get_running_loop().create_task(self._serve(reader, writer), name="control")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async def tell(progress: Mapping[str, Any]) -> None:
-            await _send(writer, {"progress": progress})
-
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
         try:
-            answer = await self._answer(reader, tell)
-            await _send(writer, answer)
+            command = self._command(request)
+            arguments = await _arguments(request)
+            if isinstance(command, Job):
+                return await _stream(request, command, arguments)
+            return web.json_response(await command.run(arguments))
+        except web.HTTPException as refusal:
+            return web.json_response({"error": refusal.text}, status=refusal.status, headers=_allow(refusal))
         except ConnectionError:
-            pass  # whoever asked has gone
+            raise  # whoever asked has gone
+        except Exception as error:
+            status, answer = _in_words(error)
+            return web.json_response(answer, status=status)
         finally:
-            writer.close()
+            self._running.discard(task)
 
-    async def _answer(self, reader: asyncio.StreamReader, tell: Tell) -> Mapping[str, Any]:
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                line = await reader.readline()
-            verb, arguments = _parse(line)
-            if verb not in self._verbs:
-                raise InvalidRequest(f"expected one of {', '.join(self._verbs)}, got {verb!r}")
-            return {"result": await self._verbs[verb](arguments, tell)}
-        except CacheError as error:
-            return {"error": str(error)}
-        except (TimeoutError, ValueError):
-            return {"error": f"expected a request of one line within {PATIENCE_S:.0f} s, got none"}
-        except ConnectionError:
-            raise
-        except Exception:
-            _log.exception("a verb of the control socket failed")
-            return {"error": "expected an answer, got a fault of the cache; its log has more"}
+    def _command(self, request: web.BaseRequest) -> Command:
+        """Return what is asked for. Raises HTTPException."""
+        name = request.path.removeprefix(ADDRESS)
+        command = self._commands.get(name) if name != request.path else None
+        if command is None:
+            known = ", ".join(f"{ADDRESS}{name}" for name in self._commands)
+            raise web.HTTPNotFound(text=f"there is no {request.path} at the control socket of this cache, only {known}")
+        methods = [hdrs.METH_GET, hdrs.METH_POST] if isinstance(command, Look) else [hdrs.METH_POST]
+        if request.method not in methods:
+            text = f"{request.path} is asked by {' or '.join(methods)}, not by {request.method}"
+            raise web.HTTPMethodNotAllowed(request.method, methods, text=text)
+        return command
 
 
-def _parse(line: bytes) -> tuple[str, Mapping[str, Any]]:
+async def _arguments(request: web.BaseRequest) -> Arguments:
+    """Return those of the query or the body. Raises InvalidRequest, HTTPRequestEntityTooLarge."""
+    if request.method == hdrs.METH_GET:
+        return Arguments(dict(request.query))
+    body = await request.read()
     try:
-        request = json.loads(line)
-        verb, arguments = request["verb"], request["arguments"]
-    except (ValueError, KeyError, TypeError):
-        verb, arguments = None, None
-    if not isinstance(verb, str) or not isinstance(arguments, dict):
-        raise InvalidRequest(f"expected a line of JSON with verb and arguments, got {line[:80]!r}")
-    return verb, arguments
+        values = json.loads(body or b"{}")
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"the body of a request is a JSON object of arguments, not {body[:80]!r}")
+    return Arguments(values)
 
 
-async def _send(writer: asyncio.StreamWriter, value: Mapping[str, Any]) -> None:
-    writer.write(json.dumps(value).encode() + b"\n")
-    await writer.drain()
+async def _stream(request: web.BaseRequest, job: Job, arguments: Arguments) -> web.StreamResponse:
+    """Send progress as it comes, and how it ended; what fails before anything was sent is for the caller."""
+    response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: LINES})
+
+    async def send(line: Mapping[str, Any]) -> None:
+        if not response.prepared:
+            await response.prepare(request)
+        await response.write(json.dumps(line).encode() + b"\n")
+
+    async def tell(progress: Mapping[str, Any]) -> None:
+        await send({"progress": progress})
+
+    try:
+        last = {"result": await job.run(arguments, tell)}
+    except ConnectionError:
+        raise
+    except Exception as error:
+        if not response.prepared:
+            raise
+        status, answer = _in_words(error)
+        last = {**answer, "status": status}
+    await send(last)
+    await response.write_eof()
+    return response
+
+
+def _in_words(error: Exception) -> tuple[int, dict[str, str]]:
+    """Return the status and body that tell of an error; one that nobody foresaw is logged."""
+    if isinstance(error, CacheError):
+        return error.status_hint, {"error": str(error)}
+    _log.error("a command of the control socket failed", exc_info=error)
+    return 500, {"error": "the cache failed at this by a fault of its own; its log has more"}
+
+
+def _allow(refusal: web.HTTPException) -> dict[str, str]:
+    return {name: value for name, value in refusal.headers.items() if name == hdrs.ALLOW}
+
+
+class _Server(web.Server):
+    """aiohttp's server, which also has words for a client from before it."""
+
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Connection(web.RequestHandler):
+    """A connection whose first byte tells what speaks: no request of HTTP begins with a brace."""
+
+    has_begun = False
+
+    def data_received(self, data: bytes) -> None:
+        begins, self.has_begun = not self.has_begun, True
+        if begins and data.startswith(b"{") and self.transport is not None:
+            self.transport.write(json.dumps(TO_OLDER_CLIENT).encode() + b"\n")
+            self.close()
+            self.transport.close()
+        else:
+            super().data_received(data)

@@ -148,7 +148,7 @@ def _server_facts(given: Path | None) -> "ServerFacts":
 
     try:
         proxy = Endpoint("http", **ask(folder_of(given), "proxy", {}))
-        outlook = Outlook(**ask(folder_of(given), "look out", {}))
+        outlook = Outlook(**ask(folder_of(given), "look-out", {}))
     except NoDaemon:
         running, outlook = sys.platform == "win32", asyncio.run(look())
     return server_facts(settings, proxy, outlook, running=running, now=datetime.now(UTC))

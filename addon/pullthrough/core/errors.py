@@ -6,7 +6,7 @@
     ├── StoreError             the store cannot be used: the start stops
     │   └── StoreUnwritable    a write to the store failed: pulls go on without it
     │       └── SourceDistrusted   what came had another digest, twice: pulls go on without the store for a while
-    ├── NoSuchModel            a verb names a model that is not stored, or several
+    ├── NoSuchModel            a verb names a model that is not stored, or several (404)
     ├── ControlError           the daemon could not do what the command line asked
     │   └── NoDaemon           nobody listens at the store's control socket
     ├── InvalidRequest         the client sent what no client may send (400)
@@ -72,6 +72,8 @@ class SourceDistrusted(StoreUnwritable):
 
 class NoSuchModel(CacheError):
     """What a user typed names no stored model, or more than one."""
+
+    status_hint = 404
 
 
 class ControlError(CacheError):
