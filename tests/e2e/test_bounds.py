@@ -73,9 +73,12 @@ def asked(proxy: Proxy) -> socket.socket:
 
 def is_ended(sock: socket.socket) -> bool:
     """Whether the other end says nothing more, and ends."""
-    with contextlib.suppress(ConnectionError, OSError):
+    try:
         return sock.recv(4096) == b""
-    return True
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
 
 
 def flood(sock: socket.socket, data: bytes = FLOOD) -> bool:
@@ -306,6 +309,34 @@ def test_an_error_of_ours(start_proxy: Callable[..., Proxy], origin: Origin, tmp
     assert status in statuses, statuses
     proxy.wait_for_line("RuntimeError: broken")
     assert not [line for line in proxy.output if "nothing was passed on" in line or "refused connection" in line]
+
+
+BY_TURNS = """
+import asyncio
+from mitmproxy.proxy import events
+from mitmproxy.proxy.server import ConnectionHandler
+from pullthrough.proxy.client_limits import ClientLimit
+real, read = ConnectionHandler.server_event, ClientLimit.read
+
+async def server_event(self, event):
+    if isinstance(event, events.DataReceived):
+        await asyncio.sleep(0.001)
+    await real(self, event)
+
+ConnectionHandler.server_event = server_event
+ClientLimit.read = lambda self, size: read(self, 1000)
+"""
+"""What a client has sent comes piece by piece, and each waits for its turn, as if others of its events came first."""
+
+
+def test_a_refused_upload(start_proxy: Callable[..., Proxy], tmp_path: Path) -> None:
+    """Its connection ends although the body waits for its turn when that is decided."""
+    proxy = start_proxy(program=patched(tmp_path, BY_TURNS), ollama_cache_offline=True)
+    head = f"PATCH /v2/library/m/blobs/uploads/1 HTTP/1.1\r\nHost: {REGISTRY}\r\nContent-Length: 40000\r\n\r\n"
+    with encrypted(proxy) as sock:
+        sock.sendall(head.encode() + bytes(40_000))
+        assert is_ended(sock)
+    proxy.wait_for_line("offline: PATCH")
 
 
 SILENT, STALLED, ENDLESS_HEADS = 5000, 300, 100

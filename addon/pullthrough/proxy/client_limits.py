@@ -135,6 +135,11 @@ class ClientLimit:
         if self._patience is not None:
             self._patience.cancel()
 
+    def close(self) -> None:
+        """End the connection, if mitmproxy has not: it does not where what has come just then waits for its turn."""
+        self.end()
+        self._writer.close()
+
     def _expire(self) -> None:
         if self._phase is Phase.HEAD:
             _log.warning("closed client %s: no full request within %.0f s", self._peer, HEAD_S)
@@ -205,7 +210,7 @@ class ClientLimits:
 
     def client_disconnected(self, client: connection.Client) -> None:
         if (client_limit := self._of_client.pop(client.id, None)) is not None:
-            client_limit.end()
+            client_limit.close()
             self._release(client_limit.slot)
 
     def _release(self, slot: Slot) -> None:
