@@ -1,5 +1,6 @@
 """A start that cannot be right stops: one line that says expected and got, exit code 1, and no open proxy."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from mitmproxy.certs import CertStore
 
 from pullthrough.store.store import Store
 from tests.support.proxy import PROGRAM, patched, run_until_exit
+
+more = functools.partial(pytest.param, marks=pytest.mark.long)
+"""A row for the long run: another one goes the same way through the start, and the unit tests know the message."""
 
 
 def refused(
@@ -29,14 +33,22 @@ def refused(
     [
         ({"ollama_cache_tunnel": "some"}, "option ollama_cache_tunnel: expected any or none, got 'some'"),
         ({"ollama_cache_max_sise": "1GB"}, "unknown option ollama_cache_max_sise: expected one of"),
-        ({"ollama_cache_manifest_lifetime": "soon"}, "ollama_cache_manifest_lifetime: expected a duration"),
-        ({"ollama_cache_clients": "10.0.0.1/8"}, "ollama_cache_clients: expected CIDR networks"),
+        more(
+            {"ollama_cache_manifest_lifetime": "soon"},
+            "ollama_cache_manifest_lifetime: expected a duration",
+            id="ollama_cache_manifest_lifetime-",
+        ),
+        more(
+            {"ollama_cache_clients": "10.0.0.1/8"},
+            "ollama_cache_clients: expected CIDR networks",
+            id="ollama_cache_clients-",
+        ),
         ({"ssl_verify_upstream_trusted_ca": "/nonexistent.pem"}, "ssl_verify_upstream_trusted_ca: expected a PEM file"),
         (
             {"ssl_insecure": True},
             "option ssl_insecure: must be off (the certificates of registries are always verified)",
         ),
-        ({"mode": "socks5"}, "option mode: expected regular, transparent or reverse:https://HOST"),
+        more({"mode": "socks5"}, "option mode: expected regular, transparent or reverse:https://HOST", id="mode-"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -104,7 +116,12 @@ def unconstrained_ca(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "damage", [foreign_folder, unwritable, newer_format, linked_blobs, open_to_all, unconstrained_ca]
+    "damage",
+    [
+        foreign_folder,
+        *(more(damage) for damage in (unwritable, newer_format, linked_blobs, open_to_all)),
+        unconstrained_ca,
+    ],
 )
 def test_bad_folders(tmp_path: Path, damage: Callable[[Path], str]) -> None:
     """What lies on disk is not ours, or not usable."""
@@ -160,14 +177,14 @@ for part in PARTS:
     ("name", "parts", "message"),
     [
         ("client_connected", "ConnectionHooks", "client_connected: a stranger: expected a refusal"),
-        ("client_connected", "ClientLimits", "an endless head"),
+        more("client_connected", "ClientLimits", "an endless head"),
         (
             "http_connect",
             "ConnectionHooks",
             "http_connect: a tunnel to port 22: expected a refusal, got b'HTTP/1.1 200",
         ),
-        ("server_connect", "ConnectionHooks", "server_connect: a way to this machine: expected a refusal"),
-        ("next_layer", "ConnectionHooks", "next_layer: a tunnel that is read: expected a refusal"),
+        more("server_connect", "ConnectionHooks", "server_connect: a way to this machine: expected a refusal"),
+        more("next_layer", "ConnectionHooks", "next_layer: a tunnel that is read: expected a refusal"),
         ("requestheaders", "RequestHooks", "requestheaders: two names: expected a refusal"),
     ],
 )
@@ -178,7 +195,7 @@ def test_a_hook_that_is_not_called(tmp_path: Path, name: str, parts: str, messag
     assert message in told, told
 
 
-@pytest.mark.parametrize("name", ["client_connected", "server_connect", "http_connect"])
+@pytest.mark.parametrize("name", [more("client_connected"), more("server_connect"), "http_connect"])
 def test_a_hook_that_has_another_name(tmp_path: Path, name: str) -> None:
     """A mitmproxy that calls it otherwise is another mitmproxy."""
     told = refused_late(tmp_path, patched(tmp_path, f"NAME = {name!r}\n{RENAMED}"))
