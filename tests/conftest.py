@@ -1,9 +1,14 @@
-"""What all tests share: hypothesis profiles, and a guard that keeps every connection of the suite on loopback."""
+"""What all tests share: hypothesis profiles, and a guard that keeps every connection of the suite on loopback.
+
+And where the files of a run lie.
+"""
 
 import ipaddress
 import os
+import shutil
 import socket
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,6 +20,26 @@ from tests.gotchas import GOTCHAS, shown
 settings.register_profile("fast", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("deep", max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+MEMORY: Final = Path("/dev/shm")
+ROOM: Final = 4 << 30
+"""Many times what the quick tests have on a disk at one time."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the files of a quick run into memory, where it has the room: what they wait for is mostly the disk."""
+    if config.option.markexpr == "not long" and "PYTEST_DEBUG_TEMPROOT" not in os.environ and is_roomy(MEMORY):
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)
+
+
+def is_roomy(folder: Path) -> bool:
+    """Whether a run may have its files there; some of them are programs."""
+    try:
+        runs_programs = not os.statvfs(folder).f_flag & os.ST_NOEXEC
+        return runs_programs and os.access(folder, os.W_OK) and shutil.disk_usage(folder).free >= ROOM
+    except (AttributeError, OSError):
+        # Only Linux has such a folder.
+        return False
 
 
 @pytest.fixture(autouse=True)
