@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import humanfriendly
 import typer
 
 from pullthrough.admin.client import ask
@@ -26,6 +25,7 @@ from pullthrough.cli.common import (
     print_lines,
     refusals,
 )
+from pullthrough.config.quantities import parse_duration
 from pullthrough.core.errors import CacheError, NoDaemon, StoreError
 from pullthrough.core.humanize import ago_text, columns, size_text
 from pullthrough.library.listing import View, detail, listing, statistics
@@ -167,9 +167,9 @@ def prune(
 ) -> None:
     """Remove blobs without a model, and what broken pulls have left."""
     try:
-        age_s = float(humanfriendly.parse_timespan(age))
-    except humanfriendly.InvalidTimespan:
-        raise typer.BadParameter(f"expected a duration such as 0, 12h or 7d, got {age!r}") from None
+        age_s = parse_duration(age)
+    except ValueError as error:
+        raise typer.BadParameter(f"expected {error}, got {age!r}") from None
     from pullthrough.library.maintenance import would_prune
 
     arguments = {"age": age_s, "all": all, "dry_run": dry_run}

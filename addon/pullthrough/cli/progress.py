@@ -5,10 +5,11 @@ import time
 from types import TracebackType
 from typing import Final, Self
 
-import humanfriendly
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from pullthrough.core.humanize import size_text
 
 LINE_S: Final = 10.0
 """How often a plain line is written."""
@@ -70,12 +71,9 @@ class Meter:
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, count)
         elif is_due:
-            typer.echo(f"{self.summary()} of {humanfriendly.format_size(self._total)}", err=True)
+            typer.echo(f"{self.summary()} of {size_text(self._total)}", err=True)
 
     def summary(self) -> str:
         """What was done, and how fast."""
         rate = self.size / max(self.seconds, 1e-3)
-        return (
-            f"{self._verb} {humanfriendly.format_size(self.size)} "
-            f"in {self.seconds:.1f} s, {humanfriendly.format_size(rate)}/s"
-        )
+        return f"{self._verb} {size_text(self.size)} in {self.seconds:.1f} s, {size_text(int(rate))}/s"

@@ -11,8 +11,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-import humanfriendly
-
 from pullthrough.config.parsers import (
     parse_advertise,
     parse_clients,
@@ -23,6 +21,7 @@ from pullthrough.config.parsers import (
     parse_object_store,
     parse_upstream,
 )
+from pullthrough.config.quantities import parse_duration, parse_size
 from pullthrough.config.settings import (
     PREFIX,
     R2_HOST,
@@ -52,12 +51,9 @@ class Option:
 
 
 def _parse_duration(text: str) -> float:
-    try:
-        seconds = float(humanfriendly.parse_timespan(text))
-    except humanfriendly.InvalidTimespan:
-        raise ValueError("a duration such as 300, 90s, 5m, 12h or 10d") from None
-    if not 0 <= seconds <= 10 * 365 * 86400:
-        raise ValueError("a duration between 0 and ten years")
+    seconds = parse_duration(text)
+    if seconds > 10 * 365 * 86400:
+        raise ValueError("a duration of ten years at most")
     return seconds
 
 
@@ -89,8 +85,8 @@ def _parse_rate(text: str) -> float | None:
     if not text.strip():
         return None
     try:
-        rate = float(humanfriendly.parse_size(text))
-    except humanfriendly.InvalidSize:
+        rate = float(parse_size(text))
+    except ValueError:
         raise ValueError("bytes per second such as 500KB, 20MB or 1GiB") from None
     if rate < 1000:
         raise ValueError("at least 1000 bytes per second")
@@ -98,15 +94,7 @@ def _parse_rate(text: str) -> float | None:
 
 
 def _parse_size(text: str) -> int | None:
-    if not text.strip():
-        return None
-    try:
-        size = int(humanfriendly.parse_size(text))
-    except humanfriendly.InvalidSize:
-        raise ValueError("a size such as 500MB, 200GiB or 2TB") from None
-    if size < 0:
-        raise ValueError("a size of 0 or more")
-    return size
+    return parse_size(text) if text.strip() else None
 
 
 def _parse_flag(text: str) -> bool:

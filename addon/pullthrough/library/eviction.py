@@ -15,10 +15,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-import humanfriendly
-
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import SourceDistrusted, StoreUnwritable
+from pullthrough.core.humanize import size_text
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
 from pullthrough.library.eviction_order import Choice, Holding, choose
 from pullthrough.library.mismatches import Mismatches
@@ -100,7 +99,7 @@ class Evictor:
             paths.append(path)
         await self._threads.disk(self._store.remove_files, paths)
         if paths:
-            _log.info("removed %d quarantined files, %s, to make room", len(paths), _text(freed))
+            _log.info("removed %d quarantined files, %s, to make room", len(paths), size_text(freed))
         return freed
 
     def mismatches(self, digest: Digest) -> None:
@@ -145,10 +144,11 @@ class Evictor:
             busy=busy,
         )
         if choice is None:
-            bound = f"max_size {_text(self._max_size)}, " if self._max_size is not None else ""
+            bound = f"max_size {size_text(self._max_size)}, " if self._max_size is not None else ""
             raise StoreUnwritable(
-                f"recording {digest}: expected room for {_text(size)} within the bounds "
-                f"({bound}min_free {_text(self._min_free)}), got {_text(free)} of free disk and nothing left to evict"
+                f"recording {digest}: expected room for {size_text(size or 0)} within the bounds "
+                f"({bound}min_free {size_text(self._min_free)}), got {size_text(free)} of free disk "
+                "and nothing left to evict"
             )
         for holding in choice.holdings:
             # A model may have gone, and a blob may be read, since the survey.
@@ -161,7 +161,7 @@ class Evictor:
         blobs = [part for part in choice.parts if isinstance(part, Digest) and self._is_free(part)]
         paths = [*self._store.evict(blobs), *(part for part in choice.parts if isinstance(part, Path))]
         await self._threads.disk(self._store.remove_files, paths)
-        _log.info("evicted %d blobs, %s", len(paths), _text(choice.freed))
+        _log.info("evicted %d blobs, %s", len(paths), size_text(choice.freed))
 
     def _is_free(self, digest: Digest) -> bool:
         record = self._store.blob(digest)
@@ -211,7 +211,3 @@ def _choose(
     if most > least and choose(holdings, sizes, excess=most, busy=busy) is None:
         return None
     return choose(holdings, sizes, excess=least, busy=busy)
-
-
-def _text(size: int | None) -> str:
-    return str(humanfriendly.format_size(size or 0))
