@@ -23,7 +23,7 @@ from pullthrough.admin.command import Arguments, Look
 from pullthrough.admin.desk import Desk
 from pullthrough.config import paths
 from pullthrough.config.options import OPTIONS, environment_texts, parse_settings
-from pullthrough.config.settings import PREFIX, PROXY_PORT, Endpoint, Settings
+from pullthrough.config.settings import PREFIX, PROXY_PORT, Settings
 from pullthrough.core.access_log import RequestLog
 from pullthrough.core.errors import CacheError, SettingsError, TierError
 from pullthrough.core.records import by_model
@@ -41,7 +41,7 @@ from pullthrough.monitoring.status import StatusView
 from pullthrough.net.connection_limits import ConnectionLimits, most_connections
 from pullthrough.net.proxy_env import ParentProxies
 from pullthrough.pki.authority import Leaf, is_due
-from pullthrough.pki.client_setup import clients_host, documents
+from pullthrough.pki.client_setup import guide
 from pullthrough.pki.rollover import Rollover
 from pullthrough.proxy.connection_hooks import ConnectionHooks, own_ports
 from pullthrough.proxy.hook_check import check_hooks
@@ -255,10 +255,9 @@ class OllamaCache:
         views = (settings, self._store, self._recorder, self._upstream)
         metrics = Metrics(*views, self._requests, self._lag, health, self._registry.pulls.counts, self._desk.tier)
         watch = StatusView(*views, health, self._desk.view, self._registry.pulls.counts, self._desk.tier)
-        StatusRoutes(metrics, health, watch).enter(self._blob_server.pages)
-        proxy = Endpoint("http", clients_host(settings), _proxy_address()[1])
-        given = documents(self._rollover.certificates, self._rollover.permitted, proxy.origin)
-        setup_pages.add(self._blob_server.pages, given)
+        setup = guide(settings, self._rollover.certificates, self._rollover.permitted, _proxy_address()[1])
+        setup_pages.add(self._blob_server.pages, setup.documents)
+        StatusRoutes(metrics, health, watch, setup).enter(self._blob_server.pages)
         await self._blob_server.open(self._registry, self._hooks.admits, limits, self._requests, self._delivery.threads)
         _log.info(
             "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",

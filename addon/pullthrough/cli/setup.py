@@ -63,7 +63,7 @@ def connect(
 ) -> None:
     """Print the command that sets up a client, to be run there."""
     # Cryptography takes longer to load than most verbs to run.
-    from pullthrough.pki.client_setup import SYSTEMS, clients_host, command, documents
+    from pullthrough.pki.client_setup import SYSTEMS, clients_host, clients_origin, command, documents
     from pullthrough.pki.rollover import Rollover
     from pullthrough.runtime.platform import own_addresses
 
@@ -83,10 +83,10 @@ def connect(
         fail(
             "expected a port to fetch the script from, got ollama_cache_listen=off; docs/clients.md has the way by hand"
         )
-    published = settings.advertise.port if settings.advertise is not None else 0
-    server = Endpoint("http", host, published or settings.listen[0][1])
     typer.echo("To be run on the client; the script's --undo (on Windows -Undo) takes it back:", err=True)
-    typer.echo(command(kind, made[f"/connect/{SYSTEMS[kind]}"], server=server.origin, proxy=proxy.origin))
+    typer.echo(
+        command(kind, made[f"/connect/{SYSTEMS[kind]}"], server=clients_origin(settings, host), proxy=proxy.origin)
+    )
     if not given and (others := sorted(filter(_is_reachable, own_addresses() - {host}))):
         typer.echo(f"For --address, this machine also has {', '.join(others)}", err=True)
 

@@ -94,7 +94,7 @@ def _row(view: View, name: Name, records: Sequence[ManifestRecord]) -> JSON:
         "id": digest[:12],
         "digest": f"sha256:{digest}",
         "size": size_of(view, records),
-        "held": "complete" if _is_whole(view, records) else "partial",
+        "held": "complete" if is_whole(view, records) else "partial",
         "pulled": max(record.pulled for record in records) or None,
         "pinned": name.is_among(view.pins),
         "visibility": "private" if records[0].denied else "public",
@@ -111,7 +111,7 @@ def size_of(view: View, records: Sequence[ManifestRecord]) -> int:
     return sum(view.held.get(digest, 0) if size is None else size for digest, size in sizes.items())
 
 
-def _is_whole(view: View, records: Sequence[ManifestRecord]) -> bool:
+def is_whole(view: View, records: Sequence[ManifestRecord]) -> bool:
     """Whether the clients of both classes find here what their manifests need.
 
     A child that is stored as the plain manifest too is here, whether or not anybody asked for it as a blob.

@@ -1,4 +1,5 @@
 """What the daemon tells of itself: metrics, health, the status page, the form of log lines.
 
-Begin with `watch` (what is looked at) and `metrics`. The page's files are in `share/`.
+Begin with `status` (what is looked at), `status_page` (how it is shown) and `metrics`. The pages' files are in
+`share/`.
 """

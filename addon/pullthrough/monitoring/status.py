@@ -5,7 +5,6 @@ models nothing is told but how many there are and how big.
 """
 
 import asyncio
-import heapq
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
@@ -15,10 +14,13 @@ from typing import Final
 from pullthrough.config.settings import Settings
 from pullthrough.core.digest import Digest
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.library.listing import JSON, View, listing, size_of, statistics
+from pullthrough.library.listing import JSON, View, size_of, statistics
 from pullthrough.monitoring.health import Disk, Health
+from pullthrough.monitoring.model_detail import ModelDetail, find_detail
+from pullthrough.monitoring.model_index import ModelIndex
 from pullthrough.recording.pulls import Counts
 from pullthrough.recording.recorder import Recorder
+from pullthrough.runtime.singleflight import SingleFlight
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import Upstream
 
@@ -27,7 +29,7 @@ FRESH_S: Final = 5.0
 SHARE_OF_TIME: Final = 0.05
 """What looking at them may take: where there are ten thousand models, it takes a second, and is done more seldom."""
 SHOWN: Final = 50
-"""Models and recordings that are told one by one."""
+"""Recordings that are told one by one."""
 SMOOTHING: Final = 0.3
 
 
@@ -53,13 +55,12 @@ class Progress:
 class Holdings:
     """What is stored, and what it has saved."""
 
-    models: tuple[JSON, ...]
-    """Rows of the public ones (catalogue), the one pulled last first, SHOWN at most."""
-    public: int
+    models: ModelIndex
+    """The public ones."""
     private: int
     private_bytes: int
     sums: JSON
-    """As `statistics` of catalogue."""
+    """As `statistics` of listing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,14 @@ class Sight:
     problems: tuple[str, ...]
     bypassed: int
     """Pulls since the start that went past the cache."""
+    uptime_s: float
     tier: JSON | None = None
     """The fleet's object store, as `stats` tells it."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is stored, and nothing is on its way."""
+        return not (self.running or self.holdings.models or self.holdings.private)
 
 
 class StatusView:
@@ -112,28 +119,43 @@ class StatusView:
         self._upstream = upstream
         self._view = view
         self._health = health
+        self._began = time.monotonic()
         self._holdings: Holdings | None = None
         self._stale_at = 0.0
+        self._summing: SingleFlight[None, Holdings] = SingleFlight()
         self._names: dict[Digest, str] = {}
         """Of the blobs that are being recorded, as long as the holdings are fresh."""
         self._rates: dict[Digest, tuple[float, int, float]] = {}
         """(when, bytes present then, bytes per second) of each recording."""
 
+    async def holdings(self) -> Holdings:
+        """What is stored, as it was a few seconds ago at most; the same for all who ask."""
+        if self._holdings is None or time.monotonic() > self._stale_at:
+            return (await self._summing.join(None, self._sum_up))[0]
+        return self._holdings
+
+    async def _sum_up(self) -> Holdings:
+        began = time.monotonic()
+        self._holdings = await asyncio.to_thread(_sum_up, self._view())
+        self._names = {}
+        now = time.monotonic()
+        self._stale_at = now + max(FRESH_S, (now - began) / SHARE_OF_TIME)
+        return self._holdings
+
+    def model(self, text: str) -> ModelDetail | None:
+        """The public model that is named so, None if none is stored."""
+        return find_detail(self._store, (*self._settings.pins, *sorted(self._store.ledger.pins)), text)
+
     async def look(self) -> Sight:
         """All of it now."""
-        began = time.monotonic()
-        if self._holdings is None or began > self._stale_at:
-            self._holdings = await asyncio.to_thread(_sum_up, self._view())
-            self._names.clear()
-            now = time.monotonic()
-            self._stale_at = now + max(FRESH_S, (now - began) / SHARE_OF_TIME)
+        holdings = await self.holdings()
         disk, problems = await self._health.disk(), await self._health.problems()
         counters = self._recorder.counters
         return Sight(
             time.time(),
             await self._progress(),
             len(self._recorder.recordings()),
-            self._holdings,
+            holdings,
             disk,
             self._store.held_bytes,
             self._settings.max_size,
@@ -144,13 +166,15 @@ class StatusView:
             counters.mismatches,
             (*problems, *self._upstream.impostors.told),
             self._pulls.bypassed,
+            time.monotonic() - self._began,
             self._tier() if self._tier is not None else None,
         )
 
     async def _progress(self) -> tuple[Progress, ...]:
         running = self._recorder.recordings()[:SHOWN]
-        if unknown := {recording.digest for recording in running} - self._names.keys():
-            self._names |= await asyncio.to_thread(_find_names, dict(self._store.manifests()), unknown)
+        names = self._names
+        if unknown := {recording.digest for recording in running} - names.keys():
+            names |= await asyncio.to_thread(_find_names, dict(self._store.manifests()), unknown)
         now, before, self._rates = time.monotonic(), self._rates, {}
         found = []
         for recording in running:
@@ -159,19 +183,13 @@ class StatusView:
                 lately = max(0, recording.present - had) / (now - then)
                 rate = rate + SMOOTHING * (lately - rate) if rate else lately
             self._rates[recording.digest] = (now, recording.present, rate)
-            name = self._names[recording.digest]
-            found.append(Progress(name, recording.present, recording.size, rate, recording.readers))
+            found.append(Progress(names[recording.digest], recording.present, recording.size, rate, recording.readers))
         return tuple(found)
 
 
 def _sum_up(view: View) -> Holdings:
-    public = {
-        name: max(each.pulled for each in records) for name, records in view.models.items() if not records[0].denied
-    }
     private = [size_of(view, records) for records in view.models.values() if records[0].denied]
-    # Rows for all would be so many objects that collecting them holds up the event loop.
-    rows = listing(view, heapq.nlargest(SHOWN, public, key=public.__getitem__))
-    return Holdings(tuple(rows), len(public), len(private), sum(private), statistics(view))
+    return Holdings(ModelIndex(view), len(private), sum(private), statistics(view))
 
 
 def _find_names(manifests: Mapping[Name, ManifestRecord], digests: AbstractSet[Digest]) -> dict[Digest, str]:

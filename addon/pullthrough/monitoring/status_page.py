@@ -1,98 +1,165 @@
-"""The status page: what `watch` sees, as HTML.
+"""The pages for people: what is seen of the cache, as HTML.
 
-Invariant: every text from outside (model names, upstream's errors) is escaped by the template engine; script and
-style are inline, and the page's policy names their hashes, so that nothing else runs or loads.
+Invariant: every text from outside (model names, upstream's errors, what was searched for) is escaped by the template
+engine; script and style are inline, and the pages' policy names their hashes, so that nothing else runs or loads.
 """
 
 import base64
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Self
+from urllib.parse import quote, urlencode
 
 import jinja2
 
 from pullthrough.core.humanize import ago_text, size_text
+from pullthrough.core.records import Name
 from pullthrough.library.listing import JSON
-from pullthrough.monitoring.status import Sight
+from pullthrough.monitoring.model_detail import ModelDetail
+from pullthrough.monitoring.model_index import Order, Page
+from pullthrough.monitoring.plot import plot
+from pullthrough.monitoring.status import Holdings, Sight
+from pullthrough.pki.client_setup import KINDS, SetupGuide
+from pullthrough.runtime.version import own_version
 
 SHARE: Final = Path(__file__).parent / "share"
-PARTS: Final = ("recordings", "saved", "models", "health")
-"""What changes, each replaced as a whole: the macros of parts.html, and ids of the page."""
-
-DAYS: Final = 30
-PLOT_HEIGHT: Final = 80
+PARTS: Final = ("notice", "saved", "recordings", "models", "health")
+"""What changes, each replaced as a whole: the macros of parts.html, and ids of the overview."""
+MOST: Final = 200
+"""Layers and tags that a model's page lists."""
+_BESIDE: Final = 2
+"""Pages that are linked on either side of the one that is shown."""
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """One day of the plot: from the ground up what came from upstream, then what did not need to."""
+class ModelQuery:
+    """Which page of the models is asked for."""
 
-    day: str
-    served: int
-    fetched: int
-    saved_top: float
-    fetched_top: float
-    """Both in units of the plot, downwards."""
+    text: str = ""
+    order: Order = Order.PULLED
+    number: int = 1
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, str]) -> Self:
+        """Read the query of an address; what makes no sense is as if it were not there."""
+        order, number = fields.get("sort", ""), fields.get("page", "")
+        return cls(
+            fields.get("q", "").strip(),
+            Order(order) if order in tuple(Order) else Order.PULLED,
+            int(number) if number.isascii() and number.isdecimal() and len(number) < 10 else 1,
+        )
+
+    def link(self, **changes: Any) -> str:
+        """Return the address of another page: the first one, unless `number` is among the changes."""
+        other = replace(self, **{"number": 1, **changes})
+        fields = {"q": other.text, "sort": other.order, "page": str(other.number)}
+        usual = {"q": "", "sort": Order.PULLED, "page": "1"}
+        query = urlencode({name: value for name, value in fields.items() if value != usual[name]})
+        return f"/models?{query}" if query else "/models"
 
 
 class StatusPage:
     """The templates, read once."""
 
     def __init__(self) -> None:
-        templates = jinja2.Environment(
+        self._templates = templates = jinja2.Environment(
             loader=jinja2.FileSystemLoader(SHARE),
             autoescape=True,
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
         )
-        templates.filters.update(size=size_text, ago=ago_text, span=span_text, bars=bars)
-        self._style = (SHARE / "status.css").read_text(encoding="utf-8")
-        self._script = (SHARE / "status.js").read_text(encoding="utf-8")
-        self._page = templates.get_template("status.html")
+        templates.filters.update(
+            size=size_text, ago=ago_text, span=span_text, plot=plot, numbers=_numbers,
+            model_path=model_path, tag_path=_tag_path, kind=_kind,
+        )  # fmt: skip
+        style = (SHARE / "status.css").read_text(encoding="utf-8")
+        script = (SHARE / "status.js").read_text(encoding="utf-8")
+        templates.globals.update(style=style, script=script, version=own_version(), most=MOST, files=KINDS, here="")
         self._parts = templates.get_template("parts.html").module
         self.policy = "; ".join(
             (
                 "default-src 'none'",
-                f"script-src {_hash(self._script)}",
-                f"style-src {_hash(self._style)}",
+                f"script-src {_hash(script)}",
+                f"style-src {_hash(style)}",
                 "connect-src 'self'",
                 "img-src data:",
                 "base-uri 'none'",
-                "form-action 'none'",
+                "form-action 'self'",
                 "frame-ancestors 'none'",
             )
         )
-        """Content-Security-Policy of the page."""
+        """Content-Security-Policy of all pages."""
 
     def parts(self, sight: Sight) -> dict[str, str]:
-        """The parts that change, as HTML."""
+        """The parts of the overview that change, as HTML."""
         return {name: getattr(self._parts, name)(sight) for name in PARTS}
 
-    def page(self, parts: dict[str, str]) -> str:
-        """The whole page."""
-        return self._page.render(parts=parts, style=self._style, script=self._script)
+    def overview(self, parts: Mapping[str, str], guide: SetupGuide, *, welcome: bool) -> str:
+        """The front page; to `welcome` is to show first how clients are set up."""
+        return self._render("status.html", here="/", parts=parts, guide=guide, welcome=welcome)
+
+    def models(self, holdings: Holdings, query: ModelQuery, now: float) -> str:
+        """A page of the list of models."""
+        page = holdings.models.page(query.text, query.order, query.number)
+        return self._render(
+            "models.html", here="/models", query=query, page=page, now=now, total=len(holdings.models),
+            private=holdings.private, private_bytes=holdings.private_bytes,
+        )  # fmt: skip
+
+    def model(self, model: ModelDetail, now: float) -> str:
+        """The page of one model."""
+        return self._render("model.html", model=model, now=now)
+
+    def missing(self) -> str:
+        """What stands at the address of a model that is not here."""
+        return self._render("missing.html")
+
+    def setup(self, guide: SetupGuide) -> str:
+        """How clients are set up."""
+        return self._render("setup.html", here="/setup", guide=guide)
+
+    def _render(self, template: str, **values: object) -> str:
+        return self._templates.get_template(template).render(values)
 
 
-def bars(days: list[JSON]) -> list[Bar]:
-    """The plot of the last DAYS days that there was something on, the newest last."""
-    shown = [(day["day"], day["served"], day["fetched"]) for day in days[:DAYS]][::-1]
-    most = max((max(served, fetched) for _, served, fetched in shown), default=0) or 1
-    scale = PLOT_HEIGHT / most
-    return [
-        Bar(day, served, fetched, PLOT_HEIGHT - max(served, fetched) * scale, PLOT_HEIGHT - fetched * scale)
-        for day, served, fetched in shown
-    ]
+def model_path(name: Name) -> str:
+    """Return the address of a model's page."""
+    return f"/model?name={quote(str(name), safe='/:@')}"
 
 
 def span_text(seconds: float | None) -> str:
-    """How long still: `40 s`, `12 min`, `3 h`; None is not known."""
+    """How long: `40 s`, `12 min`, `3 h`, `5 days`; None is not known."""
     if seconds is None:
         return "?"
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.0f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.0f} days"
+
+
+def _tag_path(row: JSON) -> str:
+    return model_path(Name(row["host"], row["repository"], row["reference"]))
+
+
+def _kind(media_type: str) -> str:
+    """`application/vnd.ollama.image.model` as "model"."""
+    return media_type.rpartition("vnd.ollama.image.")[2] or media_type
+
+
+def _numbers(page: Page) -> list[int | None]:
+    """The pages to link: the first, the last and those beside the one that is shown; None for those left out."""
+    near = range(page.number - _BESIDE, page.number + _BESIDE + 1)
+    shown = sorted({1, page.pages, *(number for number in near if 1 <= number <= page.pages)})
+    numbers: list[int | None] = []
+    for number in shown:
+        if numbers and number - 1 not in shown:
+            numbers.append(None)
+        numbers.append(number)
+    return numbers
 
 
 def _hash(text: str) -> str:

@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from pullthrough.config.settings import Settings
+from pullthrough.config.settings import Endpoint, Settings
 from pullthrough.runtime import platform
 
 TEXT: Final = "text/plain; charset=utf-8"
@@ -35,6 +35,8 @@ TEMPLATES: Final = {
 
 SYSTEMS: Final = {"linux": "linux.sh", "macos": "macos.sh", "windows": "windows.ps1"}
 """Those with a script."""
+KINDS: Final = SYSTEMS | {"compose": "compose.yaml", "kubernetes": "kubernetes.yaml"}
+"""What a client may be, and the document that sets it up."""
 
 _FETCH_AND_RUN: Final = {
     "linux": """cd "$(mktemp -d)" && curl -fsSO --noproxy '*' {url} \
@@ -44,6 +46,10 @@ _FETCH_AND_RUN: Final = {
     "windows": """$f = "$(New-TemporaryFile).ps1"; curl.exe -fsSo $f --noproxy '*' {url}; \
 if ((Get-FileHash $f).Hash -eq '{sum}') {{ powershell -ExecutionPolicy Bypass -File $f {proxy} }} \
 else {{ 'expected the script of this cache, got another' }}""",
+    "compose": """curl -fsSO --noproxy '*' {url} && echo "{sum}  compose.yaml" | sha256sum -c \
+&& docker compose -f compose.yaml up -d""",
+    "kubernetes": """curl -fsSO --noproxy '*' {url} && echo "{sum}  kubernetes.yaml" | sha256sum -c \
+&& kubectl apply -f kubernetes.yaml""",
 }
 
 
@@ -53,6 +59,22 @@ class SetupDocument:
 
     content_type: str
     body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SetupGuide:
+    """What a person needs to set up clients."""
+
+    documents: Mapping[str, SetupDocument]
+    """By the path they are served at."""
+    commands: Mapping[str, str]
+    """The one line for each of KINDS."""
+    sums: Mapping[str, str]
+    """The SHA-256 of what each line fetches."""
+    proxy: str
+    """A URL, for those who set HTTPS_PROXY by hand."""
+    fingerprints: tuple[str, ...]
+    """SHA-256 of the certificates to be trusted, as openssl prints them."""
 
 
 class _Template(Template):
@@ -96,8 +118,33 @@ def clients_host(settings: Settings) -> str:
     return settings.advertise.host if settings.advertise is not None else platform.lan_address()
 
 
-def command(system: str, script: SetupDocument, *, server: str, proxy: str) -> str:
-    """The one line for a client's shell that fetches `script` from the origin `server`, checks it and runs it."""
-    return _FETCH_AND_RUN[system].format(
-        url=f"{server}/connect/{SYSTEMS[system]}", sum=sha256(script.body).hexdigest(), proxy=proxy
+def clients_origin(settings: Settings, host: str) -> str:
+    """Where clients that know this machine by `host` find the plain port; where it is off, an origin of port 0."""
+    published = settings.advertise.port if settings.advertise is not None else 0
+    listening = settings.listen[0][1] if settings.listen else 0
+    return Endpoint("http", host, published or listening).origin
+
+
+def command(kind: str, document: SetupDocument, *, server: str, proxy: str) -> str:
+    """The one line for a client's shell that fetches `document` from the origin `server`, checks it and applies it."""
+    return _FETCH_AND_RUN[kind].format(
+        url=f"{server}/connect/{KINDS[kind]}", sum=sha256(document.body).hexdigest(), proxy=proxy
+    )
+
+
+def guide(
+    settings: Settings, certificates: Sequence[x509.Certificate], names: Sequence[str], proxy_port: int
+) -> SetupGuide:
+    """All documents of a running cache, and what is to be said of them; parameters as for `documents`."""
+    host = clients_host(settings)
+    proxy = Endpoint("http", host, proxy_port).origin
+    made = documents(certificates, names, proxy)
+    found = {kind: made[f"/connect/{name}"] for kind, name in KINDS.items()}
+    server = clients_origin(settings, host)
+    return SetupGuide(
+        made,
+        {kind: command(kind, document, server=server, proxy=proxy) for kind, document in found.items()},
+        {kind: sha256(document.body).hexdigest() for kind, document in found.items()},
+        proxy,
+        tuple(each.fingerprint(hashes.SHA256()).hex(":").upper() for each in certificates),
     )

@@ -16,7 +16,8 @@ from aiohttp import hdrs, web
 from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.metrics import Metrics
 from pullthrough.monitoring.status import StatusView
-from pullthrough.monitoring.status_page import SHARE, StatusPage
+from pullthrough.monitoring.status_page import SHARE, ModelQuery, StatusPage
+from pullthrough.pki.client_setup import SetupGuide
 from pullthrough.server.pages import Handler, Pages
 
 INTERVAL_S: Final = 1.0
@@ -35,12 +36,15 @@ class Frame:
     """Events of what differs from the frame before."""
     made: float
     """Monotonic seconds."""
+    is_empty: bool = False
+    """Nothing is stored, and nothing is being recorded."""
 
 
 class StatusRoutes:
     """The pages of one daemon."""
 
-    def __init__(self, metrics: Metrics, health: Health, watch: StatusView) -> None:
+    def __init__(self, metrics: Metrics, health: Health, watch: StatusView, guide: SetupGuide) -> None:
+        self._guide = guide
         self._metrics = metrics
         self._health = health
         self._watch = watch
@@ -51,6 +55,9 @@ class StatusRoutes:
     def enter(self, pages: Pages) -> None:
         """Take the paths."""
         pages.add("/", self._show)
+        pages.add("/models", self._models)
+        pages.add("/model", self._model)
+        pages.add("/setup", self._setup)
         pages.add("/events", self._follow)
         pages.add("/metrics", self._expose)
         pages.add("/healthz", self._live)
@@ -63,8 +70,24 @@ class StatusRoutes:
     async def _show(self, _: web.BaseRequest) -> web.Response:
         is_fresh = time.monotonic() - self._frame.made < INTERVAL_S
         frame = self._frame if is_fresh else await self._next()
+        return self._html(self._page.overview(frame.parts, self._guide, welcome=frame.is_empty))
+
+    async def _models(self, request: web.BaseRequest) -> web.Response:
+        holdings = await self._watch.holdings()
+        return self._html(self._page.models(holdings, ModelQuery.parse(request.query), time.time()))
+
+    async def _model(self, request: web.BaseRequest) -> web.Response:
+        model = self._watch.model(request.query.get("name", ""))
+        if model is None:
+            return self._html(self._page.missing(), status=404)
+        return self._html(self._page.model(model, time.time()))
+
+    async def _setup(self, _: web.BaseRequest) -> web.Response:
+        return self._html(self._page.setup(self._guide))
+
+    def _html(self, text: str, *, status: int = 200) -> web.Response:
         fields = {"Content-Security-Policy": self._page.policy}
-        return web.Response(text=self._page.page(frame.parts), content_type="text/html", headers=fields)
+        return web.Response(text=text, status=status, content_type="text/html", headers=fields)
 
     async def _follow(self, _: web.BaseRequest) -> web.Response:
         return web.Response(body=self._events(), content_type="text/event-stream", charset="utf-8")
@@ -89,9 +112,10 @@ class StatusRoutes:
     async def _make(self) -> Frame:
         before = self._frame
         await asyncio.sleep(before.made + INTERVAL_S - time.monotonic())
-        parts = self._page.parts(await self._watch.look())
+        sight = await self._watch.look()
+        parts = self._page.parts(sight)
         changed = {name: part for name, part in parts.items() if part != before.parts.get(name)}
-        self._frame = Frame(before.number + 1, parts, _encode(changed), time.monotonic())
+        self._frame = Frame(before.number + 1, parts, _encode(changed), time.monotonic(), sight.is_empty)
         return self._frame
 
     # --- for programs

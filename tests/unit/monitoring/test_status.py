@@ -69,11 +69,11 @@ class Daemon:
 
 
 def test_models(tmp_path: Path) -> None:
-    """The newest fifty, the others counted; of private ones their number and size."""
+    """Each public one, the latest first; of private ones their number and size."""
     daemon = Daemon(60, private=3)
     held = asyncio.run(daemon.watch(tmp_path).look()).holdings
-    assert [row["name"] for row in held.models] == [f"m{number}:latest" for number in range(59, 9, -1)]
-    assert (held.public, held.private, held.private_bytes) == (57, 3, 30)
+    assert [row.typed for row in held.models.latest(60)] == [f"m{number}:latest" for number in range(59, 2, -1)]
+    assert (len(held.models), held.private, held.private_bytes) == (57, 3, 30)
     assert held.sums["models"] == 60
 
 
@@ -123,6 +123,19 @@ def test_how_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return [*seen, daemon.views]
 
     assert asyncio.run(main()) == [1, 1, 1, 2]
+
+
+def test_all_who_ask_share_one_look(tmp_path: Path) -> None:
+    """Pages of models and the overview, asked for at the same time, cost one walk over the store."""
+    daemon = Daemon(3)
+
+    async def main() -> None:
+        watcher = daemon.watch(tmp_path)
+        found = await asyncio.gather(*(watcher.holdings() for _ in range(20)), watcher.look())
+        assert daemon.views == 1
+        assert len({id(each) for each in found[:-1]}) == 1
+
+    asyncio.run(main())
 
 
 @pytest.mark.long

@@ -6,17 +6,25 @@ from typing import Any
 
 import pytest
 
+from pullthrough.core.records import Name
+from pullthrough.library.listing import View
 from pullthrough.monitoring.health import Disk
+from pullthrough.monitoring.model_index import ModelIndex, Order, Page
 from pullthrough.monitoring.status import Holdings, Progress, Sight
-from pullthrough.monitoring.status_page import Bar, StatusPage, bars, span_text
+from pullthrough.monitoring.status_page import ModelQuery, StatusPage, _numbers, model_path, span_text
+from pullthrough.pki.client_setup import KINDS, SetupGuide
+from tests.unit.monitoring.test_model_index import NOW, stored
 
 HOSTILE = "<img src=x onerror=alert(1)>\r\n\nevent: health\u2028data: \"'&amp;</script>"
 SUMS: dict[str, Any] = {"served": 4_000, "fetched": 1_000, "saved": 3_000, "ratio": 0.75, "days": []}
+NOTHING: dict[str, Any] = {"served": 0, "fetched": 0, "saved": 0, "ratio": None}
 QUIET = Sight(
-    now=1000.0,
+    now=NOW,
     recordings=(),
     running=0,
-    holdings=Holdings((), 0, 0, 0, SUMS | {"served": 0, "fetched": 0, "saved": 0, "ratio": None}),
+    holdings=Holdings(
+        ModelIndex(View({}, {}, (), {})), 0, 0, SUMS | {"served": 0, "fetched": 0, "saved": 0, "ratio": None}
+    ),
     disk=Disk(50),
     held_bytes=0,
     max_size=None,
@@ -27,11 +35,12 @@ QUIET = Sight(
     mismatches=0,
     problems=(),
     bypassed=0,
+    uptime_s=7200.0,
 )
-
-
-def row(name: str, **facts: Any) -> dict[str, Any]:
-    return {"name": name, "size": 2_000_000, "pulled": 940.0, "held": "complete", "pinned": False} | facts
+GUIDE = SetupGuide(
+    {}, {kind: f"run {kind} && echo done" for kind in KINDS}, dict.fromkeys(KINDS, "5e" * 32), "http://10.0.0.1:8080",
+    ("AB:CD",),
+)  # fmt: skip
 
 
 def words(html: str) -> str:
@@ -50,10 +59,15 @@ def test_an_empty_cache() -> None:
     """Zeros, no plot, no table, and nothing amiss."""
     parts = StatusPage().parts(QUIET)
     assert words(parts["recordings"]) == "Recording now nothing"
-    assert words(parts["saved"]) == "Saved bytes saved 0 B from the store ? served 0 B fetched 0 B"
-    assert words(parts["models"]) == "Models, by their last pull 0"
+    assert words(parts["saved"]) == (
+        "Saved not fetched again 0 B of all that was served ? served to clients 0 B fetched from upstream 0 B "
+        "Nothing was pulled in the last 30 days."
+    )
+    assert words(parts["models"]) == "Latest models 0 Nothing is stored yet."
     assert words(parts["health"]).startswith("Health ready registry.ollama.ai: up 0 B stored 50 B of disk free")
+    assert words(parts["health"]).endswith("running for 2 h")
     assert "bad" not in parts["health"]
+    assert parts["notice"].strip() == ""
 
 
 def test_a_busy_one() -> None:
@@ -62,7 +76,9 @@ def test_a_busy_one() -> None:
         QUIET,
         recordings=(Progress("llama3.2:latest", 30_000, 120_000, 1_500.0, 16), Progress("", 0, None, 0.0, 1)),
         running=9,
-        holdings=Holdings((row("a:latest"), row("b:1", pulled=None, held="partial", pinned=True)), 7, 3, 5_000, SUMS),
+        holdings=Holdings(
+            ModelIndex(stored({"a:latest": NOW - 60, "b:1": 0.0}, pins=("b:*",), lacking=["b:1"])), 3, 5_000, SUMS
+        ),
         max_size=10_000,
     )
     parts = StatusPage().parts(sight)
@@ -70,11 +86,13 @@ def test_a_busy_one() -> None:
         "Recording now 9 llama3.2:latest 25 % of 120 KB 1.5 KB/s, 60 s left, 16 readers "
         "a blob of no public model asking upstream 0 B/s, ? left, 1 reader and 7 more"
     )
-    assert '<progress max="120000" value="30000">' in parts["recordings"]
-    assert words(parts["saved"]) == "Saved bytes saved 3.0 KB from the store 75 % served 4.0 KB fetched 1.0 KB"
+    assert '<progress max="120000" value="30000" aria-label="llama3.2:latest">' in parts["recordings"]
+    assert words(parts["saved"]).startswith(
+        "Saved not fetched again 3.0 KB of all that was served 75 % served to clients 4.0 KB fetched from upstream 1.0"
+    )
     assert words(parts["models"]) == (
-        "Models, by their last pull 7 name size pulled a:latest 2.0 MB 1 minute ago "
-        "b:1 partial pinned 2.0 MB never and 5 more: ollama-cache ls 3 private, 5.0 KB"
+        "Latest models 2 Name Size Last pull a:latest 1.0 KB 1 minute ago b:1 partial pinned 1.0 KB never "
+        "Search and sort 3 private, 5.0 KB"
     )
     assert "0 B stored of 10 KB allowed" in words(parts["health"])
 
@@ -90,8 +108,9 @@ def test_a_sick_one() -> None:
         "store: not writable",
         "hf.co: does not answer",
         "5 B of disk free, 10 B are kept so",
-        "1 blobs did not hash to their name",
+        "1 blob did not hash to its name",
     ]
+    assert words(StatusPage().parts(sight)["notice"]) == "Not ready: store: not writable"
 
 
 def test_hostile_texts() -> None:
@@ -101,15 +120,21 @@ def test_hostile_texts() -> None:
         QUIET,
         recordings=(Progress(HOSTILE, 1, 2, 1.0, 1),),
         running=1,
-        holdings=Holdings((row(HOSTILE),), 1, 0, 0, SUMS),
+        holdings=Holdings(ModelIndex(stored({HOSTILE: 5.0})), 0, 0, SUMS),
         upstream={HOSTILE: False},
         problems=(HOSTILE,),
     )
     parts = page.parts(sight)
-    html = page.page(parts)
-    assert html.count("&lt;img src=x onerror=alert(1)&gt;") == 4
-    assert "<img" not in html
-    assert html.count("<script>") == html.count("</script>") == 1
+    html = page.overview(parts, GUIDE, welcome=True)
+    assert html.count("&lt;img src=x onerror=alert(1)&gt;") == 6  # twice of a recording, and of a problem
+    for text in (
+        html,
+        page.models(sight.holdings, ModelQuery(HOSTILE), NOW),
+        page.models(sight.holdings, ModelQuery(), NOW),
+    ):
+        assert "&lt;img src=x" in text
+        assert "<img" not in text
+        assert text.count("<script>") == text.count("</script>") == 1
 
 
 def test_policy() -> None:
@@ -118,21 +143,89 @@ def test_policy() -> None:
     assert "unsafe" not in page.policy
     assert page.policy.startswith("default-src 'none'; script-src 'sha256-")
     assert page.policy.endswith("frame-ancestors 'none'")
-    html = page.page(page.parts(QUIET))
+    html = page.overview(page.parts(QUIET), GUIDE, welcome=True)
     assert re.findall(r'(?:src|href)="(?!data:|/)', html) == []
     assert re.findall(r'\s(?:style|on[a-z]+)="', html) == []
 
 
-def test_bars() -> None:
-    """The newest last, to one scale; what was fetched and not served (prefetch) fits in too."""
-    days = [{"day": "2", "served": 40, "fetched": 10}, {"day": "1", "served": 0, "fetched": 20}]
-    assert bars(days) == [Bar("1", 0, 20, 40.0, 40.0), Bar("2", 40, 10, 0.0, 60.0)]
-    assert bars([]) == []
-    assert bars([{"day": "1", "served": 0, "fetched": 0}]) == [Bar("1", 0, 0, 80.0, 80.0)]
+def test_set_up_comes_first_while_nothing_is_stored() -> None:
+    """A line and its checksum for each system, before all else; later they have a page of their own."""
+    page = StatusPage()
+    first = page.overview(page.parts(QUIET), GUIDE, welcome=True)
+    assert first.index("run linux &amp;&amp; echo done") < first.index('id="saved"')
+    later = page.overview(page.parts(QUIET), GUIDE, welcome=False)
+    assert "run linux" not in later and 'href="/setup"' in later
+    for html in (first, page.setup(GUIDE)):
+        for kind, file in KINDS.items():
+            assert html.count(f"<code>run {kind} &amp;&amp; echo done</code>") == 1
+            assert f'href="/connect/{file}"' in html
+        assert html.count("5e" * 32) == len(KINDS)
+        assert "HTTPS_PROXY=http://10.0.0.1:8080" in html and "AB:CD" in html
+
+
+def models_page(query: ModelQuery, count: int = 120) -> str:
+    times = {f"m{number:03d}:latest": float(number) for number in range(count)}
+    return StatusPage().models(Holdings(ModelIndex(stored(times)), 0, 0, SUMS), query, NOW)
+
+
+def test_a_page_of_models() -> None:
+    """Fifty of them, links to the other pages and orders, and what was searched for goes along."""
+    html = models_page(ModelQuery("M", Order.NAME, 2))
+    assert re.findall(r">(m\d+:latest)<", html) == [f"m{number:03d}:latest" for number in range(50, 100)]
+    assert 'href="/models?q=M&amp;sort=name&amp;page=3"' in html
+    assert 'rel="prev" href="/models?q=M&amp;sort=name"' in html
+    assert 'href="/models?q=M&amp;sort=size"' in html and 'href="/models?q=M&amp;sort=-name"' in html
+    assert html.count('aria-sort="ascending"') == 1 and 'aria-sort="descending"' not in html
+    assert "120 of 120 models match" in words(html)
+
+
+def test_pages_of_models_that_are_not_there() -> None:
+    """Nothing found, and nothing stored, are said; a page beyond the last is the last."""
+    assert "No stored model has nothing-like-it in its name." in words(models_page(ModelQuery("nothing-like-it")))
+    assert "Nothing is stored yet. Set up a client" in words(models_page(ModelQuery(), count=0))
+    assert '<b aria-current="page">3</b>' in models_page(ModelQuery(number=999))
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(None, "?"), (0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (7200, "2 h")]
+    ("number", "pages", "expected"),
+    [
+        (1, 1, [1]),
+        (1, 200, [1, 2, 3, None, 200]),
+        (100, 200, [1, None, 98, 99, 100, 101, 102, None, 200]),
+        (200, 200, [1, None, 198, 199, 200]),
+        (4, 7, [1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_links_to_pages(number: int, pages: int, expected: list[int | None]) -> None:
+    """The first, the last and the neighbours."""
+    assert _numbers(Page([], number, pages, 0)) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ModelQuery()),
+        ({"q": " llama ", "sort": "-size", "page": "3"}, ModelQuery("llama", Order.SMALLEST, 3)),
+        ({"sort": "price", "page": "-3"}, ModelQuery()),
+        ({"page": "1e9"}, ModelQuery()),
+        ({"page": "\u0663"}, ModelQuery()),
+        ({"page": "9" * 5000}, ModelQuery()),
+    ],
+)
+def test_queries(fields: dict[str, str], expected: ModelQuery) -> None:
+    """What makes no sense is as if it were not there."""
+    assert ModelQuery.parse(fields) == expected
+
+
+def test_addresses_of_models() -> None:
+    """Every character of a name stays within the query."""
+    assert model_path(Name("registry.ollama.ai", "library/a", "1b")) == "/model?name=registry.ollama.ai/library/a:1b"
+    assert model_path(Name("h", 'a&b#c<"', "t")) == "/model?name=h/a%26b%23c%3C%22:t"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "?"), (0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (7200, "2 h"), (5 * 86400, "5 days")],
 )
 def test_spans(seconds: float | None, text: str) -> None:
     """How long still."""

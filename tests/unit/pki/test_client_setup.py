@@ -14,8 +14,9 @@ import pytest
 import yaml
 from cryptography import x509
 
+from pullthrough.config.options import parse_settings
 from pullthrough.pki.authority import Authority
-from pullthrough.pki.client_setup import SYSTEMS, SetupDocument, command, documents
+from pullthrough.pki.client_setup import KINDS, SYSTEMS, SetupDocument, clients_origin, command, documents, guide
 from tests.unit.pki.test_authority import NAMES
 
 PROXY: Final = "http://10.0.0.1:8080"
@@ -354,24 +355,52 @@ def test_kubernetes(made: dict[str, SetupDocument]) -> None:
 
 @of_two
 def test_command(made: dict[str, SetupDocument], tmp_path: Path) -> None:
-    """It fetches from the server, goes on only with the right bytes, and names the proxy."""
-    for system, name in SYSTEMS.items():
-        script = made[f"/connect/{name}"]
-        line = command(system, script, server="http://10.0.0.1:9200", proxy=PROXY)
+    """It fetches from the server, goes on only with the right bytes, and names the proxy to a script."""
+    lines = {}
+    for kind, name in KINDS.items():
+        document = made[f"/connect/{name}"]
+        line = lines[kind] = command(kind, document, server="http://10.0.0.1:9200", proxy=PROXY)
         assert f"http://10.0.0.1:9200/connect/{name}" in line
-        assert sha256(script.body).hexdigest() in line
-        assert line.count("\n") == 0 and f" {PROXY}" in line
+        assert sha256(document.body).hexdigest() in line
+        assert line.count("\n") == 0 and (f" {PROXY}" in line) is (kind in SYSTEMS)
     tools = tmp_path / "bin"
     tools.mkdir()
-    for stub, body in {"curl": 'for url do :; done; cp "$SOURCE" "${url##*/}"', "sudo": 'echo "ran $*"'}.items():
+    stubs = dict.fromkeys(("sudo", "docker", "kubectl"), 'echo "ran $*"')
+    for stub, body in {"curl": 'for url do :; done; cp "$SOURCE" "${url##*/}"', **stubs}.items():
         (tools / stub).write_text(f"#!/bin/sh\n{body}\n")
         (tools / stub).chmod(0o755)
-    (tmp_path / "right").write_bytes(made["/connect/linux.sh"].body)
-    (tmp_path / "wrong").write_bytes(made["/connect/linux.sh"].body + b"rm -rf /\n")
-    line = command("linux", made["/connect/linux.sh"], server="http://10.0.0.1:9200", proxy=PROXY)
-    said = {}
-    for name in ("right", "wrong"):
-        env = {"PATH": f"{tools}:{os.environ['PATH']}", "SOURCE": str(tmp_path / name), "TMPDIR": str(tmp_path)}
-        done = subprocess.run(["/bin/sh", "-c", line], env=env, capture_output=True, text=True, check=False)
-        said[name] = (done.returncode == 0, f"ran sh linux.sh {PROXY}" in done.stdout)
-    assert said == {"right": (True, True), "wrong": (False, False)}
+    runs = {
+        "linux": f"ran sh linux.sh {PROXY}",
+        "compose": "ran compose -f compose.yaml up -d",
+        "kubernetes": "ran apply -f kubernetes.yaml",
+    }
+    for kind, ran in runs.items():
+        body = made[f"/connect/{KINDS[kind]}"].body
+        (tmp_path / "right").write_bytes(body)
+        (tmp_path / "wrong").write_bytes(body + b"rm -rf /\n")
+        said = {}
+        for name in ("right", "wrong"):
+            env = {"PATH": f"{tools}:{os.environ['PATH']}", "SOURCE": str(tmp_path / name), "TMPDIR": str(tmp_path)}
+            done = subprocess.run(
+                ["/bin/sh", "-c", lines[kind]], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+            )
+            said[name] = (done.returncode == 0, ran in done.stdout)
+        assert said == {"right": (True, True), "wrong": (False, False)}, kind
+
+
+def test_guide(rollover: list[Authority], tmp_path: Path) -> None:
+    """A line for each kind of client, by the address that clients know; sums and fingerprints of what is served."""
+    texts = {"advertise": "cache.lan:9300", "listen": ":9200"}
+    settings = parse_settings(texts, dir=tmp_path / "store", certs=tmp_path / "certs")
+    made = guide(settings, [authority.certificate for authority in rollover], NAMES, 3128)
+    assert made.commands.keys() == made.sums.keys() == KINDS.keys()
+    for kind, name in KINDS.items():
+        assert f"http://cache.lan:9300/connect/{name}" in made.commands[kind]
+        assert made.sums[kind] == sha256(made.documents[f"/connect/{name}"].body).hexdigest()
+        assert made.sums[kind].upper() in made.commands[kind].upper()
+    assert made.proxy == "http://cache.lan:3128"
+    assert b"http://cache.lan:3128" in made.documents["/connect/compose.yaml"].body
+    assert len(made.fingerprints) == 2 and all(len(each) == 95 for each in made.fingerprints)
+    assert clients_origin(settings, "10.0.0.1") == "http://10.0.0.1:9300"
+    plain = parse_settings({"listen": ":9207"}, dir=tmp_path / "store", certs=tmp_path / "certs")
+    assert clients_origin(plain, "10.0.0.1") == "http://10.0.0.1:9207"

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 from aiohttp import ClientResponse, ClientSession, web
+from yarl import URL
 
 from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.metrics import Metrics
@@ -17,7 +18,7 @@ from pullthrough.monitoring.status import StatusView
 from pullthrough.server import status_routes
 from pullthrough.server.pages import Pages
 from pullthrough.server.status_routes import StatusRoutes
-from tests.unit.monitoring.test_status_page import QUIET
+from tests.unit.monitoring.test_status_page import GUIDE, QUIET
 
 
 class Site:
@@ -26,14 +27,20 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.looks = 0
         self.now = 0
+        self.asked: list[str] = []
+        """Models that pages were asked for of; none is there."""
         self.health = Health(folder, dict)
         self.pages = Pages(None)
-        watch = cast(StatusView, SimpleNamespace(look=self._look))
-        StatusRoutes(cast(Metrics, None), self.health, watch).enter(self.pages)
+        seen = SimpleNamespace(look=self._look, holdings=self._sum_up, model=self.asked.append)
+        watch = cast(StatusView, seen)
+        StatusRoutes(cast(Metrics, None), self.health, watch, GUIDE).enter(self.pages)
 
     async def _look(self) -> Any:
         self.looks += 1
         return replace(QUIET, mismatches=self.now)
+
+    async def _sum_up(self) -> Any:
+        return QUIET.holdings
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[ClientSession]:
@@ -69,8 +76,8 @@ def test_watchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert site.looks == 1
             watchers = [await session.get("/events") for _ in range(10)]
             for watcher in watchers:
-                names = [(await event(watcher))[0] for _ in range(4)]
-                assert names == ["recordings", "saved", "models", "health"]
+                names = [(await event(watcher))[0] for _ in range(5)]
+                assert names == ["notice", "saved", "recordings", "models", "health"]
             site.now = 7
             before = site.looks
             for watcher in watchers:
@@ -111,3 +118,25 @@ def test_a_head(tmp_path: Path) -> None:
             return response.status, response.content_type, await response.read()
 
     assert asyncio.run(main()) == (200, "text/event-stream", b"")
+
+
+def test_pages(tmp_path: Path) -> None:
+    """Each has the policy; a model that is not here is 404; what a query says reaches the page as it was meant."""
+
+    async def main() -> list[tuple[int, str]]:
+        site = Site(tmp_path)
+        got = []
+        async with site.open() as session:
+            paths = ("/", "/models?q=%3Cb%3E&page=2", "/model?name=a/b%26c:1", "/model", "/model?name=%ff%00", "/setup")
+            for path in paths:
+                async with session.get(URL(path, encoded=True)) as response:
+                    assert "script-src 'sha256-" in response.headers["Content-Security-Policy"]
+                    assert response.content_type == "text/html"
+                    got.append((response.status, await response.text()))
+        assert site.asked[:2] == ["a/b&c:1", ""]
+        return got
+
+    overview, models, *missing, setup = asyncio.run(main())
+    assert [status for status, _ in missing] == [404, 404, 404]
+    assert "run linux" in overview[1] and "run linux" in setup[1]
+    assert models[0] == 200 and 'value="&lt;b&gt;"' in models[1]

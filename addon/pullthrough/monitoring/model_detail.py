@@ -1,0 +1,65 @@
+"""One public model in detail, for whoever opens its page.
+
+Invariant: looking costs what the model has of layers and its repository of tags, however much is stored; a model that
+its registry refuses to strangers is not there.
+"""
+
+from dataclasses import dataclass
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.errors import InvalidRequest
+from pullthrough.core.records import BlobRecord, ManifestRecord, Name
+from pullthrough.library.listing import JSON, View, detail, listing
+from pullthrough.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDetail:
+    """A model, its layers, its pins, and the other tags of its repository."""
+
+    name: Name
+    facts: JSON
+    """As `detail` of listing."""
+    pins: tuple[str, ...]
+    """The patterns that keep it."""
+    verified: float | None
+    """Since when each blob of it that is here has been known to hash to its name, Unix seconds."""
+    held: int
+    """Blobs of it that are here."""
+    listed: int
+    """Blobs that it lists."""
+    tags: tuple[JSON, ...]
+    """Rows of all stored models of the repository, this one too, by name."""
+
+
+def find_detail(store: Store, pins: tuple[str, ...], text: str) -> ModelDetail | None:
+    """Look at the stored public model that a user means by `text`; None if there is none."""
+    try:
+        name = Name.parse(text)
+    except InvalidRequest:
+        return None
+    manifests = store.manifests_of(*name.place)
+    records = {each: record for each, record in manifests.items() if each.model == name}
+    if not records:
+        return None
+    view = _view(store, records, pins)
+    times = [record.recorded for record in view.blobs.values() if record.held]
+    tags = listing(_view(store, manifests, pins))
+    return ModelDetail(
+        name,
+        detail(view, str(name)),
+        tuple(pattern for pattern in pins if name.matches(pattern)),
+        max(times) or None if times else None,
+        len(times),
+        len(view.blobs),
+        tuple(sorted(tags, key=lambda row: str(row["name"]))),
+    )
+
+
+def _view(store: Store, manifests: dict[Name, ManifestRecord], pins: tuple[str, ...]) -> View:
+    """Of these manifests alone."""
+    blobs: dict[Digest, BlobRecord] = {}
+    for record in manifests.values():
+        for digest in record.digests:
+            blobs[digest] = store.blob(digest) or BlobRecord()
+    return View(manifests, blobs, pins, {}, store.children())
