@@ -356,13 +356,7 @@ def test_lock_of_a_dead_setup_is_taken_over(checkout: Checkout) -> None:
 @pytest.mark.parametrize(
     ("script", "program", "arguments", "expected"),
     [
-        pytest.param(
-            "run",
-            "mitmdump",
-            ["--set", "a=b c"],
-            ["-s", "{root}/addon/ollama_cache.py", "--set", "a=b c"],
-            id="run",
-        ),
+        pytest.param("run", "ollama-cache", ["--set", "a=b c"], ["run", "--set", "a=b c"], id="run"),
         pytest.param("make-ca", "ollama-cache", ["renew"], ["ca", "renew"], id="make-ca"),
     ],
 )

@@ -14,16 +14,16 @@ from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Optional
 
 from mitmproxy import addonmanager, ctx, exceptions
 from mitmproxy.proxy.mode_specs import ProxyMode
 
 from pullthrough.admin.command import Arguments, Look
 from pullthrough.admin.desk import Desk
-from pullthrough.config import paths
-from pullthrough.config.options import OPTIONS, environment_texts, parse_settings
+from pullthrough.config.options import OPTIONS, check_foreign
 from pullthrough.config.settings import PREFIX, PROXY_PORT, Settings
+from pullthrough.config.sources import Choices, choices
 from pullthrough.core.access_log import RequestLog
 from pullthrough.core.errors import CacheError, SettingsError, TierError
 from pullthrough.core.records import by_model
@@ -90,6 +90,7 @@ MITMPROXY_OPTIONS: Final = {
     # In reverse mode too, Host is what the client said: it must agree with SNI.
     "keep_host_header": True,
 }
+_TEXT: Final[Any] = Optional[str]  # noqa: UP045 -- mitmproxy tells types by how they are written
 REFUSED: Final = {"ssl_insecure": "the certificates of registries are always verified"} | dict.fromkeys(
     ("emudhra", "emudhra_old"), "it signs with the leaked key of a public authority"
 )
@@ -102,6 +103,7 @@ class OllamaCache:
     name = "ollama_cache"
 
     def __init__(self) -> None:
+        self._choices = Choices({}, {})
         self._settings: Settings | None = None
         self._store: Store | None = None
         self._rollover: Rollover | None = None
@@ -138,9 +140,10 @@ class OllamaCache:
             _check_options()
         except CacheError as error:
             _stop(error)
-        texts = environment_texts(os.environ)
         for option in OPTIONS:
-            loader.add_option(f"{PREFIX}{option.name}", str, texts.get(option.name, option.default), option.help)
+            # None is what the command line does not say; where else an option may come from is not mitmproxy's to know.
+            default = f" Default: {option.default}." if option.default else ""
+            loader.add_option(f"{PREFIX}{option.name}", _TEXT, None, f"{option.help}{default}")
         ctx.options.update(**MITMPROXY_OPTIONS)
 
     def configure(self, updated: AbstractSet[str]) -> None:
@@ -155,11 +158,10 @@ class OllamaCache:
             _stop(error)
 
     def _open(self) -> None:
-        # The environment once more: options that were removed have no other place to be seen.
-        texts = environment_texts(os.environ)
-        texts |= {option.name: getattr(ctx.options, f"{PREFIX}{option.name}") for option in OPTIONS}
-        texts |= {name.removeprefix(PREFIX): "" for name in ctx.options.deferred if name.startswith(PREFIX)}
-        settings = parse_settings(texts, dir=paths.default_store(), certs=paths.default_certs())
+        check_foreign(ctx.options.deferred)
+        said = {option.name: getattr(ctx.options, f"{PREFIX}{option.name}") for option in OPTIONS}
+        self._choices = choices({name: text for name, text in said.items() if text is not None}, os.environ)
+        settings = self._choices.settings()
         check_modes(ctx.options.mode, settings.intercepted)
         set_up_logs(settings.log, settings.log_level)
         self._rollover = Rollover.load_or_create(settings.certs, settings.intercepted, now=_now())
@@ -233,7 +235,7 @@ class OllamaCache:
         self._registry = Registry(settings, self._store, self._upstream, self._recorder, fleet and fleet[0])
         self._registry.open()
         told = {"proxy": Look(_tell_address), "look-out": Look(self._look_out)}
-        origins = _origins(settings)
+        origins = self._choices.rows()
         shared = await self._share(*fleet) if fleet is not None else None
         self._desk = Desk(settings, self._store, self._recorder, self._registry, self._requests, origins, told, shared)
         await self._desk.open()
@@ -360,20 +362,6 @@ def _check_options() -> None:
     for name, reason in REFUSED.items():
         if name in ctx.options and getattr(ctx.options, name):
             raise SettingsError(f"option {name}: must be off ({reason}); remove it and start again")
-
-
-def _origins(settings: Settings) -> list[dict[str, str]]:
-    """Each option as it stands, and where that comes from."""
-    places_of = {"dir": str(settings.dir), "certs": str(settings.certs)}
-    texts = environment_texts(os.environ)
-    rows = []
-    for option in OPTIONS:
-        source = "environment" if option.name in texts else "default"
-        if ctx.options.has_changed(f"{PREFIX}{option.name}"):
-            source = "command line"
-        value = places_of.get(option.name, getattr(ctx.options, f"{PREFIX}{option.name}"))
-        rows.append({"name": option.name, "value": value, "source": source})
-    return rows
 
 
 def _proxy_address() -> tuple[str, int]:

@@ -21,7 +21,9 @@ import yaml
 from mitmproxy.options import Options
 from mitmproxy.tools import cmdline
 
+from pullthrough.config.config_file import parse_config
 from pullthrough.config.options import OPTIONS
+from pullthrough.config.sources import choices
 from pullthrough.proxy.modes import check_modes
 from tests import documents
 from tests.e2e.conftest import add_model, unique
@@ -117,10 +119,12 @@ def test_no_other_kind_of_block() -> None:
     """A block is run, parsed, or no command; one that is only indented would be none of these."""
     for page in PAGES:
         kinds = set(re.findall(r"^```(\w*)$", PAGES[page], re.MULTILINE)) - {""}
-        assert kinds <= {"sh", "shell", "text", "yaml", "ini", "python"}, page
+        assert kinds <= {"sh", "shell", "text", "yaml", "toml", "ini", "python"}, page
         assert not re.search(r"^(?:    |\t)\S", re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S), re.M), page
         for block in fenced(page, "yaml"):
             assert yaml.safe_load(block), page
+        for block in fenced(page, "toml"):
+            assert choices(parse_config(ROOT / page, block).texts, {}).settings(), page
 
 
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if names(text)])
@@ -180,7 +184,7 @@ def check_cli(words: list[str], *, strict: bool) -> None:
 def check_mitmdump(words: list[str]) -> None:
     """Check arguments for mitmdump: it knows them, and `--set` names options and values that we understand."""
     options = Options()
-    parsed = cmdline.mitmdump(options).parse_args(words)
+    parsed = cmdline.mitmdump(options).parse_args([word for word in words if word not in ("--help", "--help-mitmdump")])
     for setting in parsed.setoptions:
         name, _, value = setting.partition("=")
         if name.startswith("ollama_cache_"):

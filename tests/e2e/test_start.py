@@ -32,7 +32,8 @@ def refused(
     ("options", "message"),
     [
         ({"ollama_cache_tunnel": "some"}, "option ollama_cache_tunnel: expected any or none, got 'some'"),
-        ({"ollama_cache_max_sise": "1GB"}, "unknown option ollama_cache_max_sise: expected one of"),
+        ({"ollama_cache_max_sise": "1GB"}, "unknown option ollama_cache_max_sise; did you mean ollama_cache_max_size?"),
+        ({"max_size": "1GB"}, "unknown option max_size; did you mean ollama_cache_max_size?"),
         more(
             {"ollama_cache_manifest_lifetime": "soon"},
             "ollama_cache_manifest_lifetime: expected a duration",
@@ -69,7 +70,17 @@ def test_leaked_authority(tmp_path: Path, name: str) -> None:
 def test_bad_environment(tmp_path: Path) -> None:
     """The environment is held to the same grammar."""
     message = refused(tmp_path, env={"OLLAMA_CACHE_FINISH": "later"})
-    assert "option ollama_cache_finish: expected auto or always or never, got 'later'" in message
+    assert "option ollama_cache_finish: expected auto or always or never, got 'later' (environment)" in message
+    message = refused(tmp_path, env={"OLLAMA_CACHE_MAXSIZE": "1GB"})
+    assert "unknown variable OLLAMA_CACHE_MAXSIZE in the environment; did you mean OLLAMA_CACHE_MAX_SIZE?" in message
+
+
+def test_bad_file(tmp_path: Path) -> None:
+    """So is a configuration file, which is found beside the store."""
+    (tmp_path / "config.toml").write_text("# ours\nmax_sise = 'hunter2'\n")
+    message = refused(tmp_path)
+    assert f"{tmp_path / 'config.toml'}, line 2: unknown option max_sise; did you mean max_size?" in message
+    assert "hunter2" not in message
 
 
 def foreign_folder(folder: Path) -> str:

@@ -8,12 +8,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 import pullthrough
-from pullthrough.cli import ca, models, setup, transfer
-from pullthrough.cli.common import fail
+from pullthrough.cli import ca, models, options, setup, transfer
+from pullthrough.cli.common import fail, print_lines, refusals
+from pullthrough.config.options import check_flags
 
 app = typer.Typer(
     help="A pull-through cache for the Ollama registry.",
@@ -23,19 +25,32 @@ app = typer.Typer(
 )
 app.add_typer(ca.app, name="ca")
 app.add_typer(models.app)
+app.add_typer(options.app)
 app.add_typer(setup.app)
 app.add_typer(transfer.app)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def run(context: typer.Context) -> None:
-    """Run the cache: mitmdump with the addon. Everything behind `run` goes to mitmdump."""
+def run(
+    context: typer.Context,
+    help: Annotated[bool, typer.Option("--help", help="The options of the cache.", show_default=False)] = False,  # noqa: A002
+    help_mitmdump: Annotated[
+        bool, typer.Option("--help-mitmdump", help="The options of mitmdump.", show_default=False)
+    ] = False,
+) -> None:
+    """Run the cache: mitmdump with the addon. Everything else behind `run` goes to mitmdump."""
+    if help or "-h" in context.args:
+        print_lines(list(options.run_help()))
+        return
+    with refusals():
+        check_flags(context.args)
     beside = Path(sys.executable).with_name("mitmdump.exe" if sys.platform == "win32" else "mitmdump")
     program = str(beside) if beside.exists() else shutil.which("mitmdump")
     if program is None:
         fail("expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2.3,<13")
     script = Path(pullthrough.__file__).resolve().parent.with_name("ollama_cache.py")
-    os.execv(program, [program, "-s", str(script), *context.args])  # noqa: S606 -- no shell
+    arguments = ["--help"] if help_mitmdump else ["-s", str(script), *context.args]
+    os.execv(program, [program, *arguments])  # noqa: S606 -- no shell
 
 
 def main() -> None:

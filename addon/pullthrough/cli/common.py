@@ -15,8 +15,9 @@ import typer
 
 from pullthrough.admin.client import ask
 from pullthrough.config import paths
-from pullthrough.config.options import OPTIONS, environment_texts, parse_settings
-from pullthrough.config.settings import Settings
+from pullthrough.config.options import parse_settings
+from pullthrough.config.settings import ENVIRONMENT, Settings
+from pullthrough.config.sources import Choices, choices
 from pullthrough.core.errors import CacheError, NoDaemon
 
 Folder = Annotated[
@@ -29,31 +30,32 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON, for scripts.", show_
 
 
 def folder_of(given: Path | None) -> Path:
-    """The store that a verb is about."""
-    return given.expanduser() if given is not None else paths.default_store()
+    """Return the store that a verb is about; ends with one line where the options in force cannot be understood."""
+    if given is not None:
+        return given.expanduser()
+    with refusals():
+        return own_settings().dir
 
 
-def own_options(given: Path | None) -> list[dict[str, str]]:
-    """{name, value, source} of each option, as a cache that is started from here would have it."""
-    texts = environment_texts(os.environ)
-    rows = []
-    own = {"dir": str(folder_of(given)), "certs": str(paths.default_certs())}
-    for option in OPTIONS:
-        text = texts.get(option.name, "")
-        value = text or own.get(option.name, option.default)
-        source = "environment" if text else "default"
-        if option.name == "dir" and given is not None and str(given) != text:
-            value, source = own["dir"], "command line"
-        rows.append({"name": option.name, "value": value, "source": source})
-    return rows
+def own_choices(given: Path | None, *, certs: Path | None = None) -> Choices:
+    """Return the options as a cache that is started from here would have them.
+
+    Raises:
+        SettingsError: a name is no option, or the configuration file cannot be used.
+    """
+    said = {name: str(folder) for name, folder in (("dir", given), ("certs", certs)) if folder is not None}
+    if "dir" in said and said["dir"] == os.environ.get(f"{ENVIRONMENT}DIR"):
+        del said["dir"]  # typer takes the option from there
+    return choices(said, os.environ)
 
 
 def own_settings(given: Path | None = None, *, certs: Path | None = None) -> Settings:
-    """The same as values. SettingsError."""
-    texts = {row["name"]: row["value"] for row in own_options(given)}
-    if certs is not None:
-        texts["certs"] = str(certs)
-    return _settings(texts)
+    """Return the same as values.
+
+    Raises:
+        SettingsError: as for `own_choices`, or a value does not parse.
+    """
+    return own_choices(given, certs=certs).settings()
 
 
 def settings_in_force(given: Path | None) -> Settings:

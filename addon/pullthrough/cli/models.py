@@ -19,7 +19,6 @@ from pullthrough.cli.common import (
     Folder,
     fail,
     folder_of,
-    own_options,
     own_settings,
     print_json,
     print_lines,
@@ -141,20 +140,6 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
     for day in found["days"][:14]:
         days.append((day["day"], size_text(day["served"]), size_text(day["fetched"])))
     return print_lines([*columns(facts), *(["", *columns(days)] if found["days"] else [])])
-
-
-@app.command()
-def config(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
-    """Show the options in force, and where each comes from."""
-    with refusals():
-        try:
-            rows = ask(folder_of(dir), "config", {})
-        except NoDaemon:
-            rows = own_options(dir)
-    if json:
-        return print_json(rows)
-    table = [(row["name"], row["source"], row["value"]) for row in rows]
-    return print_lines(columns([("OPTION", "FROM", "VALUE"), *table]))
 
 
 @app.command()

@@ -5,28 +5,38 @@ option, what was expected and what was got.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
+from pullthrough.config.near_misses import closest, meant, unknown_variables
 from pullthrough.config.parsers import (
     parse_advertise,
     parse_clients,
+    parse_count,
+    parse_file,
+    parse_flag,
+    parse_folder,
     parse_front,
     parse_host,
     parse_hosts,
+    parse_level,
+    parse_lifetimes,
+    parse_limit,
     parse_listen,
     parse_object_store,
+    parse_patterns,
+    parse_rate,
+    parse_refresh,
     parse_upstream,
+    parse_word,
 )
-from pullthrough.config.quantities import parse_duration, parse_size
 from pullthrough.config.settings import (
+    ENVIRONMENT,
     PREFIX,
     R2_HOST,
     Finish,
-    Lifetimes,
     Log,
     Settings,
     Tunnel,
@@ -34,8 +44,13 @@ from pullthrough.config.settings import (
 )
 from pullthrough.core.errors import SettingsError
 
-_ENVIRONMENT: Final = "OLLAMA_CACHE_"
-_USER: Final = re.compile(r"//[^/\s,]*@")
+_SECRETS: Final = (
+    (re.compile(r"//[^/\s,]*@"), "//...@"),
+    (re.compile(r"\?\S+"), "?..."),
+    (re.compile(r"\b(?:AKIA|ASIA|hf_|ghp_|glpat-|sk-)[\w-]{8,}|\b[0-9a-fA-F]{40,}\b"), "..."),
+    (re.compile(r"(?<![\w/+=-])(?=[\w/+=-]*[0-9])(?=[\w/+=-]*[a-z])(?=[\w/+=-]*[A-Z])[\w+=-][\w/+=-]{19,}"), "..."),
+)
+"""What may be a password, a signature, a token or a key, and what is shown of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,217 +65,152 @@ class Option:
     """An empty text is a value of its own and does not stand for the default."""
 
 
-def _parse_duration(text: str) -> float:
-    seconds = parse_duration(text)
-    if seconds > 10 * 365 * 86400:
-        raise ValueError("a duration of ten years at most")
-    return seconds
-
-
-def _parse_lifetimes(text: str) -> Lifetimes:
-    default, *rest = (part.strip() for part in text.split(","))
-    rules = []
-    for part in rest:
-        pattern, equals, duration = part.rpartition("=")
-        if not equals or not pattern.strip():
-            raise ValueError("a duration, then pattern=duration for some models, separated by commas")
-        rules.append((pattern.strip(), _parse_duration(duration)))
-    return Lifetimes(_parse_duration(default), tuple(rules))
-
-
-def _parse_refresh(text: str) -> float | None:
-    if text.strip().lower() == "off":
-        return None
-    seconds = _parse_duration(text)
-    if seconds < 10:
-        raise ValueError("off, or a duration of at least 10 seconds")
-    return seconds
-
-
-def _parse_patterns(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, (part.strip() for part in text.split(","))))
-
-
-def _parse_rate(text: str) -> float | None:
-    if not text.strip():
-        return None
-    try:
-        rate = float(parse_size(text))
-    except ValueError:
-        raise ValueError("bytes per second such as 500KB, 20MB or 1GiB") from None
-    if rate < 1000:
-        raise ValueError("at least 1000 bytes per second")
-    return rate
-
-
-def _parse_size(text: str) -> int | None:
-    return parse_size(text) if text.strip() else None
-
-
-def _parse_flag(text: str) -> bool:
-    match text.strip().lower():
-        case "true" | "yes" | "on" | "1":
-            return True
-        case "false" | "no" | "off" | "0":
-            return False
-    raise ValueError("true or false")
-
-
-def _parse_count(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.strip().isdecimal() or not low <= int(text) <= high:
-            raise ValueError(f"a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _parse_word[T: StrEnum](words: type[T]) -> Callable[[str], T]:
-    def parse(text: str) -> T:
-        try:
-            return words(text.strip().lower())
-        except ValueError:
-            raise ValueError(" or ".join(words)) from None
-
-    return parse
-
-
-def _parse_folder(text: str) -> Path:
-    if not text.strip() or "\0" in text:
-        raise ValueError("a folder")
-    return Path(text).expanduser()
-
-
-def _parse_file(text: str) -> Path | None:
-    return _parse_folder(text) if text.strip() else None
-
-
-def _parse_level(text: str) -> str:
-    level = text.strip().lower()
-    if level not in ("debug", "info", "warning", "error"):
-        raise ValueError("debug, info, warning or error")
-    return level
-
-
-OPTIONS: Final = (
-    Option("dir", "", "The store: a folder of its own for the recorded models.", _parse_folder),
-    Option("certs", "", "The folder of the certificate authority that clients trust.", _parse_folder),
-    Option(
-        "registries",
-        "registry.ollama.ai",
-        "Registries to cache, separated by commas; all other hosts are tunnelled unread.",
-        parse_hosts,
+GROUPS: Final[Mapping[str, tuple[Option, ...]]] = {
+    "Where things lie": (
+        Option("dir", "", "The store: a folder of its own for the recorded models.", parse_folder),
+        Option("certs", "", "The folder of the certificate authority that clients trust.", parse_folder),
+        Option(
+            "config",
+            "",
+            "A file of these options (TOML), which the command line and the environment override; empty for "
+            "config.toml beside the store or in the usual places.",
+            parse_file,
+        ),
     ),
-    Option("blob_host", R2_HOST, "The host that the registry redirects blob downloads to.", parse_host),
-    Option(
-        "upstream",
-        "",
-        "Where a registry or the blob host is really reached: host=url[,host=url].",
-        parse_upstream,
+    "What is cached": (
+        Option(
+            "registries",
+            "registry.ollama.ai",
+            "Registries to cache, separated by commas; all other hosts are tunnelled unread.",
+            parse_hosts,
+        ),
+        Option("blob_host", R2_HOST, "The host that the registry redirects blob downloads to.", parse_host),
+        Option(
+            "upstream",
+            "",
+            "Where a registry or the blob host is really reached: host=url[,host=url].",
+            parse_upstream,
+        ),
     ),
-    Option(
-        "clients",
-        "private,local",
-        "Who may use the cache: networks (CIDR), and the words private (private ranges and loopback), "
-        "local (networks this machine is on) and any.",
-        parse_clients,
+    "Who may use it, and where": (
+        Option(
+            "clients",
+            "private,local",
+            "Who may use the cache: networks (CIDR), and the words private (private ranges and loopback), local "
+            "(networks this machine is on) and any.",
+            parse_clients,
+        ),
+        Option("tunnel", Tunnel.ANY, "CONNECT to other public hosts: any or none.", parse_word(Tunnel)),
+        Option(
+            "listen",
+            ":9200",
+            "Where models are served without a proxy, by plain HTTP: host:port[,host:port], no host for all "
+            "addresses; off for nowhere.",
+            parse_listen,
+            may_be_empty=True,
+        ),
+        Option(
+            "front",
+            "",
+            "Which registry a port speaks for: port=registry[,port=registry]; each of these ports is listened on "
+            "too. The other ports of `listen` speak for the first of `registries`; off for none.",
+            parse_front,
+        ),
+        Option(
+            "advertise",
+            "",
+            "Where clients find `listen`, for set-up and pages: host, host:port or http://host[:port]; empty for "
+            "the address at which they reached the proxy.",
+            parse_advertise,
+        ),
     ),
-    Option("tunnel", Tunnel.ANY, "CONNECT to other public hosts: any or none.", _parse_word(Tunnel)),
-    Option(
-        "listen",
-        ":9200",
-        "Where models are served without a proxy, by plain HTTP: host:port[,host:port], no host for all addresses; "
-        "off for nowhere.",
-        parse_listen,
-        may_be_empty=True,
+    "How fresh it is": (
+        Option(
+            "manifest_lifetime",
+            "5m",
+            "How long a stored manifest is served unasked: a duration, then pattern=duration for some models, as "
+            "in 5m,llama3*=1d.",
+            parse_lifetimes,
+        ),
+        Option(
+            "refresh",
+            "off",
+            "How often tags pulled in the last 30 days are looked at in the background, such as 6h; what has "
+            "changed is recorded before the tag moves.",
+            parse_refresh,
+        ),
+        Option(
+            "withdrawn",
+            Withdrawn.SERVE,
+            "A stored model that the registry has no more (404): serve it on, or drop it.",
+            parse_word(Withdrawn),
+        ),
+        Option("offline", "false", "Never contact a registry: serve what is recorded.", parse_flag),
     ),
-    Option(
-        "front",
-        "9200=registry.ollama.ai",
-        "Which registry a port speaks for: port=registry[,port=registry]; each of these ports is listened on too.",
-        parse_front,
-        may_be_empty=True,
+    "What is kept": (
+        Option(
+            "max_size",
+            "",
+            "The most that the store may hold, such as 200GB: models not pulled for longest go first; empty for "
+            "no limit.",
+            parse_limit,
+        ),
+        Option("min_free", "5GiB", "How much of the disk is left free, whatever max_size says.", parse_limit),
+        Option(
+            "pins",
+            "",
+            "Patterns of models that are never evicted, and refreshed however long ago they were pulled, "
+            "separated by commas.",
+            parse_patterns,
+        ),
+        Option(
+            "finish",
+            Finish.AUTO,
+            "Complete a recording that every client has left: auto (when half is there), always or never.",
+            parse_word(Finish),
+        ),
     ),
-    Option(
-        "advertise",
-        "",
-        "Where clients find `listen`, for set-up and pages: host, host:port or http://host[:port]; empty for the "
-        "address at which they reached the proxy.",
-        parse_advertise,
+    "How it is fetched": (
+        Option("prefetch", "true", "Record the layers behind the one that a client pulls.", parse_flag),
+        Option("upstream_connections", "16", "Connections per blob towards its source.", parse_count(1, 64)),
+        Option(
+            "upstream_rate",
+            "",
+            "The most that comes in from blob sources, all together: bytes per second such as 20MB; empty for no "
+            "limit.",
+            parse_rate,
+        ),
     ),
-    Option(
-        "manifest_lifetime",
-        "5m",
-        "How long a stored manifest is served unasked: a duration, then pattern=duration for some models, "
-        "as in 5m,llama3*=1d.",
-        _parse_lifetimes,
+    "A fleet that shares an object store": (
+        Option(
+            "object_store",
+            "",
+            "What all caches of a fleet share beyond their own disks: s3://bucket/prefix, gs://… or az://…, "
+            "credentials and endpoint by the usual variables of the environment; empty for none.",
+            parse_object_store,
+        ),
+        Option(
+            "fleet_secret_file",
+            "",
+            "A file, readable by its owner alone, with what the fleet's caches sign by: at least 32 bytes, the "
+            "same on each.",
+            parse_file,
+        ),
+        Option(
+            "offload",
+            "false",
+            "Redirect requests of 8 MiB and more for public blobs to presigned addresses of the object store, for "
+            "Ollama 0.34.4 and older; never to a private address.",
+            parse_flag,
+        ),
     ),
-    Option(
-        "refresh",
-        "off",
-        "How often tags pulled in the last 30 days are looked at in the background, such as 6h; what has changed is "
-        "recorded before the tag moves.",
-        _parse_refresh,
+    "The log": (
+        Option("log", Log.TEXT, "How the cache logs: text, or json (an object a line).", parse_word(Log)),
+        Option("log_level", "info", "How much the cache logs: debug, info, warning or error.", parse_level),
     ),
-    Option(
-        "withdrawn",
-        Withdrawn.SERVE,
-        "A stored model that the registry has no more (404): serve it on, or drop it.",
-        _parse_word(Withdrawn),
-    ),
-    Option(
-        "pins",
-        "",
-        "Patterns of models that are never evicted, and refreshed however long ago they were pulled, "
-        "separated by commas.",
-        _parse_patterns,
-    ),
-    Option("offline", "false", "Never contact a registry: serve what is recorded.", _parse_flag),
-    Option(
-        "max_size",
-        "",
-        "The most that the store may hold, such as 200GB: models not pulled for longest go first; empty for no limit.",
-        _parse_size,
-    ),
-    Option("min_free", "5GiB", "How much of the disk is left free, whatever max_size says.", _parse_size),
-    Option(
-        "finish",
-        Finish.AUTO,
-        "Complete a recording that every client has left: auto (when half is there), always or never.",
-        _parse_word(Finish),
-    ),
-    Option("prefetch", "true", "Record the layers behind the one that a client pulls.", _parse_flag),
-    Option("upstream_connections", "16", "Connections per blob towards its source.", _parse_count(1, 64)),
-    Option(
-        "upstream_rate",
-        "",
-        "The most that comes in from blob sources, all together: bytes per second such as 20MB; empty for no limit.",
-        _parse_rate,
-    ),
-    Option(
-        "object_store",
-        "",
-        "What all caches of a fleet share beyond their own disks: s3://bucket/prefix, gs://… or az://…, credentials "
-        "and endpoint by the usual variables of the environment; empty for none.",
-        parse_object_store,
-    ),
-    Option(
-        "fleet_secret_file",
-        "",
-        "A file, readable by its owner alone, with what the fleet's caches sign by: at least 32 bytes, the same on "
-        "each.",
-        _parse_file,
-    ),
-    Option(
-        "offload",
-        "false",
-        "Redirect requests of 8 MiB and more for public blobs to presigned addresses of the object store, for Ollama "
-        "0.34.4 and older; never to a private address.",
-        _parse_flag,
-    ),
-    Option("log", Log.TEXT, "How the cache logs: text, or json (an object a line).", _parse_word(Log)),
-    Option("log_level", "info", "How much the cache logs: debug, info, warning or error.", _parse_level),
-)
+}
+"""Every option, by what it is about."""
+OPTIONS: Final = tuple(option for group in GROUPS.values() for option in group)
 
 
 REMOVED: Final = {
@@ -271,24 +221,94 @@ REMOVED: Final = {
 
 
 def environment_texts(environ: Mapping[str, str]) -> dict[str, str]:
-    """The option texts that the environment has, by bare name; an empty one is none. Removed options are told too."""
-    names = {name: f"{_ENVIRONMENT}{name.upper()}" for name in (*(option.name for option in OPTIONS), *REMOVED)}
-    return {name: environ[variable] for name, variable in names.items() if environ.get(variable)}
+    """Return the option texts that the environment has, by bare name; an empty one is none.
 
-
-def parse_settings(texts: Mapping[str, str], *, dir: Path, certs: Path) -> Settings:  # noqa: A002 -- as the option
-    """Settings of the option texts by bare name; absent or empty ones take their default.
-
-    `dir` and `certs` are the defaults of the two options that depend on the machine.
-    SettingsError for an unknown name or a value that does not parse.
+    Raises:
+        SettingsError: a variable is meant for us and is no option, or is one of an earlier version.
     """
-    known = {option.name for option in OPTIONS}
-    if removed := sorted(set(texts) & set(REMOVED)):
-        raise SettingsError(f"option {PREFIX}{removed[0]} was removed: {REMOVED[removed[0]]}")
-    if unknown := sorted(set(texts) - known):
-        raise SettingsError(
-            f"unknown option {PREFIX}{unknown[0]}: expected one of {', '.join(sorted(known))} after {PREFIX!r}"
+    known = [option.name for option in OPTIONS]
+    for name in REMOVED:
+        if environ.get(f"{ENVIRONMENT}{name.upper()}"):
+            raise _removed(name)
+    removed = {f"{ENVIRONMENT}{name.upper()}" for name in REMOVED}
+    for variable, option in unknown_variables(environ.keys() - removed, known):
+        hint = (
+            f"did you mean {ENVIRONMENT}{option.upper()}?" if option else "`ollama-cache run --help` lists the options"
         )
+        raise SettingsError(f"unknown variable {variable} in the environment; {hint}")
+    return {name: text for name in known if (text := environ.get(f"{ENVIRONMENT}{name.upper()}"))}
+
+
+def check_foreign(names: Iterable[str]) -> None:
+    """Stop at options that mitmproxy does not know and that were meant for us.
+
+    Raises:
+        SettingsError: it has our prefix, or is as good as one of our names.
+    """
+    known = [option.name for option in OPTIONS]
+    for name in names:
+        bare = name.removeprefix(PREFIX)
+        if bare in REMOVED:
+            raise _removed(bare)
+        if name.startswith(PREFIX):
+            raise _unknown(bare)
+        if option := meant(name, known):
+            raise SettingsError(f"unknown option {name}; did you mean {PREFIX}{option}?")
+
+
+def check_flags(arguments: Iterable[str]) -> None:
+    """Stop at `--max-size`, which mitmdump would answer with its own usage, and at its `--certs`, which is ours to set.
+
+    Raises:
+        SettingsError: an argument is an option of ours, given as if it were one of mitmdump's.
+    """
+    known = [option.name for option in OPTIONS]
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_").removeprefix(PREFIX)
+        if flag.startswith("--") and name in known:
+            given = f"--set {PREFIX}{name}={shown(value) or 'VALUE'}"
+            raise SettingsError(f"{flag} is no option of the cache; did you mean {given}?")
+
+
+def _removed(name: str) -> SettingsError:
+    return SettingsError(f"option {PREFIX}{name} was removed: {REMOVED[name]}")
+
+
+def _unknown(name: str) -> SettingsError:
+    known = [option.name for option in OPTIONS]
+    found = closest(name, known)
+    hint = f"did you mean {PREFIX}{found}?" if found else f"expected one of {', '.join(sorted(known))} after {PREFIX!r}"
+    return SettingsError(f"unknown option {PREFIX}{name}; {hint}")
+
+
+def shown(text: str) -> str:
+    """Return what an error may quote of a text, which may be a secret in the wrong place."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def parse_settings(
+    texts: Mapping[str, str],
+    *,
+    dir: Path,  # noqa: A002 -- as the option
+    certs: Path,
+    sources: Mapping[str, str] | None = None,
+) -> Settings:
+    """Return the settings of the option texts by bare name; absent or empty ones take their default.
+
+    `dir` and `certs` are the defaults of the two options that depend on the machine; `sources` says where each text is
+    from.
+
+    Raises:
+        SettingsError: a name is unknown, or a value does not parse.
+    """
+    for name in texts:
+        if name in REMOVED:
+            raise _removed(name)
+        if name not in {option.name for option in OPTIONS}:
+            raise _unknown(name)
     values: dict[str, object] = {"dir": dir, "certs": certs}
     for option in OPTIONS:
         text = texts.get(option.name, option.default)
@@ -299,9 +319,10 @@ def parse_settings(texts: Mapping[str, str], *, dir: Path, certs: Path) -> Setti
         try:
             values[option.name] = option.parse(text)
         except ValueError as error:
-            # What does not parse may be a URL with a password, which this is to refuse and not to tell.
-            shown = _USER.sub("//...@", text)
-            raise SettingsError(f"option {PREFIX}{option.name}: expected {error}, got {shown!r}") from None
+            source = f" ({sources[option.name]})" if sources and option.name in sources else ""
+            raise SettingsError(
+                f"option {PREFIX}{option.name}: expected {error}, got {shown(text)!r}{source}"
+            ) from None
     settings = Settings(**values)  # type: ignore[arg-type]  # the table above is the typing
     _check_together(settings)
     return settings
@@ -319,7 +340,11 @@ def _check_together(settings: Settings) -> None:
             raise SettingsError(
                 f"option {PREFIX}blob_host: expected no subdomain of a registry, got {settings.blob_host!r}"
             )
-    if settings.listen and (strangers := sorted(set(settings.front.values()) - set(settings.registries))):
+    if settings.front and not settings.listen:
+        raise SettingsError(
+            f"option {PREFIX}front: expected hosts to listen on in {PREFIX}listen beside it, got {PREFIX}listen=off"
+        )
+    if strangers := sorted(set(settings.fronts.values()) - set(settings.registries)):
         raise SettingsError(
             f"option {PREFIX}front: expected only registries of {PREFIX}registries "
             f"({', '.join(settings.registries)}), got {strangers[0]!r}"

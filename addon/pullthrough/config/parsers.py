@@ -1,14 +1,17 @@
-"""The grammar of the options that name hosts, networks and addresses.
+"""The grammar of the options.
 
 Invariant: a text either makes a value that can be used as it is, or raises ValueError that says what was expected.
 """
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
 
-from pullthrough.config.settings import Endpoint, Network
+from pullthrough.config.quantities import parse_duration, parse_size
+from pullthrough.config.settings import Endpoint, Lifetimes, Network
 
 
 def parse_host(text: str) -> str:
@@ -92,12 +95,15 @@ def parse_advertise(text: str) -> Endpoint | None:
     return Endpoint("http", host, split.port or (80 if "://" in text else 0))
 
 
-def parse_front(text: str) -> Mapping[int, str]:
+def parse_front(text: str) -> Mapping[int, str] | None:
+    """Return the registry that each port speaks for; None for `off`."""
+    if text.strip().lower() == "off":
+        return None
     result: dict[int, str] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         port, equals, host = part.partition("=")
         if not equals or not port.isdecimal() or not 0 < int(port) < 65536 or int(port) in result:
-            raise ValueError("port=registry[,port=registry]")
+            raise ValueError("off or port=registry[,port=registry]")
         result[int(port)] = parse_host(host)
     return MappingProxyType(result)
 
@@ -109,3 +115,96 @@ def parse_object_store(text: str) -> str | None:
     if not split.scheme or not split.netloc or "@" in split.netloc or split.query or split.fragment:
         raise ValueError("a URL such as s3://bucket/prefix, without credentials (those come from the environment)")
     return text.strip()
+
+
+def _parse_period(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds > 10 * 365 * 86400:
+        raise ValueError("a duration of ten years at most")
+    return seconds
+
+
+def parse_lifetimes(text: str) -> Lifetimes:
+    default, *rest = (part.strip() for part in text.split(","))
+    rules = []
+    for part in rest:
+        pattern, equals, duration = part.rpartition("=")
+        if not equals or not pattern.strip():
+            raise ValueError("a duration, then pattern=duration for some models, separated by commas")
+        rules.append((pattern.strip(), _parse_period(duration)))
+    return Lifetimes(_parse_period(default), tuple(rules))
+
+
+def parse_refresh(text: str) -> float | None:
+    if text.strip().lower() == "off":
+        return None
+    seconds = _parse_period(text)
+    if seconds < 10:
+        raise ValueError("off, or a duration of at least 10 seconds")
+    return seconds
+
+
+def parse_patterns(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+
+def parse_rate(text: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        rate = float(parse_size(text))
+    except ValueError:
+        raise ValueError("bytes per second such as 500KB, 20MB or 1GiB") from None
+    if rate < 1000:
+        raise ValueError("at least 1000 bytes per second")
+    return rate
+
+
+def parse_limit(text: str) -> int | None:
+    """Return a number of bytes; None for an empty text."""
+    return parse_size(text) if text.strip() else None
+
+
+def parse_flag(text: str) -> bool:
+    match text.strip().lower():
+        case "true" | "yes" | "on" | "1":
+            return True
+        case "false" | "no" | "off" | "0":
+            return False
+    raise ValueError("true or false")
+
+
+def parse_count(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.strip().isdecimal() or not low <= int(text) <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def parse_word[T: StrEnum](words: type[T]) -> Callable[[str], T]:
+    def parse(text: str) -> T:
+        try:
+            return words(text.strip().lower())
+        except ValueError:
+            raise ValueError(" or ".join(words)) from None
+
+    return parse
+
+
+def parse_folder(text: str) -> Path:
+    if not text.strip() or "\0" in text:
+        raise ValueError("a folder")
+    return Path(text).expanduser()
+
+
+def parse_file(text: str) -> Path | None:
+    return parse_folder(text) if text.strip() else None
+
+
+def parse_level(text: str) -> str:
+    level = text.strip().lower()
+    if level not in ("debug", "info", "warning", "error"):
+        raise ValueError("debug, info, warning or error")
+    return level

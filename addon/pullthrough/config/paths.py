@@ -1,8 +1,12 @@
 """Where things lie on this machine when no option says so."""
 
+import sys
 from pathlib import Path
+from typing import Final
 
 import platformdirs
+
+CONFIG_NAME: Final = "config.toml"
 
 
 def default_store() -> Path:
@@ -15,4 +19,22 @@ def default_certs() -> Path:
     checkout = Path(__file__).resolve().parents[3]
     if (checkout / "pyproject.toml").is_file() and (checkout / "certs").is_dir():
         return checkout / "certs"
-    return Path(platformdirs.user_config_dir("ollama-cache", appauthor=False)) / "certs"
+    return _user_config() / "certs"
+
+
+def default_configs() -> tuple[Path, ...]:
+    """Return the usual places of the configuration file: the user's, then the system's."""
+    if sys.platform == "win32":
+        system = Path(platformdirs.site_config_dir("ollama-cache", appauthor=False))
+    else:
+        system = Path("/etc/ollama-cache")
+    return _user_config() / CONFIG_NAME, system / CONFIG_NAME
+
+
+def config_beside(store: Path) -> Path:
+    """Return where a store that was chosen may have its configuration file."""
+    return store.parent / CONFIG_NAME
+
+
+def _user_config() -> Path:
+    return Path(platformdirs.user_config_dir("ollama-cache", appauthor=False))

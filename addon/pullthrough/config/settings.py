@@ -10,6 +10,7 @@ from typing import Final
 from pullthrough.core.records import Name, canonical
 
 PREFIX: Final = "ollama_cache_"
+ENVIRONMENT: Final = "OLLAMA_CACHE_"
 
 PROXY_PORT: Final = 8080
 """Where mitmproxy listens unless it is told otherwise."""
@@ -88,6 +89,8 @@ class Settings:
 
     dir: Path
     certs: Path
+    config: Path | None
+    """The configuration file that was read."""
     registries: tuple[str, ...]
     blob_host: str
     upstream: Mapping[str, Endpoint]
@@ -96,8 +99,8 @@ class Settings:
     tunnel: Tunnel
     listen: tuple[tuple[str, int], ...]
     """(host, port) of the blob server; host "" for all addresses of this machine."""
-    front: Mapping[int, str]
-    """The registry that a port of the blob server speaks for."""
+    front: Mapping[int, str] | None
+    """The registry that a port of the blob server speaks for, as configured; None: none does."""
     advertise: Endpoint | None
     """Under which clients reach the blob server, port 0 for the one it listens on; None: where they reached us."""
     offload: bool
@@ -129,10 +132,17 @@ class Settings:
         return (*self.registries, self.blob_host)
 
     @property
+    def fronts(self) -> Mapping[int, str]:
+        """The registry that each port speaks for: as `front` says, else the first of them all."""
+        if self.front is None:
+            return {}
+        return {**dict.fromkeys((port for _, port in self.listen), self.registries[0]), **self.front}
+
+    @property
     def listeners(self) -> tuple[tuple[str, int], ...]:
         """Where the blob server listens: at `listen`, and on the ports of `front` at the same hosts."""
         hosts = dict.fromkeys(host for host, _ in self.listen)
-        return tuple(dict.fromkeys([*self.listen, *((host, port) for port in self.front for host in hosts)]))
+        return tuple(dict.fromkeys([*self.listen, *((host, port) for port in self.front or () for host in hosts)]))
 
     def asked(self, host: str) -> str:
         """The configured registry that what is stored under `host` comes from: that one, or another name of it."""

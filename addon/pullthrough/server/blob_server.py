@@ -60,7 +60,7 @@ class BlobServer:
 
     def __init__(self, settings: Settings) -> None:
         """SettingsError where the settings' addresses cannot be listened on."""
-        self._front = settings.front
+        self._front = settings.fronts
         self._blob_host = settings.blob_host
         self._advertise = settings.advertise
         self._enclosed = settings.advertise is None and platform.in_container()
@@ -81,7 +81,7 @@ class BlobServer:
                 f"option {PREFIX}listen: expected a free address of this machine, got {where}: {error.strerror}"
             ) from error
         self._names = [
-            _authority(host, port) + (f" ({settings.front[port]})" if port in settings.front else "")
+            _authority(host, port) + (f" ({settings.fronts[port]})" if port in settings.fronts else "")
             for host, port in settings.listeners
         ]
 

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import pullthrough
 from pullthrough.cli import app as cli
 from pullthrough.config import paths
+from pullthrough.config.options import OPTIONS
 from pullthrough.config.settings import R2_HOST
 from pullthrough.pki.authority import CERTIFICATE_NAME, DER_NAME, KEY_NAME, Authority
 
@@ -348,8 +349,6 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
         pytest.param([], id="none"),
         pytest.param(["--set", "ollama_cache_dir=/srv", "-p", "9200"], id="options of mitmdump"),
         pytest.param(["-v", "--listen-host", "::1"], id="an option of ours by its look"),
-        pytest.param(["--help"], id="help is mitmdump's"),
-        pytest.param(["--certs", "x"], id="an option of another verb"),
         pytest.param(["~d example.com"], id="a filter"),
     ],
 )
@@ -363,6 +362,35 @@ def test_run_becomes_mitmdump(
     assert command == [program, "-s", str(script), *arguments]
     assert script.is_file()
     assert tree(tmp_path) == set()
+
+
+def test_run_helps_with_our_options(run: Run, executed: list[tuple[str, list[str]]]) -> None:
+    """All of them, by group, and how they are given; nothing is started, wherever the flag stands."""
+    for arguments in (["--help"], ["-h"], ["--set", "ollama_cache_dir=/srv", "--help"]):
+        result = run("run", *arguments)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert "--set ollama_cache_NAME=VALUE" in result.stdout
+        for option in OPTIONS:
+            assert re.search(rf"^  {option.name} ", result.stdout, re.MULTILINE), option.name
+        assert "\nWhat is kept:\n" in result.stdout
+        assert max(map(len, result.stdout.splitlines())) <= 110
+    assert executed == []
+
+
+def test_run_helps_with_those_of_mitmdump(run: Run, executed: list[tuple[str, list[str]]]) -> None:
+    """One flag away."""
+    assert run("run", "--help-mitmdump").exit_code == 0
+    ((program, command),) = executed
+    assert command == [program, "--help"]
+
+
+@pytest.mark.parametrize("argument", ["--max-size", "--max_size", "--ollama-cache-max-size"])
+def test_run_says_how_an_option_is_given(run: Run, executed: list[tuple[str, list[str]]], argument: str) -> None:
+    """Not as one of mitmdump's, which would answer with all of its own."""
+    expected = f"{argument} is no option of the cache; did you mean --set ollama_cache_max_size=20GB?"
+    assert refusal(run("run", f"{argument}=20GB")) == expected
+    assert "did you mean --set ollama_cache_certs=VALUE?" in refusal(run("run", "--certs", "/srv/certs"))
+    assert executed == []
 
 
 def test_run_takes_the_mitmdump_beside_its_python(
@@ -388,3 +416,39 @@ def test_run_without_mitmdump(
     expected = "expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2.3,<13"
     assert refusal(run("run")) == expected
     assert executed == []
+
+
+# --- config --init
+
+
+def test_config_file_is_written_once(run: Run, tmp_path: Path) -> None:
+    """In the user's place, all of it comments; what somebody has written is never replaced."""
+    result = run("config", "--init")
+    assert (result.exit_code, result.stderr) == (0, "")
+    (path,) = (tmp_path / "home").rglob("config.toml")
+    assert str(path) in result.stdout
+    assert tree(tmp_path) == {str(path.relative_to(tmp_path))}
+    before = path.read_text()
+    assert "# max_size = " in before
+    assert [line for line in before.splitlines() if line and not line.startswith("#")] == []
+    assert "expected no " in refusal(run("config", "--init"))
+    assert path.read_text() == before
+
+
+def test_config_file_is_written_where_it_is_read(run: Run, tmp_path: Path) -> None:
+    """Beside a store that was chosen; what is set there is in force, and says so."""
+    store = tmp_path / "data" / "store"
+    assert run("config", "--init", "--dir", str(store)).exit_code == 0
+    path = tmp_path / "data" / "config.toml"
+    path.write_text(path.read_text().replace("# finish = ", "finish = ").replace('"auto"', '"never"'))
+    said = run("config", "--dir", str(store)).stdout
+    assert re.search(rf"^finish +{re.escape(str(path))}, line \d+ +never$", said, re.MULTILINE)
+    assert not store.exists()
+
+
+def test_config_stops_at_a_mistake(run: Run, tmp_path: Path) -> None:
+    """As the cache would, with the line."""
+    path = tmp_path / "own.toml"
+    path.write_text("\nfinnish = 'never'\n")
+    message = refusal(run("config", env={"OLLAMA_CACHE_CONFIG": str(path)}))
+    assert message == f"{path}, line 2: unknown option finnish; did you mean finish?"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pullthrough.config.options import OPTIONS, environment_texts, parse_settings
+from pullthrough.config.options import OPTIONS, check_foreign, environment_texts, parse_settings, shown
 from pullthrough.config.settings import R2_HOST, Endpoint, Finish, Lifetimes, Log, Settings, Tunnel, Withdrawn
 from pullthrough.core.errors import SettingsError
 
@@ -19,13 +19,14 @@ def test_defaults() -> None:
     assert parse() == Settings(
         dir=Path("/d"),
         certs=Path("/c"),
+        config=None,
         registries=("registry.ollama.ai",),
         blob_host=R2_HOST,
         upstream={},
         clients=("private", "local"),
         tunnel=Tunnel.ANY,
         listen=(("", 9200),),
-        front={9200: "registry.ollama.ai"},
+        front={},
         advertise=None,
         offload=False,
         manifest_lifetime=Lifetimes(300.0),
@@ -157,6 +158,7 @@ def test_values() -> None:
         ("upstream_connections", "four"),
         ("upstream_rate", "fast"),
         ("upstream_rate", "10"),
+        ("front", "9200"),
         ("object_store", "bucket/prefix"),
         ("object_store", "s3://key:secret@bucket"),
         ("object_store", "s3://bucket?region=x"),
@@ -174,8 +176,12 @@ def test_bad_values_are_named(name: str, text: str) -> None:
 
 def test_removed_options_say_what_to_do() -> None:
     """Also where the environment has them, and whatever their value was."""
-    assert environment_texts({"OLLAMA_CACHE_DIRECT": "auto"}) == {"direct": "auto"}
-    with pytest.raises(SettingsError, match=r"ollama_cache_direct was removed: .*0\.35.*ollama_cache_offload=true"):
+    said = r"ollama_cache_direct was removed: .*0\.35.*ollama_cache_offload=true"
+    with pytest.raises(SettingsError, match=said):
+        environment_texts({"OLLAMA_CACHE_DIRECT": "auto"})
+    with pytest.raises(SettingsError, match=said):
+        check_foreign(["ollama_cache_direct"])
+    with pytest.raises(SettingsError, match=said):
         parse(direct="off")
 
 
@@ -187,9 +193,11 @@ def test_where_it_listens() -> None:
         registries="registry.ollama.ai,hub.example",
     )
     assert settings.listen == (("cache.lan", 9200), ("::1", 9300), ("127.0.0.1", 9200))
-    assert settings.front == {9201: "hub.example"}
+    assert settings.fronts == {9200: "registry.ollama.ai", 9300: "registry.ollama.ai", 9201: "hub.example"}
     assert settings.listeners == (*settings.listen, ("cache.lan", 9201), ("::1", 9201), ("127.0.0.1", 9201))
-    assert parse(listen=":9200", front="").listeners == (("", 9200),)
+    assert parse(listen=":9300").listeners == (("", 9300),)
+    assert parse(listen=":9300", registries="hub.example").fronts == {9300: "hub.example"}
+    assert parse(listen=":9300", front="off").fronts == {}
     for nowhere in ("", "off", "OFF"):
         assert parse(listen=nowhere, registries="hub.example").listeners == ()
 
@@ -212,10 +220,30 @@ def test_where_clients_find_it(text: str, expected: Endpoint | None) -> None:
 
 def test_unknown_options_are_named() -> None:
     """A misspelt option is not silently ignored."""
-    with pytest.raises(
-        SettingsError, match=r"unknown option ollama_cache_max_sise: expected one of .*manifest_lifetime"
-    ):
+    with pytest.raises(SettingsError, match=r"unknown option ollama_cache_max_sise; did you mean .*_max_size\?"):
         parse(max_sise="1GB")
+    with pytest.raises(SettingsError, match=r"unknown option ollama_cache_xyz; expected one of .*manifest_lifetime"):
+        parse(xyz="1GB")
+
+
+def test_unknown_variables_are_named() -> None:
+    """Those of ours by their prefix, those with a misspelt one by the whole; what others mean by theirs is let be."""
+    with pytest.raises(SettingsError, match=r"unknown variable OLLAMA_CACHE_MAXSIZE .* mean OLLAMA_CACHE_MAX_SIZE\?"):
+        environment_texts({"OLLAMA_CACHE_MAXSIZE": "1GB"})
+    with pytest.raises(SettingsError, match=r"unknown variable OLAMA_CACHE_DIR .* mean OLLAMA_CACHE_DIR\?"):
+        environment_texts({"OLAMA_CACHE_DIR": "/srv"})
+    with pytest.raises(SettingsError, match=r"unknown variable OLLAMA_CACHE_XYZ .*`ollama-cache run --help`"):
+        environment_texts({"OLLAMA_CACHE_XYZ": ""})
+    assert environment_texts({"OLLAMA_MODELS": "/m", "OLLAMA_CACHE_PORT": "tcp://10.0.0.1:80", "DIR": "x"}) == {}
+
+
+def test_options_meant_for_us_are_named() -> None:
+    """What mitmproxy does not know is ours without its prefix, or with a misspelt one."""
+    with pytest.raises(SettingsError, match=r"unknown option max_size; did you mean ollama_cache_max_size\?"):
+        check_foreign(["other_addon", "max_size"])
+    with pytest.raises(SettingsError, match=r"unknown option ollama_cache_maxsize; did you mean .*_max_size\?"):
+        check_foreign(["ollama_cache_maxsize"])
+    check_foreign(["other_addon"])
 
 
 @pytest.mark.parametrize(
@@ -228,3 +256,33 @@ def test_a_refused_password_is_not_told(name: str, text: str) -> None:
         parse_settings({name: text}, dir=Path("/d"), certs=Path("/c"))
     assert "hunter2" not in str(refused.value)
     assert refused.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("https://me:hunter2@mirror", "hunter2"),
+        ("s3://bucket?X-Amz-Signature=abc", "abc"),
+        ("hf_abcdefghijklmnop", "hf_abcdefghijklmnop"),
+        ("q7Jm2Zp0Xv9LkT4sWb8NcR1d", "q7Jm2Zp0"),
+        ("0123456789abcdef" * 4, "0123456789abcdef"),
+    ],
+)
+def test_what_may_be_a_secret_is_not_shown(text: str, secret: str) -> None:
+    """Whichever option it was given to."""
+    assert secret not in shown(text)
+    with pytest.raises(SettingsError) as refused:
+        parse(upstream_connections=text)
+    assert secret not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["/srv/models/2026-11/Store", "sometimes", "registry.ollama.ai=ftp://mirror", R2_HOST])
+def test_what_is_no_secret_is_shown(text: str) -> None:
+    """The message would be of no use without it."""
+    assert shown(text) == text
+
+
+def test_a_front_needs_a_port() -> None:
+    """Nobody is left to believe that a registry has a port where nothing listens."""
+    with pytest.raises(SettingsError, match=r"ollama_cache_front: expected hosts to listen on .*listen=off"):
+        parse(listen="off", front="9201=registry.ollama.ai")

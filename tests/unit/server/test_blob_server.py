@@ -89,7 +89,7 @@ def test_listens_at_every_door() -> None:
     """Each port of `front` too, and on every family that `localhost` has here; nowhere when switched off."""
     ports = free_port(), free_port()
     with server(listen=f"localhost:{ports[0]}", front=f"{ports[1]}=registry.ollama.ai") as made:
-        assert str(made) == f"localhost:{ports[0]}, localhost:{ports[1]} (registry.ollama.ai)"
+        assert str(made) == f"localhost:{ports[0]} (registry.ollama.ai), localhost:{ports[1]} (registry.ollama.ai)"
         for port in ports:
             for entry in {entry[4][:2] for entry in socket.getaddrinfo("localhost", port, type=socket.SOCK_STREAM)}:
                 try:
@@ -108,7 +108,7 @@ def test_listens_at_every_door() -> None:
 def test_all_addresses() -> None:
     """No host stands for both families."""
     port = free_port()
-    with server(listen=f":{port}", front="") as made:
+    with server(listen=f":{port}", front="off") as made:
         assert str(made) == f"*:{port}"
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
         try:

@@ -1,0 +1,93 @@
+"""The verb that is about the options, and what `run --help` says of them.
+
+Invariant: the help, the file that `--init` writes and the parser go by one table.
+"""
+
+import os
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from pullthrough.admin.client import ask
+from pullthrough.cli.common import AsJson, Folder, fail, folder_of, own_choices, print_json, print_lines, refusals
+from pullthrough.config import paths
+from pullthrough.config.config_file import template
+from pullthrough.config.options import GROUPS, environment_texts
+from pullthrough.config.sources import new_config_file
+from pullthrough.core.errors import NoDaemon
+from pullthrough.core.humanize import columns
+
+app = typer.Typer()
+
+_WIDTH: Final = 100
+_HEAD: Final = """\
+Usage: ollama-cache run [--set ollama_cache_NAME=VALUE]... [OPTIONS OF MITMDUMP]
+
+Run the cache: mitmdump with the addon. Each option is given as --set ollama_cache_NAME=VALUE, in the
+environment as OLLAMA_CACHE_NAME=VALUE, or in a file as NAME = "VALUE"; the first of these counts.
+`ollama-cache config --init` writes such a file, `ollama-cache config` shows the values in force.
+"""
+_TAIL: Final = """\
+Of mitmdump's own options you may need:
+  --listen-port PORT      Where clients find the proxy (8080).
+  --listen-host HOST      On which address; all, if it is not given. The port of `listen` has its own.
+  --mode MODE             regular, transparent or reverse:https://HOST; see docs/gateway.md.
+  --help-mitmdump         All of them.
+"""
+
+
+@app.command()
+def config(
+    init: Annotated[
+        bool,
+        typer.Option("--init", help="Write a configuration file with every option as a comment.", show_default=False),
+    ] = False,
+    dir: Folder = None,  # noqa: A002 -- the option's name
+    json: AsJson = False,
+) -> None:
+    """Show the options in force, and where each comes from."""
+    if init:
+        return _write(dir)
+    with refusals():
+        try:
+            rows = ask(folder_of(dir), "config", {})
+        except NoDaemon:
+            rows = own_choices(dir).rows()
+    if json:
+        return print_json(rows)
+    table = [(row["name"], row["source"], row["value"]) for row in rows]
+    return print_lines(columns([("OPTION", "FROM", "VALUE"), *table]))
+
+
+def _write(given: Path | None) -> None:
+    """Make the file; one that is there may hold what somebody has chosen."""
+    with refusals():
+        said = environment_texts(os.environ)
+        store = str(given.expanduser()) if given is not None else said.get("dir", "")
+        path = new_config_file(said.get("config", ""), store)
+        defaults = {"dir": store or str(paths.default_store()), "certs": str(paths.default_certs())}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(template(defaults))
+        except FileExistsError:
+            fail(f"expected no {path} yet, got one, which is left as it is; edit it, or move it away first")
+    print_lines([f"wrote {path}; it changes nothing until a line loses its #"])
+
+
+def run_help() -> Iterator[str]:
+    """Yield the lines of `run --help`: our options by group, and the way to mitmdump's."""
+    yield _HEAD
+    wide = max(len(option.name) for options in GROUPS.values() for option in options) + 4
+    for group, options in GROUPS.items():
+        yield f"{group}:"
+        for option in options:
+            default = f" Default: {option.default}." if option.default else ""
+            lines = textwrap.wrap(f"{option.help}{default}", _WIDTH - wide, break_on_hyphens=False)
+            yield f"  {option.name:{wide - 2}}{lines[0]}"
+            yield from (f"{'':{wide}}{line}" for line in lines[1:])
+        yield ""
+    yield _TAIL.rstrip("\n")

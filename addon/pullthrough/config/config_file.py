@@ -1,0 +1,105 @@
+"""The configuration file: TOML with the names of the options as its keys.
+
+Invariant: a key that is no option, and a value that no option can have, stop with the line, and with nothing of the
+value: it may be a secret in the wrong place.
+"""
+
+import json
+import re
+import textwrap
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pullthrough.config.near_misses import closest
+from pullthrough.config.options import GROUPS, OPTIONS, REMOVED
+from pullthrough.config.settings import PREFIX
+from pullthrough.core.errors import SettingsError
+
+_HEAD: Final = """\
+# What ollama-cache does, unless the command line (--set ollama_cache_NAME=VALUE) or the environment
+# (OLLAMA_CACHE_NAME) says otherwise. A line counts once its # is removed; the values here are the defaults.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFile:
+    """The option texts of a file, by name, and the line of each."""
+
+    path: Path
+    texts: Mapping[str, str]
+    lines: Mapping[str, int]
+
+    def source(self, name: str) -> str:
+        """Return where the text of an option is, for people."""
+        return f"{self.path}, line {self.lines[name]}"
+
+
+def parse_config(path: Path, text: str) -> ConfigFile:
+    """Read the file's text.
+
+    Raises:
+        SettingsError: what is not TOML, not an option, or not a value for one.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: expected TOML, got a mistake: {error}") from None
+    known = {option.name for option in OPTIONS} - {"config"}
+    texts, lines = {}, {}
+    for key, value in table.items():
+        lines[key] = _line_of(key, text)
+        place = f"{path}, line {lines[key]}"
+        if key in REMOVED:
+            raise SettingsError(f"{place}: option {key} was removed: {REMOVED[key]}")
+        if key not in known:
+            name = closest(key.removeprefix(PREFIX), known)
+            hint = f"did you mean {name}?" if name else f"expected one of {', '.join(sorted(known))}"
+            raise SettingsError(f"{place}: unknown option {key}; {hint}")
+        try:
+            texts[key] = _text_of(value)
+        except ValueError as error:
+            raise SettingsError(f"{place}: option {key}: expected {error}, got a {type(value).__name__}") from None
+    return ConfigFile(path, texts, lines)
+
+
+def template(defaults: Mapping[str, str]) -> str:
+    """Return a file that changes nothing: every option with its meaning and default, as comments.
+
+    `defaults` are those that depend on the machine.
+    """
+    parts = [_HEAD]
+    for group, options in GROUPS.items():
+        parts.append(f"\n# --- {group}\n")
+        for option in options:
+            if option.name != "config":
+                default = defaults.get(option.name, option.default)
+                parts.append(f"\n{_comment(option.help)}\n# {option.name} = {_literal(default)}\n")
+    return "".join(parts)
+
+
+def _text_of(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case str() | int() | float():
+            return str(value)
+        case list():
+            return ",".join(_text_of(item) for item in value)
+    raise ValueError("a text, a number, true, false, or a list of these")
+
+
+def _line_of(key: str, text: str) -> int:
+    """Return where the key is; TOML's reader does not tell."""
+    found = re.search(rf"""^[ \t]*\[*[ \t]*["']?{re.escape(key)}["']?[ \t]*[=.\]]""", text, re.MULTILINE)
+    return text.count("\n", 0, found.start()) + 1 if found else 1
+
+
+def _comment(text: str) -> str:
+    return textwrap.fill(text, 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+
+
+def _literal(text: str) -> str:
+    return text if text in ("true", "false") or text.isdecimal() else json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,62 @@
+"""Which unknown name was meant to be one of ours, and what was meant.
+
+Invariant: a name that Ollama, mitmproxy or Kubernetes gives a meaning of its own is never taken for a misspelt one.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from difflib import SequenceMatcher, get_close_matches
+from typing import Final
+
+from pullthrough.config.settings import ENVIRONMENT, PREFIX
+
+_ALIKE: Final = 0.8
+_PREFIX_ALIKE: Final = 0.6
+"""`ollama_`, `olama_cache_` and `cach_` are meant for ours; what follows them must be an option's name exactly."""
+_SHORT: Final = 5
+"""A bare name of fewer letters, such as `dir`, counts only as it stands."""
+_SERVICE: Final = re.compile(r"SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
+"""What Kubernetes puts into the environment for a Service called ollama-cache, behind `OLLAMA_CACHE_`."""
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that this one is a misspelling of."""
+    return next(iter(get_close_matches(_plain(name), known, n=1, cutoff=0.6)), None)
+
+
+def meant(name: str, known: Collection[str]) -> str | None:
+    """Return the option that somebody meant who gave mitmproxy the unknown option `name`."""
+    plain = _plain(name)
+    for option in known:
+        head = plain.removesuffix(option)
+        if head != plain and (not head or _alike(head, PREFIX) >= _PREFIX_ALIKE):
+            return option
+    found = get_close_matches(plain, [f"{PREFIX}{option}" for option in known], n=1, cutoff=_ALIKE)
+    if not found and len(plain) >= _SHORT:
+        found = get_close_matches(plain, known, n=1, cutoff=_ALIKE)
+    return found[0].removeprefix(PREFIX) if found else None
+
+
+def unknown_variables(names: Iterable[str], known: Collection[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield each variable of the environment that is meant for us and names no option, and the option it may mean."""
+    variables = {f"{ENVIRONMENT}{option.upper()}" for option in known}
+    for name in sorted(set(names) - variables):
+        if name.startswith(ENVIRONMENT):
+            rest = name.removeprefix(ENVIRONMENT)
+            if not _SERVICE.fullmatch(rest):
+                yield name, closest(rest, known)
+            continue
+        plain = _plain(name)
+        for option in known:
+            head = plain.removesuffix(option)
+            if head != plain and _alike(head, PREFIX) >= _ALIKE:
+                yield name, option
+                break
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
+
+
+def _alike(one: str, other: str) -> float:
+    return SequenceMatcher(None, one, other).ratio()

@@ -1,0 +1,118 @@
+"""The options in force: the command line before the environment before the configuration file before the defaults.
+
+Invariant: every place is held to the same names and grammar, and each option knows which place it is from.
+"""
+
+import os
+import stat
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pullthrough.config import paths
+from pullthrough.config.config_file import ConfigFile, parse_config
+from pullthrough.config.options import OPTIONS, environment_texts, parse_settings
+from pullthrough.config.settings import Settings
+from pullthrough.core.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What was chosen, and where."""
+
+    texts: Mapping[str, str]
+    sources: Mapping[str, str]
+
+    def settings(self) -> Settings:
+        """Return the options as values.
+
+        Raises:
+            SettingsError: one cannot be understood.
+        """
+        return parse_settings(self.texts, dir=paths.default_store(), certs=paths.default_certs(), sources=self.sources)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return {name, value, source} of each option; those that depend on the machine as they are on it.
+
+        Raises:
+            SettingsError: one cannot be understood, and might be a secret in the wrong place.
+        """
+        settings = self.settings()
+        own = {"dir": str(settings.dir), "certs": str(settings.certs)}
+        return [
+            {
+                "name": option.name,
+                "value": own.get(option.name) or self.texts.get(option.name) or option.default,
+                "source": self.sources.get(option.name, "default"),
+            }
+            for option in OPTIONS
+        ]
+
+
+def choices(command_line: Mapping[str, str], environ: Mapping[str, str]) -> Choices:
+    """Return what these two and the configuration file choose.
+
+    Raises:
+        SettingsError: a name is no option, or the file cannot be used.
+    """
+    environment = environment_texts(environ)
+    file = config_file(command_line, environment)
+    texts, sources = (dict(file.texts), {name: file.source(name) for name in file.texts}) if file else ({}, {})
+    for source, given in (("environment", environment), ("command line", command_line)):
+        texts |= given
+        sources |= dict.fromkeys(given, source)
+    if file is not None:
+        texts["config"], sources["config"] = str(file.path), sources.get("config", "found there")
+    return Choices(texts, sources)
+
+
+def config_file(command_line: Mapping[str, str], environment: Mapping[str, str]) -> ConfigFile | None:
+    """Return the file in force: the one that is named, else the first of the usual ones.
+
+    Raises:
+        SettingsError: it cannot be read, or does not hold options.
+    """
+    given = {**environment, **command_line}
+    if named := given.get("config"):
+        return _read(Path(named).expanduser())
+    for path in config_places(given.get("dir", "")):
+        if path.exists():
+            _check_owner(path)
+            return _read(path)
+    return None
+
+
+def config_places(store: str) -> tuple[Path, ...]:
+    """Return where the file may lie: beside the store, where one was chosen, then the user's and the system's place."""
+    beside = (paths.config_beside(Path(store).expanduser()),) if store else ()
+    return (*beside, *paths.default_configs())
+
+
+def new_config_file(named: str, store: str) -> Path:
+    """Return where a new one is to be: as named, else beside a store that was chosen, else in the user's place."""
+    return Path(named).expanduser() if named else config_places(store)[0]
+
+
+def _read(path: Path) -> ConfigFile:
+    try:
+        return parse_config(path, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: expected a configuration file, got: {error}") from None
+
+
+def _check_owner(path: Path) -> None:
+    """Refuse a file that somebody else could have put there: a store may lie in a folder that all share."""
+    if sys.platform == "win32":
+        return
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise SettingsError(f"{path}: expected a configuration file, got: {error}") from None
+    if state.st_uid not in (0, os.geteuid()):
+        raise SettingsError(
+            f"{path}: expected a file of this user or root, got one of user {state.st_uid}; if it is to count, "
+            f"name it: OLLAMA_CACHE_CONFIG={path}"
+        )
+    if state.st_mode & stat.S_IWOTH:
+        raise SettingsError(f"{path}: expected a file that only its owner can write; run `chmod o-w {path}`")
