@@ -1,6 +1,7 @@
 """The port without a proxy: `ollama pull --insecure http://cache:9200/library/...`, by name and by address."""
 
 import contextlib
+import http.client
 import json
 import re
 import socket
@@ -642,3 +643,19 @@ def test_pages_of_the_daemon(origin: Origin, proxy: Proxy) -> None:
             assert get(connection, "/healthz")[0] == 200
     finally:
         away.rename(proxy.store)
+
+
+def test_a_browser_at_the_proxy_s_port(shared: tuple[Origin, Proxy]) -> None:
+    """It is led to the front page; a program that asks for the same is answered as a proxy answers."""
+    _, proxy = shared
+    page = f"http://{ADDRESS}:{proxy.front_port}/"
+    got = []
+    for accept in ("text/html,*/*;q=0.8", "*/*"):
+        connection = http.client.HTTPConnection(ADDRESS, proxy.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request("GET", "/", headers={"Accept": accept})
+            response = connection.getresponse()
+            got.append((response.status, response.headers["Location"], len(response.read()) > 0))
+    assert got == [(307, page, False), (502, None, True)]
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page, timeout=20) as response:
+        assert b"<title>ollama-cache</title>" in response.read()

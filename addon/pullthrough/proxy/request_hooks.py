@@ -18,7 +18,8 @@ from pullthrough.core.cdn_loop import CDN_LOOP, LoopGuard
 from pullthrough.core.errors import AddressRefused, CacheError, LoopDetected, Misdirected, Offline
 from pullthrough.delivery.byte_sender import Sending
 from pullthrough.delivery.loopback import Loopback
-from pullthrough.proxy.connection_hooks import ConnectionHooks, normal, refuse
+from pullthrough.proxy.connection_hooks import ConnectionHooks, normal, own_ports, refuse
+from pullthrough.proxy.front_page import front_page
 from pullthrough.proxy.messages import has_body, request_of, response_of
 from pullthrough.recording.reader import Reader
 from pullthrough.registry.messages import Answer, failure, gathered
@@ -67,6 +68,9 @@ class RequestHooks:
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Let bodies flow: only requests that we may answer are held until they are complete."""
         try:
+            if self._settings is not None and (page := front_page(flow.request, self._settings, own_ports)):
+                flow.response = http.Response.make(307, b"", {"Location": page, "Cache-Control": "no-store"})
+                return
             if self._connection_hooks.is_ours(flow.request.host):
                 self._connection_hooks.check_names(flow)
             if self._may_answer(flow):

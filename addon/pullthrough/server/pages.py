@@ -5,17 +5,14 @@ else be led here by a name that a stranger's site owns, and the site would read 
 framed, sniffed or kept.
 """
 
-import ipaddress
 import logging
-import socket
 from collections.abc import Awaitable, Callable
-from collections.abc import Set as AbstractSet
 from typing import Final
-from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 
 from pullthrough.config.settings import Endpoint
+from pullthrough.net.own_names import is_ours, own_names
 
 _log = logging.getLogger(__name__)
 
@@ -60,23 +57,3 @@ class Pages:
         # Whoever watches a cache asks every few seconds.
         _log.debug("%s %s %s -> %d", request.remote, request.method, path, response.status)
         return response
-
-
-def own_names(advertise: Endpoint | None) -> frozenset[str]:
-    """The names that are ours: this machine's (by mDNS too, RFC 6762), localhost, and what we are told to advertise."""
-    machine = socket.gethostname().lower()
-    names = {"localhost", machine, f"{machine.partition('.')[0]}.local"}
-    return frozenset(names | ({advertise.host} if advertise is not None else set()))
-
-
-def is_ours(host: str | None, names: AbstractSet[str]) -> bool:
-    """Whether a Host field names us or gives an address. Without one, which is HTTP/1.0, no browser has asked."""
-    if host is None:
-        return True
-    try:
-        name = (urlsplit(f"//{host}").hostname or "").removesuffix(".")
-        if name not in names:
-            ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return "@" not in host
