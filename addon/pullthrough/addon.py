@@ -36,6 +36,7 @@ from pullthrough.fleet.tier import Tier, load_secret
 from pullthrough.fleet.uploader import Uploader
 from pullthrough.library.eviction import Evictor
 from pullthrough.monitoring.health import Health
+from pullthrough.monitoring.lookout import Lookout, looks_at
 from pullthrough.monitoring.metrics import Metrics
 from pullthrough.monitoring.status import StatusView
 from pullthrough.net.connection_limits import ConnectionLimits, most_connections
@@ -131,8 +132,6 @@ class OllamaCache:
         self._flows = RequestHooks(self._hooks)
         self.addons = [self._hooks, self._flows]
 
-    # --- life
-
     def load(self, loader: addonmanager.Loader) -> None:
         """Declare our options, as text: mitmproxy unloads an addon whose numeric option does not parse, silently."""
         try:
@@ -193,12 +192,11 @@ class OllamaCache:
     def _mint(self) -> None:
         """Make a leaf for each intercepted host, for mitmproxy too; its own CA is a throw-away that nobody trusts."""
         assert self._settings and self._rollover and self._confdir
-        folder = Path(self._confdir.name)
         self._leaves = [self._rollover.issue(host, now=_now()) for host in self._settings.intercepted]
         specs = []
         for leaf in self._leaves:
             # A new name each time: mitmproxy reads the files again only when the option changes.
-            path = folder / f"{leaf.host}-{time.time_ns()}.pem"
+            path = Path(self._confdir.name) / f"{leaf.host}-{time.time_ns()}.pem"
             path.touch(mode=0o600)
             path.write_bytes(leaf.pem)
             specs.append(f"{leaf.host}={path}")
@@ -234,10 +232,11 @@ class OllamaCache:
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder, fleet and fleet[0])
         self._registry.open()
+        health.open(Lookout(self._upstream.reachability, looks_at(self._upstream, fleet and fleet[0])))
         told = {"proxy": Look(_tell_address), "look-out": Look(self._look_out)}
-        origins = self._choices.rows()
         shared = await self._share(*fleet) if fleet is not None else None
-        self._desk = Desk(settings, self._store, self._recorder, self._registry, self._requests, origins, told, shared)
+        parts = (self._store, self._recorder, self._registry, self._requests, health.services)
+        self._desk = Desk(settings, *parts, self._choices.rows(), told, shared)
         await self._desk.open()
         self._minting = asyncio.get_running_loop().create_task(self._remint(), name="re-mint leaves")
         self._lag.open()
@@ -297,7 +296,7 @@ class OllamaCache:
     async def done(self) -> None:
         """Let go of everything; recordings keep what they have."""
         if self._health is not None:
-            self._health.draining = True
+            await self._health.close()
         self._hooks.close()
         self._takeover.close()
         self._lag.close()

@@ -27,7 +27,7 @@ from tests.support.goclient import PullClient, PullError
 from tests.support.http1 import ClosedBeforeResponse, Connection, connect
 from tests.support.legacy import A0Client, A1Client
 from tests.support.modern import ModernClient
-from tests.support.origin import Fault, Mode, Origin
+from tests.support.origin import R2_HOST, Fault, Mode, Origin
 from tests.support.proxy import Proxy, free_port
 from tests.support.transfer import TransferClient
 
@@ -633,12 +633,17 @@ def test_pages_of_the_daemon(origin: Origin, proxy: Proxy) -> None:
             assert headers["x-content-type-options"] == "nosniff"
             status, headers, _ = get(connection, path, Host="evil.example")
             assert (status, "etag" in headers) == (421, False)
-        assert get(connection, "/readyz", Host=f"{socket.gethostname()}:9200")[2] == b"ok\n"
+        ready = get(connection, "/readyz", Host=f"{socket.gethostname()}:9200")[2].decode().splitlines()
+        assert ready[:2] == ["serving: yes", "fetching: yes"]
+        assert [line.partition(": up since ")[0] for line in ready[2:]] == [
+            "registry registry.ollama.ai", f"blob host {R2_HOST}",
+        ]  # fmt: skip
     proxy.store.rename(away := proxy.store.with_name("away"))
     try:
         with to_front(proxy) as connection:
             deadline = time.monotonic() + 20
-            while (told_now := get(connection, "/readyz")[::2]) != (503, b"store: No such file or directory\n"):
+            gone = "serving: no, store: No such file or directory"
+            while (told_now := get(connection, "/readyz"))[0] != 503 or told_now[2].decode().partition("\n")[0] != gone:
                 assert time.monotonic() < deadline, told_now
             assert get(connection, "/healthz")[0] == 200
     finally:

@@ -5,7 +5,7 @@ Invariant: what only looks works on a copy in a thread, so that no pull waits fo
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +20,10 @@ from pullthrough.library.verifier import Defect, mend
 from pullthrough.recording.pulls import Counts
 from pullthrough.registry.warm import Warmer
 from pullthrough.store.store import STAGING, Store
+from pullthrough.upstream.reachability import Service, fetching
+
+Services = Callable[[], Awaitable[Sequence[Service]]]
+"""Tells what is known of the servers that the cache draws on."""
 
 
 class Commands:
@@ -35,6 +39,7 @@ class Commands:
         options: list[JSON],
         count: Callable[[], object],
         pulls: Counts,
+        services: Services,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
         """`options` are what `config` tells; `count` brings the store's days up to date; `tier` tells the fleet's."""
@@ -45,6 +50,7 @@ class Commands:
         self._options = options
         self._count = count
         self._pulls = pulls
+        self._services = services
         self._tier = tier
 
     def table(self) -> dict[str, Command]:
@@ -79,6 +85,8 @@ class Commands:
         self._count()
         sums = await asyncio.to_thread(statistics, self.view())
         sums |= {"bypassed_pulls": self._pulls.bypassed, "unseen_pulls": self._pulls.unseen}
+        services = await self._services()
+        sums |= {"fetching": fetching(services), "services": [asdict(service) for service in services]}
         return sums | {"tier": self._tier()} if self._tier is not None else sums
 
     async def _config(self, _: Arguments) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from pullthrough.admin.command import Command
-from pullthrough.admin.commands import Commands
+from pullthrough.admin.commands import Commands, Services
 from pullthrough.admin.fleet_commands import FleetCommands
 from pullthrough.admin.server import ControlServer
 from pullthrough.config.settings import Settings
@@ -41,11 +41,13 @@ class Desk:
         recorder: Recorder,
         registry: Registry,
         requests: RequestLog,
+        services: Services,
         options: list[JSON],
         others: Mapping[str, Command],
         fleet: tuple[Tier, Uploader] | None = None,
     ) -> None:
-        """`options` are what `config` tells; `others` are commands that are not about the store."""
+        """`services` tells what is known of the servers that the cache draws on, `options` are what `config` tells;
+        `others` are commands that are not about the store."""
         self._store = store
         self._recorder = recorder
         self._requests = requests
@@ -63,6 +65,7 @@ class Desk:
             options=options,
             count=self.count,
             pulls=registry.pulls.counts,
+            services=services,
             tier=self.tier,
         )
         self._control = ControlServer(

@@ -29,6 +29,7 @@ from pullthrough.core.errors import CacheError, NoDaemon, StoreError
 from pullthrough.core.humanize import ago_text, columns, size_text
 from pullthrough.library.listing import View, detail, listing, statistics
 from pullthrough.runtime.gc_pause import gc_paused
+from pullthrough.upstream.reachability import Service
 
 app = typer.Typer()
 
@@ -134,6 +135,10 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
     ]
     if found.get("bypassed_pulls"):
         facts.append(("past the cache", f"{found['bypassed_pulls']} pulls by Ollama 0.35 to 0.40.2 since the start"))
+    if "services" in found:
+        facts.append(("fetching", found["fetching"]))
+        services = (Service(**service) for service in found["services"])
+        facts += [(service.role, str(service).removeprefix(f"{service.role} ")) for service in services]
     if "tier" in found:
         facts += fleet_tier.facts(found["tier"])
     days = [("DAY (UTC)", "SERVED", "FETCHED")]

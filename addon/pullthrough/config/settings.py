@@ -139,6 +139,12 @@ class Settings:
         return {**dict.fromkeys((port for _, port in self.listen), self.registries[0]), **self.front}
 
     @property
+    def named_hosts(self) -> frozenset[tuple[str, int]]:
+        """The (host, port) pairs that may have any address: what the configuration names."""
+        named = {(host, port) for host in self.intercepted for port in (80, 443)}
+        return frozenset(named | {(endpoint.host, endpoint.port) for endpoint in self.upstream.values()})
+
+    @property
     def listeners(self) -> tuple[tuple[str, int], ...]:
         """Where the blob server listens: at `listen`, and on the ports of `front` at the same hosts."""
         hosts = dict.fromkeys(host for host, _ in self.listen)

@@ -25,6 +25,7 @@ from pullthrough.runtime.clock import lasting
 from pullthrough.runtime.executors import Threads
 from pullthrough.upstream.client import Upstream
 from pullthrough.upstream.data_stream import Source
+from pullthrough.upstream.reachability import OBJECT_STORE
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +95,8 @@ class Tier:
         if not self._breaker.permits(time.monotonic()):
             raise TierError("object store: expected it to answer, got failures lately")
         try:
-            result = await self._threads.network(work, *args, **kwargs)
+            with self._upstream.reachability.asking(OBJECT_STORE):
+                result = await self._threads.network(work, *args, **kwargs)
         except TierError as error:
             self.counts.failures += 1
             self._breaker.failed(time.monotonic())
@@ -102,7 +104,12 @@ class Tier:
                 _log.warning("%s; doing without it for a while", error)
             raise
         self._breaker.succeeded()
+        self._upstream.reachability.answered(OBJECT_STORE)
         return result
+
+    async def knock(self) -> None:
+        """Ask for the head of one object, to see whether the object store answers. TierError if it does not."""
+        await self.ask(self.objects.find, documents.blob_key(Digest("0" * 64)))
 
     async def source(self, digest: Digest) -> Source | None:
         """Where the tier has the blob; None where it has not, or cannot be asked."""

@@ -1,4 +1,4 @@
-"""Whether the daemon is fit to serve: its disk, its certificates, its end.
+"""Whether the daemon is fit to serve: its disk, its certificates, its end; and what it can reach.
 
 Invariant: a disk that does not answer holds up one thread and nobody's event loop.
 """
@@ -13,7 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from pullthrough.monitoring.lookout import Lookout
 from pullthrough.store.layout import restore
+from pullthrough.upstream.reachability import Service
 
 FRESH_S: Final = 1.0
 """How long the disk is not looked at again."""
@@ -37,11 +39,26 @@ class Health:
     def __init__(self, folder: Path, certificates: Callable[[], Mapping[str, datetime]]) -> None:
         """`folder` is the store's; `certificates` says by name until when those that clients are shown are valid."""
         self.draining = False
-        """The daemon is about to end."""
         self._folder = folder
         self.certificates = certificates
+        self._lookout: Lookout | None = None
         self._look: asyncio.Task[Disk] | None = None
         self._looked = 0.0
+
+    def open(self, lookout: Lookout) -> None:
+        """Begin to look at the servers that nobody has asked for a while."""
+        self._lookout = lookout
+        lookout.open()
+
+    async def close(self) -> None:
+        """The daemon is about to end: look no more, and say so to whoever asks."""
+        self.draining = True
+        if self._lookout is not None:
+            await self._lookout.close()
+
+    async def services(self) -> tuple[Service, ...]:
+        """Return what is known of each server that the cache draws on; nothing before `open`."""
+        return await self._lookout.services() if self._lookout is not None else ()
 
     async def disk(self) -> Disk:
         """As it was FRESH_S ago at most, or is."""

@@ -27,6 +27,7 @@ from pullthrough.recording.recorder import Recorder
 from pullthrough.runtime.loop_lag import LoopLag
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import Upstream
+from pullthrough.upstream.reachability import Service, State
 
 PREFIX: Final = "ollama_cache_"
 
@@ -60,13 +61,14 @@ class Metrics(Collector):
         self._lag = lag
         self._health = health
         self._disk = Disk(0)
+        self._services: tuple[Service, ...] = ()
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
     async def expose(self, accept: str) -> tuple[bytes, str]:
         """(all metrics, their Content-Type) in the format that an Accept field asks for."""
-        self._disk = await self._health.disk()
+        self._disk, self._services = await self._health.disk(), await self._health.services()
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
@@ -104,8 +106,10 @@ class Metrics(Collector):
         yield _counter("upstream_retries", "Failures that were absorbed behind clients' connections.", counters.retries)
         yield _counter("digest_mismatches", "Blobs that did not hash to their name.", counters.mismatches)
         yield _counter("source_changes", "Recordings begun again as their source had changed.", counters.restarts)
-        up = (((host,), float(self._upstream.is_up(host))) for host in self._settings.registries)
-        yield _gauges("upstream_up", "0 while a registry that did not answer is left alone.", up, "host")
+        known = (service for service in self._services if service.state is not State.NOT_ASKED)
+        up = (((service.role, service.host), float(service.state is State.UP)) for service in known)
+        text = "Whether a server answers that the cache draws on; nothing while it has not been asked."
+        yield _gauges("upstream_up", text, up, "service", "host")
 
     def _storage(self) -> Iterator[Metric]:
         store, settings = self._store, self._settings

@@ -23,6 +23,7 @@ from pullthrough.recording.recorder import Recorder
 from pullthrough.runtime.singleflight import SingleFlight
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import Upstream
+from pullthrough.upstream.reachability import Fetching, Service, fetching
 
 FRESH_S: Final = 5.0
 """How old the list of models and the sums may be."""
@@ -77,8 +78,8 @@ class Sight:
     held_bytes: int
     max_size: int | None
     min_free: int
-    upstream: Mapping[str, bool]
-    """Which registry answers."""
+    services: tuple[Service, ...]
+    """The servers that the cache draws on, as they have been found last."""
     upstream_errors: int
     retries: int
     mismatches: int
@@ -93,6 +94,11 @@ class Sight:
     def is_empty(self) -> bool:
         """Whether nothing is stored, and nothing is on its way."""
         return not (self.running or self.holdings.models or self.holdings.private)
+
+    @property
+    def fetching(self) -> Fetching:
+        """Whether what is not stored can be fetched."""
+        return fetching(self.services)
 
 
 class StatusView:
@@ -160,11 +166,11 @@ class StatusView:
             self._store.held_bytes,
             self._settings.max_size,
             self._settings.min_free,
-            {host: self._upstream.is_up(host) for host in self._settings.registries},
+            await self._health.services(),
             self._upstream.errors.total(),
             counters.retries,
             counters.mismatches,
-            (*problems, *self._upstream.impostors.told),
+            tuple(problems),
             self._pulls.bypassed,
             time.monotonic() - self._began,
             self._tier() if self._tier is not None else None,

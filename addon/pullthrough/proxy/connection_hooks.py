@@ -33,7 +33,6 @@ from pullthrough.proxy.sniffing import read_opening
 from pullthrough.proxy.takeover import Takeover
 from pullthrough.proxy.upstream_proxy import UpstreamProxy
 from pullthrough.runtime import platform
-from pullthrough.upstream.client import exempt_hosts
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ class ConnectionHooks:
         self.client_limits.open(limits)
         self._intercepted = settings.intercepted
         self._upstream = settings.upstream
-        self._legs = AddressPolicy(exempt_hosts(settings), tunnels=settings.tunnel is Tunnel.ANY)
+        self._legs = AddressPolicy(settings.named_hosts, tunnels=settings.tunnel is Tunnel.ANY)
         self._policy = ClientPolicy(settings.clients)
 
     def open(self) -> None:

@@ -19,6 +19,7 @@ from pullthrough.monitoring.status import StatusView
 from pullthrough.monitoring.status_page import SHARE, ModelQuery, StatusPage
 from pullthrough.pki.client_setup import SetupGuide
 from pullthrough.server.pages import Handler, Pages
+from pullthrough.upstream.reachability import fetching
 
 INTERVAL_S: Final = 1.0
 HEARTBEAT: Final = 15
@@ -128,8 +129,10 @@ class StatusRoutes:
         return web.Response(text="ok\n")
 
     async def _ready(self, _: web.BaseRequest) -> web.Response:
-        problems = await self._health.problems()
-        return web.Response(status=503 if problems else 200, text="\n".join(problems or ["ok"]) + "\n")
+        problems, services = await self._health.problems(), await self._health.services()
+        serving = f"serving: no, {'; '.join(problems)}" if problems else "serving: yes"
+        lines = [serving, f"fetching: {fetching(services)}", *map(str, services)]
+        return web.Response(status=503 if problems else 200, text="\n".join(lines) + "\n")
 
 
 def _encode(parts: dict[str, str]) -> bytes:

@@ -12,7 +12,7 @@ import secrets
 import ssl
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -47,10 +47,12 @@ from pullthrough.upstream.data_stream import (
     Source,
     ThreadStream,
     body_of,
+    closing_on_error,
     translate,
 )
 from pullthrough.upstream.dialer import Dialer
 from pullthrough.upstream.impostors import REDIRECTS, TOO_MANY_REQUESTS, Impostors, Response
+from pullthrough.upstream.reachability import OBJECT_STORE, Reachability
 from pullthrough.upstream.refusals import REFUSAL_LIMIT, described, is_page, is_refusal
 from pullthrough.upstream.resolver import AddressRules, CheckedResolver, Named
 from pullthrough.upstream.response_checks import SOURCE_GONE, check_data, check_length, relayable
@@ -80,7 +82,6 @@ PRIVATE: Final = frozenset({401, 403})
 LOOP_DETECTED: Final = 508
 """What a cache says to a request that has been there before (RFC 5842 section 7.2): it will say so again."""
 
-
 MAX_HOPS: Final = 5
 
 _log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Upstream:
         self._settings = settings
         self._parents = parents
         ways_out = {(proxy.host, proxy.port) for proxy in parents.all}
-        self._policy = AddressPolicy(exempt_hosts(settings) | ways_out, tunnels=True)
+        self._policy = AddressPolicy(settings.named_hosts | ways_out, tunnels=True)
         self._own = own_addresses
         self._named = Named({(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
         self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
@@ -118,15 +119,12 @@ class Upstream:
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
         self._down_until: dict[str, float] = {}
         self._data = Getting(self.dialer)
-        self.impostors = Impostors(settings.registries, self.errors)
+        self.reachability = Reachability(settings)
+        self.impostors = Impostors(settings.registries, self.errors, self.reachability)
 
     async def open(self) -> None:
-        connector = aiohttp.TCPConnector(
-            ssl=self._context,
-            limit=0,
-            resolver=CheckedResolver(self._rules),
-            keepalive_timeout=30,
-        )
+        rules = CheckedResolver(self._rules)
+        connector = aiohttp.TCPConnector(ssl=self._context, limit=0, resolver=rules, keepalive_timeout=30)
         self._session = aiohttp.ClientSession(
             connector=connector,
             auto_decompress=False,
@@ -134,7 +132,6 @@ class Upstream:
             read_bufsize=READ_BUFFER,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S),
         )
-
         self._data.open()
 
     async def close(self) -> None:
@@ -173,7 +170,7 @@ class Upstream:
 
         NotTheRegistry if the answer has not the shape of a registry's; the other errors are those of `converse`.
         """
-        response = await self.converse(method, host, target, headers, timeout_s=timeout_s)
+        response = await self._exchange(method, host, target, headers, timeout_s=timeout_s)
         return self.impostors.judged(host, response, head=method == "HEAD")
 
     async def converse(
@@ -184,6 +181,18 @@ class Upstream:
         UpstreamUnreachable, UpstreamTimeout or UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no usable
         answer.
         """
+        response = await self._exchange(method, host, target, headers, timeout_s=timeout_s)
+        return self.impostors.unjudged(host, response)
+
+    async def knock(self, host: str) -> None:
+        """Connect to a host, encryption included, and hang up. UpstreamUnreachable, UpstreamTimeout, AddressRefused."""
+        with self.reachability.asking(host):
+            await self._data.knock(self._settings.endpoint(host))
+        self.reachability.answered(host)
+
+    async def _exchange(
+        self, method: str, host: str, target: str, headers: Mapping[str, str], *, timeout_s: float
+    ) -> Response:
         url = self._settings.endpoint(host).origin + target
 
         async def once() -> Response:
@@ -216,8 +225,10 @@ class Upstream:
         response = await self._patiently(host, lambda: self._send("GET", url, {**headers, **ranged}), timeout_s)
         # Under the registry's public name: that is what signatures are made for, and what redirects start from.
         source = Source(f"https://{host}{target}", {k: v for k, v in headers.items() if k.lower() == "authorization"})
+        if response.status < 400 and not is_page(response.headers):
+            self.reachability.answered(host)
         if response.status == 200 or (asked and response.status in (206, 416)):
-            with _closing_on_error(response):
+            with closing_on_error(response):
                 if is_page(response.headers):
                     raise self.impostors.displaced(host, described(response.status, response.headers))
                 extent = check_data(response.status, cleaned(response.headers), asked=asked, length=None)
@@ -250,7 +261,7 @@ class Upstream:
 
         The limit is for all tries together.
         """
-        with self.errors.counted():
+        with self.errors.counted(), self.reachability.asking(host):
             try:
                 async with asyncio.timeout(timeout_s):
                     for pause in PAUSES_S:
@@ -295,7 +306,7 @@ class Upstream:
                     response, source = await self._follow(source, {"Range": format_range(start, stop)})
             except FAILURES as error:
                 raise translate(error) from None
-        with self.errors.counted(), _closing_on_error(response):
+        with self.errors.counted(), closing_on_error(response):
             fields = cleaned(response.headers)
             if response.status in SOURCE_GONE:
                 shaped = is_refusal(response.status, fields, await self._data.text(response, REFUSAL_LIMIT))
@@ -312,7 +323,7 @@ class Upstream:
     async def _follow(self, source: Source, headers: dict[str, str]) -> tuple[DataResponse, Source]:
         """The response behind all redirects, and where it came from."""
         for _ in range(MAX_HOPS + 1):
-            response = await self._fetch(self._reach(source.url), {**source.headers, **headers})
+            response = await self._fetch(source, headers)
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or not location:
                 return response, source
@@ -348,14 +359,19 @@ class Upstream:
         # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
         return {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
 
-    async def _fetch(self, url: str, headers: Mapping[str, str]) -> DataResponse:
+    async def _fetch(self, source: Source, headers: Mapping[str, str]) -> DataResponse:
         """A response to a GET whose body is read by threads."""
-        there = URL(url, encoded=True)
+        there = URL(self._reach(source.url), encoded=True)
         self._check(there)
         if there.host is None or there.port is None:
             raise ValueError("no host")
         endpoint = Endpoint(there.scheme, there.host, there.port)
-        return await self._data.get(Ask(endpoint, there.raw_path_qs, self._fields(headers), STALL_TIMEOUT_S))
+        fields = self._fields({**source.headers, **headers})
+        name = OBJECT_STORE if source.near else source.host
+        with self.reachability.asking(name):
+            response = await self._data.get(Ask(endpoint, there.raw_path_qs, fields, STALL_TIMEOUT_S))
+        self.reachability.answered(name, response.status)
+        return response
 
     async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         there = URL(url, encoded=True)
@@ -381,18 +397,3 @@ class Upstream:
             response.close()
             raise UpstreamUnreachable(f"parent proxy {proxy.origin} answered {response.status}")
         return response
-
-
-def exempt_hosts(settings: Settings) -> frozenset[tuple[str, int]]:
-    """The (host, port) pairs that may have any address: what the configuration names."""
-    named = {(host, port) for host in settings.intercepted for port in (80, 443)}
-    return frozenset(named | {(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
-
-
-@contextlib.contextmanager
-def _closing_on_error(response: aiohttp.ClientResponse | DataResponse) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        response.close()
-        raise

@@ -246,6 +246,7 @@ class Getting:
 
     def __init__(self, dialer: Dialer) -> None:
         self.crew = Crew(FETCHING)
+        self._dialer = dialer
         self._client = DataClient(dialer)
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -263,6 +264,12 @@ class Getting:
         """As the client's; whoever does not want it any more need not wait."""
         caller = Caller()
         return await self.crew.run_or_leave(lambda: self._client.get(ask, caller), caller.stop, DataResponse.close)
+
+    async def knock(self, endpoint: Endpoint) -> None:
+        """Connect, and hang up. UpstreamUnreachable, UpstreamTimeout or AddressRefused."""
+        caller = Caller()
+        line = await self.crew.run_or_leave(lambda: self._dialer.dial(endpoint, caller), caller.stop, Dialed.close)
+        line.close()
 
     async def text(self, response: DataResponse, limit: int) -> bytes:
         """As the response's, for as long as it may be silent; b"" if it does not come to its end."""

@@ -22,6 +22,7 @@ from pullthrough.runtime.executors import Crew
 from pullthrough.upstream.data_client import GATHER_S, HELD_S, PIECE, DataResponse
 from pullthrough.upstream.dialer import translated
 from pullthrough.upstream.response_checks import Extent
+from pullthrough.upstream.wording import worded
 
 BATCH: Final = 256 << 10
 
@@ -239,6 +240,16 @@ class ThreadStream(DataStream):
         return filled
 
 
+@contextlib.contextmanager
+def closing_on_error(response: aiohttp.ClientResponse | DataResponse) -> Iterator[None]:
+    """Close the response when an error leaves the block."""
+    try:
+        yield
+    except BaseException:
+        response.close()
+        raise
+
+
 async def body_of(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """The whole body. UnexpectedResponse if it is longer than `limit`; a refusal is cut there."""
     found = bytearray()
@@ -258,12 +269,12 @@ def translate(error: BaseException) -> UpstreamError:
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return UpstreamUnreachable(f"the parent proxy answered {error.status} to CONNECT")
     if isinstance(error, aiohttp.ClientProxyConnectionError):
-        return UpstreamUnreachable(f"parent proxy {error.host}:{error.port}: {error.os_error}")
+        return UpstreamUnreachable(f"parent proxy {error.host}:{error.port}: {worded(error.os_error)}")
     if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return UpstreamUnreachable(f"{error.host}: name resolution failed: {error.os_error}")
+        return UpstreamUnreachable(f"{error.host}: name resolution failed: {worded(error.os_error)}")
     if isinstance(error, aiohttp.ClientConnectorError):
         reason = getattr(error, "certificate_error", None) or error.os_error
-        return UpstreamUnreachable(f"{error.host}:{error.port}: {reason}")
+        return UpstreamUnreachable(f"{error.host}:{error.port}: {worded(reason)}")
     # The library's own messages quote what they are about: an address, or the bytes that are no HTTP.
     if isinstance(error, ValueError):
         return UnexpectedResponse(f"expected an address that can be used, got one that cannot ({type(error).__name__})")

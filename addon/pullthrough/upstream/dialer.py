@@ -24,6 +24,7 @@ from pullthrough.core.cdn_loop import CDN_LOOP, LoopGuard
 from pullthrough.core.errors import UpstreamTimeout, UpstreamUnreachable
 from pullthrough.net.proxy_env import ParentProxies, Proxy
 from pullthrough.upstream.resolver import AddressRules
+from pullthrough.upstream.wording import worded
 
 CONNECT_S: Final = 10.0
 """How long the addresses of a name may take together, and then each handshake."""
@@ -287,7 +288,7 @@ class Dialer:
         try:
             entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise UpstreamUnreachable(f"{host}: name resolution failed: {error}") from None
+            raise UpstreamUnreachable(f"{host}: name resolution failed: {worded(error)}") from None
         self._rules.check(host, port, [str(entry[4][0]) for entry in entries])
         found = _alternating(entries)
         problem: OSError | None = None
@@ -319,7 +320,7 @@ class Dialer:
                     selector.unregister(sock)
                     next_at = now
                 now = time.monotonic()
-        raise UpstreamUnreachable(f"{host}:{port}: {problem or 'no connection in time'}")
+        raise UpstreamUnreachable(f"{host}:{port}: {worded(problem) if problem else 'no connection in time'}")
 
     def _encrypt(self, sock: socket.socket, host: str, caller: Caller) -> tuple[ssl.SSLSocket, _Tls]:
         tls = _Tls(self._context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False))
@@ -358,7 +359,7 @@ def translated(endpoint: Endpoint | None = None) -> Iterator[None]:
     except h11.RemoteProtocolError:
         raise UpstreamUnreachable(f"{where}the answer is no HTTP/1.1") from None
     except (OSError, ValueError) as error:
-        raise UpstreamUnreachable(f"{where}{error}") from None
+        raise UpstreamUnreachable(f"{where}{worded(error)}") from None
 
 
 def _until(sock: socket.socket, layer: _Layer, once: Callable[[], int | None], timeout_s: float) -> int:

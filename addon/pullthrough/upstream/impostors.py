@@ -16,6 +16,7 @@ from yarl import URL
 
 from pullthrough.core.errors import Disagreement, NotTheRegistry
 from pullthrough.upstream.data_stream import Errors, join
+from pullthrough.upstream.reachability import Reachability
 from pullthrough.upstream.refusals import described, is_page, is_refusal
 
 _log = logging.getLogger(__name__)
@@ -53,11 +54,13 @@ class Trouble:
 class Impostors:
     """What answered last in the place of each registry, until the registry itself does."""
 
-    def __init__(self, registries: Collection[str], errors: Errors) -> None:
+    def __init__(self, registries: Collection[str], errors: Errors, reachability: Reachability) -> None:
+        """`reachability` is told of each answer whose it is: the registry's, or an impostor's."""
         self.seen: dict[str, Trouble] = {}
         """By the registry's name."""
         self._registries = registries
         self._errors = errors
+        self._reachability = reachability
         self._logged: dict[tuple[str, str], float] = {}
 
     @property
@@ -86,6 +89,13 @@ class Impostors:
         if is_page(fields) or (leaves and not head):
             raise self.displaced(host, described(status, fields))
         self.seen.pop(host, None)
+        self._reachability.answered(host, status)
+        return response
+
+    def unjudged(self, host: str, response: Response) -> Response:
+        """Return an answer that has no shape to tell a registry by. Somebody is there, unless it is a page."""
+        if not is_page(response.headers):
+            self._reachability.answered(host, response.status)
         return response
 
     def displaced(self, host: str, what: str) -> NotTheRegistry:
@@ -106,6 +116,7 @@ class Impostors:
     def _remember(self, host: str, what: str) -> None:
         now = time.time()
         self.seen[host] = Trouble(now, what)
+        self._reachability.failed(host, f"something else answers in its place: {what}")
         logged = self._logged.pop((host, what), -math.inf)
         is_new = not 0 <= now - logged < LOGGED_S
         self._logged[host, what] = now if is_new else logged

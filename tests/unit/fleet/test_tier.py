@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from pullthrough.config.options import parse_settings
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import SettingsError, TierError
 from pullthrough.core.records import Name
@@ -16,6 +17,7 @@ from pullthrough.fleet.object_store import Found, ObjectStore
 from pullthrough.fleet.tier import Tier, load_secret
 from pullthrough.runtime.executors import Threads
 from pullthrough.upstream.client import Upstream
+from pullthrough.upstream.reachability import OBJECT_STORE, Reachability, State
 
 SECRET = b"s" * 32
 DIGEST = Digest("ab" * 32)
@@ -56,6 +58,8 @@ class Admitting:
 
     def __init__(self) -> None:
         self.admitted: list[tuple[str, int]] = []
+        settings = {"object_store": "s3://bucket/here", "fleet_secret_file": "/s"}
+        self.reachability = Reachability(parse_settings(settings, dir=Path("/d"), certs=Path("/c")))
 
     def admit(self, host: str, port: int) -> None:
         self.admitted.append((host, port))
@@ -131,3 +135,22 @@ def test_secret_without_its_line_end(tmp_path: Path) -> None:
     path.write_bytes(SECRET + b"\n")
     path.chmod(0o600)
     assert load_secret(path) == SECRET
+
+
+def test_whether_it_answers_is_known() -> None:
+    """From its own answers, by a name without credentials; what the circuit breaker holds back is no answer."""
+    objects = FakeObjects()
+    tier, upstream = tier_of(objects)
+
+    async def main() -> None:
+        await tier.knock()
+        assert str(upstream.reachability.find(OBJECT_STORE)).startswith("object store s3://bucket/here: up since 20")
+        objects.fails = True
+        for _ in range(FAILURES + 2):
+            with pytest.raises(TierError):
+                await tier.knock()
+        found = upstream.reachability.find(OBJECT_STORE)
+        assert found is not None
+        assert (found.state, found.why, objects.asked) == (State.DOWN, "no answer", 1 + FAILURES)
+
+    asyncio.run(main())

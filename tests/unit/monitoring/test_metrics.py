@@ -13,12 +13,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from pullthrough.config.options import parse_settings
+from pullthrough.config.settings import R2_HOST
 from pullthrough.core.access_log import RequestLog
 from pullthrough.core.cache_status import CacheStatus, Outcome
 from pullthrough.core.errors import UpstreamTimeout
 from pullthrough.library.eviction import Evictor
 from pullthrough.library.listing import JSON
 from pullthrough.monitoring.health import Health
+from pullthrough.monitoring.lookout import Lookout
 from pullthrough.monitoring.metrics import Metrics
 from pullthrough.monitoring.status_page import SHARE
 from pullthrough.recording.counters import Ending
@@ -45,6 +47,7 @@ class Daemon:
         self.recorder = Recorder(room)
         self.requests = RequestLog()
         self.health = Health(store.folder, lambda: {"CA": END})
+        self.reachability = self.upstream.reachability
         self.metrics = Metrics(
             self.settings,
             store,
@@ -63,6 +66,7 @@ class Daemon:
 
     async def scrape(self) -> dict[tuple[str, ...], float]:
         """Our samples by name and values of labels."""
+        self.health.open(Lookout(self.reachability, {}))
         body, _ = await self.metrics.expose("")
         families = parse_text(body.decode())
         samples = [sample for family in families for sample in family.samples if sample.name.startswith("ollama")]
@@ -94,7 +98,8 @@ def test_numbers(tmp_path: Path) -> None:
         counters.near_bytes = 8
         counters.ended[Ending.STORED] += 1
         daemon.upstream.errors[UpstreamTimeout] += 6
-        daemon.upstream.mark_down("registry.ollama.ai", 60)
+        daemon.reachability.failed("registry.ollama.ai", "connection refused")
+        daemon.reachability.answered(R2_HOST)
         return [fresh, await daemon.scrape()]
 
     with running(tmp_path) as daemon:
@@ -111,7 +116,8 @@ def test_numbers(tmp_path: Path) -> None:
         ("source_changes_total",): 2,
         ("recordings_ended_total", "stored"): 1,
         ("upstream_errors_total", "timeout"): 6,
-        ("upstream_up", "registry.ollama.ai"): 0,
+        ("upstream_up", "registry.ollama.ai", "registry"): 0,
+        ("upstream_up", R2_HOST, "blob host"): 1,
     }
     assert {key[0]: value for key, value in fresh.items() if key[0].startswith("tier_")} == {
         "tier_up": 1,
@@ -140,6 +146,7 @@ def test_numbers(tmp_path: Path) -> None:
 def test_what_is_asked_for_exists(tmp_path: Path, name: str) -> None:
     """Every metric of the rules and the dashboard is told, and the dashboard shows every one that is."""
     with running(tmp_path) as daemon:
+        daemon.reachability.answered("registry.ollama.ai")
         told = {key[0] for key in asyncio.run(daemon.scrape())}
     text = (SHARE / name).read_text(encoding="utf-8")
     asked = set(re.findall(r"ollama_cache_([a-z_]+)", text))

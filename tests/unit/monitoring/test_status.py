@@ -61,7 +61,7 @@ class Daemon:
         counters = SimpleNamespace(retries=0, mismatches=0)
         recorder = SimpleNamespace(recordings=lambda: self.running, counters=counters)
         store = SimpleNamespace(manifests=lambda: self.manifests, held_bytes=0)
-        upstream = SimpleNamespace(is_up=lambda _: True, errors=Counter(), impostors=SimpleNamespace(told=[]))
+        upstream = SimpleNamespace(errors=Counter())
         return StatusView(
             cast(Settings, SETTINGS), cast(Store, store), cast(Recorder, recorder), cast(Upstream, upstream),
             Health(folder, dict), self.view, Counts(3, 4),

@@ -13,6 +13,7 @@ from pullthrough.monitoring.model_index import ModelIndex, Order, Page
 from pullthrough.monitoring.status import Holdings, Progress, Sight
 from pullthrough.monitoring.status_page import ModelQuery, StatusPage, _numbers, model_path, span_text
 from pullthrough.pki.client_setup import KINDS, SetupGuide
+from pullthrough.upstream.reachability import Role, Service, State
 from tests.unit.monitoring.test_model_index import NOW, stored
 
 HOSTILE = "<img src=x onerror=alert(1)>\r\n\nevent: health\u2028data: \"'&amp;</script>"
@@ -29,7 +30,7 @@ QUIET = Sight(
     held_bytes=0,
     max_size=None,
     min_free=10,
-    upstream={"registry.ollama.ai": True},
+    services=(Service(Role.REGISTRY, "registry.ollama.ai", State.UP, since=0.5, asked=1.0),),
     upstream_errors=0,
     retries=0,
     mismatches=0,
@@ -41,6 +42,7 @@ GUIDE = SetupGuide(
     {}, {kind: f"run {kind} && echo done" for kind in KINDS}, dict.fromkeys(KINDS, "5e" * 32), "http://10.0.0.1:8080",
     ("AB:CD",),
 )  # fmt: skip
+DOWN = (Service(Role.REGISTRY, "hf.co", State.DOWN, "connection refused", 9.0, 9.0),)
 
 
 def words(html: str) -> str:
@@ -64,7 +66,9 @@ def test_an_empty_cache() -> None:
         "Nothing was pulled in the last 30 days."
     )
     assert words(parts["models"]) == "Latest models 0 Nothing is stored yet."
-    assert words(parts["health"]).startswith("Health ready registry.ollama.ai: up 0 B stored 50 B of disk free")
+    assert words(parts["health"]).startswith(
+        "Health ready registry registry.ollama.ai: up since 1970-01-01 00:00:00 UTC 0 B stored 50 B of disk free"
+    )
     assert words(parts["health"]).endswith("running for 2 h")
     assert "bad" not in parts["health"]
     assert parts["notice"].strip() == ""
@@ -100,17 +104,32 @@ def test_a_busy_one() -> None:
 def test_a_sick_one() -> None:
     """What is wrong is marked."""
     sight = replace(
-        QUIET, disk=Disk(5), upstream={"hf.co": False}, upstream_errors=9, retries=8, mismatches=1,
+        QUIET, disk=Disk(5), services=DOWN, upstream_errors=9, retries=8, mismatches=1,
         problems=("store: not writable",),
     )  # fmt: skip
     marked = re.findall('<li class="bad">(.*?)</li>', StatusPage().parts(sight)["health"])
     assert marked == [
         "store: not writable",
-        "hf.co: does not answer",
+        "registry hf.co: down since 1970-01-01 00:00:09 UTC, connection refused",
         "5 B of disk free, 10 B are kept so",
         "1 blob did not hash to its name",
     ]
     assert words(StatusPage().parts(sight)["notice"]) == "Not ready: store: not writable"
+
+
+@pytest.mark.parametrize(
+    ("services", "said"),
+    [
+        pytest.param(DOWN, "serving what is stored; fetching the rest: no", id="down"),
+        pytest.param((*QUIET.services, *DOWN), "serving what is stored; fetching the rest: in part", id="one of two"),
+        pytest.param((), "serving what is stored; fetching the rest: not known yet", id="unknown"),
+        pytest.param(QUIET.services, "ready", id="up"),
+    ],
+)
+def test_what_can_be_fetched(services: tuple[Service, ...], said: str) -> None:
+    """The heading never says ready while a registry is down."""
+    health = words(StatusPage().parts(replace(QUIET, services=services))["health"])
+    assert re.match(f"Health {said} (?:registry|0 B)", health)
 
 
 def test_hostile_texts() -> None:
@@ -121,12 +140,12 @@ def test_hostile_texts() -> None:
         recordings=(Progress(HOSTILE, 1, 2, 1.0, 1),),
         running=1,
         holdings=Holdings(ModelIndex(stored({HOSTILE: 5.0})), 0, 0, SUMS),
-        upstream={HOSTILE: False},
+        services=(Service(Role.REGISTRY, HOSTILE, State.DOWN, HOSTILE, 1.0, 1.0),),
         problems=(HOSTILE,),
     )
     parts = page.parts(sight)
     html = page.overview(parts, GUIDE, welcome=True)
-    assert html.count("&lt;img src=x onerror=alert(1)&gt;") == 6  # twice of a recording, and of a problem
+    assert html.count("&lt;img src=x onerror=alert(1)&gt;") == 7  # twice of a recording, of a problem, of a server
     for text in (
         html,
         page.models(sight.holdings, ModelQuery(HOSTILE), NOW),

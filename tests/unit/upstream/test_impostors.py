@@ -1,15 +1,18 @@
 """impostors: an answer in a registry's place is told from the registry's own, remembered, and logged once."""
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from multidict import CIMultiDict
 
+from pullthrough.config.options import parse_settings
 from pullthrough.core.errors import Disagreement, NotTheRegistry
 from pullthrough.upstream import impostors as module
 from pullthrough.upstream.data_stream import Errors
 from pullthrough.upstream.impostors import LOGGED_S, Impostors, Response
+from pullthrough.upstream.reachability import Reachability
 
 HOST = "registry.ollama.ai"
 ERRORS = b'{"errors": [{"code": "DENIED", "message": "no"}]}'
@@ -20,7 +23,9 @@ def response(status: int, body: bytes = b"", **fields: str) -> Response:
 
 
 def judge() -> Impostors:
-    return Impostors([HOST, "registry.ollama.com"], Errors())
+    return Impostors(
+        [HOST, "registry.ollama.com"], Errors(), Reachability(parse_settings({}, dir=Path("/d"), certs=Path("/c")))
+    )
 
 
 @pytest.mark.parametrize(
