@@ -180,7 +180,7 @@ class OllamaCache:
         if settings.object_store is not None and settings.fleet_secret_file is not None:
             self._fleet = ObjectStore(settings.object_store), load_secret(settings.fleet_secret_file)
         self._confdir = TemporaryFolder()
-        self._store = Store.open(settings.dir)
+        self._store = Store.open(settings.dir, settings.index_dir)
         self._health = Health(settings.dir, self._certificates)
         # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
         gc.freeze()

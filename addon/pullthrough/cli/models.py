@@ -242,8 +242,9 @@ def _survey(given: Path | None, verb: str, arguments: Mapping[str, Any], local: 
         except NoDaemon:
             from pullthrough.library.snapshot import Snapshot
 
-            held = Snapshot.read(folder)
-            return local(held, (*own_settings(given).pins, *sorted(held.pins)))
+            settings = own_settings(given)
+            held = Snapshot.read(folder, settings.index_dir)
+            return local(held, (*settings.pins, *sorted(held.pins)))
 
 
 def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[Any], Any]) -> Any:
@@ -263,10 +264,10 @@ def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: 
 
             if not (folder / MARKER).exists():
                 raise StoreError(f"expected a store in {folder}, got none; see --dir") from None
-            pins = own_settings(given).pins
+            settings = own_settings(given)
             become_owner(folder)
-            with closing(Store.open(folder)) as store:
-                return asyncio.run(local(Maintenance(store, pins, ())))
+            with closing(Store.open(folder, settings.index_dir)) as store:
+                return asyncio.run(local(Maintenance(store, settings.pins, ())))
 
 
 async def _at_once(work: Callable[[str], Any], text: str) -> Any:

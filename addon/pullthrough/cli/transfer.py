@@ -18,7 +18,8 @@ import typer
 
 from pullthrough.admin.client import ask
 from pullthrough.cli import tier as fleet_tier
-from pullthrough.cli.common import AsJson, Folder, folder_of, print_json, refusals, settings_in_force
+from pullthrough.cli.common import AsJson, Folder, print_json, refusals, settings_in_force
+from pullthrough.config.settings import Settings
 from pullthrough.core.errors import NoDaemon, TransferRefused
 
 if TYPE_CHECKING:
@@ -47,11 +48,18 @@ def verify(
     from pullthrough.runtime.platform import become_owner
 
     with refusals("; the same command goes on from here"):
-        folder = folder_of(dir)
-        become_owner(folder)
+        settings = settings_in_force(dir)
+        become_owner(settings.dir)
         with Meter("verified") as meter:
-            report = check(folder, models or (), now=time.time(), on_total=meter.expect, on_bytes=meter.advance)
-        mended = _mend(folder, report.findings)
+            report = check(
+                settings.dir,
+                models or (),
+                now=time.time(),
+                index_dir=settings.index_dir,
+                on_total=meter.expect,
+                on_bytes=meter.advance,
+            )
+        mended = _mend(settings, report.findings)
     if json:
         print_json(
             {
@@ -73,17 +81,17 @@ def verify(
         raise typer.Exit(1)
 
 
-def _mend(folder: Path, findings: list["Defect"]) -> list[str]:
+def _mend(settings: Settings, findings: list["Defect"]) -> list[str]:
     """What was done about each."""
     if not findings:
         return []
     try:
-        done: list[str] = ask(folder, "mend", {"findings": [finding.fields() for finding in findings]})
+        done: list[str] = ask(settings.dir, "mend", {"findings": [finding.fields() for finding in findings]})
     except NoDaemon:
         from pullthrough.library.verifier import mend
         from pullthrough.store.store import Store
 
-        with closing(Store.open(folder)) as store:
+        with closing(Store.open(settings.dir, settings.index_dir)) as store:
             return [mend(store, finding, now=time.time()) for finding in findings]
     return done
 
@@ -120,10 +128,10 @@ def import_models(
         source = source or default_tree(os.environ)
         if not source.exists():
             raise TransferRefused(f"expected a folder or file, got no {source}")
-        with _door(settings.dir, Terms(public=not private, replace_confirmed=replace)) as admit:
+        with _door(settings, Terms(public=not private, replace_confirmed=replace)) as admit:
             staging = Staging(
                 settings.dir,
-                held=Snapshot.read(settings.dir).held_sizes(),
+                held=Snapshot.read(settings.dir, settings.index_dir).held_sizes(),
                 bounds=Bounds(settings.max_size, settings.min_free),
                 link=link,
                 on_total=meter.expect,
@@ -143,9 +151,11 @@ def import_models(
 
 
 @contextmanager
-def _door(folder: Path, terms: "Terms") -> Iterator[Callable[[Path, "Model"], "ImportOutcome"]]:
+def _door(settings: Settings, terms: "Terms") -> Iterator[Callable[[Path, "Model"], "ImportOutcome"]]:
     """What admits a staged model: the daemon that has the store, or we, if it is free."""
     from pullthrough.library.import_commit import MANIFEST, Fate, ImportOutcome, admit
+
+    folder = settings.dir
 
     def by_daemon(staging: Path, model: "Model") -> ImportOutcome:
         (staging / MANIFEST).write_bytes(model.record.body)
@@ -171,7 +181,7 @@ def _door(folder: Path, terms: "Terms") -> Iterator[Callable[[Path, "Model"], "I
         from pullthrough.store.store import Store
 
         become_owner(folder)
-        with closing(Store.open(folder)) as store:
+        with closing(Store.open(folder, settings.index_dir)) as store:
             asyncio.run(store.settle())
             yield lambda staging, model: admit(store, staging, model, terms, now=time.time())
     else:
@@ -192,7 +202,8 @@ def export(
     with refusals(), Meter("exported") as meter:
         if to == "-" and sys.stdout.isatty():
             raise TransferRefused("expected standard output to be a file or pipe, got a terminal")
-        inventory = Snapshot.read(folder_of(dir))
+        settings = settings_in_force(dir)
+        inventory = Snapshot.read(settings.dir, settings.index_dir)
         cargo = select(inventory, models)
         meter.expect(cargo.size)
         if to == "-":

@@ -68,6 +68,13 @@ class Option:
 GROUPS: Final[Mapping[str, tuple[Option, ...]]] = {
     "Where things lie": (
         Option("dir", "", "The store: a folder of its own for the recorded models.", parse_folder),
+        Option(
+            "index_dir",
+            "",
+            "Where the store's index is: a folder on a disk of this machine; empty for the store itself, or for the "
+            "user's state folder if the store is on a share.",
+            parse_file,
+        ),
         Option("certs", "", "The folder of the certificate authority that clients trust.", parse_folder),
         Option(
             "config",

@@ -14,6 +14,11 @@ def default_store() -> Path:
     return Path(platformdirs.user_data_dir("ollama-cache", appauthor=False))
 
 
+def default_index() -> Path:
+    """Where indexes of stores on shares are kept: a state folder, as they can be made anew."""
+    return Path(platformdirs.user_state_dir("ollama-cache", appauthor=False))
+
+
 def default_certs() -> Path:
     """`certs/` of a checkout, else a folder beside the user's other configuration."""
     checkout = Path(__file__).resolve().parents[3]

@@ -88,6 +88,8 @@ class Settings:
     """The effective options."""
 
     dir: Path
+    index_dir: Path | None
+    """Where the index is, None for where the disk under the store wants it."""
     certs: Path
     config: Path | None
     """The configuration file that was read."""

@@ -7,7 +7,6 @@ here.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from os import stat_result
 from os.path import lexists
 from pathlib import Path
 from typing import Final, Self
@@ -16,6 +15,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import TransferRefused
 from pullthrough.core.manifest_json import DOCKER_TYPE, children_of, type_of
 from pullthrough.core.records import ManifestRecord, Name
+from pullthrough.store.blob_files import BlobFile
 from pullthrough.store.store import Store
 
 MANIFEST: Final = "manifest"
@@ -118,7 +118,7 @@ def refusal(store: Store, model: Model, terms: Terms) -> ImportOutcome | None:
     return None
 
 
-def place(store: Store, staging: Path, model: Model) -> dict[Digest, stat_result]:
+def place(store: Store, staging: Path, model: Model) -> dict[Digest, BlobFile]:
     """Move those of its blobs that lie in the staging folder among the store's. Waits for the disk, and changes
     nothing that is resident; StoreUnwritable if the disk refuses.
     """
@@ -130,13 +130,11 @@ def place(store: Store, staging: Path, model: Model) -> dict[Digest, stat_result
     return placed
 
 
-def enter(
-    store: Store, model: Model, terms: Terms, placed: Mapping[Digest, stat_result], *, now: float
-) -> ImportOutcome:
+def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, BlobFile], *, now: float) -> ImportOutcome:
     """Make hits of what was placed, and store the manifest."""
     name, text, stored = model.name, str(model.name), store.manifest(model.name)
-    for digest, status in placed.items():
-        store.publish(digest, status, now=now)
+    for digest, file in placed.items():
+        store.publish(digest, file, now=now)
     for digest in model.blobs:
         if store.held(digest) is None:
             return ImportOutcome(

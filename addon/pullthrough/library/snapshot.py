@@ -14,6 +14,7 @@ from pullthrough.core.records import BlobRecord, ManifestRecord, Name
 from pullthrough.store.blob_files import BlobFiles
 from pullthrough.store.layout import check_marker, folds_case, load_pins
 from pullthrough.store.manifest_files import ModelFiles
+from pullthrough.store.places import index_folder
 from pullthrough.store.proofs import Proofs
 from pullthrough.store.reconciliation import record_of
 from pullthrough.store.rows import Contents, look
@@ -34,11 +35,14 @@ class Snapshot:
     days: Mapping[int, Totals]
 
     @classmethod
-    def read(cls, folder: Path) -> "Snapshot":
-        """What the index says, or what the files say. Raises StoreError where there is no sound store."""
+    def read(cls, folder: Path, index_dir: Path | None = None) -> "Snapshot":
+        """What the index says, or what the files say. Raises StoreError where there is no sound store.
+
+        `index_dir` is where the index is, if not where the disk under the store wants it.
+        """
         check_marker(folder)
         try:
-            contents = look(folder / "index")
+            contents = look(index_folder(folder, index_dir))
         except StoreError:
             contents = _read_files(folder)
         pins = frozenset(load_pins(folder))

@@ -144,14 +144,16 @@ def check(
     models: Collection[str],
     *,
     now: float,
+    index_dir: Path | None = None,
     on_total: Callable[[int], object] = lambda size: None,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> Report:
     """Check the store, or only what these models list; `on_total` is told how many bytes there are to hash.
 
-    StoreError where there is no store, TransferRefused for a model that is not in it.
+    `index_dir` as for `Snapshot.read`. Raises StoreError where there is no store, TransferRefused for a model that is
+    not in it.
     """
-    inventory = Snapshot.read(folder)
+    inventory = Snapshot.read(folder, index_dir)
     wanted = {digest for model in models for record in inventory.select(model).values() for digest in record.digests}
     report = Report()
     files = _survey(folder, wanted if models else None, report)
@@ -167,7 +169,7 @@ def check(
     finally:
         journal.close(finished=finished)
     if report.findings:
-        inventory = Snapshot.read(folder)
+        inventory = Snapshot.read(folder, index_dir)
         report.findings = sorted(
             (finding for finding in report.findings if _stands(finding, inventory)), key=lambda finding: finding.name
         )

@@ -4,7 +4,6 @@ Invariant: a disk that does not answer holds up one thread and nobody's event lo
 """
 
 import asyncio
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,8 @@ from pullthrough.upstream.reachability import Service
 
 FRESH_S: Final = 1.0
 """How long the disk is not looked at again."""
+FULL: Final = 1 << 20
+"""Free bytes below which the disk counts as full."""
 PATIENCE_S: Final = 2.0
 """How long the disk may take to answer."""
 
@@ -87,4 +88,4 @@ def _look(folder: Path) -> Disk:
         restore(folder)
     except OSError as error:
         return Disk(0, error.strerror or str(error))
-    return Disk(free, "" if os.access(folder, os.W_OK) else "not writable")
+    return Disk(free, "" if free >= FULL else "no room: what is stored is served, and nothing is recorded")

@@ -27,11 +27,6 @@ from pullthrough.config.settings import Network
 _FICLONE = 0x40049409  # linux/fs.h
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 """Of os.open: fail where the last part of the path is a link. 0 on Windows."""
-_WITHOUT_MODES = frozenset(
-    ["vfat", "msdos", "exfat", "ntfs", "ntfs3", "fuseblk", "cifs", "smb3", "smbfs", "9p", "drvfs", "msdosfs"]
-)
-"""File systems that show the same owner and mode for all files, as their mount says."""
-
 
 # Without pread and pwrite (Windows) the position is shared state: calls on one descriptor must not overlap. One lock
 # for all of them is enough, as the disk serialises them anyway.
@@ -131,12 +126,18 @@ def sync_data(descriptor: int) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames within the folder durable. Windows cannot open a folder: NTFS journals its metadata itself."""
+    """Make renames within the folder durable, on disks that do so when they are asked (some FUSE drivers do not).
+
+    Windows cannot open a folder: NTFS journals its metadata itself.
+    """
     if sys.platform == "win32":
         return
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -180,23 +181,6 @@ def lock_folder(descriptor: int) -> bool:
         except OSError:
             return True
     return True
-
-
-def file_system(path: Path) -> str:
-    """The type of the file system that holds the existing path, as the system calls it; "" where that is not known."""
-    found = ("", "")
-    place = str(path.resolve())
-    with contextlib.suppress(OSError):
-        for entry in psutil.disk_partitions(all=True):
-            inside = place == entry.mountpoint or place.startswith(f"{entry.mountpoint.rstrip('/')}/")
-            if inside and len(entry.mountpoint) >= len(found[0]):  # a later mount hides an earlier one
-                found = (entry.mountpoint, entry.fstype)
-    return found[1].lower()
-
-
-def lacks_modes(path: Path) -> bool:
-    """Whether owner and mode of files mean nothing on the disk that holds the path."""
-    return file_system(path) in _WITHOUT_MODES
 
 
 def sync_all() -> None:

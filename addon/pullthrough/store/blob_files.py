@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from pullthrough.core.digest import Digest
+from pullthrough.runtime import file_system
 from pullthrough.store.ollama_dir import BLOBS, parse_blob_path
 
 PUBLIC: Final = "public"
@@ -28,6 +29,7 @@ class BlobFile(NamedTuple):
     size: int
     mtime_ns: int
     inode: int
+    """0 on a disk that numbers its files anew."""
 
 
 class BlobFiles:
@@ -37,6 +39,7 @@ class BlobFiles:
         self._folder = folder
         self._public = f"{folder}/{PUBLIC}/{BLOBS}/"
         self._private = f"{folder}/{PRIVATE}/{BLOBS}/"
+        self._keeps_inodes = file_system.keeps_inodes(folder)
 
     def path(self, digest: Digest, *, public: bool) -> Path:
         """Where the blob lies in that root, if it does."""
@@ -51,7 +54,7 @@ class BlobFiles:
             except OSError:
                 continue
             if stat.S_ISREG(status.st_mode):
-                return BlobFile(digest, root, status.st_size, status.st_mtime_ns, status.st_ino)
+                return BlobFile(digest, root, status.st_size, status.st_mtime_ns, self._inode(status))
         return None
 
     def move(self, digest: Digest, *, public: bool) -> None:
@@ -75,6 +78,8 @@ class BlobFiles:
                     with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
                         status = entry.stat(follow_symlinks=False)
                         if stat.S_ISREG(status.st_mode):
-                            yield BlobFile(
-                                digest, root == self._public, status.st_size, status.st_mtime_ns, status.st_ino
-                            )
+                            inode = self._inode(status)
+                            yield BlobFile(digest, root == self._public, status.st_size, status.st_mtime_ns, inode)
+
+    def _inode(self, status: os.stat_result) -> int:
+        return status.st_ino if self._keeps_inodes else 0

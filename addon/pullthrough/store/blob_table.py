@@ -102,35 +102,37 @@ class BlobTable:
             self.put(digest, self.records[digest]._replace(held=False))
         return paths
 
-    def place(self, digest: Digest, verified: Path) -> os.stat_result:
+    def place(self, digest: Digest, verified: Path) -> BlobFile:
         """Move a file that was hashed, and whose bytes are durable, among the blobs; it is no hit before `publish`.
 
         Raises StoreUnwritable if the disk refuses.
         """
         known = self.records.get(digest)
-        path = self.files.path(digest, public=known is not None and known.public)
+        public = known is not None and known.public
+        path = self.files.path(digest, public=public)
         try:
             _let_all_read(verified)
             # Readable bytes under the final name first, then the proof: a crash between leaves a file that is hashed
             # again, never a proof without its file.
             os.replace(verified, path)
             platform.sync_folder(path.parent)
-            placed = path.stat()
         except OSError as error:
             raise StoreUnwritable(f"publishing {digest}: {error}") from error
+        if (placed := self.files.look(digest, public=public)) is None:
+            raise StoreUnwritable(f"publishing {digest}: its file has gone from {path}")
         try:
-            self.proofs.add(digest, Proof(placed.st_size, placed.st_mtime_ns, placed.st_ino))
+            self.proofs.add(digest, Proof(placed.size, placed.mtime_ns, placed.inode))
         except OSError as error:
             _log.warning("noting that %s was verified: %s; it may be hashed again", digest.short, error)
         return placed
 
-    def publish(self, digest: Digest, placed: os.stat_result, *, now: float) -> BlobRecord:
+    def publish(self, digest: Digest, placed: BlobFile, *, now: float) -> BlobRecord:
         """The blob is a hit from now on, as long as its file is the one that was placed."""
         record = self.records.get(digest, BlobRecord())._replace(
-            size=placed.st_size,
+            size=placed.size,
             held=True,
-            mtime_ns=placed.st_mtime_ns,
-            inode=placed.st_ino,
+            mtime_ns=placed.mtime_ns,
+            inode=placed.inode,
             recorded=now,
         )
         self._move(digest, public=record.public)  # what is known of it may have changed since it was placed
@@ -200,5 +202,5 @@ class BlobTable:
 def _let_all_read(path: Path) -> None:
     """An Ollama that runs as a user of its own may read what is public; `private/` is closed as a whole."""
     if sys.platform != "win32" and path.stat().st_nlink == 1:  # else it is another folder's file too
-        with contextlib.suppress(PermissionError):  # a disk without modes
+        with contextlib.suppress(OSError):  # a disk without modes
             path.chmod(0o644)

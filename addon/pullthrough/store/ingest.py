@@ -23,7 +23,7 @@ from typing import Any, Final
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import InvalidRequest, StoreUnwritable
 from pullthrough.core.intervals import Intervals
-from pullthrough.runtime import fallocate, platform
+from pullthrough.runtime import fallocate, file_system, platform
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class Ingest:
         """Remove what no recording goes on with: halves, temporaries, and what was last written before `oldest`."""
         for path in [*folder.glob(".sha256-*"), *folder.glob(".manifest-*"), *folder.glob(".verified.*")]:
             path.unlink()
+        file_system.sweep(folder)
         for name in {path.stem for path in folder.glob("sha256-*")}:
             pair = [folder / f"{name}{JOURNAL}", folder / f"{name}{PARTIAL}"]
             # An adopted blob keeps the time of its recording: its journal tells when it became a partial.

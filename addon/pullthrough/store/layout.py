@@ -11,13 +11,12 @@ import os
 import secrets
 import stat
 import sys
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
 from pullthrough.core.errors import StoreError
-from pullthrough.runtime import platform
+from pullthrough.runtime import file_system, platform
 from pullthrough.store.blob_files import PRIVATE, PUBLIC
 from pullthrough.store.ollama_dir import BLOBS, MANIFESTS, NAMED_DOCUMENTS
 from pullthrough.store.proofs import VERIFIED
@@ -65,9 +64,11 @@ def prepare(folder: Path) -> int:
         write_marker(folder)
         found = FORMAT
     check_safe(folder)
-    make_folders(folder)
-    with tempfile.TemporaryFile(dir=folder) as probe:
-        probe.write(b"x")
+    try:
+        make_folders(folder)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
     return found
 
 
@@ -78,11 +79,16 @@ def make_folders(folder: Path) -> None:
 
 
 def restore(folder: Path) -> None:
-    """Make again what somebody has removed of the store's folders. Raises OSError if the disk refuses, or has gone."""
+    """Make again what somebody has removed of the store's folders.
+
+    Raises OSError if the disk refuses, has gone, or is one that cannot be written to.
+    """
     if not (folder / MARKER).exists():
         # Another disk, or none, is mounted there by now: nothing is made on it.
         raise FileNotFoundError(errno.ENOENT, f"no store any more, {MARKER} has gone", str(folder))
     make_folders(folder)
+    if not os.access(folder, os.W_OK):
+        raise OSError(errno.EROFS, "not writable", str(folder))
 
 
 def check_safe(folder: Path) -> None:
@@ -121,7 +127,7 @@ def _check_mode(path: Path, status: os.stat_result, forbidden: int, mend: str) -
         )
     # In a sticky folder nobody renames or removes what is another's.
     is_open = status.st_mode & forbidden and not (forbidden == 0o002 and status.st_mode & stat.S_ISVTX)
-    if is_open and not platform.lacks_modes(path):
+    if is_open and not file_system.lacks_modes(path):
         raise StoreError(
             f"{path}: other users of this machine may {'write to' if forbidden == 0o002 else 'use'} it "
             f"(mode {stat.S_IMODE(status.st_mode):04o}): {mend} {path}"
@@ -157,33 +163,40 @@ def write_marker(folder: Path) -> None:
     _write_new(folder / MARKER, json.dumps({"format": FORMAT}).encode() + b"\n", mode=0o644)
 
 
-def take_lock(folder: Path) -> contextlib.ExitStack:
+def take_lock(folder: Path, *, writable: bool = True) -> contextlib.ExitStack:
     """The lock of the one daemon, until it is closed. Raises StoreError if another process has it.
 
     The folder is locked beside the file, which somebody may remove. The file says who has the lock, and is all there
-    is on systems that lock no folders.
+    is on systems that lock no folders; where nothing can be written the folder is all there is.
     """
     with contextlib.ExitStack() as undo:
-        file = platform.open_descriptor(folder / _LOCK, os.O_RDWR | os.O_CREAT | platform.NO_LINK)
-        lock = undo.enter_context(os.fdopen(file, "r+b"))
+        lock = None
+        if writable:
+            file = platform.open_descriptor(folder / _LOCK, os.O_RDWR | os.O_CREAT | platform.NO_LINK)
+            lock = undo.enter_context(os.fdopen(file, "r+b"))
         guard = platform.open_folder(folder)
         if guard is not None:
             undo.callback(os.close, guard)
-        if not platform.lock_exclusively(lock) or (guard is not None and not platform.lock_folder(guard)):
-            lock.seek(0)
-            holder = lock.read(64).decode("ascii", "replace").strip()
+        is_taken = lock is not None and not platform.lock_exclusively(lock)
+        if is_taken or (guard is not None and not platform.lock_folder(guard)):
+            holder = ""
+            with contextlib.suppress(OSError):
+                holder = (folder / _LOCK).read_bytes()[:64].decode("ascii", "replace").strip()
             raise StoreError(f"store {folder}: expected a free store, got one in use by process {holder or 'unknown'}")
-        lock.truncate(0)
-        lock.seek(0)
-        lock.write(f"{os.getpid()}\n".encode())
-        lock.flush()
+        if lock is not None:
+            lock.truncate(0)
+            lock.seek(0)
+            lock.write(f"{os.getpid()}\n".encode())
+            lock.flush()
         return undo.pop_all()
 
 
-def load_secret(folder: Path) -> bytes:
-    """What signs capabilities; made where there is none."""
+def load_secret(folder: Path, *, writable: bool = True) -> bytes:
+    """What signs capabilities; made where there is none, and lasting as long as this process on a disk that is full."""
     path = folder / _SECRET
     if not path.exists():
+        if not writable:
+            return secrets.token_bytes(32)
         _write_new(path, secrets.token_bytes(32), mode=0o600)
     secret = path.read_bytes()
     if len(secret) != 32:

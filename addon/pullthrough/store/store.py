@@ -2,6 +2,7 @@
 
     <dir>/ollama-cache.json   the marker: this folder is a store, and of which format
     <dir>/lock                held by the one daemon
+    <dir>/owner               the same where locks do not reach every machine that has the disk
     <dir>/secret              signs capabilities (0600)
     <dir>/pins                models that stay, besides those that the option names: a pattern on each line
     <dir>/public/             what everybody may have, in the shape of an Ollama models folder:
@@ -9,7 +10,8 @@
         manifests/, manifests-v2/, other-names/   as `manifest_files` says
     <dir>/private/            the same of what upstream refuses to an anonymous request, or has not been asked (0700)
     <dir>/verified            proofs that blobs were verified (0600)
-    <dir>/index/              diskcache: what is known of blobs and manifests; derived, made anew where it is missing
+    <dir>/index/              diskcache: what is known of blobs and manifests; derived, made anew where it is missing;
+                              elsewhere where `places` says so
     <dir>/ingest/             recordings in progress: <name>.partial and <name>.journal, swept after two weeks
     <dir>/quarantine/         bytes that did not hash to their name, swept after two weeks
 
@@ -35,14 +37,16 @@ from pullthrough.core.manifest_json import DOCKER_TYPE, LONGEST
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name, canonical
 from pullthrough.runtime import platform
 from pullthrough.runtime.gc_pause import gc_paused
+from pullthrough.store.blob_files import BlobFile
 from pullthrough.store.blob_table import BlobTable
 from pullthrough.store.index import Index
 from pullthrough.store.ingest import JOURNAL, PARTIAL, Ingest, SharedFile, partials, quarantined
-from pullthrough.store.layout import folds_case, load_secret, prepare, take_lock
+from pullthrough.store.layout import folds_case, load_secret, prepare
 from pullthrough.store.ledger import Ledger
 from pullthrough.store.manifest_files import ModelFiles
 from pullthrough.store.manifest_table import ManifestTable
 from pullthrough.store.migration import migrate
+from pullthrough.store.places import Place, lock_store, look_at, prepare_index
 from pullthrough.store.reconciliation import Reconciliation
 from pullthrough.store.rows import Contents, Members
 
@@ -63,11 +67,19 @@ class Store:
     """
 
     def __init__(
-        self, folder: Path, lock: contextlib.ExitStack, index: Index, contents: Contents, members: Members
+        self,
+        folder: Path,
+        disk: Place,
+        lock: contextlib.ExitStack,
+        index: Index,
+        contents: Contents,
+        members: Members,
     ) -> None:
         """Of what the index says; `lock` is let go of at the end."""
         self.folder = folder
-        self.secret = load_secret(folder)
+        self.disk = disk
+        """What follows from the disk under it."""
+        self.secret = load_secret(folder, writable=not disk.unwritable)
         self._lock = lock
         self._index = index
         self._manifest_changes = 0
@@ -82,20 +94,25 @@ class Store:
         self._manifests.open()
 
     @classmethod
-    def open(cls, folder: Path) -> "Store":
+    def open(cls, folder: Path, index_dir: Path | None = None) -> "Store":
         """Open the store in `folder`, making it if the folder is absent or empty.
 
-        Raises StoreError: a foreign or newer folder, another daemon, an unwritable disk, a folder that is not safe.
+        `index_dir` holds the index and the lock in place of the folder, as a folder of this machine does where the
+        disk is shared. A store that is there is opened on a disk that is full or read-only too.
+        Raises StoreError: a foreign or newer folder, another daemon, a folder that is not safe, a disk that is no use.
         """
         with gc_paused(), contextlib.ExitStack() as undo:
             try:
                 found = prepare(folder)
-                lock = undo.enter_context(take_lock(folder))
+                disk = look_at(folder, index_given=index_dir is not None)
+                lock = undo.enter_context(contextlib.ExitStack())
+                at = lock_store(folder, index_dir, disk, lock)
                 migrate(folder, found)
-                index, contents, members = Index.open(folder / "index")
+                index, contents, members = Index.open(prepare_index(folder, at, disk, lock))
                 undo.callback(index.close)
-                store = cls(folder, lock, index, contents, members)
-                store._sweep(oldest=time.time() - KEPT_S)
+                store = cls(folder, disk, lock, index, contents, members)
+                if not disk.unwritable:
+                    store._sweep(oldest=time.time() - KEPT_S)
             except OSError as error:
                 reason = error.strerror or error
                 raise StoreError(f"store {folder}: expected a writable folder, got {reason}") from error
@@ -204,14 +221,14 @@ class Store:
         """The ingest of `digest`: a new one, or the partial that an earlier recording left."""
         return Ingest(self.folder / "ingest", digest, self.blob_path(digest))
 
-    def place(self, digest: Digest, verified: Path) -> os.stat_result:
+    def place(self, digest: Digest, verified: Path) -> BlobFile:
         """Move a file among the blobs; it is no hit before `publish`.
 
         The caller has hashed it; its bytes are already durable. Raises StoreUnwritable if the disk refuses.
         """
         return self._blobs.place(digest, verified)
 
-    def publish(self, digest: Digest, placed: os.stat_result, *, now: float) -> BlobRecord:
+    def publish(self, digest: Digest, placed: BlobFile, *, now: float) -> BlobRecord:
         """The blob is a hit from now on, as long as its file is the one that was placed."""
         record = self._blobs.publish(digest, placed, now=now)
         self._manifests.take_in(digest)

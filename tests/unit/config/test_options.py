@@ -18,6 +18,7 @@ def test_defaults() -> None:
     """Without options: the Ollama registry, its CDN, the local networks."""
     assert parse() == Settings(
         dir=Path("/d"),
+        index_dir=None,
         certs=Path("/c"),
         config=None,
         registries=("registry.ollama.ai",),

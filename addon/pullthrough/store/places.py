@@ -1,0 +1,156 @@
+"""Where the parts of a store lie, by what the disk under it can do: the index on a disk of this machine, whatever holds
+the blobs.
+
+Invariant: what follows from a disk's facts is decided in `conclude`, which looks at nothing else; what cannot work is
+refused with the reason and what to do.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pullthrough.config import paths
+from pullthrough.config.settings import PREFIX
+from pullthrough.core.errors import StoreError
+from pullthrough.runtime import file_system
+from pullthrough.runtime.file_system import Facts
+from pullthrough.runtime.owner_file import Owner, OwnerFile
+from pullthrough.runtime.temp_folder import TemporaryFolder
+from pullthrough.store.ingest import INGEST
+from pullthrough.store.layout import take_lock
+
+_log = logging.getLogger(__name__)
+
+INDEX: Final = "index"
+OWNER: Final = "owner"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What follows from a disk's facts."""
+
+    index_elsewhere: bool = False
+    """The index is not in the store's folder."""
+    shared: bool = False
+    """Locks do not reach everybody: the lock is where the index is, and a file says who has the store."""
+    unwritable: bool = False
+    """Nothing can be written now: what is noted in the index is forgotten at the end."""
+    in_order: bool = False
+    """A file must grow from its beginning: the disk fills what is left out with zeros."""
+    largest: int | None = None
+    """How long a blob may be (bytes), None for no limit."""
+    notes: tuple[str, ...] = ()
+    """What an operator should know."""
+
+
+def conclude(facts: Facts, *, index_given: bool = False) -> Place:
+    """Say how a store on such a disk is kept. Raises StoreError if it cannot be kept there."""
+    kind = facts.kind or "unknown"
+    if not facts.renames:
+        raise StoreError(
+            f"its file system ({kind}) does not put a renamed file in another one's place, so nothing could be stored "
+            "whole; use another disk, or another driver for this one"
+        )
+    notes = []
+    if facts.shared:
+        notes.append(f"the disk may be shared with other machines ({kind}): the index is on one of this machine")
+    if not facts.holes:
+        notes.append(
+            f"the disk ({kind}) fills gaps with zeros: a large blob may take twice its size while it is recorded"
+        )
+    if facts.largest is not None:
+        notes.append(f"the disk ({kind}) has no files over {facts.largest} bytes: larger blobs are passed through")
+    if facts.problem:
+        notes.append(f"nothing can be written now ({facts.problem}): what is stored is served, and nothing is recorded")
+    return Place(
+        index_elsewhere=facts.shared or index_given,
+        shared=facts.shared,
+        unwritable=bool(facts.problem),
+        in_order=not facts.holes,
+        largest=facts.largest,
+        notes=tuple(notes),
+    )
+
+
+def local_folder(folder: Path, index_dir: Path | None) -> Path:
+    """Where index and lock of the store are, if they are not in it."""
+    store = folder.resolve()
+    key = hashlib.sha256(os.fsencode(store)).hexdigest()[:12]
+    return (index_dir or paths.default_index()) / f"{store.name}-{key}"
+
+
+def index_folder(folder: Path, index_dir: Path | None) -> Path:
+    """Where the index of a store that is there is found."""
+    is_elsewhere = index_dir is not None or file_system.is_shared(file_system.kind_of(folder))
+    return (local_folder(folder, index_dir) if is_elsewhere else folder) / INDEX
+
+
+def look_at(folder: Path, *, index_given: bool) -> Place:
+    """Look at the disk under the store, and tell what an operator should know. Raises StoreError, OSError."""
+    ingest = folder / INGEST
+    facts = file_system.examine(ingest if ingest.is_dir() else folder)
+    try:
+        place = conclude(facts, index_given=index_given)
+    except StoreError as error:
+        raise StoreError(f"store {folder}: {error}") from error
+    for note in place.notes:
+        _log.warning("store %s: %s", folder, note)
+    return place
+
+
+def prepare_index(folder: Path, at: Path, place: Place, undo: contextlib.ExitStack) -> Path:
+    """The folder of the index below `at`, with what an earlier place of it holds. Raises OSError."""
+    former, index = folder / INDEX, at / INDEX
+    if place.unwritable and not place.index_elsewhere:
+        index = Path(undo.enter_context(TemporaryFolder()), INDEX)
+    if former != index and not any(index.glob("*.db")) and any(former.glob("*.db")):
+        shutil.copytree(former, index, dirs_exist_ok=True)
+        if not place.unwritable:
+            shutil.rmtree(former, ignore_errors=True)
+    index.mkdir(exist_ok=True)
+    return index
+
+
+def lock_store(folder: Path, index_dir: Path | None, place: Place, undo: contextlib.ExitStack) -> Path:
+    """Be the one process that has the store; returns where its index is. Raises StoreError, OSError."""
+    at = _make_local(folder, index_dir) if place.index_elsewhere else folder
+    undo.enter_context(take_lock(at if place.shared else folder, writable=place.shared or not place.unwritable))
+    if place.shared and not place.unwritable:
+        _own(folder, undo)
+    return at
+
+
+def _make_local(folder: Path, index_dir: Path | None) -> Path:
+    """The folder for index and lock, made where it is missing. Raises StoreError if it cannot be used."""
+    local = local_folder(folder, index_dir)
+    mend = f"name a folder on a disk of this machine with {PREFIX}index_dir"
+    try:
+        local.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StoreError(f"the index cannot be in {local} ({error.strerror}): {mend}") from error
+    kind = file_system.kind_of(local)
+    if file_system.is_shared(kind):
+        raise StoreError(f"the index cannot be in {local}, whose disk is shared too ({kind}): {mend}")
+    return local
+
+
+def _own(folder: Path, undo: contextlib.ExitStack) -> None:
+    """Be the one process of all machines that has the store. Raises StoreError if another one has it."""
+    owner = OwnerFile(folder / OWNER, on_lost=lambda other: _end(folder, other))
+    if (holder := owner.take()) is not None:
+        raise StoreError(
+            f"store {folder}: expected a free store, got one in use by {holder}; end that one, or give each a store"
+        )
+    undo.callback(owner.release)
+
+
+def _end(folder: Path, other: Owner) -> None:
+    """Two processes would change the store at once."""
+    _log.error("store %s: %s has taken it over, because this one gave no sign of life; ending", folder, other)
+    os.kill(os.getpid(), signal.SIGTERM)
