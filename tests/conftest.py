@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import lies, security
+from tests import doctor_faults, lies, security
 from tests.faults import lines
 from tests.gotchas import GOTCHAS, shown
 
@@ -77,6 +77,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     lied: dict[str, dict[str, str]] = {}
     outcomes: dict[str, str] = {}
     answered: dict[security.Cell, int] = {}
+    found: dict[tuple[str, str], str] = {}
     for report in reports:
         for name, value in report.user_properties:
             if name == "matrix":
@@ -88,6 +89,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if name == "lies":
                 scene, walked = value
                 lied[scene] = walked
+            if name == "doctor":
+                side, fault = value
+                found[side, fault] = report.outcome
             if name == "security":
                 answered.update((security.Cell(*cell), status) for cell, status in value)
         name = report.nodeid.removeprefix("tests/").partition("[")[0]
@@ -109,6 +113,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if lied:
         terminalreporter.section("lies that were walked and not believed")
         for line in lies.lines(lied):
+            terminalreporter.write_line(line)
+    if found:
+        terminalreporter.section("what the doctor finds")
+        for line in doctor_faults.lines(found):
             terminalreporter.write_line(line)
     if answered:
         terminalreporter.section(f"who gets what: {', '.join(security.CALLERS)}")

@@ -12,7 +12,7 @@ import typer.main
 
 from pullthrough.cli import app as cli
 from pullthrough.config.options import OPTIONS
-from tests import faults, gotchas, security
+from tests import doctor_faults, faults, gotchas, security
 from tests.bench import report
 from tests.support.blocks import with_block
 
@@ -106,6 +106,7 @@ BLOCKS: Final[dict[str, dict[str, Callable[[], str]]]] = {
     "command-line.md": {"verbs": verbs},
     "who-gets-what.md": {"who gets what": security.markdown},
     "compatibility.md": {"faults": faults.markdown, "traps": gotchas.markdown},
+    "troubleshooting.md": {"doctor's faults": doctor_faults.markdown},
     "benchmarks.md": {"bench rows": report.rows_block},
 }
 """By page and name."""

@@ -119,6 +119,7 @@ def test_wheel_holds_the_script_and_the_package(archives: dict[str, Path]) -> No
         "pullthrough/py.typed",
         *(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py")),
         *(f"pullthrough/pki/connect/{path.name}" for path in (PACKAGE / "pki" / "connect").iterdir()),
+        *(f"pullthrough/doctor/client/{path.name}" for path in (PACKAGE / "doctor" / "client").iterdir()),
         *(f"pullthrough/monitoring/share/{path.name}" for path in (PACKAGE / "monitoring" / "share").iterdir()),
     }
     (entry_points,) = (content[name] for name in content if name.endswith("entry_points.txt"))

@@ -257,7 +257,7 @@ class OllamaCache:
         metrics = Metrics(*views, self._requests, self._lag, health, self._registry.pulls.counts, self._desk.tier)
         watch = StatusView(*views, health, self._desk.view, self._registry.pulls.counts, self._desk.tier)
         setup = guide(settings, self._rollover.certificates, self._rollover.permitted, _proxy_address()[1])
-        setup_pages.add(self._blob_server.pages, setup.documents)
+        setup_pages.add(self._blob_server.pages, settings, setup.documents)
         StatusRoutes(metrics, health, watch, setup).enter(self._blob_server.pages)
         await self._blob_server.open(self._registry, self._hooks.admits, limits, self._requests, self._delivery.threads)
         _log.info(

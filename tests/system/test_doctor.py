@@ -19,7 +19,7 @@ from pullthrough.pki.authority import Authority
 from tests.e2e.conftest import add_model
 from tests.support.origin import R2_HOST, REGISTRY_HOST, Fault, Mode
 from tests.support.proxy import environment
-from tests.support.world import CACHE, World, play
+from tests.support.world import World, play
 
 pytestmark = pytest.mark.long
 
@@ -37,20 +37,6 @@ class Doctor:
         found = json.loads(told.stdout)
         assert told.exit_code == int(any(finding["grave"] for finding in found)), told.output
         return {finding["what"]: finding["mend"] for finding in found}
-
-    @contextlib.contextmanager
-    def ollama(self, **variables: str) -> Iterator[None]:
-        """A process that looks like `ollama serve`, with these variables."""
-        program = self._folder / "ollama"
-        program.write_text("#!/bin/sh\nread _\n")
-        program.chmod(0o755)
-        process = subprocess.Popen(
-            [program, "serve"], env={**environment(self._folder / "home"), **variables}, stdin=subprocess.PIPE
-        )
-        try:
-            yield
-        finally:
-            process.communicate()
 
 
 @contextlib.contextmanager
@@ -127,39 +113,6 @@ def server(world: World) -> None:
         assert doctor.findings() == {}
 
 
-def client(world: World) -> None:
-    with world.cache("regular@0.0.0.0:8080", ollama_cache_listen=":9200") as proxy:
-        doctor = Doctor(world.folder, world.folder / "none", world.folder / "none")
-        well = {"HTTPS_PROXY": f"http://{CACHE}:8080", "SSL_CERT_FILE": str(proxy.ca_file)}
-        assert doctor.findings("--client") == {"no Ollama daemon was found": "systemctl start ollama"}
-        faults: dict[str, dict[str, str]] = {
-            "the daemon has no HTTPS_PROXY": {"HTTPS_PROXY": ""},
-            "HTTPS_PROXY is no address of a proxy": {"HTTPS_PROXY": "socks5://x:1"},
-            "the daemon has HTTP_PROXY": {"HTTP_PROXY": f"http://{CACHE}:8080"},
-            "NO_PROXY covers what is cached": {"NO_PROXY": "registry.ollama.ai"},
-            "the cache cannot be reached": {"HTTPS_PROXY": f"http://{CACHE}:8999"},
-            "the cache does not let us in": {"HTTPS_PROXY": f"http://{CACHE}:9200"},
-            "the proxy is no ollama-cache": {"HTTPS_PROXY": f"http://{CACHE}:8088"},
-            "the daemon does not trust the cache": {"SSL_CERT_FILE": ""},
-            "SSL_CERT_FILE cannot be read": {"SSL_CERT_FILE": "/absent.pem"},
-        }
-        with contextlib.ExitStack() as stack:
-            with world.at("cache"):
-                stack.enter_context(bare_mitmdump(world.folder, 8088))
-            with doctor.ollama(**well):
-                assert doctor.findings("--client") == {}
-            for what, variables in faults.items():
-                with doctor.ollama(**{**well, **variables}):
-                    found = doctor.findings("--client")
-                assert list(found) == [what], f"expected {what}, got {found}"
-                assert found[what]
-
-
 def test_server(tmp_path: Path) -> None:
     """Ten faults of a cache, and a cache that is well."""
     play(server, tmp_path)
-
-
-def test_client(tmp_path: Path) -> None:
-    """Ten faults of a client, and a client that is well."""
-    play(client, tmp_path)

@@ -104,9 +104,9 @@ def doctor(
 
     with refusals():
         if client:
-            from pullthrough.doctor.probe_client import client_facts
+            from pullthrough.doctor.client_scripts import examine
 
-            findings = rules.of_client(client_facts(settings_in_force(dir).intercepted))
+            findings = examine(settings_in_force(dir))
         else:
             findings = rules.of_server(_server_facts(dir))
     if json:

@@ -1,16 +1,11 @@
-"""What is wrong with a cache or with a client's way to it, from what was found out about them.
+"""What is wrong with a cache, from what was found out about it.
 
 Invariant: every finding names what was found, what comes of it, and what mends it. Pure: looking is done elsewhere, and
 each fact is a value that says "" or True where all is well.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
-
-from pullthrough.core.errors import SettingsError
-from pullthrough.core.records import BYPASSING, Version
-from pullthrough.net.proxy_env import ParentProxies
 
 SKEW_S: Final = 300.0
 """More than a clock that is set by NTP is ever off; certificates bear a day."""
@@ -85,26 +80,6 @@ class ServerFacts:
     min_free: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientFacts:
-    """An Ollama daemon, seen from its own machine."""
-
-    daemon: Mapping[str, str] | None
-    """The environment of the process; None where none was found."""
-    configured: Mapping[str, str]
-    """The environment that its service is to have."""
-    version: Version | None
-    """Of the daemon; None where it does not tell."""
-    leg: Leg | None
-    """None where the daemon has no proxy that can be tried."""
-    trusted: str
-    """Why the daemon's list of certificates does not accept what was presented."""
-    roots: str
-    """Why the file of SSL_CERT_FILE cannot be read by the daemon's user."""
-    hosts: tuple[str, ...]
-    """The registry and the blob host."""
-
-
 def of_server(facts: ServerFacts) -> list[Finding]:
     """What is wrong, the causes first."""
     found = []
@@ -171,59 +146,3 @@ def _of_ports(facts: ServerFacts) -> list[Finding]:
         mend = "restart the cache, if its CA was replaced meanwhile; else look at listen"
         found.append(Finding("the blob server's port does not serve", facts.port, mend))
     return found
-
-
-def of_client(facts: ClientFacts) -> list[Finding]:
-    """What is wrong, the causes first."""
-    again = "run the command that ollama-cache connect prints on the cache's machine"
-    if facts.daemon is None:
-        return [Finding("no Ollama daemon was found", "no process `ollama serve` runs", "systemctl start ollama")]
-    proxy = _variable(facts.daemon, "HTTPS_PROXY")
-    if not proxy:
-        if _variable(facts.configured, "HTTPS_PROXY"):
-            why = "its service is to have it, but the process was started before"
-            return [Finding("the daemon has no HTTPS_PROXY", why, "systemctl restart ollama")]
-        why = "it goes to the registry directly; a variable in your shell does not count"
-        return [Finding("the daemon has no HTTPS_PROXY", why, again)]
-    found = []
-    if _variable(facts.daemon, "HTTP_PROXY"):
-        why = "the ollama command sends its own requests to the daemon through it"
-        mend = "take HTTP_PROXY out of the service (systemctl edit ollama), then systemctl restart ollama"
-        found.append(Finding("the daemon has HTTP_PROXY", why, mend))
-    try:
-        parents = ParentProxies.parse(facts.daemon)
-    except SettingsError as error:
-        return [*found, Finding("HTTPS_PROXY is no address of a proxy", str(error), again)]
-    if passed := [host for host in facts.hosts if parents.of("https", host, 443) is None]:
-        why = f"it leads past the cache for {', '.join(passed)}"
-        found.append(Finding("NO_PROXY covers what is cached", why, "take it out of NO_PROXY of the service"))
-    first, last = BYPASSING
-    if facts.version is not None and first <= facts.version <= last:
-        why = f"Ollama {'.'.join(map(str, facts.version))} downloads past every proxy, so nothing it pulls is cached"
-        found.append(Finding("this Ollama goes past the cache", why, PAST_PROXY))
-    leg = facts.leg
-    if leg is None:
-        return found
-    if leg.reached:
-        mend = "ollama-cache doctor on the cache's machine; a firewall between here and there"
-        return [*found, Finding("the cache cannot be reached", f"{leg.address}: {leg.reached}", mend)]
-    if leg.answered:
-        mend = "name this machine's network in ollama_cache_clients, on the cache's machine"
-        return [*found, Finding("the cache does not let us in", f"{leg.address}: {leg.answered}", mend)]
-    if not leg.issuer.startswith(ISSUER):
-        why = f"{leg.address} passes the registry on unread, or signs as {leg.issuer}: nothing is cached"
-        mend = "HTTPS_PROXY with the cache's address, or ollama-cache doctor on that machine"
-        found.append(Finding("the proxy is no ollama-cache", why, mend))
-    elif facts.roots:
-        found.append(Finding("SSL_CERT_FILE cannot be read", facts.roots, again))
-    elif "expired" in facts.trusted or "not yet valid" in facts.trusted:
-        # Leaves are valid from a day before they are made.
-        found.append(Finding("the clock is wrong, here or there", facts.trusted, SET_CLOCK))
-    elif facts.trusted:
-        why = f"{facts.trusted}: each pull ends with x509: certificate signed by unknown authority"
-        found.append(Finding("the daemon does not trust the cache", why, again))
-    return found
-
-
-def _variable(environment: Mapping[str, str], name: str) -> str:
-    return environment.get(name) or environment.get(name.lower()) or ""

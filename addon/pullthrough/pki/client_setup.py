@@ -7,12 +7,12 @@ Invariant: a document depends on the certificates and the configured address alo
 Does not know who serves the documents.
 """
 
+import string
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import resources
-from string import Template
 from typing import Final
 
 from cryptography import x509
@@ -77,7 +77,7 @@ class SetupGuide:
     """SHA-256 of the certificates to be trusted, as openssl prints them."""
 
 
-class _Template(Template):
+class Template(string.Template):
     delimiter = "@@"  # which no shell gives a meaning to
 
 
@@ -102,7 +102,7 @@ def documents(
     folder = resources.files("pullthrough.pki") / "connect"
     rendered = {
         f"/connect/{name}": SetupDocument(
-            content_type, _Template((folder / name).read_text(encoding="utf-8")).substitute(values).encode()
+            content_type, Template((folder / name).read_text(encoding="utf-8")).substitute(values).encode()
         )
         for name, content_type in TEMPLATES.items()
     }

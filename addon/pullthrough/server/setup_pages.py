@@ -1,4 +1,4 @@
-"""The documents that set up a client, as pages of the blob server's port.
+"""What sets up a client and what finds out why it does not pull, as pages of the blob server's port.
 
 Invariant: they are what they were when the cache started, whoever asks and however.
 """
@@ -7,13 +7,15 @@ from collections.abc import Mapping
 
 from aiohttp import hdrs, web
 
+from pullthrough.config.settings import Settings
+from pullthrough.doctor.client_scripts import scripts
 from pullthrough.pki.client_setup import SetupDocument
 from pullthrough.server.pages import Handler, Pages
 
 
-def add(pages: Pages, documents: Mapping[str, SetupDocument]) -> None:
-    """Give each document at its path."""
-    for path, document in documents.items():
+def add(pages: Pages, settings: Settings, documents: Mapping[str, SetupDocument]) -> None:
+    """Give each document at its path, and the doctor's scripts."""
+    for path, document in {**documents, **scripts(settings)}.items():
         pages.add(path, _giving(document))
 
 

@@ -9,11 +9,9 @@ from pullthrough.doctor.rules import (
     ISSUER,
     NEAR_END_S,
     SKEW_S,
-    ClientFacts,
     Finding,
     Leg,
     ServerFacts,
-    of_client,
     of_server,
 )
 
@@ -37,16 +35,6 @@ SERVER: Final = ServerFacts(
     skew_s=0.0,
     free=100,
     min_free=50,
-)
-ENVIRONMENT: Final = {"HTTPS_PROXY": f"http://{CACHE}", "OLLAMA_HOST": "0.0.0.0"}
-CLIENT: Final = ClientFacts(
-    daemon=ENVIRONMENT,
-    configured={},
-    version=(0, 34, 4),
-    leg=Leg(address=CACHE, issuer=OURS),
-    trusted="",
-    roots="",
-    hosts=("registry.ollama.ai", "r2.example.com"),
 )
 REFUSED: Final = Leg(address=CACHE, reached="Connection refused")
 
@@ -98,44 +86,6 @@ SERVER_FAULTS: Final[dict[str, tuple[dict[str, Any], str, str]]] = {
     "disk": ({"free": 49}, "the disk is full", "ollama-cache prune --all"),
 }
 
-CLIENT_FAULTS: Final[dict[str, tuple[dict[str, Any], str, str]]] = {
-    "no daemon": ({"daemon": None}, "no Ollama daemon was found", "systemctl start ollama"),
-    "no proxy": ({"daemon": {}}, "the daemon has no HTTPS_PROXY", "ollama-cache connect"),
-    "not restarted": (
-        {"daemon": {}, "configured": ENVIRONMENT},
-        "the daemon has no HTTPS_PROXY",
-        "systemctl restart ollama",
-    ),
-    "HTTP_PROXY": (
-        {"daemon": {**ENVIRONMENT, "http_proxy": "http://x:1"}},
-        "the daemon has HTTP_PROXY",
-        "take HTTP_PROXY",
-    ),
-    "NO_PROXY": ({"daemon": {**ENVIRONMENT, "NO_PROXY": ".ollama.ai"}}, "NO_PROXY covers what is cached", "NO_PROXY"),
-    "NO_PROXY of all": ({"daemon": {**ENVIRONMENT, "no_proxy": "*"}}, "NO_PROXY covers what is cached", "NO_PROXY"),
-    "address": (
-        {"daemon": {"HTTPS_PROXY": "socks5://x:1"}, "leg": None},
-        "HTTPS_PROXY is no address of a proxy",
-        "ollama-cache connect",
-    ),
-    "unreachable": ({"leg": REFUSED}, "the cache cannot be reached", "firewall"),
-    "not admitted": (
-        {"leg": Leg(address=CACHE, answered="Connection reset by peer")},
-        "the cache does not let us in",
-        "ollama_cache_clients",
-    ),
-    "another proxy": ({"leg": Leg(address=CACHE, issuer="WE1")}, "the proxy is no ollama-cache", "HTTPS_PROXY"),
-    "goes past": ({"version": (0, 35, 0)}, "this Ollama goes past the cache", "upgrade Ollama"),
-    "goes past, the last": ({"version": (0, 40, 2)}, "this Ollama goes past the cache", "port 9200"),
-    "roots": ({"roots": "/x: no such file"}, "SSL_CERT_FILE cannot be read", "ollama-cache connect"),
-    "not trusted": (
-        {"trusted": "self-signed certificate in certificate chain"},
-        "the daemon does not trust the cache",
-        "ollama-cache connect",
-    ),
-    "clock": ({"trusted": "certificate is not yet valid"}, "the clock is wrong, here or there", "set-ntp"),
-}
-
 
 def assert_found(findings: list[Finding], what: str, mend: str) -> None:
     """Exactly this is wrong."""
@@ -150,28 +100,12 @@ def test_of_server(facts: dict[str, Any], what: str, mend: str) -> None:
     assert_found(of_server(replace(SERVER, **facts)), what, mend)
 
 
-@pytest.mark.parametrize(("facts", "what", "mend"), CLIENT_FAULTS.values(), ids=CLIENT_FAULTS.keys())
-def test_of_client(facts: dict[str, Any], what: str, mend: str) -> None:
-    """One fault, one finding."""
-    assert_found(of_client(replace(CLIENT, **facts)), what, mend)
-
-
 def test_all_is_well() -> None:
     """At the edge of each bound too."""
     assert of_server(replace(SERVER, expires_s=NEAR_END_S, skew_s=-SKEW_S, free=50)) == []
-    assert of_client(replace(CLIENT, version=None)) == of_client(replace(CLIENT, version=(0, 40, 3))) == []
-    assert of_client(replace(CLIENT, daemon={**ENVIRONMENT, "NO_PROXY": "localhost,10.0.0.0/8"})) == []
 
 
 def test_several() -> None:
     """Faults do not hide each other, and what only will be wrong is not grave."""
     found = of_server(replace(SERVER, expires_s=0, quarantined=1, ranges="x", free=0))
     assert [finding.grave for finding in found] == [False, False, True, True]
-
-
-def test_nothing_of_the_environment_is_shown() -> None:
-    """A password in a proxy's address is in no finding."""
-    secret = {"HTTPS_PROXY": "http://me:hunter2@x:1", "HTTP_PROXY": "http://me:hunter2@x:1", "NO_PROXY": "*"}
-    for daemon in (secret, {**secret, "HTTPS_PROXY": "ftp://me:hunter2@x:1"}):
-        for leg in (None, REFUSED, Leg(address=CACHE, issuer="x")):
-            assert "hunter2" not in str(of_client(replace(CLIENT, daemon=daemon, leg=leg)))

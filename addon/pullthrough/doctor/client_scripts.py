@@ -1,0 +1,70 @@
+"""The doctor for a client: a script that needs no Python there, and that the plain port gives to everybody.
+
+Invariant: a script depends on the settings alone, never on who asks for it. What it looks at and how it judges stands
+in `client/`: one for POSIX shells, one for PowerShell.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+from pullthrough.config.settings import Settings
+from pullthrough.core.errors import CacheError
+from pullthrough.core.records import BYPASSING
+from pullthrough.doctor.rules import Finding
+from pullthrough.pki.client_setup import TEXT, SetupDocument, Template
+
+SCRIPTS: Final = ("doctor.sh", "doctor.ps1")
+_PATIENCE_S: Final = 90.0
+"""More than all that a script tries may take together."""
+
+
+def scripts(settings: Settings) -> Mapping[str, SetupDocument]:
+    """Return both by the path they are served at."""
+    first, last = (".".join(map(str, version)) for version in BYPASSING)
+    published = settings.advertise.port if settings.advertise is not None else 0
+    values = {
+        "hosts": " ".join(settings.intercepted),
+        "port": str(published or settings.listen[0][1]) if settings.listen else "",
+        "first": first,
+        "last": last,
+    }
+    folder = resources.files("pullthrough.doctor") / "client"
+    return {
+        f"/{name}": SetupDocument(
+            TEXT, Template((folder / name).read_text(encoding="utf-8")).substitute(values).encode()
+        )
+        for name in SCRIPTS
+    }
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Run the script of this system here. CacheError if it does not come to an end that it knows."""
+    windows = sys.platform == "win32"
+    name, shell = ("doctor.ps1", "powershell") if windows else ("doctor.sh", "sh")
+    program = shutil.which(shell)
+    if program is None:
+        raise CacheError(f"expected {shell} to run {name} by, got none")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / name
+        file.write_bytes(scripts(settings)[f"/{name}"].body)
+        words = [str(file), "--fields"]
+        if windows:
+            words = ["-NoProfile", "-ExecutionPolicy", "Bypass", "-File", str(file), "-Fields"]
+        done = subprocess.run(  # noqa: S603
+            [program, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE_S, check=False
+        )
+    if done.returncode not in (0, 1):
+        raise CacheError(f"{name} ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
+    sys.stderr.write(done.stderr.decode(errors="replace"))
+    return [_parse(line) for line in done.stdout.decode(errors="replace").splitlines()]
+
+
+def _parse(line: str) -> Finding:
+    grave, what, why, mend = line.split("\t")
+    return Finding(what, why, mend, grave == "yes")
