@@ -231,6 +231,7 @@ class OllamaCache:
         )
         self._recorder = Recorder(room)
         self._registry = Registry(settings, self._store, self._upstream, self._recorder, fleet and fleet[0])
+        self._requests.on_sent = self._registry.count_sent
         self._registry.open()
         health.open(Lookout(self._upstream.reachability, looks_at(self._upstream, fleet and fleet[0])))
         told = {"proxy": Look(_tell_address), "look-out": Look(self._look_out)}
@@ -255,7 +256,8 @@ class OllamaCache:
         self._hooks.open()
         views = (settings, self._store, self._recorder, self._upstream)
         metrics = Metrics(*views, self._requests, self._lag, health, self._registry.pulls.counts, self._desk.tier)
-        watch = StatusView(*views, health, self._desk.view, self._registry.pulls.counts, self._desk.tier)
+        seen = (self._registry.pulls.counts, self._registry.clients)
+        watch = StatusView(*views, health, self._desk.view, *seen, self._desk.tier)
         setup = guide(settings, self._rollover.certificates, self._rollover.permitted, _proxy_address()[1])
         setup_pages.add(self._blob_server.pages, settings, setup.documents)
         StatusRoutes(metrics, health, watch, setup).enter(self._blob_server.pages)

@@ -664,3 +664,26 @@ def test_a_browser_at_the_proxy_s_port(shared: tuple[Origin, Proxy]) -> None:
     assert got == [(307, page, False), (502, None, True)]
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page, timeout=20) as response:
         assert b"<title>ollama-cache</title>" in response.read()
+
+
+def test_who_pulled_what(shared: tuple[Origin, Proxy], tmp_path: Path) -> None:
+    """Clients and a model's page tell of a pull: by which way, with which Ollama, how much; no private name."""
+    origin, proxy = shared
+    public = add_model(origin, unique(SIZE), repository="library/pulled")
+    private = add_model(origin, unique(SIZE), repository="library/hidden", private=True)
+    A2Client(proxy.url, proxy.ca_file, tmp_path / "client", version="current").pull(public.name)
+    A2Client(proxy.url, proxy.ca_file, tmp_path / "other", version="current").pull(private.name)
+
+    def page(path: str) -> tuple[int, str]:
+        with to_front(proxy) as connection:
+            status, _, body = get(connection, path)
+        return status, " ".join(re.sub("<[^>]*>", " ", body.decode()).split())
+
+    status, clients = page("/clients")
+    assert status == 200
+    assert re.search(rf"{ADDRESS} pulled:latest .* ago|{ADDRESS} pulled:latest just now", clients), clients
+    assert "hidden" not in clients + page("/models")[1]
+    assert re.search(r"HTTPS_PROXY .* MB", clients), clients
+    status, model = page("/model?name=pulled")
+    assert status == 200 and f"Pulled by Client When {ADDRESS} " in model
+    assert page("/model?name=hidden")[0] == 404

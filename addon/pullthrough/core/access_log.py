@@ -6,6 +6,7 @@ good: scripts read them.
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 from pullthrough.core.cache_status import CacheStatus, Outcome
 
@@ -20,6 +21,8 @@ class RequestLog:
         """How many requests ended with an outcome and a status."""
         self.sent = 0
         """Bytes of blobs that went to clients."""
+        self.on_sent: Callable[[str, int], None] = lambda client, count: None
+        """Called with a client's address and the bytes of a body that it was sent."""
 
     def answer(self, client: str, method: str, target: str, status: int, cache: CacheStatus) -> None:
         """A request that was answered at once."""
@@ -42,6 +45,7 @@ class RequestLog:
         fields = self._count(client, method, target, status, cache)
         fields |= {"bytes": sent, "seconds": round(seconds, 3), "problem": problem}
         self.sent += sent
+        self.on_sent(client, sent)
         _log.info(
             "%s %s %s -> %d, %d bytes in %.2f s%s; %s",
             client,

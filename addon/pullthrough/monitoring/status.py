@@ -5,8 +5,9 @@ models nothing is told but how many there are and how big.
 """
 
 import asyncio
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
@@ -18,6 +19,7 @@ from pullthrough.library.listing import JSON, View, size_of, statistics
 from pullthrough.monitoring.health import Disk, Health
 from pullthrough.monitoring.model_detail import ModelDetail, find_detail
 from pullthrough.monitoring.model_index import ModelIndex
+from pullthrough.net.client_table import Client, ClientTable
 from pullthrough.recording.pulls import Counts
 from pullthrough.recording.recorder import Recorder
 from pullthrough.runtime.singleflight import SingleFlight
@@ -32,6 +34,8 @@ SHARE_OF_TIME: Final = 0.05
 SHOWN: Final = 50
 """Recordings that are told one by one."""
 SMOOTHING: Final = 0.3
+CLIENTS: Final = 6
+"""Clients that the overview tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,23 @@ class Progress:
     def left_s(self) -> float | None:
         """How long it still takes at this rate."""
         return (self.size - self.present) / self.rate if self.size is not None and self.rate >= 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRow:
+    """A client as a list shows it."""
+
+    address: str
+    facts: Client
+    model: Name | None
+    """The public model among those that are stored that it pulled last."""
+    pulled: float
+    """When that was, Unix seconds; 0 without such a model."""
+
+    @property
+    def version(self) -> str:
+        """Of its Ollama, "" where it told none."""
+        return ".".join(map(str, self.facts.version or ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +108,8 @@ class Sight:
     bypassed: int
     """Pulls since the start that went past the cache."""
     uptime_s: float
+    clients: tuple["ClientRow", ...]
+    """CLIENTS at most, the one seen last first."""
     tier: JSON | None = None
     """The fleet's object store, as `stats` tells it."""
 
@@ -113,10 +136,12 @@ class StatusView:
         health: Health,
         view: Callable[[], View],
         pulls: Counts,
+        clients: ClientTable,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`view` says what is stored now, `pulls` how many went past the cache, `tier` the state of the fleet's object
-        store, where there is one."""
+        """`view` says what is stored now, `pulls` how many went past the cache, `clients` who came, `tier` the state of
+        the fleet's object store, where there is one."""
+        self._clients = clients
         self._pulls = pulls
         self._tier = tier
         self._settings = settings
@@ -148,6 +173,27 @@ class StatusView:
         self._stale_at = now + max(FRESH_S, (now - began) / SHARE_OF_TIME)
         return self._holdings
 
+    def clients(self, count: int) -> Iterator[ClientRow]:
+        """The clients seen last."""
+        for address, client in itertools.islice(self._clients.latest(), count):
+            pulls = ((name, time) for name, time in reversed(client.pulls.items()) if self._is_public(name))
+            yield ClientRow(address, client, *next(pulls, (None, 0.0)))
+
+    @property
+    def client_count(self) -> int:
+        """How many clients are remembered."""
+        return len(self._clients)
+
+    def pullers(self, name: Name) -> list[tuple[str, float]]:
+        """Who has pulled the model since the start, and when last, Unix seconds; the latest first."""
+        found = [(address, client.pulls[name]) for address, client in self._clients.latest() if name in client.pulls]
+        return sorted(found, key=lambda pull: -pull[1])
+
+    def _is_public(self, name: Name) -> bool:
+        """Whether the model is stored, and its registry gives it to everybody."""
+        records = [record for each in (name, name.twin) if (record := self._store.manifests().get(each)) is not None]
+        return any(not record.denied for record in records)
+
     def model(self, text: str) -> ModelDetail | None:
         """The public model that is named so, None if none is stored."""
         return find_detail(self._store, (*self._settings.pins, *sorted(self._store.ledger.pins)), text)
@@ -173,6 +219,7 @@ class StatusView:
             tuple(problems),
             self._pulls.bypassed,
             time.monotonic() - self._began,
+            tuple(self.clients(CLIENTS)),
             self._tier() if self._tier is not None else None,
         )
 

@@ -6,7 +6,7 @@ engine; script and style are inline, and the pages' policy names their hashes, s
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -20,15 +20,17 @@ from pullthrough.library.listing import JSON
 from pullthrough.monitoring.model_detail import ModelDetail
 from pullthrough.monitoring.model_index import Order, Page
 from pullthrough.monitoring.plot import plot
-from pullthrough.monitoring.status import Holdings, Sight
+from pullthrough.monitoring.status import ClientRow, Holdings, Sight
 from pullthrough.pki.client_setup import KINDS, SetupGuide
 from pullthrough.runtime.version import own_version
 
 SHARE: Final = Path(__file__).parent / "share"
-PARTS: Final = ("notice", "saved", "recordings", "models", "health")
+PARTS: Final = ("notice", "saved", "recordings", "models", "clients", "health")
 """What changes, each replaced as a whole: the macros of parts.html, and ids of the overview."""
 MOST: Final = 200
-"""Layers and tags that a model's page lists."""
+"""Layers and tags that a model's page lists, and clients."""
+PULLERS: Final = 20
+"""Clients that a model's page lists."""
 _BESIDE: Final = 2
 """Pages that are linked on either side of the one that is shown."""
 
@@ -77,7 +79,9 @@ class StatusPage:
         )  # fmt: skip
         style = (SHARE / "status.css").read_text(encoding="utf-8")
         script = (SHARE / "status.js").read_text(encoding="utf-8")
-        templates.globals.update(style=style, script=script, version=own_version(), most=MOST, files=KINDS, here="")
+        templates.globals.update(
+            style=style, script=script, version=own_version(), most=MOST, shown=PULLERS, files=KINDS, here=""
+        )
         self._parts = templates.get_template("parts.html").module
         self.policy = "; ".join(
             (
@@ -109,9 +113,13 @@ class StatusPage:
             private=holdings.private, private_bytes=holdings.private_bytes,
         )  # fmt: skip
 
-    def model(self, model: ModelDetail, now: float) -> str:
-        """The page of one model."""
-        return self._render("model.html", model=model, now=now)
+    def model(self, model: ModelDetail, pullers: Sequence[tuple[str, float]], now: float) -> str:
+        """The page of one model; `pullers` are who has pulled it and when, the latest first."""
+        return self._render("model.html", model=model, pullers=pullers, now=now)
+
+    def clients(self, rows: Sequence[ClientRow], total: int, now: float) -> str:
+        """The clients seen last, of `total`."""
+        return self._render("clients.html", here="/clients", rows=rows, total=total, now=now)
 
     def missing(self) -> str:
         """What stands at the address of a model that is not here."""

@@ -16,6 +16,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError, UpstreamRefused
 from pullthrough.core.manifest_json import takes_lists
 from pullthrough.core.records import BYPASSING, Version, version_of
+from pullthrough.net.client_table import Way
 from pullthrough.recording.reader import WAIT_S, Reader
 
 _log = logging.getLogger(__name__)
@@ -87,6 +88,13 @@ class Request:
         """Whether it is: for what the client and the operator are told, never for what is done."""
         first, last = BYPASSING
         return self.may_bypass and self.version is not None and first <= self.version <= last
+
+    @property
+    def way(self) -> Way:
+        """How the client reaches the cache."""
+        if self.blobs is not None and self.scheme == "http":
+            return Way.PLAIN
+        return Way.PROXY if self.tunnelled else Way.GATEWAY
 
     @property
     def trail(self) -> str:

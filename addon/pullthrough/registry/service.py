@@ -7,6 +7,7 @@ means "not ours: pass it through".
 
 import asyncio
 import logging
+import time
 from dataclasses import replace
 
 from pullthrough.config.settings import Settings
@@ -31,6 +32,7 @@ from pullthrough.core.routes import (
 )
 from pullthrough.fleet.tier import Tier
 from pullthrough.library.expected_sizes import public_sizes
+from pullthrough.net.client_table import ClientTable
 from pullthrough.recording.pulls import Place, Pulls
 from pullthrough.recording.recorder import Recorder
 from pullthrough.recording.unattended import Ahead
@@ -63,6 +65,7 @@ class Registry:
         self._store = store
         self._upstream = upstream
         self.pulls = Pulls(_log_lost)
+        self.clients = ClientTable()
         self._addresses = SignedUrls(store.secret, store.ledger, store.is_public)
         self._manifests = Manifests(settings, store, upstream, tier)
         self._pings = Pings(settings, upstream)
@@ -109,6 +112,7 @@ class Registry:
                 return await self._pings.answer(request)
             case ManifestRoute():
                 answer = await self._manifests.answer(request, route)
+                self._note(request, route, answer)
                 if answer.status == 200 and request.method == "GET" and request.may_bypass:
                     self._prepare_addresses(request, route)
                 return answer
@@ -144,6 +148,17 @@ class Registry:
         if canonical is None and request.host in self._settings.registries:
             return parse_registry_target(request.target)
         return canonical
+
+    def count_sent(self, client: str, count: int) -> None:
+        """Note that bytes of a blob went to the client."""
+        self.clients.send(client, count, now=time.time())
+
+    def _note(self, request: Request, route: ManifestRoute, answer: Answer) -> None:
+        """Remember who asked for a manifest, and what was pulled by that."""
+        client, now = request.client, time.time()
+        self.clients.ask(client, request.way, request.version, bypasses=request.is_known_to_bypass, now=now)
+        if request.method == "GET" and answer.status == 200:
+            self.clients.pull(client, Name(canonical(request.host), route.repository, route.reference), now=now)
 
     def _prepare_addresses(self, request: Request, route: ManifestRoute) -> None:
         """Obtain the addresses of a model's blobs before a client that may bypass this proxy asks for each."""

@@ -16,7 +16,7 @@ from aiohttp import hdrs, web
 from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.metrics import Metrics
 from pullthrough.monitoring.status import StatusView
-from pullthrough.monitoring.status_page import SHARE, ModelQuery, StatusPage
+from pullthrough.monitoring.status_page import MOST, SHARE, ModelQuery, StatusPage
 from pullthrough.pki.client_setup import SetupGuide
 from pullthrough.server.pages import Handler, Pages
 from pullthrough.upstream.reachability import fetching
@@ -58,6 +58,7 @@ class StatusRoutes:
         pages.add("/", self._show)
         pages.add("/models", self._models)
         pages.add("/model", self._model)
+        pages.add("/clients", self._clients)
         pages.add("/setup", self._setup)
         pages.add("/events", self._follow)
         pages.add("/metrics", self._expose)
@@ -81,7 +82,11 @@ class StatusRoutes:
         model = self._watch.model(request.query.get("name", ""))
         if model is None:
             return self._html(self._page.missing(), status=404)
-        return self._html(self._page.model(model, time.time()))
+        return self._html(self._page.model(model, self._watch.pullers(model.name), time.time()))
+
+    async def _clients(self, _: web.BaseRequest) -> web.Response:
+        rows = list(self._watch.clients(MOST))
+        return self._html(self._page.clients(rows, self._watch.client_count, time.time()))
 
     async def _setup(self, _: web.BaseRequest) -> web.Response:
         return self._html(self._page.setup(self._guide))

@@ -15,6 +15,8 @@ def test_lines(caplog: pytest.LogCaptureFixture) -> None:
     """Who asked what and how it ended; the query, which may be a capability, is cut."""
     caplog.set_level(logging.INFO)
     log = RequestLog()
+    told = []
+    log.on_sent = lambda client, count: told.append((client, count))
     log.answer("10.0.0.7", "GET", "/v2/x?access=secret", 307, MISS)
     log.transfer("::1", "GET", "/data?access=secret", 206, HIT, sent=5, seconds=0.5, problem="")
     log.transfer("::1", "GET", "/data", 200, HIT, sent=5, seconds=1, problem="client disconnected")
@@ -25,6 +27,7 @@ def test_lines(caplog: pytest.LogCaptureFixture) -> None:
     ]
     assert log.answers == {(Outcome.MISS, 307): 1, (Outcome.HIT, 206): 1, (Outcome.HIT, 200): 1}
     assert log.sent == 10
+    assert told == [("::1", 5), ("::1", 5)]
 
 
 def test_fields(caplog: pytest.LogCaptureFixture) -> None:

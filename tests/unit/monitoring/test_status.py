@@ -17,6 +17,7 @@ from pullthrough.library.listing import View
 from pullthrough.monitoring import status
 from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.status import StatusView
+from pullthrough.net.client_table import ClientTable, Way
 from pullthrough.recording.pulls import Counts
 from pullthrough.recording.recorder import Recorder
 from pullthrough.store.store import Store
@@ -51,6 +52,7 @@ class Daemon:
         }
         self.blobs = {digest(number): BlobRecord(10, True) for listed in numbers for number in listed}
         self.running: list[Any] = []
+        self.clients = ClientTable()
         self.views = 0
 
     def view(self) -> View:
@@ -64,7 +66,7 @@ class Daemon:
         upstream = SimpleNamespace(errors=Counter())
         return StatusView(
             cast(Settings, SETTINGS), cast(Store, store), cast(Recorder, recorder), cast(Upstream, upstream),
-            Health(folder, dict), self.view, Counts(3, 4),
+            Health(folder, dict), self.view, Counts(3, 4), self.clients,
         )  # fmt: skip
 
 
@@ -123,6 +125,27 @@ def test_how_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return [*seen, daemon.views]
 
     assert asyncio.run(main()) == [1, 1, 1, 2]
+
+
+def test_clients(tmp_path: Path) -> None:
+    """The one seen last first, with the public model that it pulled last: no private one, and none that has gone."""
+    daemon = Daemon(3, private=1)
+    watcher, clients = daemon.watch(tmp_path), daemon.clients
+    clients.ask("10.0.0.1", Way.PROXY, (0, 41, 0), bypasses=False, now=5.0)
+    for number, now in ((1, 5.0), (2, 6.0), (0, 7.0), (9, 8.0)):
+        clients.pull("10.0.0.1", name(number)._replace(takes_lists=True), now=now)
+    clients.pull("10.0.0.2", name(0), now=9.0)
+    clients.pull("10.0.0.2", name(1), now=9.5)
+    clients.pull("10.0.0.3", name(0), now=10.0)
+    clients.send("10.0.0.1", 70, now=11.0)
+    seen = list(watcher.clients(9))
+    assert [(row.address, row.model, row.pulled) for row in seen] == [
+        ("10.0.0.1", name(2), 6.0), ("10.0.0.3", None, 0.0), ("10.0.0.2", name(1), 9.5),
+    ]  # fmt: skip
+    assert (seen[0].version, seen[0].facts.sent, seen[1].version) == ("0.41.0", 70, "")
+    assert watcher.pullers(name(1)) == [("10.0.0.2", 9.5), ("10.0.0.1", 5.0)]
+    assert [row.address for row in asyncio.run(watcher.look()).clients] == ["10.0.0.1", "10.0.0.3", "10.0.0.2"]
+    assert watcher.client_count == 3
 
 
 def test_all_who_ask_share_one_look(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from pullthrough.core.records import Name
 from pullthrough.library.listing import View
 from pullthrough.monitoring.health import Disk
 from pullthrough.monitoring.model_index import ModelIndex, Order, Page
-from pullthrough.monitoring.status import Holdings, Progress, Sight
+from pullthrough.monitoring.status import ClientRow, Holdings, Progress, Sight
 from pullthrough.monitoring.status_page import ModelQuery, StatusPage, _numbers, model_path, span_text
+from pullthrough.net.client_table import Client, Way
 from pullthrough.pki.client_setup import KINDS, SetupGuide
 from pullthrough.upstream.reachability import Role, Service, State
 from tests.unit.monitoring.test_model_index import NOW, stored
@@ -37,6 +38,7 @@ QUIET = Sight(
     problems=(),
     bypassed=0,
     uptime_s=7200.0,
+    clients=(),
 )
 GUIDE = SetupGuide(
     {}, {kind: f"run {kind} && echo done" for kind in KINDS}, dict.fromkeys(KINDS, "5e" * 32), "http://10.0.0.1:8080",
@@ -130,6 +132,32 @@ def test_what_can_be_fetched(services: tuple[Service, ...], said: str) -> None:
     """The heading never says ready while a registry is down."""
     health = words(StatusPage().parts(replace(QUIET, services=services))["health"])
     assert re.match(f"Health {said} (?:registry|0 B)", health)
+
+
+CLIENTS = [
+    ClientRow(
+        "10.0.0.7",
+        Client(NOW - 5, Way.PROXY, (0, 36, 1), True, 5_000_000),
+        Name("registry.ollama.ai", "library/a", "1"),
+        NOW - 70,
+    ),
+    ClientRow("fd00::8", Client(NOW - 9), None, 0.0),
+]
+
+
+def test_clients() -> None:
+    """What each was seen to do; one that downloads past the cache is marked, and what helps is said."""
+    overview = words(StatusPage().parts(replace(QUIET, clients=tuple(CLIENTS)))["clients"])
+    assert overview == (
+        "Clients Address Last pull Received 10.0.0.7 bypassing a:1 1 minute ago 5.0 MB fd00::8 none 0 B All clients"
+    )
+    page = words(StatusPage().clients(CLIENTS, 2, NOW))
+    assert "2 seen since the start Address" in page
+    assert "10.0.0.7 bypassing a:1 1 minute ago 0.36.1 HTTPS_PROXY 5 seconds ago 5.0 MB" in page
+    assert "fd00::8 none ? ? 9 seconds ago 0 B" in page
+    assert "upgrade it, make the cache its gateway" in page
+    assert "upgrade it" not in words(StatusPage().clients(CLIENTS[1:], 500, NOW))
+    assert "these are the latest 1" in words(StatusPage().clients(CLIENTS[1:], 500, NOW))
 
 
 def test_hostile_texts() -> None:

@@ -31,7 +31,9 @@ class Site:
         """Models that pages were asked for of; none is there."""
         self.health = Health(folder, dict)
         self.pages = Pages(None)
-        seen = SimpleNamespace(look=self._look, holdings=self._sum_up, model=self.asked.append)
+        seen = SimpleNamespace(
+            look=self._look, holdings=self._sum_up, model=self.asked.append, clients=lambda _: iter(()), client_count=0
+        )
         watch = cast(StatusView, seen)
         StatusRoutes(cast(Metrics, None), self.health, watch, GUIDE).enter(self.pages)
 
@@ -76,8 +78,8 @@ def test_watchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert site.looks == 1
             watchers = [await session.get("/events") for _ in range(10)]
             for watcher in watchers:
-                names = [(await event(watcher))[0] for _ in range(5)]
-                assert names == ["notice", "saved", "recordings", "models", "health"]
+                names = [(await event(watcher))[0] for _ in range(6)]
+                assert names == ["notice", "saved", "recordings", "models", "clients", "health"]
             site.now = 7
             before = site.looks
             for watcher in watchers:
@@ -127,7 +129,15 @@ def test_pages(tmp_path: Path) -> None:
         site = Site(tmp_path)
         got = []
         async with site.open() as session:
-            paths = ("/", "/models?q=%3Cb%3E&page=2", "/model?name=a/b%26c:1", "/model", "/model?name=%ff%00", "/setup")
+            paths = (
+                "/",
+                "/models?q=%3Cb%3E&page=2",
+                "/model?name=a/b%26c:1",
+                "/model",
+                "/model?name=%ff%00",
+                "/clients",
+                "/setup",
+            )
             for path in paths:
                 async with session.get(URL(path, encoded=True)) as response:
                     assert "script-src 'sha256-" in response.headers["Content-Security-Policy"]
@@ -136,7 +146,8 @@ def test_pages(tmp_path: Path) -> None:
         assert site.asked[:2] == ["a/b&c:1", ""]
         return got
 
-    overview, models, *missing, setup = asyncio.run(main())
+    overview, models, *missing, clients, setup = asyncio.run(main())
     assert [status for status, _ in missing] == [404, 404, 404]
     assert "run linux" in overview[1] and "run linux" in setup[1]
+    assert "0 seen since the start" in clients[1]
     assert models[0] == 200 and 'value="&lt;b&gt;"' in models[1]
