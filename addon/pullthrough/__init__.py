@@ -1,13 +1,16 @@
 """A pull-through cache for the Ollama registry, living inside mitmproxy.
 
-What runs is owned by one `addon.OllamaCache` instance; importing any module of this package starts nothing.
+What runs is owned by one `daemon.Daemon`; importing any module of this package starts nothing.
 
 A package imports only from those below its own row: `lint-imports` checks the contracts of pyproject.toml.
 
-    addon        options, and the life of what runs
+    addon        what mitmproxy loads: options, start and end
+
+    daemon       every part is built, opened and closed here
     proxy        mitmproxy's hooks, and the policy at its doors
-    server       the plain port: models and pages
     cli          the command line
+
+    server       the plain port: models and pages
 
     delivery     bytes to clients, in threads
 

@@ -69,7 +69,8 @@ class Commands:
         }
 
     def view(self) -> View:
-        """What is stored now."""
+        """Return what is stored and was counted, now."""
+        self._count()
         ledger = self._store.ledger
         pins = (*self._pins, *sorted(ledger.pins))
         manifests, children = dict(self._store.manifests()), dict(self._store.children())
@@ -82,7 +83,6 @@ class Commands:
         return await asyncio.to_thread(detail, self.view(), arguments.text("model"))
 
     async def _stats(self, _: Arguments) -> Any:
-        self._count()
         sums = await asyncio.to_thread(statistics, self.view())
         sums |= {"bypassed_pulls": self._pulls.bypassed, "unseen_pulls": self._pulls.unseen}
         services = await self._services()

@@ -75,7 +75,7 @@ class BlobServer:
             for host, port in settings.listeners:
                 self._sockets += _listen(host, port)
         except OSError as error:
-            self._release()
+            self.release()
             where = _authority(host, port)
             raise SettingsError(
                 f"option {PREFIX}listen: expected a free address of this machine, got {where}: {error.strerror}"
@@ -134,9 +134,10 @@ class BlobServer:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
-        self._release()
+        self.release()
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Free the ports alone. May be called twice."""
         while self._sockets:
             self._sockets.pop().close()
 

@@ -1,0 +1,275 @@
+"""The cache as it runs: every part is built here, opened in one order, and closed in the reverse one.
+
+Invariant: whatever fails to open, all that was opened before it is closed; what is closed is closed after everything
+that uses it.
+"""
+
+import asyncio
+import contextlib
+import gc
+import logging
+from collections.abc import Collection, Coroutine, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from pullthrough.admin.command import Arguments, Command, Look
+from pullthrough.admin.commands import Commands
+from pullthrough.admin.fleet_commands import FleetCommands
+from pullthrough.admin.server import ControlServer
+from pullthrough.config.settings import Settings
+from pullthrough.core.access_log import RequestLog
+from pullthrough.core.errors import CacheError, StoreError
+from pullthrough.core.records import by_model
+from pullthrough.delivery.delivery import Delivery
+from pullthrough.delivery.tls_contexts import TlsContext
+from pullthrough.doctor.probe_server import look_out
+from pullthrough.fleet.membership import Membership
+from pullthrough.fleet.object_store import ObjectStore
+from pullthrough.fleet.tier import load_secret
+from pullthrough.library.eviction import Evictor
+from pullthrough.library.listing import JSON
+from pullthrough.library.maintenance import Maintenance
+from pullthrough.monitoring.health import Health
+from pullthrough.monitoring.lookout import Lookout, looks_at
+from pullthrough.monitoring.metrics import Metrics
+from pullthrough.monitoring.status import StatusView
+from pullthrough.monitoring.traffic import Traffic
+from pullthrough.net.connection_limits import ConnectionLimits, most_connections
+from pullthrough.net.proxy_env import ParentProxies
+from pullthrough.pki.authority import Leaf
+from pullthrough.pki.client_setup import guide
+from pullthrough.pki.leaves import Leaves
+from pullthrough.pki.rollover import Rollover
+from pullthrough.recording.pulls import Counts
+from pullthrough.recording.rate_limit import RateLimit
+from pullthrough.recording.recorder import Recorder
+from pullthrough.recording.workroom import Workroom
+from pullthrough.registry.service import Registry
+from pullthrough.runtime import platform
+from pullthrough.runtime.executors import Threads
+from pullthrough.runtime.loop_lag import LoopLag
+from pullthrough.runtime.temp_folder import TemporaryFolder
+from pullthrough.server import setup_pages
+from pullthrough.server.blob_server import BlobServer
+from pullthrough.server.status_routes import StatusRoutes
+from pullthrough.store.store import Store
+from pullthrough.upstream.client import Upstream
+
+_log = logging.getLogger(__name__)
+
+DESCRIPTORS: Final = 65_536
+
+
+class Proxy(Protocol):
+    """The proxy that the cache lives in, which is handed in: see `proxy.frontend`."""
+
+    async def open(
+        self,
+        settings: Settings,
+        registry: Registry,
+        upstream: Upstream,
+        delivery: Delivery,
+        limits: ConnectionLimits,
+        requests: RequestLog,
+        parents: ParentProxies,
+    ) -> None:
+        """Serve clients from now on. Raises CacheError."""
+
+    def close(self) -> None:
+        """Serve nobody any more. May be called without `open`."""
+
+    def admits(self, peer: str) -> bool:
+        """Return whether a client at this address is served."""
+
+    def present(self, folder: str, certificates: list[str]) -> None:
+        """Show clients these certificates."""
+
+    def ports(self) -> Collection[int]:
+        """Return the ports that it listens on."""
+
+    def address(self) -> tuple[str, int]:
+        """Return where clients find it."""
+
+
+class Daemon:
+    """One cache, from its making to `stop`."""
+
+    def __init__(
+        self, settings: Settings, proxy: Proxy, parents: ParentProxies, *, trusted_ca: str | None, options: list[JSON]
+    ) -> None:
+        """Open what needs no event loop. Raises CacheError; nothing is left open then.
+
+        `parents` are the ways out, `trusted_ca` a file of the authorities that registries are verified by, `options`
+        what `config` tells.
+        """
+        self._settings = settings
+        self._proxy = proxy
+        self._parents = parents
+        self._options = options
+        self._requests = RequestLog()
+        self._tls = TlsContext()
+        self._rollover = Rollover.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
+        try:
+            self._upstream = Upstream(
+                settings,
+                trusted_ca=trusted_ca,
+                own_addresses=platform.own_addresses,
+                own_ports=proxy.ports,
+                parents=parents,
+            )
+        except OSError as error:
+            raise CacheError(
+                f"option ssl_verify_upstream_trusted_ca: expected a PEM file of certificates, got: {error}"
+            ) from error
+        self._fleet: tuple[ObjectStore, bytes] | None = None
+        if settings.object_store is not None and settings.fleet_secret_file is not None:
+            self._fleet = ObjectStore(settings.object_store), load_secret(settings.fleet_secret_file)
+        with contextlib.ExitStack() as stack:
+            self._folder = stack.enter_context(TemporaryFolder())
+            self._store = Store.open(settings.dir, settings.index_dir)
+            stack.callback(self._store.close)
+            # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
+            gc.freeze()
+            self._limits = ConnectionLimits(most_connections(platform.allow_descriptors(DESCRIPTORS)))
+            self._blob_server = BlobServer(settings)
+            stack.callback(self._blob_server.release)
+            self._leaves = Leaves(self._rollover, settings.intercepted, Path(self._folder), self._show)
+            self._health = Health(settings.dir, self._leaves.expiries)
+            self._stack = contextlib.AsyncExitStack()
+            self._stack.enter_context(stack.pop_all())
+
+    async def start(self) -> None:
+        """Open the rest; from here on clients are served. Raises CacheError; nothing is left open then."""
+        async with self._stack as stack:
+            await self._open(stack)
+            self._stack = stack.pop_all()
+
+    async def stop(self) -> None:
+        """Let go of everything; recordings keep what they have. May be called twice, and without `start`."""
+        await self._stack.aclose()
+
+    async def _open(self, stack: contextlib.AsyncExitStack) -> None:
+        settings, store, upstream = self._settings, self._store, self._upstream
+        requests, health = self._requests, self._health
+        threads, lag = Threads(), LoopLag()
+        fleet = Membership(*self._fleet, store, upstream, threads) if self._fleet is not None else None
+        evictor = Evictor(store, threads, max_size=settings.max_size, min_free=settings.min_free, pins=settings.pins)
+        room = Workroom(
+            store,
+            evictor,
+            upstream,
+            threads,
+            connections=settings.upstream_connections,
+            finish=settings.finish,
+            rate_limit=RateLimit(settings.upstream_rate),
+            fleet=(fleet.tier, fleet.leases) if fleet is not None else None,
+        )
+        recorder = Recorder(room)
+        registry = Registry(settings, store, upstream, recorder, fleet.tier if fleet is not None else None)
+        requests.on_sent = registry.count_sent
+        traffic = Traffic(store.ledger, requests, recorder.counters, registry.pulls)
+        delivery = Delivery(settings, registry.answer, requests, self._tls, upstream)
+
+        stack.callback(traffic.count)
+        stack.push_async_callback(upstream.close)
+        await upstream.open()
+        stack.callback(threads.close)
+        stack.callback(lag.close)
+        lag.open()
+        if fleet is not None:
+            stack.push_async_callback(fleet.close)
+            await fleet.open(self._blob_server.address_for, lambda digest: recorder.find(digest) is not None)
+        stack.push_async_callback(recorder.close)
+        stack.push_async_callback(registry.close)
+        registry.open()
+        stack.push_async_callback(delivery.close)
+        await delivery.open()
+        # Its ports are open already: who comes there waits until the proxy is open, too, which admits them.
+        stack.push_async_callback(self._blob_server.close)
+        stack.callback(self._proxy.close)
+        await self._proxy.open(settings, registry, upstream, delivery, self._limits, requests, self._parents)
+        maintenance = Maintenance(store, settings.pins, recorder.running)
+        shared = None
+        if fleet is not None:
+            offices = (store, maintenance, registry.warmer, recorder.counters)
+            shared = FleetCommands(fleet.tier, fleet.uploader, *offices)
+        tier = shared.state if shared is not None else None
+        pulls = registry.pulls.counts
+        commands = Commands(
+            store,
+            maintenance,
+            registry.warmer,
+            pins=settings.pins,
+            options=self._options,
+            count=traffic.count,
+            pulls=pulls,
+            services=health.services,
+            tier=tier,
+        )
+        self._add_pages(
+            Metrics(settings, store, recorder, upstream, requests, lag, health, pulls, tier),
+            StatusView(settings, store, recorder, upstream, health, commands.view, pulls, registry.clients, tier),
+        )
+        await self._blob_server.open(registry, self._proxy.admits, self._limits, requests, delivery.threads)
+        _run(stack, traffic.keep_counting(), "count bytes")
+        _run(stack, _settle(store), "compare the store")
+        _run(stack, self._leaves.renew(), "renew leaves")
+        table = {**commands.table(), **(shared.table() if shared is not None else {}), **self._own_commands(pulls)}
+        control = ControlServer(settings.dir, table)
+        stack.push_async_callback(control.close)
+        await control.open()
+        stack.push_async_callback(health.close)
+        health.open(Lookout(upstream.reachability, looks_at(upstream, fleet.tier if fleet is not None else None)))
+        _log.info(
+            "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
+            settings.dir,
+            len(store.blobs()),
+            len(by_model(store.manifests())),
+            self._rollover.current.certificate_file,
+            self._rollover.current.fingerprint,
+            self._blob_server,
+        )
+
+    def _show(self, leaves: Sequence[Leaf], files: list[str]) -> None:
+        for leaf in leaves:
+            if leaf.host == self._settings.blob_host:
+                self._tls.renew(leaf)
+        self._proxy.present(self._folder, files)
+
+    def _add_pages(self, metrics: Metrics, watch: StatusView) -> None:
+        pages, settings, rollover = self._blob_server.pages, self._settings, self._rollover
+        setup = guide(settings, rollover.certificates, rollover.permitted, self._proxy.address()[1])
+        setup_pages.add(pages, settings, setup.documents)
+        StatusRoutes(metrics, self._health, watch, setup).enter(pages)
+
+    def _own_commands(self, pulls: Counts) -> dict[str, Command]:
+        """Return what is asked of the daemon, and of none of its parts."""
+
+        async def tell_address(_: Arguments) -> Any:
+            host, port = self._proxy.address()
+            return {"host": host, "port": port}
+
+        async def look(_: Arguments) -> Any:
+            return asdict(await look_out(self._upstream, self._settings, datetime.now(UTC), pulls.bypassed))
+
+        return {"proxy": Look(tell_address), "look-out": Look(look)}
+
+
+async def _settle(store: Store) -> None:
+    try:
+        await store.settle()
+    except StoreError as error:
+        _log.warning("%s; it is tried again before anything is removed", error)
+
+
+def _run(stack: contextlib.AsyncExitStack, work: Coroutine[Any, Any, None], name: str) -> None:
+    """Do it beside everything else, until the stack is closed."""
+    task = asyncio.get_running_loop().create_task(work, name=name)
+
+    async def end() -> None:
+        task.cancel()
+        await asyncio.wait([task])
+
+    stack.push_async_callback(end)

@@ -1,0 +1,39 @@
+"""How many bytes went to clients and came from upstream, brought to the store's days from where they are counted.
+
+Invariant: counts reach the index once a minute, whenever somebody looks, and at the end; never with a request.
+"""
+
+import asyncio
+import time
+from typing import Final
+
+from pullthrough.core.access_log import RequestLog
+from pullthrough.recording.counters import Counters
+from pullthrough.recording.pulls import Pulls
+from pullthrough.store.ledger import Ledger
+from pullthrough.store.usage import Usage
+
+WRITE_S: Final = 60.0
+
+
+class Traffic:
+    """The traffic of one daemon."""
+
+    def __init__(self, ledger: Ledger, requests: RequestLog, counters: Counters, pulls: Pulls) -> None:
+        self._ledger = ledger
+        self._requests = requests
+        self._counters = counters
+        self._pulls = pulls
+        self._usage = Usage(ledger.days)
+
+    def count(self) -> None:
+        """Bring the store's days up to date."""
+        self._pulls.expire(now=time.monotonic())
+        self._usage.count_up_to(served=self._requests.sent, fetched=self._counters.upstream_bytes, now=time.time())
+        self._ledger.put_days(self._usage.take())
+
+    async def keep_counting(self) -> None:
+        """Count once a minute; never returns."""
+        while True:
+            await asyncio.sleep(WRITE_S)
+            self.count()

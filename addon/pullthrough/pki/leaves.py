@@ -1,0 +1,66 @@
+"""The certificates that clients are shown: issued at the start, and again in time, for as long as the cache runs.
+
+Invariant: a file of a leaf is readable by its owner alone, and never changed: a renewed leaf has another one.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from pullthrough.pki.authority import Leaf, is_due
+from pullthrough.pki.rollover import Rollover
+
+_log = logging.getLogger(__name__)
+
+LOOK_S: Final = 60.0
+"""How often it is seen whether a leaf is due: so soon after the machine's clock was set, too."""
+
+
+class Leaves:
+    """One leaf for each intercepted host."""
+
+    def __init__(
+        self,
+        rollover: Rollover,
+        hosts: Sequence[str],
+        folder: Path,
+        on_issue: Callable[[Sequence[Leaf], list[str]], None],
+    ) -> None:
+        """Issue the first ones.
+
+        `on_issue` is told of all leaves, and of their files in `folder` as mitmproxy takes them (`HOST=PATH`).
+        """
+        self._rollover = rollover
+        self._hosts = hosts
+        self._folder = folder
+        self._on_issue = on_issue
+        self._leaves: list[Leaf] = []
+        self._issue(datetime.now(UTC))
+
+    def expiries(self) -> dict[str, datetime]:
+        """Return until when the CA and each leaf are valid."""
+        return {"CA": self._rollover.current.not_after, **{leaf.host: leaf.not_after for leaf in self._leaves}}
+
+    async def renew(self) -> None:
+        """Issue all again whenever one is due; never returns."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now = datetime.now(UTC)
+            if any(is_due(leaf, now) for leaf in self._leaves):
+                self._issue(now)
+                _log.info("leaf certificates renewed")
+
+    def _issue(self, now: datetime) -> None:
+        self._leaves = [self._rollover.issue(host, now=now) for host in self._hosts]
+        files = []
+        for leaf in self._leaves:
+            # A new name each time: mitmproxy reads the files again only when the option changes.
+            path = self._folder / f"{leaf.host}-{time.time_ns()}.pem"
+            path.touch(mode=0o600)
+            path.write_bytes(leaf.pem)
+            files.append(f"{leaf.host}={path}")
+        self._on_issue(self._leaves, files)

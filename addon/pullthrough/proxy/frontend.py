@@ -1,0 +1,83 @@
+"""mitmproxy's side of the cache, for the daemon to open and close: hooks, listeners, certificates.
+
+Invariant: nobody is let in before `open`, which fails where this mitmproxy does not ask us what it should.
+"""
+
+from collections.abc import Collection
+from typing import Final
+
+from mitmproxy import ctx
+
+from pullthrough.config.settings import PROXY_PORT, Settings
+from pullthrough.core.access_log import RequestLog
+from pullthrough.delivery.delivery import Delivery
+from pullthrough.net.connection_limits import ConnectionLimits
+from pullthrough.net.proxy_env import ParentProxies
+from pullthrough.proxy.connection_hooks import ConnectionHooks, own_ports
+from pullthrough.proxy.hook_check import check_hooks
+from pullthrough.proxy.idle_addons import remove_idle
+from pullthrough.proxy.request_hooks import RequestHooks
+from pullthrough.proxy.takeover import Takeover
+from pullthrough.registry.service import Registry
+from pullthrough.upstream.client import Upstream
+
+PROXIES: Final = ("regular", "upstream")
+"""Those of mitmproxy's modes whose clients know that they have a proxy."""
+
+
+class Frontend:
+    """The hooks of one addon."""
+
+    def __init__(self) -> None:
+        self._takeover = Takeover(lambda client: self._connections.client_limits.hand_over(client))
+        self._connections = ConnectionHooks(self._takeover)
+        self._requests = RequestHooks(self._connections)
+        self.addons = [self._connections, self._requests]
+        """What mitmproxy is to call."""
+
+    async def open(
+        self,
+        settings: Settings,
+        registry: Registry,
+        upstream: Upstream,
+        delivery: Delivery,
+        limits: ConnectionLimits,
+        requests: RequestLog,
+        parents: ParentProxies,
+    ) -> None:
+        """Serve clients from now on. Raises SettingsError."""
+        remove_idle()
+        await check_hooks(self._connections)
+        await self._takeover.open(delivery, settings.blob_host)
+        self._connections.prepare(settings, parents, upstream.loop, limits, delivery.loopback.address)
+        self._requests.open(settings, registry, upstream.loop, requests, delivery.loopback)
+        self._connections.open()
+
+    def close(self) -> None:
+        """Let nobody in any more, and answer nothing; bodies under way go on."""
+        self._connections.close()
+        self._takeover.close()
+        self._requests.close()
+
+    def admits(self, peer: str) -> bool:
+        """Return whether a client at the address `peer` is served; who is not is named in the log."""
+        return self._connections.admits(peer)
+
+    def present(self, folder: str, certificates: list[str]) -> None:
+        """Show clients these certificates (`HOST=PATH`).
+
+        mitmproxy makes a CA of its own in `folder`, a throw-away that nobody trusts.
+        """
+        ctx.options.update(confdir=folder, certs=certificates)
+
+    def ports(self) -> Collection[int]:
+        """Return the ports that mitmproxy listens on."""
+        return own_ports()
+
+    def address(self) -> tuple[str, int]:
+        """Return the first listener that speaks as a proxy; host "" for all addresses."""
+        servers = ctx.master.addons.get("proxyserver").servers
+        found = [
+            address[:2] for server in servers if server.mode.type_name in PROXIES for address in server.listen_addrs
+        ]
+        return found[0] if found else ("", ctx.options.listen_port or PROXY_PORT)

@@ -1,0 +1,66 @@
+"""The options of mitmproxy: ours among them, those that the cache sets, and those that it refuses.
+
+Invariant: nothing that clients trust the cache for can be undone by an option of mitmproxy.
+"""
+
+from typing import Any, Final, Optional
+
+from mitmproxy import addonmanager, ctx
+from mitmproxy.proxy.mode_specs import ProxyMode
+
+from pullthrough.config.options import OPTIONS, check_foreign
+from pullthrough.config.settings import PREFIX
+from pullthrough.core.errors import SettingsError
+
+SET: Final = {
+    # A hit must not dial upstream first (mitmproxy#4775).
+    "connection_strategy": "lazy",
+    # An early end over HTTP/2 costs Ollama its progress, and mitmproxy's HTTP/2 send buffer is unbounded.
+    "http2": False,
+    "http3": False,
+    "onboarding": False,
+    "flow_detail": 0,
+    # Who may connect is `clients`' to say, in both directions.
+    "block_global": False,
+    "block_private": False,
+    "store_streamed_bodies": False,
+    "stream_large_bodies": None,
+    "body_size_limit": None,
+    "upstream_cert": False,
+    # In reverse mode too, Host is what the client said: it must agree with SNI.
+    "keep_host_header": True,
+}
+_TEXT: Final[Any] = Optional[str]  # noqa: UP045 -- mitmproxy tells types by how they are written
+REFUSED: Final = {"ssl_insecure": "the certificates of registries are always verified"} | dict.fromkeys(
+    ("emudhra", "emudhra_old"), "it signs with the leaked key of a public authority"
+)
+"""Options that stop the start when they are on, and why. The last two came with 12.3."""
+
+
+def check_refused() -> None:
+    """Refuse the options that undo what clients trust us for. Raises SettingsError."""
+    for name, reason in REFUSED.items():
+        if name in ctx.options and getattr(ctx.options, name):
+            raise SettingsError(f"option {name}: must be off ({reason}); remove it and start again")
+
+
+def declare(loader: addonmanager.Loader) -> None:
+    """Declare our options, as text: mitmproxy unloads an addon whose numeric option does not parse, silently."""
+    for option in OPTIONS:
+        # None is what the command line does not say; where else an option may come from is not mitmproxy's to know.
+        default = f" Default: {option.default}." if option.default else ""
+        loader.add_option(f"{PREFIX}{option.name}", _TEXT, None, f"{option.help}{default}")
+    ctx.options.update(**SET)
+
+
+def given() -> dict[str, str]:
+    """Return those of our options that mitmproxy's command line says, by bare name. Raises SettingsError."""
+    check_foreign(ctx.options.deferred)
+    texts = {option.name: getattr(ctx.options, f"{PREFIX}{option.name}") for option in OPTIONS}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def ports_to_listen_on() -> set[int]:
+    """Return the ports that mitmproxy is told to listen on."""
+    modes = (ProxyMode.parse(spec) for spec in ctx.options.mode)
+    return {port for mode in modes if (port := mode.listen_port(ctx.options.listen_port))}
