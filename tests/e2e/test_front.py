@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from pullthrough.cli import app as cli
 from pullthrough.core.ranges import ByteRange, Unsatisfiable, parse_range
 from pullthrough.runtime import platform
-from tests.e2e.conftest import MB, Model, add_model, get, to_cdn, unique
+from tests.e2e.conftest import MB, Model, add_model, canonical, get, to_cdn, unique
 from tests.e2e.test_start import refused
 from tests.support.a2 import A2Client
 from tests.support.client2 import Client2
@@ -617,6 +617,38 @@ def test_documents_for_clients(proxy: Proxy, tmp_path: Path, monkeypatch: pytest
         for path in ("/ca.crt", "/connect/linux.sh", "/connect/compose.yaml"):
             status, _, body = get(connection, path, Host="evil.example")
             assert status == 421 and b"CERTIFICATE" not in body
+
+
+@pytest.mark.parametrize("way", ["tunnel", "plain proxy", "port"])
+def test_a_client_that_leaves_with_the_last_byte(origin: Origin, proxy: Proxy, way: str) -> None:
+    """A body that was sent whole is logged as that, and nothing is said to have failed."""
+    size = 1000
+    model = add_model(origin, unique(size))
+    target = address_of(proxy, model) if way == "port" else canonical(proxy, model)
+    opening = {
+        "tunnel": lambda: to_cdn(proxy),
+        "plain proxy": lambda: connect(proxy.url, R2_HOST, 80, None),
+        "port": lambda: to_front(proxy),
+    }[way]
+
+    def pull(_: int) -> None:
+        for _ in range(10):
+            with opening() as connection:
+                response = connection.request("GET", target, [("User-Agent", "Python-urllib/3.12")])
+                left = size
+                while left:
+                    left -= len(response.read(left))
+                connection.reset()
+
+    proxy.forget_lines()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(pull, range(4)))
+    proxy.wait_for_line(f"{size} bytes in", count=40)
+    with to_front(proxy) as connection:
+        assert get(connection, "/v2/library/nobody/manifests/latest")[0] == 404
+    proxy.wait_for_line("/v2/library/nobody/manifests/latest")
+    since = proxy.output[proxy.output.index(proxy.wait_for_line(f"{size} bytes in")) :]
+    assert not [line for line in since if "short:" in line or "rror" in line or "xception" in line]
 
 
 # --- pages

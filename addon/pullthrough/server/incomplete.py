@@ -9,6 +9,7 @@ Invariant: what ends the connection while a body is under way makes no differenc
 process is killed.
 """
 
+import contextlib
 import socket
 import struct
 import sys
@@ -37,5 +38,7 @@ def end_body(sock: socket.socket) -> None:
 
 
 def _set_linger(sock: socket.socket, *, on: bool) -> None:
-    # With a time of 0, closing discards what is unsent and resets.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(_NUMBERS, on, 0))
+    # A client that has left, as it may with the last byte, has had the socket closed: there is nothing left to end.
+    with contextlib.suppress(OSError):
+        # With a time of 0, closing discards what is unsent and resets.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(_NUMBERS, on, 0))

@@ -53,3 +53,11 @@ def test_a_body_that_is_complete(pair: tuple[socket.socket, socket.socket]) -> N
     end_body(server)
     server.close()
     assert client.recv(100) + client.recv(100) == b"body"
+
+
+def test_a_client_that_leaves_with_the_last_byte(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The socket has been closed meanwhile, and the body was sent whole: nothing is amiss."""
+    server, _ = pair
+    begin_body(server)
+    server.close()
+    end_body(server)
