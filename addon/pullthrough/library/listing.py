@@ -6,7 +6,7 @@ as scripts read them. Sizes are bytes, times Unix seconds or None for never.
 
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
 from functools import cached_property
 from itertools import chain
@@ -17,7 +17,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import NoSuchModel
 from pullthrough.core.manifest_json import Child, Layer
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
-from pullthrough.store.usage import Totals
+from pullthrough.store.usage import Totals, settled
 
 JSON = dict[str, Any]
 
@@ -174,8 +174,10 @@ def statistics(view: View) -> JSON:
     """Sums over everything; `deduplicated_bytes` is what copies for each model would take beyond what is held."""
     listed = Counter(chain.from_iterable(map(listed_by, view.models.values())))
     shared = sum((count - 1) * view.held.get(digest, 0) for digest, count in listed.items() if count > 1)
-    served = sum(totals.served for totals in view.days.values())
-    fetched = sum(totals.fetched for totals in view.days.values())
+    days = settled(view.days)
+    served = sum(totals.served for totals in days.values())
+    fetched = sum(totals.fetched for totals in days.values())
+    saved = sum(totals.saved or 0 for totals in days.values())
     return {
         "models": len(view.models),
         "blobs": len(view.held),
@@ -183,10 +185,10 @@ def statistics(view: View) -> JSON:
         "deduplicated_bytes": shared,
         "served": served,
         "fetched": fetched,
-        "saved": max(0, served - fetched),
-        "ratio": max(0, served - fetched) / served if served else None,
+        "saved": saved,
+        "ratio": saved / served if served else None,
         "days": [
-            {"day": str(_EPOCH + timedelta(days=day)), "served": totals.served, "fetched": totals.fetched}
-            for day, totals in sorted(view.days.items(), reverse=True)
+            {"day": str(_EPOCH + timedelta(days=day)), **asdict(totals)}
+            for day, totals in sorted(days.items(), reverse=True)
         ],
     }

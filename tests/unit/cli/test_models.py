@@ -140,7 +140,7 @@ def test_stats(run: Run) -> None:
         "fetched": 500_000,
         "saved": 1_500_000,
         "ratio": 0.75,
-        "days": [{"day": "2024-10-04", "served": 2_000_000, "fetched": 500_000}],
+        "days": [{"day": "2024-10-04", "served": 2_000_000, "fetched": 500_000, "saved": 1_500_000}],
     }
 
 

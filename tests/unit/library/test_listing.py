@@ -127,7 +127,7 @@ def test_traffic_by_day() -> None:
     assert traffic.take() == {}
     traffic.count_up_to(served=10, fetched=4, now=5.0)
     traffic.count_up_to(served=10, fetched=9, now=DAY_S + 1.0)
-    assert traffic.take() == {0: Totals(11, 5), 1: Totals(0, 5)}
+    assert traffic.take() == {0: Totals(11, 5, saved=6), 1: Totals(0, 5, saved=0)}
     traffic.count_up_to(served=10, fetched=9, now=DAY_S + 2.0)
     assert traffic.take() == {}
 
