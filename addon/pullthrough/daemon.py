@@ -8,8 +8,9 @@ import asyncio
 import contextlib
 import gc
 import logging
+import time
 from collections.abc import Collection, Coroutine, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -20,6 +21,7 @@ from pullthrough.admin.fleet_commands import FleetCommands
 from pullthrough.admin.server import ControlServer
 from pullthrough.config.settings import Settings
 from pullthrough.core.access_log import RequestLog
+from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError, StoreError
 from pullthrough.core.records import by_model
 from pullthrough.delivery.delivery import Delivery
@@ -27,7 +29,7 @@ from pullthrough.delivery.tls_contexts import TlsContext
 from pullthrough.doctor.probe_server import look_out
 from pullthrough.fleet.membership import Membership
 from pullthrough.fleet.object_store import ObjectStore
-from pullthrough.fleet.tier import load_secret
+from pullthrough.fleet.tier import Tier, load_secret
 from pullthrough.library.eviction import Evictor
 from pullthrough.library.listing import JSON
 from pullthrough.library.maintenance import Maintenance
@@ -36,18 +38,32 @@ from pullthrough.monitoring.lookout import Lookout, looks_at
 from pullthrough.monitoring.metrics import Metrics
 from pullthrough.monitoring.status import StatusView
 from pullthrough.monitoring.traffic import Traffic
+from pullthrough.net.client_table import ClientTable
 from pullthrough.net.connection_limits import ConnectionLimits, most_connections
 from pullthrough.net.proxy_env import ParentProxies
 from pullthrough.pki.authority import Leaf
 from pullthrough.pki.client_setup import guide
 from pullthrough.pki.leaves import Leaves
 from pullthrough.pki.rollover import Rollover
-from pullthrough.recording.pulls import Counts
+from pullthrough.recording.pulls import Counts, Place, Pulls
 from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.recorder import Recorder
+from pullthrough.recording.unattended import Ahead
 from pullthrough.recording.workroom import Workroom
-from pullthrough.registry.service import Registry
+from pullthrough.registry.blob_content import BlobContent
+from pullthrough.registry.blobs import Blobs
+from pullthrough.registry.grants import Grants
+from pullthrough.registry.manifests import Manifests
+from pullthrough.registry.offload import Offload
+from pullthrough.registry.pings import Pings
+from pullthrough.registry.prefetch import Prefetcher
+from pullthrough.registry.redirects import Redirects
+from pullthrough.registry.refresh import Refresher
+from pullthrough.registry.service import Registry, log_lost
+from pullthrough.registry.signed_urls import SignedUrls
+from pullthrough.registry.warm import Warmer
 from pullthrough.runtime import platform
+from pullthrough.runtime.clock import lasting
 from pullthrough.runtime.executors import Threads
 from pullthrough.runtime.loop_lag import LoopLag
 from pullthrough.runtime.temp_folder import TemporaryFolder
@@ -167,9 +183,10 @@ class Daemon:
             fleet=(fleet.tier, fleet.leases) if fleet is not None else None,
         )
         recorder = Recorder(room)
-        registry = Registry(settings, store, upstream, recorder, fleet.tier if fleet is not None else None)
-        requests.on_sent = registry.count_sent
-        traffic = Traffic(store.ledger, requests, recorder.counters, registry.pulls)
+        side = build_registry(settings, store, upstream, recorder, fleet.tier if fleet is not None else None)
+        registry, pulls = side.registry, side.pulls.counts
+        requests.on_sent = lambda client, count: side.clients.send(client, count, now=time.time())
+        traffic = Traffic(store.ledger, requests, recorder.counters, side.pulls)
         delivery = Delivery(settings, registry.answer, requests, self._tls, upstream)
 
         stack.callback(traffic.count)
@@ -182,8 +199,10 @@ class Daemon:
             stack.push_async_callback(fleet.close)
             await fleet.open(self._blob_server.address_for, lambda digest: recorder.find(digest) is not None)
         stack.push_async_callback(recorder.close)
-        stack.push_async_callback(registry.close)
-        registry.open()
+        stack.push_async_callback(side.prefetcher.close)
+        stack.push_async_callback(side.redirects.close)
+        stack.push_async_callback(side.refresher.close)
+        side.refresher.open()
         stack.push_async_callback(delivery.close)
         await delivery.open()
         # Its ports are open already: who comes there waits until the proxy is open, too, which admits them.
@@ -193,14 +212,13 @@ class Daemon:
         maintenance = Maintenance(store, settings.pins, recorder.running)
         shared = None
         if fleet is not None:
-            offices = (store, maintenance, registry.warmer, recorder.counters)
+            offices = (store, maintenance, side.warmer, recorder.counters)
             shared = FleetCommands(fleet.tier, fleet.uploader, *offices)
         tier = shared.state if shared is not None else None
-        pulls = registry.pulls.counts
         commands = Commands(
             store,
             maintenance,
-            registry.warmer,
+            side.warmer,
             pins=settings.pins,
             options=self._options,
             count=traffic.count,
@@ -210,7 +228,7 @@ class Daemon:
         )
         self._add_pages(
             Metrics(settings, store, recorder, upstream, requests, lag, health, pulls, tier),
-            StatusView(settings, store, recorder, upstream, health, commands.view, pulls, registry.clients, tier),
+            StatusView(settings, store, recorder, upstream, health, commands.view, pulls, side.clients, tier),
         )
         await self._blob_server.open(registry, self._proxy.admits, self._limits, requests, delivery.threads)
         _run(stack, traffic.keep_counting(), "count bytes")
@@ -255,6 +273,56 @@ class Daemon:
             return asdict(await look_out(self._upstream, self._settings, datetime.now(UTC), pulls.bypassed))
 
         return {"proxy": Look(tell_address), "look-out": Look(look)}
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySide:
+    """What answers clients in the registry's place, and what is done for them beforehand."""
+
+    registry: Registry
+    grants: Grants
+    pulls: Pulls
+    clients: ClientTable
+    redirects: Redirects
+    prefetcher: Prefetcher
+    refresher: Refresher
+    warmer: Warmer
+
+
+def build_registry(
+    settings: Settings, store: Store, upstream: Upstream, recorder: Recorder, tier: Tier | None = None
+) -> RegistrySide:
+    """Build the registry of one daemon; nothing of it runs before it is asked or opened."""
+    pulls, clients = Pulls(log_lost), ClientTable()
+    addresses = SignedUrls(store.secret, store.ledger, store.is_public)
+    manifests = Manifests(settings, store, upstream, tier)
+    grants = Grants(settings, store, upstream)
+    offload = Offload(store, tier if settings.offload else None)
+    prefetcher = Prefetcher(store, recorder, grants.source, lambda digest: addresses.source(digest, now=lasting()))
+
+    def follow(place: Place, digest: Digest) -> None:
+        if settings.prefetch and not settings.offline:
+            prefetcher.follow(*place, digest)
+
+    content = BlobContent(store, recorder, grants, offload, pulls, follow, tier)
+    redirects = Redirects(settings, upstream, grants, addresses, content.record)
+    blobs = Blobs(settings, store, upstream, recorder, grants, manifests, content, redirects, offload, pulls, tier)
+    registry = Registry(
+        settings,
+        store,
+        upstream.loop,
+        addresses=addresses,
+        manifests=manifests,
+        pings=Pings(settings, upstream),
+        blobs=blobs,
+        content=content,
+        redirects=redirects,
+        clients=clients,
+    )
+    ahead = Ahead(settings, store, recorder, grants.public_source)
+    refresher = Refresher(settings, store, upstream, ahead, manifests)
+    warmer = Warmer(settings, store, ahead, manifests)
+    return RegistrySide(registry, grants, pulls, clients, redirects, prefetcher, refresher, warmer)
 
 
 async def _settle(store: Store) -> None:

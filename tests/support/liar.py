@@ -23,6 +23,7 @@ from pullthrough.config.settings import R2_HOST, Endpoint
 from pullthrough.core.digest import Digest
 from pullthrough.core.manifest_json import DOCKER_TYPE
 from pullthrough.core.routes import canonical_path
+from pullthrough.daemon import build_registry
 from pullthrough.library.eviction import Evictor
 from pullthrough.recording import blob_source, recording, retry_policy
 from pullthrough.recording.rate_limit import RateLimit
@@ -30,6 +31,7 @@ from pullthrough.recording.reader import FileSpan, Memory, Reader
 from pullthrough.recording.recorder import Recorder
 from pullthrough.recording.workroom import Workroom
 from pullthrough.registry import grants
+from pullthrough.registry.grants import Grants
 from pullthrough.registry.messages import Answer, Request
 from pullthrough.registry.service import Registry
 from pullthrough.runtime import platform
@@ -157,6 +159,7 @@ class Cache:
     upstream: Upstream
     recorder: Recorder
     core: Registry
+    grants: Grants
 
     async def ask(self, method: str, target: str, *, authorization: str | None = None, new: bool = False) -> Answer:
         """The answer to a client: one that asks the plain port, or a `new` Ollama that has us for its proxy."""
@@ -248,11 +251,12 @@ async def cache(folder: Path) -> AsyncIterator[Cache]:
         await upstream.open()
         evictor = Evictor(store, threads, max_size=None, min_free=0)
         recorder = Recorder(Workroom(store, evictor, upstream, threads, 4, settings.finish, RateLimit(None)))
-        core = Registry(settings, store, upstream, recorder)
+        side = build_registry(settings, store, upstream, recorder)
         try:
-            yield Cache(origin, store, upstream, recorder, core)
+            yield Cache(origin, store, upstream, recorder, side.registry, side.grants)
         finally:
-            await core.close()
+            await side.redirects.close()
+            await side.prefetcher.close()
             await recorder.close()
             await upstream.close()
             server.close()

@@ -18,7 +18,9 @@ from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.traffic import Traffic
 from pullthrough.net.proxy_env import ParentProxies
 from pullthrough.recording.recorder import Recorder
-from pullthrough.registry.service import Registry
+from pullthrough.registry.prefetch import Prefetcher
+from pullthrough.registry.redirects import Redirects
+from pullthrough.registry.refresh import Refresher
 from pullthrough.runtime.executors import Threads
 from pullthrough.runtime.loop_lag import LoopLag
 from pullthrough.runtime.temp_folder import TemporaryFolder
@@ -59,7 +61,9 @@ ENDS: list[tuple[type, str]] = [
     (FakeProxy, "close"),
     (BlobServer, "close"),
     (Delivery, "close"),
-    (Registry, "close"),
+    (Refresher, "close"),
+    (Redirects, "close"),
+    (Prefetcher, "close"),
     (Recorder, "close"),
     (LoopLag, "close"),
     (Threads, "close"),
@@ -147,7 +151,7 @@ def test_without_a_start(make: Callable[[], Daemon], ended: list[tuple[type, str
     assert is_free(tmp_path, port)
 
 
-@pytest.mark.parametrize("part", [Upstream, Registry, Delivery, FakeProxy, BlobServer, ControlServer])
+@pytest.mark.parametrize("part", [Upstream, Refresher, Delivery, FakeProxy, BlobServer, ControlServer])
 def test_a_part_that_fails_to_open(
     make: Callable[[], Daemon],
     ended: list[tuple[type, str]],
@@ -166,7 +170,7 @@ def test_a_part_that_fails_to_open(
 
     async def work() -> None:
         daemon = make()
-        monkeypatch.setattr(part, "open", fail_at_once if part is Registry else fail)
+        monkeypatch.setattr(part, "open", fail_at_once if part is Refresher else fail)
         with pytest.raises(CacheError, match=r"^no$"):
             await daemon.start()
         assert ended == expected

@@ -25,7 +25,7 @@ from pullthrough.recording.pulls import Place, Pulls
 from pullthrough.recording.reader import WAIT_S, Reader
 from pullthrough.recording.recorder import Recorder
 from pullthrough.recording.recording import Recording
-from pullthrough.registry.grants import Grants
+from pullthrough.registry.grants import Grant, Grants
 from pullthrough.registry.messages import Answer, Request
 from pullthrough.registry.offload import Offload
 from pullthrough.registry.signed_urls import HandedOut
@@ -144,6 +144,15 @@ class BlobContent:
         return self._recorder.open(
             digest, obtain=obtain or (lambda: self._grants.source(digest)), source=source, look=look
         )
+
+    async def record(self, digest: Digest, grant: Grant) -> int:
+        """Return the size of a blob that was granted; it is being recorded if it is not here. Raises CacheError."""
+        if (held := self._store.held(digest)) is not None and held.size is not None:
+            if grant.stream is not None:
+                grant.stream.close()
+            return held.size
+        recording = self._recorder.open(digest, obtain=grant.again, source=grant.source, stream=grant.stream)
+        return await recording.ready()
 
     def _disown(self, digest: Digest) -> None:
         _log.error("%s: the stored file cannot be read; it will be recorded anew", digest.short)

@@ -33,7 +33,6 @@ from pullthrough.registry.manifests import Manifests
 from pullthrough.registry.messages import Answer, Request
 from pullthrough.registry.offload import Offload
 from pullthrough.registry.redirects import Redirects
-from pullthrough.registry.signed_urls import SignedUrls
 from pullthrough.runtime.clock import lasting
 from pullthrough.store.store import Store
 from pullthrough.upstream import chunksums
@@ -54,9 +53,9 @@ class Blobs:
         upstream: Upstream,
         recorder: Recorder,
         grants: Grants,
-        addresses: SignedUrls,
         manifests: Manifests,
         content: BlobContent,
+        redirects: Redirects,
         offload: Offload,
         pulls: Pulls,
         tier: Tier | None = None,
@@ -68,10 +67,10 @@ class Blobs:
         self._grants = grants
         self._manifests = manifests
         self._content = content
+        self._redirects = redirects
         self._offload = offload
         self._pulls = pulls
         self._tier = tier
-        self.redirects = Redirects(settings, upstream, grants, addresses, self._record)
 
     async def answer(self, request: Request, route: BlobRoute) -> Answer:
         """Answer a GET or HEAD of a blob."""
@@ -156,7 +155,7 @@ class Blobs:
         try:
             # An address that the client has not made anything of may be no good any more.
             fresh = self._pulls.is_waiting(request.client, place, route.digest)
-            location = await self.redirects.location(request, route, held=held or near, fresh=fresh)
+            location = await self._redirects.location(request, route, held=held or near, fresh=fresh)
         except (UpstreamUnreachable, UpstreamTimeout) as error:
             if not request.is_known_to_bypass:
                 raise
@@ -190,16 +189,7 @@ class Blobs:
         record = self._store.blob(route.digest)
         if self._tier is not None and record is not None and record.public and self._grants.holds(request, route):
             return await self._content.recording(route.digest).ready()
-        return await self._record(route.digest, await self._grants.obtain(request, route))
-
-    async def _record(self, digest: Digest, grant: Grant) -> int:
-        """The blob's size; it is being recorded if it is not here."""
-        if (held := self._store.held(digest)) is not None and held.size is not None:
-            if grant.stream is not None:
-                grant.stream.close()
-            return held.size
-        recording = self._recorder.open(digest, obtain=grant.again, source=grant.source, stream=grant.stream)
-        return await recording.ready()
+        return await self._content.record(route.digest, await self._grants.obtain(request, route))
 
     def _size(self, digest: Digest) -> int | None:
         record = self._store.blob(digest)
@@ -248,7 +238,9 @@ class Blobs:
                 size = chunksums.check(response.body)
                 source = self._upstream.source_at(request.host, target, location)
                 source = self._grants.sums(request.host, route, authorization, source, size, denials=denials)
-                await self._record(route.digest, Grant(source, None, self._grants.again(request, route, authorization)))
+                await self._content.record(
+                    route.digest, Grant(source, None, self._grants.again(request, route, authorization))
+                )
                 return response.body, size, CacheStatus(Outcome.REQUEST, forward_status=200)
             if response.status not in DENIED:
                 break

@@ -8,10 +8,12 @@ is. What fails is left to the client's own request.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from pullthrough.core.digest import Digest
 from pullthrough.core.records import ManifestRecord, Series, by_model, canonical
+from pullthrough.library.expected_sizes import public_sizes
 from pullthrough.recording.recorder import Recorder
 from pullthrough.store.store import Store
 from pullthrough.upstream.data_stream import Source
@@ -67,8 +69,11 @@ class Prefetcher:
     async def _record(self, digests: Sequence[Digest]) -> None:
         for digest in digests:
             if self._store.held(digest) is None and self._recorder.find(digest) is None:
+                source = self._known(digest)
+                if source is not None:
+                    source = replace(source, sizes=public_sizes(self._store, digest))
                 recording = self._recorder.open(
-                    digest, obtain=partial(self._source, digest), source=self._known(digest), wanted=True
+                    digest, obtain=partial(self._source, digest), source=source, wanted=True
                 )
                 await recording.over.wait()
 

@@ -8,12 +8,11 @@ means "not ours: pass it through".
 import asyncio
 import logging
 import time
-from dataclasses import replace
 
 from pullthrough.config.settings import Settings
 from pullthrough.core import capability
 from pullthrough.core.cache_status import CacheStatus, Outcome
-from pullthrough.core.digest import Digest
+from pullthrough.core.cdn_loop import LoopGuard
 from pullthrough.core.errors import (
     CacheError,
     LoopDetected,
@@ -30,27 +29,18 @@ from pullthrough.core.routes import (
     parse_canonical_target,
     parse_registry_target,
 )
-from pullthrough.fleet.tier import Tier
-from pullthrough.library.expected_sizes import public_sizes
 from pullthrough.net.client_table import ClientTable
-from pullthrough.recording.pulls import Place, Pulls
-from pullthrough.recording.recorder import Recorder
-from pullthrough.recording.unattended import Ahead
+from pullthrough.recording.pulls import Place
 from pullthrough.registry.blob_content import BlobContent
 from pullthrough.registry.blobs import Blobs
-from pullthrough.registry.grants import Grants
 from pullthrough.registry.manifests import Manifests
 from pullthrough.registry.messages import Answer, Request, explained, failure
-from pullthrough.registry.offload import Offload
 from pullthrough.registry.pings import Pings
-from pullthrough.registry.prefetch import Prefetcher
-from pullthrough.registry.refresh import Refresher
+from pullthrough.registry.redirects import Redirects
 from pullthrough.registry.signed_urls import HandedOut, SignedUrls
-from pullthrough.registry.warm import Warmer
 from pullthrough.runtime.clock import lasting
 from pullthrough.store.store import Store
-from pullthrough.upstream.client import DEADLINE_S, Upstream
-from pullthrough.upstream.data_stream import Source
+from pullthrough.upstream.client import DEADLINE_S
 
 _log = logging.getLogger(__name__)
 
@@ -59,53 +49,36 @@ class Registry:
     """The core: requests in, answers out."""
 
     def __init__(
-        self, settings: Settings, store: Store, upstream: Upstream, recorder: Recorder, tier: Tier | None = None
+        self,
+        settings: Settings,
+        store: Store,
+        loop: LoopGuard,
+        *,
+        addresses: SignedUrls,
+        manifests: Manifests,
+        pings: Pings,
+        blobs: Blobs,
+        content: BlobContent,
+        redirects: Redirects,
+        clients: ClientTable,
     ) -> None:
         self._settings = settings
         self._store = store
-        self._upstream = upstream
-        self.pulls = Pulls(_log_lost)
-        self.clients = ClientTable()
-        self._addresses = SignedUrls(store.secret, store.ledger, store.is_public)
-        self._manifests = Manifests(settings, store, upstream, tier)
-        self._pings = Pings(settings, upstream)
-        grants = Grants(settings, store, upstream)
-        offload = Offload(store, tier if settings.offload else None)
-        self._prefetcher = Prefetcher(store, recorder, grants.source, self._known_source)
-        self._content = BlobContent(store, recorder, grants, offload, self.pulls, self._follow, tier)
-        self._blobs = Blobs(
-            settings,
-            store,
-            upstream,
-            recorder,
-            grants,
-            self._addresses,
-            self._manifests,
-            self._content,
-            offload,
-            self.pulls,
-            tier,
-        )
-        ahead = Ahead(settings, store, recorder, grants.public_source)
-        self._refresher = Refresher(settings, store, upstream, ahead, self._manifests)
-        self.warmer = Warmer(settings, store, ahead, self._manifests)
-
-    def open(self) -> None:
-        """Begin what is done by itself."""
-        self._refresher.open()
-
-    async def close(self) -> None:
-        """Start nothing more."""
-        await self._refresher.close()
-        await self._blobs.redirects.close()
-        await self._prefetcher.close()
+        self._loop = loop
+        self._addresses = addresses
+        self._manifests = manifests
+        self._pings = pings
+        self._blobs = blobs
+        self._content = content
+        self._redirects = redirects
+        self._clients = clients
 
     async def answer(self, request: Request) -> Answer | None:
         """The answer, or None where the request is to be passed through to upstream untouched."""
         if request.method not in ("GET", "HEAD") or request.host not in self._settings.intercepted:
             return None
         route = self._route(request)
-        if request.trail and self._upstream.loop.is_own(request.trail):
+        if request.trail and self._loop.is_own(request.trail):
             return _looped(request, route)
         match route:
             case None:
@@ -149,16 +122,12 @@ class Registry:
             return parse_registry_target(request.target)
         return canonical
 
-    def count_sent(self, client: str, count: int) -> None:
-        """Note that bytes of a blob went to the client."""
-        self.clients.send(client, count, now=time.time())
-
     def _note(self, request: Request, route: ManifestRoute, answer: Answer) -> None:
         """Remember who asked for a manifest, and what was pulled by that."""
         client, now = request.client, time.time()
-        self.clients.ask(client, request.way, request.version, bypasses=request.is_known_to_bypass, now=now)
+        self._clients.ask(client, request.way, request.version, bypasses=request.is_known_to_bypass, now=now)
         if request.method == "GET" and answer.status == 200:
-            self.clients.pull(client, Name(canonical(request.host), route.repository, route.reference), now=now)
+            self._clients.pull(client, Name(canonical(request.host), route.repository, route.reference), now=now)
 
     def _prepare_addresses(self, request: Request, route: ManifestRoute) -> None:
         """Obtain the addresses of a model's blobs before a client that may bypass this proxy asks for each."""
@@ -172,20 +141,11 @@ class Registry:
             if not series.is_of_tensors and (
                 chosen is None or chosen.digest is None or chosen.digest.hex == series.key
             ):
-                self._blobs.redirects.prepare(request, route.repository, series.digests)
-
-    def _known_source(self, digest: Digest) -> Source | None:
-        """A source of the blob that a client has been sent to."""
-        source = self._addresses.source(digest, now=lasting())
-        return replace(source, sizes=public_sizes(self._store, digest)) if source is not None else None
-
-    def _follow(self, place: Place, digest: Digest) -> None:
-        """Record the layers that a client which pulls this one will ask for next."""
-        if self._settings.prefetch and not self._settings.offline:
-            self._prefetcher.follow(*place, digest)
+                self._redirects.prepare(request, route.repository, series.digests)
 
 
-def _log_lost(client: str, place: Place, bypasses: bool) -> None:
+def log_lost(client: str, place: Place, bypasses: bool) -> None:
+    """Say that a client did not come for what it was sent to the registry's own address of."""
     model = f"{place[0]}/{place[1]}"
     if bypasses:
         _log.warning(

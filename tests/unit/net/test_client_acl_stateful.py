@@ -22,15 +22,16 @@ from multidict import CIMultiDict
 
 from pullthrough.config.options import parse_settings
 from pullthrough.config.settings import R2_HOST
+from pullthrough.core.cdn_loop import LoopGuard
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import UpstreamRefused, UpstreamUnreachable
 from pullthrough.core.manifest_json import LIST_TYPE, accept_of
 from pullthrough.core.routes import canonical_path
+from pullthrough.daemon import build_registry
 from pullthrough.net.client_acl import VOUCHED_S
 from pullthrough.recording.recorder import Recorder
 from pullthrough.registry import blobs, grants, manifests
 from pullthrough.registry.messages import Request
-from pullthrough.registry.service import Registry
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import Response, Upstream
 from pullthrough.upstream.data_stream import Source
@@ -54,6 +55,8 @@ digests = st.sampled_from(DIGESTS)
 
 class Upstreams:
     """What upstream has and says, and what follows from it."""
+
+    loop = LoopGuard("ollama-cache-test")
 
     def __init__(self) -> None:
         self.away = False
@@ -213,7 +216,8 @@ class Access(RuleBasedStateMachine):
     def _open(self) -> None:
         self.store = Store.open(Path(self._folder.name) / "store")
         options = parse_settings({"prefetch": "false", "manifest_lifetime": "0"}, dir=Path("/d"), certs=Path("/c"))
-        self.core = Registry(options, self.store, cast(Upstream, self.upstream), cast(Recorder, Recordings()))
+        recordings = cast(Recorder, Recordings())
+        self.core = build_registry(options, self.store, cast(Upstream, self.upstream), recordings).registry
 
     def teardown(self) -> None:
         self.store.close()

@@ -79,7 +79,7 @@ async def _walk(here: Cache, model: Model, state: str) -> list[str]:
         found += await _listeners(here, model, caller)
     here.upstream._down_until.clear()
     with contextlib.suppress(CacheError):
-        await here.core._blobs._grants.public_source(HOST, model.repository, model.digest)
+        await here.grants.public_source(HOST, model.repository, model.digest)
     record = here.store.blob(model.digest)
     if model.private and record is not None and record.public:
         found.append("a private blob became public")
@@ -97,7 +97,7 @@ async def _walk(here: Cache, model: Model, state: str) -> list[str]:
 
 
 def _is_public(here: Cache, model: Model) -> bool:
-    return here.core._blobs._grants.is_public(HOST, BlobRoute(model.repository, model.digest))
+    return here.grants.is_public(HOST, BlobRoute(model.repository, model.digest))
 
 
 async def _listeners(here: Cache, model: Model, caller: str | None) -> list[str]:

@@ -7,10 +7,11 @@ from typing import Any, cast
 import pytest
 
 from pullthrough.config.options import parse_settings
+from pullthrough.core.cdn_loop import LoopGuard
+from pullthrough.daemon import build_registry
 from pullthrough.recording.recorder import Recorder
 from pullthrough.registry import service
 from pullthrough.registry.messages import Request
-from pullthrough.registry.service import Registry
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import Upstream
 
@@ -20,6 +21,8 @@ DIGEST = "sha256:" + "0123456789abcdef" * 4
 
 class HangingUpstream:
     """Never answers."""
+
+    loop = LoopGuard("ollama-cache-test")
 
     async def _hang(self, *_: Any, **__: Any) -> Any:
         await asyncio.Event().wait()
@@ -36,7 +39,7 @@ def test_a_blob_request_has_a_deadline(tmp_path: Path, monkeypatch: pytest.Monke
     store = Store.open(tmp_path / "store")
     try:
         settings = parse_settings({}, dir=tmp_path, certs=tmp_path)
-        core = Registry(settings, store, cast(Upstream, HangingUpstream()), cast(Recorder, None))
+        core = build_registry(settings, store, cast(Upstream, HangingUpstream()), cast(Recorder, None)).registry
         answer = asyncio.run(core.answer(Request(method, "https", HOST, f"/v2/library/x/{kind}/{DIGEST}", {})))
     finally:
         store.close()
@@ -55,7 +58,7 @@ def test_a_transfer_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     async def ask() -> None:
         settings = parse_settings({}, dir=tmp_path, certs=tmp_path)
-        core = Registry(settings, store, cast(Upstream, HangingUpstream()), cast(Recorder, None))
+        core = build_registry(settings, store, cast(Upstream, HangingUpstream()), cast(Recorder, None)).registry
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(core.answer(request), 0.2)
 
