@@ -259,7 +259,7 @@ def test_options(page: str) -> None:
     for name in re.findall(r"\bollama_cache_([a-z_]+)", text):
         assert name in NAMES, name
     for name in re.findall(r"\bOLLAMA_CACHE_([A-Z_]+)", text):
-        assert name.lower() in (*NAMES, "name", "test_swift"), name
+        assert name.lower() in (*NAMES, "name", "test_axe", "test_pages", "test_swift"), name
     others = {"fwd", "event", "trust_env"}
     for quoted in inline(page):
         if match := re.fullmatch(r"([a-z_]+)=(\S+)", quoted):

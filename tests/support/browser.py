@@ -58,8 +58,8 @@ class Browser:
         assert "errorText" not in result, result
 
     async def value(self, expression: str) -> Any:
-        """What a JavaScript expression gives."""
-        result = await self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        """What a JavaScript expression gives; a promise is waited for."""
+        result = await self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
@@ -81,6 +81,11 @@ class Browser:
         )  # fmt: skip
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.send("Emulation.setEmulatedMedia", features=[scheme])
+
+    async def press_tab(self) -> None:
+        """Go on to what the keyboard reaches next."""
+        for kind in ("rawKeyDown", "keyUp"):
+            await self.send("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
 
     async def photograph(self) -> bytes:
         """What the screen shows, as PNG."""

@@ -1,6 +1,7 @@
 """A store of a few models with the names and sizes of real ones, and the days of traffic behind it.
 
-The blobs are sparse files that hash to nothing: for looking at, not for pulling.
+The blobs are sparse files that hash to nothing: for looking at, not for pulling. A cache that is started with `PATCH`
+remembers clients, too.
 """
 
 import json
@@ -24,6 +25,28 @@ MODELS: Final = {
     "acme/support-assistant-for-the-field-service:q4_k_m": (4_920_734_048, 9 * DAY_S),
 }
 """The size of each one's weights, and how long ago it was pulled."""
+PATCH: Final = """
+import time
+from pullthrough.core.records import Name
+from pullthrough.net import client_table
+
+def remember(table, *, limit=1000, make=client_table.ClientTable.__init__):
+    make(table, limit=limit)
+    for address, way, version, models, size, ago in (
+        ("10.0.0.23", "HTTPS_PROXY", (0, 36, 1), ["gemma3:12b"], 0, 5 * 3600),
+        ("10.0.0.12", "gateway", (0, 34, 4), ["gemma3:12b", "qwen3:8b"], 13_374_000_000, 2400),
+        ("fd12:3456:789a::c0ff:ee", "plain port", None, ["llama3.2:latest"], 2_019_000_000, 900),
+        ("10.0.0.7", "HTTPS_PROXY", (0, 41, 0), ["qwen3:8b", "llama3.2:latest"], 7_245_000_000, 180),
+    ):
+        now = time.time() - ago
+        way = client_table.Way(way)
+        table.ask(address, way, version, bypasses=version == (0, 36, 1), now=now)
+        for model in models:
+            table.pull(address, Name.parse(model), now=now)
+        table.send(address, size, now=now)
+
+client_table.ClientTable.__init__ = remember
+"""
 _SMALL: Final = (("license", 12_403), ("template", 1_481), ("params", 96))
 _GB: Final = 10**9
 _WEEK: Final = ((41, 11), (33, 4), (58, 9), (27, 3), (36, 2), (4, 0), (0, 0))
