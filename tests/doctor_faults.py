@@ -100,7 +100,89 @@ CLIENT: Final = (
     ),
 )
 
-ALL: Final = CLIENT
+_CA: Final = "the certificate authority cannot be used"
+_STORE: Final = "the store cannot be used"
+_PORT: Final = "another program has the port"
+_REGISTRY: Final = "the registry cannot be reached"
+_BLOB_HOST: Final = "the blob host cannot be reached"
+_PORTAL: Final = "something else answers in the registry's place"
+_ADVERTISE: Final = "clients cannot follow the name in advertise"
+
+
+def _at_cache(name: str, what: str, mend: str, *, grave: bool = True, planted: Planted = Planted.REAL) -> Fault:
+    return Fault(name, what, mend, Side.CACHE, planted, grave)
+
+
+CACHE: Final = (
+    _at_cache("the cache does not run", "the cache does not run", "ollama-cache run"),
+    _at_cache("another program has the proxy's port", _PORT, "--listen-port"),
+    _at_cache("another program has the plain port", _PORT, "listen="),
+    _at_cache("the cache that runs has another store", "the cache that runs has another store", "--dir"),
+    _at_cache("the store is another user's", "the store is another user's", "sudo ollama-cache doctor"),
+    _at_cache("the folder is no store", _STORE, "look at dir"),
+    _at_cache("a newer version made the store", _STORE, "look at dir"),
+    _at_cache("the store is on a read-only disk", "the store cannot be written to", "remount,rw"),
+    _at_cache("the index is damaged", "the index is damaged", "ollama-cache run", grave=False),
+    _at_cache("a blob had other bytes", "bytes in quarantine", "ollama-cache verify", grave=False),
+    _at_cache("the disk is full", "the disk is full", "ollama-cache prune --all"),
+    _at_cache("the authority is gone", _CA, "restore the folder certs/"),
+    _at_cache("others can read the authority's key", _CA, "chmod 600"),
+    _at_cache("the authority has expired", _CA, "timedatectl set-ntp true"),
+    _at_cache("the authority does not permit a registry", _CA, "ollama-cache ca renew"),
+    _at_cache("the authority nears its end", "the certificate authority nears its end", "ca renew", grave=False),
+    _at_cache(
+        "the cache was started with another authority",
+        "the running cache has another authority",
+        "start the cache again",
+    ),
+    _at_cache("a leaf has expired", "the cache's certificate was not made anew", "start the cache again"),
+    _at_cache(
+        "a leaf is about to expire", "the cache's certificate was not made anew", "start the cache again", grave=False
+    ),
+    _at_cache("nobody listens at the proxy's port", "the proxy's port cannot be reached", "open the port"),
+    _at_cache("a bare mitmdump is at the proxy's port", "what listens there is not this cache", "ollama-cache run"),
+    _at_cache("no proxy is at the proxy's port", "what listens there is not this cache", "ollama-cache run"),
+    _at_cache("something else is at the plain port", "the blob server's port does not serve", "look at listen"),
+    _at_cache(
+        "it listens on loopback alone",
+        "the cache listens for this machine alone",
+        "--listen-host 0.0.0.0",
+        grave=False,
+    ),
+    _at_cache("`advertise` does not resolve", _ADVERTISE, "advertise", grave=False),
+    _at_cache("`advertise` is an IPv6 address, `listen` has none", _ADVERTISE, "advertise", grave=False),
+    _at_cache("`clients` is too narrow", "clients are turned away", "ollama_cache_clients=", grave=False),
+    _at_cache("few descriptors", "there are few descriptors", "LimitNOFILE", grave=False),
+    _at_cache("the registry is down", _REGISTRY, "firewall"),
+    _at_cache("the registry's name does not resolve", _REGISTRY, "DNS"),
+    _at_cache("the registry's certificate is another's", _REGISTRY, "ssl_verify_upstream_trusted_ca"),
+    _at_cache("the parent proxy wants a password", _REGISTRY, "HTTPS_PROXY"),
+    _at_cache("the parent proxy is down", _REGISTRY, "HTTPS_PROXY"),
+    _at_cache("a login page is in the registry's place", _PORTAL, "log in to the network"),
+    _at_cache("a filter forbids the registry", _PORTAL, "web filter"),
+    _at_cache("the blob host is down", _BLOB_HOST, "firewall"),
+    _at_cache("the blob host's name does not resolve", _BLOB_HOST, "DNS"),
+    _at_cache("something on the way ignores Range", "blobs cannot be had in parts", "unaltered"),
+    _at_cache("the registry sends no addresses of blobs", "there are no signed addresses", "gateway", grave=False),
+    _at_cache("the clock is ahead", "the clock is wrong", "timedatectl set-ntp true"),
+    _at_cache("the clock is behind", "the clock is wrong", "timedatectl set-ntp true"),
+    _at_cache(
+        "Ollama 0.35 pulls by HTTPS_PROXY",
+        "pulls go past the cache",
+        "upgrade Ollama",
+        grave=False,
+        planted=Planted.RECORDED,
+    ),
+    _at_cache(
+        "the fleet's object store is down",
+        "the fleet's object store cannot be used",
+        "credentials",
+        grave=False,
+        planted=Planted.RECORDED,
+    ),
+)
+
+ALL: Final = (*CACHE, *CLIENT)
 BY_NAME: Final = {(fault.side, fault.name): fault for fault in ALL}
 
 

@@ -99,6 +99,9 @@ class Proxy(Protocol):
     def admits(self, peer: str) -> bool:
         """Return whether a client at this address is served."""
 
+    def refused(self) -> str:
+        """Return how many connections were not served since the start, and whose was the last; "" for none."""
+
     def present(self, folder: str, certificates: list[str]) -> None:
         """Show clients these certificates."""
 
@@ -270,7 +273,9 @@ class Daemon:
             return {"host": host, "port": port}
 
         async def look(_: Arguments) -> Any:
-            return asdict(await look_out(self._upstream, self._settings, datetime.now(UTC), pulls.bypassed))
+            found = await look_out(self._upstream, self._settings, datetime.now(UTC))
+            counted = {"bypassed": pulls.bypassed, "refused": self._proxy.refused()}
+            return {**asdict(found), **counted, "descriptors": platform.descriptors()}
 
         return {"proxy": Look(tell_address), "look-out": Look(look)}
 

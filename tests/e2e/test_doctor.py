@@ -1,31 +1,45 @@
 """Each fault of tests/doctor_faults.py is planted alone; the doctor finds it and nothing else, and names its mend."""
 
+import asyncio
+import contextlib
 import json
 import os
+import shutil
 import socket
 import ssl
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from typer.testing import CliRunner
 
+from pullthrough.admin.client import ask
+from pullthrough.cli import app as cli
 from pullthrough.config.options import parse_settings
+from pullthrough.config.settings import Endpoint
 from pullthrough.doctor.client_scripts import scripts
-from pullthrough.doctor.rules import Finding
-from pullthrough.pki.authority import Authority, Leaf
+from pullthrough.doctor.probe_server import Outlook, look_out, server_facts
+from pullthrough.doctor.rules import Finding, of_server
+from pullthrough.net.proxy_env import ParentProxies
+from pullthrough.pki.authority import CERTIFICATE_NAME, KEY_NAME, Authority, Leaf
+from pullthrough.store.index import DATABASE, Index
+from pullthrough.store.layout import MARKER, prepare
+from pullthrough.upstream.client import Upstream
 from tests import doctor_faults
-from tests.doctor_faults import Fault, Side
+from tests.doctor_faults import Fault, Planted
 from tests.e2e.conftest import REGISTRY, add_model
 from tests.support.clientmachine import Machine, answering
 from tests.support.connectproxy import ConnectProxy
-from tests.support.origin import R2_HOST, Origin
-from tests.support.proxy import PROGRAM, Proxy, free_port
+from tests.support.origin import R2_HOST, Mode, Origin
+from tests.support.origin import Fault as Fault_
+from tests.support.proxy import ADDON, PROGRAM, Proxy, free_port
 
 NAMES: Final = (REGISTRY, R2_HOST)
 SYSTEM_LIST: Final = "/etc/ssl/certs/ca-certificates.crt"
@@ -43,11 +57,14 @@ REVOCATION: Final = (
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Origin, Proxy]]:
     """A cache that is well: open to the IPv4 addresses of a network, with a port that is no proxy."""
     folder, port = tmp_path_factory.mktemp("doctor"), free_port()
+    plain = free_port()
+    options = {"ollama_cache_clients": PRIVATE_V4, "ollama_cache_listen": f":{plain}"}
     program = (*PROGRAM, "--mode", f"regular@0.0.0.0:{port}", "--mode", f"regular@::1:{port}")
     with (
         Origin(folder / "origin") as origin,
-        Proxy(folder, origin, program=program, front=True, ollama_cache_clients=PRIVATE_V4) as proxy,
+        Proxy(folder, origin, program=program, **options) as proxy,
     ):
+        proxy.front_port = plain
         add_model(origin, b"x", repository="library/all-minilm")
         yield origin, proxy
 
@@ -339,6 +356,371 @@ def _(client: Client) -> None:
     client.machine.install("curl", curl)
 
 
+@dataclass
+class Cache:
+    """What is planted at a cache; as it stands it runs and is well.
+
+    The ports are the test's own, and so is the daemon's part of the facts: what it would say is found out here.
+    """
+
+    folder: Path
+    origin: Origin
+    stack: ExitStack
+    texts: dict[str, str]
+    daemon: Proxy
+    proxy: Endpoint = field(init=False)
+    running: bool = True
+    besides: str = ""
+    """What is found too, and is not the matter."""
+    parents: ParentProxies = field(default_factory=ParentProxies)
+    trusted_ca: str | None = None
+    ahead: timedelta = timedelta(0)
+    told: dict[str, Any] = field(default_factory=dict)
+    """What a daemon has counted."""
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def certs(self) -> Path:
+        return self.folder / "certs"
+
+    def authority(self, *, ago: timedelta = timedelta(0), folder: str = "certs") -> Authority:
+        """One that was made then; it is the cache's where it is in its folder."""
+        return Authority.load_or_create(self.folder / folder, NAMES, now=datetime.now(UTC) - ago)
+
+    def listens(self, leaf: Leaf, certificate: bytes | None = None) -> None:
+        """The proxy presents this leaf, and the plain port gives this certificate."""
+        pem = self.folder / "leaf.pem"
+        pem.write_bytes(leaf.pem)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pem)
+        tls = self.stack.enter_context(answering({}, context=context))
+        proxy = self.stack.enter_context(ConnectProxy({(REGISTRY, 443): ("127.0.0.1", tls)}))
+        self.proxy = Endpoint("http", "", proxy.port)
+        port = self.stack.enter_context(answering({}, certificate or (self.certs / CERTIFICATE_NAME).read_bytes()))
+        self.texts["listen"] = f":{port}"
+
+    def leads(self, host: str, where: str) -> None:
+        """`host` is upstream what `where` is."""
+        others = {REGISTRY: f"https://localhost:{self.origin.registry_port}"}
+        others[R2_HOST] = f"https://localhost:{self.origin.cdn_port}"
+        self.texts["upstream"] = ",".join(f"{name}={url}" for name, url in {**others, host: where}.items())
+
+    def findings(self) -> list[Finding]:
+        """As the verb puts it together."""
+        settings = parse_settings(self.texts, dir=self.store, certs=self.certs)
+
+        async def look() -> Outlook:
+            upstream = Upstream(settings, own_addresses=frozenset, parents=self.parents, trusted_ca=self.trusted_ca)
+            await upstream.open()
+            try:
+                return await look_out(upstream, settings, datetime.now(UTC) + self.ahead)
+            finally:
+                await upstream.close()
+
+        out = replace(asyncio.run(look()), **self.told)
+        found = of_server(server_facts(settings, self.proxy, out, running=self.running, now=datetime.now(UTC)))
+        return [finding for finding in found if finding.what != self.besides]
+
+
+@pytest.fixture
+def running(cache: tuple[Origin, Proxy], tmp_path: Path) -> Iterator[Cache]:
+    """A cache that is well."""
+    origin, daemon = cache
+    with ExitStack() as stack:
+        stack.callback(origin.restore)
+        made = Cache(tmp_path, origin, stack, {"upstream": origin.upstream_option, "min_free": "0"}, daemon)
+        made.trusted_ca = str(origin.ca_file)
+        prepare(made.store)
+        made.listens(made.authority().issue(REGISTRY, now=datetime.now(UTC)))
+        yield made
+
+
+def stopped(cache: Cache) -> None:
+    """Nobody runs, and the ports are free."""
+    cache.running = False
+    cache.proxy = Endpoint("http", "", int(unused()))
+    cache.texts["listen"] = f":{unused()}"
+
+
+CachePlant = Callable[[Cache], None]
+CACHE_PLANTS: Final[dict[str, CachePlant]] = {}
+
+
+def at_cache(name: str) -> Callable[[CachePlant], CachePlant]:
+    """Register how a fault of a cache is made."""
+
+    def register(plant: CachePlant) -> CachePlant:
+        CACHE_PLANTS[name] = plant
+        return plant
+
+    return register
+
+
+at_cache("the cache does not run")(stopped)
+
+
+@at_cache("another program has the proxy's port")
+def _(cache: Cache) -> None:
+    stopped(cache)
+    cache.proxy = Endpoint("http", "", cache.stack.enter_context(answering({})))
+
+
+@at_cache("another program has the plain port")
+def _(cache: Cache) -> None:
+    stopped(cache)
+    cache.texts["listen"] = f":{cache.stack.enter_context(answering({}))}"
+
+
+@at_cache("the cache that runs has another store")
+def _(cache: Cache) -> None:
+    listening = cache.proxy
+    stopped(cache)
+    cache.proxy = listening
+    shutil.rmtree(cache.certs)
+
+
+@at_cache("the store is another user's")
+def _(cache: Cache) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    stopped(cache)
+    shutil.rmtree(cache.certs)
+    cache.texts["offline"] = "true"
+    cache.trusted_ca = None
+    for folder in (cache.folder, *cache.folder.parents[:3]):
+        folder.chmod(0o755)
+    os.seteuid(NOBODY)
+    cache.stack.callback(os.seteuid, 0)
+
+
+@at_cache("the folder is no store")
+def _(cache: Cache) -> None:
+    (cache.store / MARKER).unlink()
+
+
+@at_cache("a newer version made the store")
+def _(cache: Cache) -> None:
+    (cache.store / MARKER).write_text('{"format": 99}')
+
+
+@at_cache("the store is on a read-only disk")
+def _(cache: Cache) -> None:
+    there = cache.folder / "there"
+    cache.store.rename(there)
+    cache.store.mkdir()
+    if subprocess.run(["mount", "--bind", "-o", "ro", there, cache.store], capture_output=True).returncode:
+        pytest.skip("needs root, to mount a disk")
+    cache.stack.callback(subprocess.run, ["umount", cache.store], check=True)
+
+
+@at_cache("the index is damaged")
+def _(cache: Cache) -> None:
+    stopped(cache)
+    cache.besides = "the cache does not run"
+    index, _, _ = Index.open(cache.store / "index")
+    index.close()
+    file = cache.store / "index" / DATABASE
+    damaged = bytearray(file.read_bytes())
+    damaged[4096:8192] = bytes(4096)
+    file.write_bytes(damaged)
+
+
+@at_cache("a blob had other bytes")
+def _(cache: Cache) -> None:
+    (cache.store / "quarantine" / "0123").touch()
+
+
+@at_cache("the disk is full")
+def _(cache: Cache) -> None:
+    cache.texts["min_free"] = "100PB"
+
+
+@at_cache("the authority is gone")
+def _(cache: Cache) -> None:
+    shutil.rmtree(cache.certs)
+
+
+@at_cache("others can read the authority's key")
+def _(cache: Cache) -> None:
+    (cache.certs / KEY_NAME).chmod(0o644)
+
+
+@at_cache("the authority has expired")
+def _(cache: Cache) -> None:
+    shutil.rmtree(cache.certs)
+    ago = timedelta(days=3700)
+    cache.listens(cache.authority(ago=ago).issue(REGISTRY, now=datetime.now(UTC) - ago))
+
+
+@at_cache("the authority does not permit a registry")
+def _(cache: Cache) -> None:
+    cache.texts["registries"] = f"{REGISTRY},hf.co"
+
+
+@at_cache("the authority nears its end")
+def _(cache: Cache) -> None:
+    shutil.rmtree(cache.certs)
+    cache.listens(cache.authority(ago=timedelta(days=3600)).issue(REGISTRY, now=datetime.now(UTC)))
+
+
+@at_cache("the cache was started with another authority")
+def _(cache: Cache) -> None:
+    shutil.rmtree(cache.certs)
+    cache.authority()
+
+
+@at_cache("a leaf has expired")
+def _(cache: Cache) -> None:
+    shutil.rmtree(cache.certs)
+    ago = timedelta(days=100)
+    cache.listens(cache.authority(ago=ago).issue(REGISTRY, now=datetime.now(UTC) - ago))
+
+
+@at_cache("a leaf is about to expire")
+def _(cache: Cache) -> None:
+    shutil.rmtree(cache.certs)
+    ago = timedelta(days=85)
+    cache.listens(cache.authority(ago=ago).issue(REGISTRY, now=datetime.now(UTC) - ago))
+
+
+@at_cache("nobody listens at the proxy's port")
+def _(cache: Cache) -> None:
+    cache.proxy = Endpoint("http", "", int(unused()))
+
+
+@at_cache("a bare mitmdump is at the proxy's port")
+def _(cache: Cache) -> None:
+    # A bare one would present a certificate of mitmproxy's authority; this is what the origin presents of its own.
+    proxy = cache.stack.enter_context(ConnectProxy(cache.origin.resolve))
+    cache.proxy = Endpoint("http", "", proxy.port)
+
+
+@at_cache("no proxy is at the proxy's port")
+def _(cache: Cache) -> None:
+    cache.proxy = Endpoint("http", "", cache.stack.enter_context(answering({})))
+
+
+@at_cache("something else is at the plain port")
+def _(cache: Cache) -> None:
+    cache.texts["listen"] = f":{cache.stack.enter_context(answering({}, b'it works'))}"
+
+
+@at_cache("it listens on loopback alone")
+def _(cache: Cache) -> None:
+    cache.proxy = replace(cache.proxy, host="127.0.0.1")
+
+
+@at_cache("`advertise` does not resolve")
+def _(cache: Cache) -> None:
+    cache.texts["advertise"] = "cache.invalid"
+
+
+@at_cache("`advertise` is an IPv6 address, `listen` has none")
+def _(cache: Cache) -> None:
+    cache.texts["advertise"] = "[::1]"
+
+
+@at_cache("`clients` is too narrow")
+def _(cache: Cache) -> None:
+    knock("::1", cache.daemon.port)
+    cache.told = {"refused": ask(cache.daemon.store, "look-out", {})["refused"]}
+
+
+@at_cache("few descriptors")
+def _(cache: Cache) -> None:
+    code = "from pullthrough.runtime.platform import allow_descriptors; print(allow_descriptors(65536))"
+    limited = ["prlimit", "--nofile=1024", sys.executable, "-c", code]
+    if shutil.which("prlimit") is None:
+        pytest.skip("needs the program prlimit")
+    said = subprocess.run(limited, env={"PYTHONPATH": str(ADDON.parent)}, capture_output=True, text=True, check=True)
+    cache.told = {"descriptors": int(said.stdout)}
+
+
+@at_cache("the registry is down")
+def _(cache: Cache) -> None:
+    cache.leads(REGISTRY, f"https://localhost:{unused()}")
+
+
+@at_cache("the registry's name does not resolve")
+def _(cache: Cache) -> None:
+    cache.leads(REGISTRY, "https://registry.invalid")
+
+
+@at_cache("the registry's certificate is another's")
+def _(cache: Cache) -> None:
+    cache.trusted_ca = None
+
+
+@at_cache("the parent proxy wants a password")
+def _(cache: Cache) -> None:
+    parent = cache.stack.enter_context(ConnectProxy({}, credentials="me:hunter2"))
+    cache.parents = ParentProxies.parse({"HTTPS_PROXY": parent.url.replace("://", "://me:wrong@")})
+    cache.leads(REGISTRY, "https://registry.example")
+
+
+@at_cache("the parent proxy is down")
+def _(cache: Cache) -> None:
+    cache.parents = ParentProxies.parse({"HTTPS_PROXY": f"http://me:hunter2@127.0.0.1:{unused()}"})
+    cache.leads(REGISTRY, "https://registry.example")
+
+
+@at_cache("a login page is in the registry's place")
+def _(cache: Cache) -> None:
+    page = {"Content-Type": "text/html"}
+    fault = Fault_(Mode.STATUS, where="registry", status=200, headers=page, body=b"<html>Log in", times=None)
+    cache.origin.faults.append(fault)
+
+
+@at_cache("a filter forbids the registry")
+def _(cache: Cache) -> None:
+    page = {"Content-Type": "text/html"}
+    fault = Fault_(Mode.STATUS, where="registry", status=403, headers=page, body=b"<html>Forbidden", times=None)
+    cache.origin.faults.append(fault)
+
+
+@at_cache("the blob host is down")
+def _(cache: Cache) -> None:
+    cache.leads(R2_HOST, f"https://localhost:{unused()}")
+
+
+@at_cache("the blob host's name does not resolve")
+def _(cache: Cache) -> None:
+    cache.leads(R2_HOST, "https://blobs.invalid")
+
+
+@at_cache("something on the way ignores Range")
+def _(cache: Cache) -> None:
+    cache.origin.faults.append(Fault_(Mode.IGNORE_RANGE, times=None))
+
+
+@at_cache("the registry sends no addresses of blobs")
+def _(cache: Cache) -> None:
+    cache.origin.faults.append(Fault_(Mode.DIRECT, times=None))
+
+
+@at_cache("the clock is ahead")
+def _(cache: Cache) -> None:
+    cache.ahead = timedelta(hours=1)
+
+
+@at_cache("the clock is behind")
+def _(cache: Cache) -> None:
+    cache.ahead = -timedelta(hours=1)
+
+
+@at_cache("Ollama 0.35 pulls by HTTPS_PROXY")
+def _(cache: Cache) -> None:
+    cache.told = {"bypassed": 7}
+
+
+@at_cache("the fleet's object store is down")
+def _(cache: Cache) -> None:
+    cache.told = {"object_store": "s3://models/fleet: 403 Forbidden"}
+
+
 def record(prop: Callable[[str, object], None], fault: Fault) -> None:
     """Have the row printed after the run."""
     prop("doctor", (str(fault.side), fault.name))
@@ -346,6 +728,7 @@ def record(prop: Callable[[str, object], None], fault: Fault) -> None:
 
 def assert_found(found: list[Finding], fault: Fault) -> None:
     """Exactly this is wrong, and nothing of a secret is shown."""
+    print(*found, sep="\n")
     assert [finding.what.startswith(fault.what) for finding in found] == [True], found
     assert fault.mend in found[0].mend, found
     assert found[0].why and found[0].grave is fault.grave
@@ -390,7 +773,44 @@ def test_served(cache: tuple[Origin, Proxy]) -> None:
         assert response.read() == script(proxy.front_port)
 
 
+@pytest.mark.parametrize("fault", doctor_faults.CACHE, ids=lambda fault: fault.name)
+def test_cache(running: Cache, fault: Fault, record_property: Any) -> None:
+    """A fault of a cache."""
+    record(record_property, fault)
+    CACHE_PLANTS[fault.name](running)
+    assert_found(running.findings(), fault)
+
+
+def test_cache_that_is_well(running: Cache, cache: tuple[Origin, Proxy]) -> None:
+    """Nothing is found, neither of ports of the test's own nor by the verb of a daemon; that tells whom it refused."""
+    _, daemon = cache
+    assert running.findings() == []
+    daemon.restart()
+    assert by_verb(daemon) == []
+    knock("::1", daemon.port)
+    (found,) = by_verb(daemon)
+    assert found["what"] == "clients are turned away" and "from ::1" in found["why"] and not found["grave"]
+
+
+def knock(host: str, port: int) -> None:
+    """Be refused."""
+    with socket.create_connection((host, port)) as sock, contextlib.suppress(ConnectionResetError):
+        sock.sendall(b"CONNECT registry.ollama.ai:443 HTTP/1.1\r\n\r\n")
+        assert not sock.recv(1)
+
+
+def by_verb(proxy: Proxy) -> list[dict[str, Any]]:
+    """What `ollama-cache doctor` finds at a cache that runs."""
+    env = {"OLLAMA_CACHE_DIR": str(proxy.store), "OLLAMA_CACHE_CERTS": str(proxy.ca_file.parent)}
+    told = CliRunner().invoke(cli.app, ["doctor", "--json"], env=env)
+    found: list[dict[str, Any]] = json.loads(told.stdout)
+    assert told.exit_code == int(any(finding["grave"] for finding in found)), told.output
+    return found
+
+
 def test_each_fault_is_planted() -> None:
     """At least forty rows, of which thirty-four are real; no row is left out, and none is made for nothing."""
     assert {fault.name for fault in doctor_faults.CLIENT} == PLANTS.keys()
-    assert all(fault.side is Side.CLIENT for fault in doctor_faults.CLIENT)
+    assert {fault.name for fault in doctor_faults.CACHE} == CACHE_PLANTS.keys()
+    real = [fault for fault in doctor_faults.ALL if fault.planted is Planted.REAL]
+    assert len(doctor_faults.ALL) >= 40 and len(real) >= 34

@@ -44,6 +44,9 @@ class FakeProxy:
     def admits(self, peer: str) -> bool:
         return peer == "127.0.0.1"
 
+    def refused(self) -> str:
+        return ""
+
     def present(self, folder: str, certificates: list[str]) -> None:
         assert all(Path(text.partition("=")[2]).parent == Path(folder) for text in certificates)
         self.shown = certificates

@@ -7,10 +7,14 @@ attempt ends within seconds; what cannot be done is a fact and not an error. Doe
 import contextlib
 import email.utils
 import http.client
+import ipaddress
 import math
+import os
 import shutil
 import socket
+import sqlite3
 import ssl
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,8 +36,10 @@ from pullthrough.core.manifest_json import DOCKER_TYPE
 from pullthrough.doctor.rules import Leg, ServerFacts
 from pullthrough.pki.authority import CERTIFICATE_NAME, KEY_NAME
 from pullthrough.pki.rollover import Rollover
+from pullthrough.runtime.platform import own_addresses
 from pullthrough.store.layout import check_marker
 from pullthrough.upstream.client import Upstream
+from pullthrough.upstream.reachability import Role, State
 
 SAMPLE: Final = "library/all-minilm"
 """A small public model: its config is what is asked for in parts."""
@@ -46,19 +52,33 @@ class Outlook:
 
     upstream: str = ""
     displaced: str = ""
+    blob_host: str = ""
+    object_store: str = ""
     ranges: str = ""
     unsigned: str = ""
     bypassed: int = 0
     skew_s: float = 0.0
+    refused: str = ""
+    descriptors: int = 0
 
 
-async def look_out(upstream: Upstream, settings: Settings, now: datetime, bypassed: int = 0) -> Outlook:
+async def look_out(upstream: Upstream, settings: Settings, now: datetime) -> Outlook:
     """Ask the first registry for a manifest and for one byte of a blob; `now` is aware.
 
-    `bypassed` pulls have gone past the cache.
+    What is down is told as everywhere else: by what was found out last.
     """
     found = await _ask(upstream, settings, now)
-    return replace(found, bypassed=bypassed, displaced="; ".join(upstream.impostors.told))
+    down = {
+        service.role: f"{service.host}: {service.why}"
+        for service in upstream.reachability.services
+        if service.state is State.DOWN
+    }
+    return replace(
+        found,
+        displaced="; ".join(upstream.impostors.told) or found.displaced,
+        blob_host=down.get(Role.BLOB_HOST, ""),
+        object_store=down.get(Role.OBJECT_STORE, ""),
+    )
 
 
 async def _ask(upstream: Upstream, settings: Settings, now: datetime) -> Outlook:
@@ -77,11 +97,14 @@ async def _ask(upstream: Upstream, settings: Settings, now: datetime) -> Outlook
         return Outlook(skew_s=skew_s)  # another registry need not have the sample
     try:
         digest = Digest.parse(loads(response.body, limit=len(response.body))["config"]["digest"])
+    except (ValueError, KeyError, TypeError):
+        return Outlook(displaced=f"{host} answers 200 and no manifest", skew_s=skew_s)
+    try:
         source, stream = await upstream.obtain(host, SAMPLE, digest, {}, asked=(0, 1), timeout_s=PATIENCE_S)
         unsigned = _unsigned(settings, source.url if stream is None else "")
         stream = stream or await upstream.open_range(source, 0, 1, expected_length=None, validator=None)
         stream.close()
-    except (CacheError, ValueError, KeyError, TypeError) as error:
+    except CacheError as error:
         return Outlook(ranges=str(error), skew_s=skew_s)
     ranges = "expected 206 to a request for one byte, got 200" if stream.whole else ""
     return Outlook(ranges=ranges, unsigned=unsigned, skew_s=skew_s)
@@ -112,13 +135,22 @@ def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: 
         expires_s=(rollover.all[-1].not_after - now).total_seconds() if rollover else math.inf,
         issuer=common_name(rollover.of(settings.registries[0]).certificate.subject) if rollover else "",
         store=_store_problem(settings.dir),
+        owner=_owner(settings.dir),
+        unwritable=_write_problem(settings.dir),
+        index="" if running else _index_problem(settings.dir),
         quarantined=_count(settings.dir / "quarantine"),
         running=running,
         leg=try_leg(proxy, settings.registries[0]),
         port=_port_problem(door, rollover) if door else "",
         taken=door is not None and not _reach(door),
+        local=_local(proxy, settings) if running else (),
+        advertised=_advertised_problem(settings) if running else "",
+        refused=out.refused,
+        descriptors=out.descriptors,
         upstream=out.upstream,
         displaced=out.displaced,
+        blob_host=out.blob_host,
+        object_store=out.object_store,
         ranges=out.ranges,
         unsigned=out.unsigned,
         bypassed=out.bypassed,
@@ -132,18 +164,19 @@ def try_leg(proxy: Endpoint, host: str) -> Leg:
     """Reach `host` through `proxy`, and look at who signed what is presented. Nothing is verified."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    issuer = ""
     try:
         with tunnel(proxy, host, context) as sock:
             raw = sock.getpeercert(binary_form=True)
-            if raw:
-                issuer = common_name(x509.load_der_x509_certificate(raw).issuer)
     except ConnectionRefusedError as error:
         return Leg(address=proxy.authority, reached=error.strerror or str(error))
     except (OSError, http.client.HTTPException) as error:
         reached = _reach(proxy)
         return Leg(address=proxy.authority, reached=reached, answered="" if reached else str(error) or "it hung up")
-    return Leg(address=proxy.authority, issuer=issuer)
+    if not raw:
+        return Leg(address=proxy.authority, answered="it presents no certificate")
+    leaf = x509.load_der_x509_certificate(raw)
+    left_s = leaf.not_valid_after_utc.timestamp() - time.time()
+    return Leg(address=proxy.authority, issuer=common_name(leaf.issuer), left_s=left_s)
 
 
 @contextlib.contextmanager
@@ -198,6 +231,71 @@ def _store_problem(folder: Path) -> str:
             check_marker(folder)
     except (StoreError, OSError) as error:
         return str(error)
+    return ""
+
+
+def _owner(folder: Path) -> str:
+    """Return whose the folder is, if this user may not judge it."""
+    try:
+        owner = _existing(folder).stat().st_uid if folder.exists() else None
+    except PermissionError as error:
+        return f"{error.filename}: {error.strerror}"
+    if sys.platform == "win32" or owner is None or os.geteuid() in (0, owner):
+        return ""
+    return f"{folder} belongs to user {owner}, and this is user {os.geteuid()}"
+
+
+def _write_problem(folder: Path) -> str:
+    with contextlib.suppress(OSError):
+        if folder.exists() and not os.access(folder, os.W_OK):
+            return f"{folder}: not writable"
+    return ""
+
+
+def _index_problem(folder: Path) -> str:
+    """Return why SQLite takes no part of the index for whole."""
+    file = folder / "index" / "cache.db"
+    try:
+        journal = file.with_name(f"{file.name}-wal")
+        # What is still in the journal belongs to it, and only a writer may put it there.
+        if not file.exists() or (journal.exists() and journal.stat().st_size):
+            return ""
+        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True)) as database:
+            (said,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    except (OSError, sqlite3.Error) as error:
+        return f"{file}: {error}"
+    return "" if said == "ok" else f"{file}: {' '.join(said.split())}"
+
+
+def _local(proxy: Endpoint, settings: Settings) -> tuple[str, ...]:
+    """Return the ports that listen on loopback alone."""
+    ports = {port: [host for host, each in settings.listeners if each == port] for _, port in settings.listeners}
+    ports[proxy.port] = [*ports.get(proxy.port, ()), proxy.host]
+    return tuple(
+        f"port {port} ({', '.join(sorted(hosts))})" for port, hosts in ports.items() if all(map(_is_loopback, hosts))
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _advertised_problem(settings: Settings) -> str:
+    """Return why the blob server is not found under its advertised name, as far as can be told from here."""
+    if settings.advertise is None or not settings.listen:
+        return ""
+    host, port = settings.advertise.host, settings.advertise.port or settings.listen[0][1]
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError as error:
+        return f"{host}: {error.strerror or error}"
+    # What leads elsewhere may be a router that leads back here.
+    for address in sorted(found & own_addresses()):
+        if why := _reach(Endpoint("http", address, port)):
+            return f"{host} is {address} too, and there at port {port}: {why}"
     return ""
 
 

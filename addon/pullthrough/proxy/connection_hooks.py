@@ -57,6 +57,9 @@ class ConnectionHooks:
         self._upstream: Mapping[str, Endpoint] = {}
         self._policy: ClientPolicy | None = None
         self._is_open = False
+        self._refusals = 0
+        self.refused = ""
+        """How many connections were not admitted, and whose was the last."""
         self._local = platform.LocalNetworks()
         self._legs = AddressPolicy(frozenset(), tunnels=False)
         self._granted: WeakKeyDictionary[connection.Client, set[tuple[str, int]]] = WeakKeyDictionary()
@@ -166,6 +169,9 @@ class ConnectionHooks:
             )
         elif not admitted:
             _log.warning("refused client %s: not in ollama_cache_clients", peer)
+        if not admitted and self._is_open:
+            self._refusals += 1
+            self.refused = f"{self._refusals} connections since the start, the last from {peer}"
         return admitted
 
     def _is_admitted(self, policy: ClientPolicy, peer: str) -> bool:

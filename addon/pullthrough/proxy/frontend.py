@@ -63,6 +63,10 @@ class Frontend:
         """Return whether a client at the address `peer` is served; who is not is named in the log."""
         return self._connections.admits(peer)
 
+    def refused(self) -> str:
+        """Return how many connections were not admitted, and whose was the last."""
+        return self._connections.refused
+
     def present(self, folder: str, certificates: list[str]) -> None:
         """Show clients these certificates (`HOST=PATH`).
 
