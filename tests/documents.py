@@ -11,6 +11,7 @@ from typing import Any, Final
 import typer.main
 
 from pullthrough.cli import app as cli
+from pullthrough.cli import help_text
 from pullthrough.config.options import OPTIONS
 from tests import doctor_faults, faults, gotchas, security
 from tests.bench import report
@@ -47,7 +48,7 @@ def commands() -> dict[str, Any]:
 def verbs() -> str:
     """Return a section for each verb: what it does, its arguments and its options.
 
-    From the parser, not from `--help`, whose layout differs by the version of typer.
+    From the parser, as `--help` is.
     """
     return "\n\n".join("\n\n".join(_section(name, command)) for name, command in commands().items())
 
@@ -55,36 +56,14 @@ def verbs() -> str:
 def _section(name: str, command: Any) -> Iterator[str]:
     yield f"### `{name}`"
     yield f"{command.help}"
-    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
-    flags = [parameter for parameter in command.params if parameter.param_type_name == "option"]
     if name == "run":
         yield "`ollama-cache run [OPTIONS OF MITMDUMP]`"
         return
-    yield " ".join([f"`ollama-cache {name}", *(["[OPTIONS]"] if flags else []), *map(_metavar, arguments)]) + "`"
-    rows = [_row(f"`{_escaped(_metavar(each))}`", _meaning(each)) for each in arguments]
-    rows += [_row(f"`{_escaped(' '.join([*each.opts, _metavar(each)]).strip())}`", _meaning(each)) for each in flags]
+    yield f"`{help_text.usage(command, f'ollama-cache {name}')}`"
+    named = [(help_text.metavar(each), each) for each in help_text.of_kind(command, "argument")]
+    named += [(help_text.term(each), each) for each in help_text.of_kind(command, "option")]
+    rows = [_row(f"`{_escaped(words)}`", help_text.meaning(each, quote="`")) for words, each in named]
     yield "\n".join([_row("argument or option", "meaning"), _row("---", "---"), *rows])
-
-
-def _metavar(parameter: Any) -> str:
-    """Return what stands for the value, "" for a flag."""
-    if parameter.metavar or getattr(parameter, "is_flag", False):
-        return parameter.metavar or ""
-    if choices := getattr(parameter.type, "choices", None):
-        return f"[{'|'.join(str(getattr(choice, 'value', choice)) for choice in choices)}]"
-    return "PATH" if "path" in type(parameter.type).__name__.lower() else "TEXT"
-
-
-def _meaning(parameter: Any) -> str:
-    default = getattr(parameter.default, "value", parameter.default)
-    parts = [parameter.help]
-    if parameter.param_type_name == "option" and parameter.required:
-        parts.append("Required.")
-    if parameter.show_default and default not in (None, False):
-        parts.append(f"Default: `{default}`.")
-    if parameter.envvar:
-        parts.append(f"Else `{parameter.envvar}` of the environment.")
-    return " ".join(parts)
 
 
 def _group(app: typer.Typer) -> Any:
@@ -120,10 +99,13 @@ def generated(page: str, text: str) -> str:
 
 
 def main() -> None:
-    """Write the pages."""
+    """Write the pages, and what the verbs say."""
     for page in BLOCKS:
         path = DOCS / page
         path.write_text(generated(page, path.read_text(encoding="utf-8")), encoding="utf-8")
+    from tests import screens  # which takes the verbs from here
+
+    screens.write()
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ class Daemon:
             store,
             maintenance,
             side.warmer,
+            recorder,
             pins=settings.pins,
             options=self._options,
             count=traffic.count,

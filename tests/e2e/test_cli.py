@@ -19,7 +19,7 @@ from pullthrough.store.store import Store
 from tests.e2e.conftest import MB, add_model, get, to_registry, unique
 from tests.support.a2 import A2Client
 from tests.support.modelsfolder import manifest_of, pull_list, read_current, sha256
-from tests.support.origin import Origin
+from tests.support.origin import Fault, Mode, Origin
 from tests.support.proxy import Proxy, environment
 from tests.support.storefiles import blob_file, blob_files
 
@@ -81,7 +81,10 @@ def test_one_store_two_hands(
     done = cli(proxy, "warm", "small", "nobody/nothing")
     assert done.returncode == 1
     assert "small:latest: recorded 3.0 MB of 3.0 MB\n" in done.stdout
-    assert done.stderr == "ollama-cache: nobody/nothing: upstream answered 404\n"
+    assert (
+        done.stderr
+        == "ollama-cache: nobody/nothing: pull model manifest: file does not exist (the registry answered 404)\n"
+    )
     new_client(proxy).pull(small.name)
     new_client(proxy).pull(other.name)
     rows = {row["name"]: row for row in told(proxy, "ls")}
@@ -151,6 +154,29 @@ def test_a_held_index_blocks_nobody(origin: Origin, proxy: Proxy, new_client: Ca
         database.execute("ROLLBACK")
     finally:
         database.close()
+
+
+def test_ps(origin: Origin, proxy: Proxy, new_client: Callable[..., A2Client]) -> None:
+    """While a client waits for a blob, it is a row, by its model's name; afterwards there is none."""
+    model = add_model(origin, unique(2 * MB))
+    stall = Fault(Mode.STALL, digest=model.layer.removeprefix("sha256:"), after=1000, times=None)
+    origin.faults.append(stall)
+
+    def rows() -> list[Any]:
+        return [row for row in told(proxy, "ps") if row["digest"] == model.layer]
+
+    with ThreadPoolExecutor(1) as pool:
+        pull = pool.submit(new_client(proxy).pull, model.name)
+        found = rows()
+        while not found or not found[0]["present"]:
+            assert not pull.done()
+            found = rows()
+        stall.gate.open()
+        pull.result()
+    assert [(row["model"], row["size"]) for row in found] == [(f"{model.name}:latest", 2 * MB)]
+    assert list(found[0]) == ["model", "digest", "size", "present", "rate", "readers", "since"]
+    proxy.wait_for_line(model.recorded)
+    assert rows() == []
 
 
 def test_import_and_verify_beside_the_daemon(

@@ -40,7 +40,7 @@ def ask(
         try:
             sock.connect(pointer or str(folder / SOCKET))
         except OSError as error:
-            raise NoDaemon(f"expected a running cache on {folder}, got {error.strerror or error}") from error
+            raise NoDaemon(f"no cache runs on {folder} ({error.strerror or error})") from error
         return _exchange(sock, command, arguments, on_progress)
 
 

@@ -7,23 +7,27 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from pullthrough.admin.command import Arguments, Change, Command, Job, Look, Tell
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError, InvalidRequest
 from pullthrough.core.records import Name
 from pullthrough.library.import_commit import MANIFEST, Model, Terms, enter, place, refusal
-from pullthrough.library.listing import JSON, View, detail, listing, statistics
+from pullthrough.library.listing import JSON, View, detail, listing, models_of, statistics
 from pullthrough.library.maintenance import Maintenance
 from pullthrough.library.verifier import Defect, mend
 from pullthrough.recording.pulls import Counts
-from pullthrough.registry.warm import Warmer
+from pullthrough.recording.recorder import Recorder
+from pullthrough.registry.warm import Warmer, in_words
 from pullthrough.store.store import STAGING, Store
 from pullthrough.upstream.reachability import Service, fetching
 
 Services = Callable[[], Awaitable[Sequence[Service]]]
 """Tells what is known of the servers that the cache draws on."""
+
+RATE_S: Final = 0.5
+"""Between the two looks at a recording that tell how fast it is."""
 
 
 class Commands:
@@ -34,6 +38,7 @@ class Commands:
         store: Store,
         maintenance: Maintenance,
         warmer: Warmer,
+        recorder: Recorder,
         *,
         pins: tuple[str, ...],
         options: list[JSON],
@@ -46,6 +51,7 @@ class Commands:
         self._store = store
         self._maintenance = maintenance
         self._warmer = warmer
+        self._recorder = recorder
         self._pins = pins
         self._options = options
         self._count = count
@@ -56,6 +62,7 @@ class Commands:
     def table(self) -> dict[str, Command]:
         return {
             "ls": Look(self._ls),
+            "ps": Look(self._ps),
             "show": Look(self._show),
             "stats": Look(self._stats),
             "config": Look(self._config),
@@ -79,6 +86,26 @@ class Commands:
     async def _ls(self, _: Arguments) -> Any:
         return await asyncio.to_thread(listing, self.view())
 
+    async def _ps(self, _: Arguments) -> Any:
+        running = self._recorder.recordings()
+        names = await asyncio.to_thread(models_of, dict(self._store.manifests()), {each.digest for each in running})
+        began, before = time.monotonic(), [each.present for each in running]
+        if running:
+            await asyncio.sleep(RATE_S)
+        now = time.monotonic()
+        return [
+            {
+                "model": names[each.digest].typed if each.digest in names else None,
+                "digest": str(each.digest),
+                "size": each.size,
+                "present": each.present,
+                "rate": max(0, round((each.present - present) / (now - began))),
+                "readers": each.readers,
+                "since": time.time() - (now - each.started),
+            }
+            for each, present in zip(running, before, strict=True)
+        ]
+
     async def _show(self, arguments: Arguments) -> Any:
         return await asyncio.to_thread(detail, self.view(), arguments.text("model"))
 
@@ -93,7 +120,7 @@ class Commands:
         return self._options
 
     async def _rm(self, arguments: Arguments) -> Any:
-        return await self._maintenance.remove(arguments.texts("models"))
+        return await self._maintenance.remove(arguments.texts("models"), unpin=arguments.flag("unpin"))
 
     async def _pin(self, arguments: Arguments) -> Any:
         return self._maintenance.pin(arguments.text("model"))
@@ -112,7 +139,7 @@ class Commands:
             try:
                 done.append(await self._warmer.warm(text, tell, dry_run=arguments.flag("dry_run")))
             except CacheError as error:
-                done.append({"model": text, "error": str(error)})
+                done.append({"model": text, "error": in_words(error)})
         return done
 
     async def _admit(self, arguments: Arguments) -> Any:

@@ -21,7 +21,7 @@ from pullthrough.fleet.uploader import Uploader
 from pullthrough.library.listing import JSON
 from pullthrough.library.maintenance import Maintenance
 from pullthrough.recording.counters import Counters
-from pullthrough.registry.warm import Warmer
+from pullthrough.registry.warm import Warmer, in_words
 from pullthrough.store.store import Store
 
 LOOK_S: Final = 0.5
@@ -143,7 +143,7 @@ class FleetCommands:
             try:
                 done.append(await self._bring(text, tell))
             except CacheError as error:
-                done.append({"model": text, "error": str(error)})
+                done.append({"model": text, "error": in_words(error)})
         return done
 
     async def _bring(self, text: str, tell: Tell) -> JSON:
@@ -157,7 +157,7 @@ class FleetCommands:
             if self._tier.is_open:
                 raise TierError("expected the object store to take the model, got failures; it stays here")
             await asyncio.sleep(LOOK_S)
-        if not known:
+        if not known and not self._maintenance.pins_of(name):
             await self._maintenance.remove([str(name)])
         return warmed
 

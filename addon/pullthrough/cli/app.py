@@ -7,6 +7,7 @@ and exits 1 (2 when it was called wrongly).
 import os
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -15,22 +16,36 @@ import typer
 import pullthrough
 from pullthrough.cli import ca, models, options, setup, transfer
 from pullthrough.cli.common import fail, print_lines, refusals
+from pullthrough.cli.help_text import SETTING_UP, Verbs
 from pullthrough.config.options import check_flags
 
-app = typer.Typer(
-    help="A pull-through cache for the Ollama registry.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
-app.add_typer(ca.app, name="ca")
+app = Verbs(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(models.app)
 app.add_typer(options.app)
-app.add_typer(setup.app)
 app.add_typer(transfer.app)
+app.add_typer(setup.app)
+app.add_typer(ca.app, name="ca", rich_help_panel=SETTING_UP)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ollama-cache {version('ollama-cache')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """A pull-through cache for the Ollama registry."""
+
+
+@app.command(
+    rich_help_panel=SETTING_UP,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
 def run(
     context: typer.Context,
     help: Annotated[bool, typer.Option("--help", help="The options of the cache.", show_default=False)] = False,  # noqa: A002

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pullthrough.cli.common import own_settings, print_lines, refusals
+from pullthrough.cli.help_text import Verbs
 
 if TYPE_CHECKING:
     from pullthrough.pki.authority import Authority
 
-app = typer.Typer()
+app = Verbs()
 
 Certs = Annotated[
     Path | None, typer.Option(help="The folder of the CA; as the option ollama_cache_certs.", show_default=False)

@@ -7,6 +7,8 @@ Ctrl-C). Nothing heavy is imported here: most verbs are over before such a modul
 import contextlib
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,6 +21,7 @@ from pullthrough.config.options import parse_settings
 from pullthrough.config.settings import ENVIRONMENT, Settings
 from pullthrough.config.sources import Choices, choices
 from pullthrough.core.errors import CacheError, NoDaemon
+from pullthrough.core.humanize import columns, fitted
 
 Folder = Annotated[
     Path | None,
@@ -69,6 +72,17 @@ def settings_in_force(given: Path | None) -> Settings:
 
 def _settings(texts: dict[str, str]) -> Settings:
     return parse_settings(texts, dir=paths.default_store(), certs=paths.default_certs())
+
+
+def terminal_width() -> int | None:
+    """Return how many columns the terminal has; None where standard output is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table_lines(rows: Sequence[Sequence[str]], *, elastic: int, spare: Sequence[int] = ()) -> list[str]:
+    """Return a table as lines that fit the terminal, as `fitted` has it; whole where there is none."""
+    width = terminal_width()
+    return columns(rows) if width is None else fitted(rows, width, elastic=elastic, spare=spare)
 
 
 def print_lines(lines: Sequence[str]) -> None:

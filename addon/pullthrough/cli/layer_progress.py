@@ -13,8 +13,9 @@ from pullthrough.core.humanize import size_text
 class Layers:
     """The layers that have been told of so far."""
 
-    def __init__(self) -> None:
-        self._console = Console(emoji=False, highlight=False, markup=False, soft_wrap=True)
+    def __init__(self, *, stderr: bool = False) -> None:
+        """`stderr` keeps standard output free for JSON."""
+        self._console = Console(stderr=stderr, emoji=False, highlight=False, markup=False, soft_wrap=True)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

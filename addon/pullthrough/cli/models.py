@@ -23,25 +23,36 @@ from pullthrough.cli.common import (
     print_json,
     print_lines,
     refusals,
+    table_lines,
 )
+from pullthrough.cli.help_text import LOOKING, MODELS, Verbs
 from pullthrough.config.quantities import parse_duration
 from pullthrough.core.errors import CacheError, NoDaemon, StoreError
-from pullthrough.core.humanize import ago_text, columns, size_text
-from pullthrough.library.listing import View, detail, listing, statistics
+from pullthrough.core.humanize import ago_text, columns, count_text, size_text
+from pullthrough.library.listing import Order, View, chosen, detail, listing, statistics
 from pullthrough.runtime.gc_pause import gc_paused
 from pullthrough.upstream.reachability import Service
 
-app = typer.Typer()
+app = Verbs()
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.", show_default=False)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="As for `ollama pull`.", show_default=False)]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for `ollama pull`.", show_default=False)]
 
 
-@app.command()
-def ls(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002 -- the option's name
+@app.command(rich_help_panel=MODELS)
+def ls(
+    pattern: Annotated[
+        str, typer.Argument(metavar="[PATTERN]", help="What names begin with, or a pattern: 'llama3*'.")
+    ] = "",
+    sort: Annotated[Order, typer.Option(help="What comes first: A, the biggest, or the one pulled last.")] = (
+        Order.PULLED
+    ),
+    dir: Folder = None,  # noqa: A002 -- the option's name
+    json: AsJson = False,
+) -> None:
     """List the stored models."""
-    rows = _look(dir, "ls", {}, listing)
+    rows = chosen(_look(dir, "ls", {}, listing), pattern, sort)
     if json:
         return print_json(rows)
     now = time.time()
@@ -50,10 +61,42 @@ def ls(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002 -- the o
         pulled = ago_text(now - row["pulled"] if row["pulled"] else None)
         pinned = "yes" if row["pinned"] else ""
         table.append((row["name"], row["id"], size_text(row["size"]), row["held"], pulled, pinned))
-    return print_lines(columns(table))
+    total = f"{count_text(len(rows), 'model')}, {size_text(sum(row['size'] for row in rows))}"
+    return print_lines([*table_lines(table, elastic=0, spare=(1, 5)), "", total])
 
 
-@app.command()
+@app.command(rich_help_panel=LOOKING)
+def ps(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
+    """List what is being recorded."""
+    folder = folder_of(dir)
+    with refusals():
+        try:
+            rows = ask(folder, "ps", {})
+        except NoDaemon as error:
+            fail(f"nothing is being recorded: {error}; start it with `ollama-cache run`")
+    if json:
+        return print_json(rows)
+    if not rows:
+        return print_lines(["nothing is being recorded"])
+    now = time.time()
+    table = [("MODEL", "DIGEST", "SIZE", "DONE", "RATE", "READERS", "SINCE")]
+    for row in rows:
+        share = f"{100 * row['present'] // row['size']}%" if row["size"] else "?"
+        table.append(
+            (
+                row["model"] or "unknown yet",
+                row["digest"][7:19],
+                size_text(row["size"]) if row["size"] is not None else "?",
+                share,
+                f"{size_text(row['rate'])}/s",
+                str(row["readers"]),
+                ago_text(now - row["since"]),
+            )
+        )
+    return print_lines(table_lines(table, elastic=0, spare=(6, 1)))
+
+
+@app.command(rich_help_panel=MODELS)
 def show(model: Model, dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
     """Show one model: its layers, times, and who may have it."""
     found = _look(dir, "show", {"model": model}, lambda view: detail(view, model))
@@ -88,37 +131,64 @@ def _layer_lines(layers: list[Any]) -> list[str]:
     for layer in layers:
         held = "yes" if layer["held"] else "no"
         table.append((layer["digest"][7:19], size_text(layer["size"]), held, layer["media_type"]))
-    return columns(table)
+    return table_lines(table, elastic=3)
 
 
-@app.command()
-def rm(models: Models, dir: Folder = None) -> None:  # noqa: A002
+@app.command(rich_help_panel=MODELS)
+def rm(
+    models: Models,
+    unpin: Annotated[
+        bool,
+        typer.Option("--unpin", "--force", help="Also what is pinned, with its own pin.", show_default=False),
+    ] = False,
+    dir: Folder = None,  # noqa: A002
+    json: AsJson = False,
+) -> None:
     """Remove models, and the blobs that no other model needs."""
-    done = _change(dir, "rm", {"models": models}, lambda keeping: keeping.remove(models))
-    print_lines([*(f"removed {name}" for name in done["models"]), f"{size_text(done['freed'])} freed"])
+    arguments = {"models": models, "unpin": unpin}
+    done = _change(dir, "rm", arguments, lambda maintenance: maintenance.remove(models, unpin=unpin))
+    if json:
+        return print_json(done)
+    return print_lines(
+        [
+            *(f"removed {name}" for name in done["models"]),
+            *(f"unpinned {pin}" for pin in done["unpinned"]),
+            *(f"the pin {pin} stays, and counts when the model is pulled again" for pin in done["pins"]),
+            f"{size_text(done['freed'])} freed",
+        ]
+    )
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def pin(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, or a pattern.", show_default=False)],
     dir: Folder = None,  # noqa: A002
+    json: AsJson = False,
 ) -> None:
     """Keep a model, or all that a pattern such as 'llama3*' names."""
-    done = _change(dir, "pin", {"model": model}, lambda keeping: _at_once(keeping.pin, model))
-    print_lines([f"pinned {done['pattern']}", *(f"    {name}" for name in done["models"])])
+    done = _change(dir, "pin", {"model": model}, lambda maintenance: _at_once(maintenance.pin, model))
+    if json:
+        return print_json(done)
+    names = [f"    {name}" for name in done["models"]] or ["    no stored model yet; it counts when one is pulled"]
+    return print_lines([f"pinned {done['pattern']}", *names])
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def unpin(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As it was pinned.", show_default=False)],
     dir: Folder = None,  # noqa: A002
+    json: AsJson = False,
 ) -> None:
     """Take a pin back."""
-    done = _change(dir, "unpin", {"model": model}, lambda keeping: _at_once(keeping.unpin, model))
-    print_lines([f"unpinned {done['pattern']}", *(f"    {name} is kept by another pin" for name in done["still"])])
+    done = _change(dir, "unpin", {"model": model}, lambda maintenance: _at_once(maintenance.unpin, model))
+    if json:
+        return print_json(done)
+    return print_lines(
+        [f"unpinned {done['pattern']}", *(f"    {name} is kept by another pin" for name in done["still"])]
+    )
 
 
-@app.command()
+@app.command(rich_help_panel=LOOKING)
 def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
     """Count models and bytes: what is stored, and what was saved."""
     found = _look(dir, "stats", {}, statistics)
@@ -134,7 +204,8 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
         ("saved", size_text(found["saved"]) + ratio),
     ]
     if found.get("bypassed_pulls"):
-        facts.append(("past the cache", f"{found['bypassed_pulls']} pulls by Ollama 0.35 to 0.40.2 since the start"))
+        pulls = count_text(found["bypassed_pulls"], "pull")
+        facts.append(("past the cache", f"{pulls} by Ollama 0.35 to 0.40.2 since the start"))
     if "services" in found:
         facts.append(("fetching", found["fetching"]))
         services = (Service(**service) for service in found["services"])
@@ -147,13 +218,14 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
     return print_lines([*columns(facts), *(["", *columns(days)] if found["days"] else [])])
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def prune(
     age: Annotated[str, typer.Option(help="How old: 0, 12h, 7d.")] = "7d",
     all: Annotated[bool, typer.Option("--all", help="Models not pulled for so long, too.", show_default=False)] = False,  # noqa: A002
     tier: fleet_tier.OnTier = False,
     dry_run: DryRun = False,
     dir: Folder = None,  # noqa: A002
+    json: AsJson = False,
 ) -> None:
     """Remove blobs without a model, and what broken pulls have left."""
     try:
@@ -168,17 +240,15 @@ def prune(
     elif dry_run:
         done = _survey(dir, "prune", arguments, lambda held, pins: would_prune(held, pins, age_s=age_s, every=all))
     else:
-        done = _change(dir, "prune", arguments, lambda keeping: keeping.prune(age_s=age_s, every=all, dry_run=dry_run))
+        done = _change(dir, "prune", arguments, lambda each: each.prune(age_s=age_s, every=all, dry_run=dry_run))
+    if json:
+        return print_json(done)
     word = "would remove" if dry_run else "removed"
-    print_lines(
-        [
-            *(f"{word} {name}" for name in done["models"]),
-            f"{word} {done['blobs']} blobs and {done['leftovers']} leftovers, {size_text(done['freed'])}",
-        ]
-    )
+    counts = f"{count_text(done['blobs'], 'blob')} and {count_text(done['leftovers'], 'leftover')}"
+    return print_lines([*(f"{word} {name}" for name in done["models"]), f"{word} {counts}, {size_text(done['freed'])}"])
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def warm(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="As for `ollama pull`.", show_default=False)
@@ -192,6 +262,7 @@ def warm(
     ] = False,
     dry_run: DryRun = False,
     dir: Folder = None,  # noqa: A002
+    json: AsJson = False,
 ) -> None:
     """Record models before anybody pulls them; the cache must run."""
     if tier_only and dry_run:
@@ -201,8 +272,8 @@ def warm(
         raise typer.BadParameter("expected models, or a list of them with --file, got none")
     from pullthrough.cli.layer_progress import Layers
 
-    failed = False
-    with refusals(), Layers() as layers:
+    results: list[Mapping[str, Any]] = []
+    with refusals(), Layers(stderr=json) as layers:
         for model in wanted:
             arguments = {"models": [model], "dry_run": dry_run}
             try:
@@ -212,13 +283,15 @@ def warm(
                 fail(f"{error}; start it with `ollama-cache run`")
             except CacheError as error:
                 done = {"model": model, "error": str(error)}
-            failed = failed or "error" in done
+            results.append(done)
             if "error" in done:
                 typer.echo(f"ollama-cache: {done['model']}: {done['error']}", err=True)
-            else:
+            elif not json:
                 word = "would record" if dry_run else "recorded"
                 layers.say(f"{done['model']}: {word} {size_text(done['missing'])} of {size_text(done['size'])}")
-    raise typer.Exit(1 if failed else 0)
+    if json:
+        print_json(results)
+    raise typer.Exit(int(any("error" in done for done in results)))
 
 
 # --- how a verb is done
@@ -234,7 +307,7 @@ def _look(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Ca
 
 
 def _survey(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[..., Any]) -> Any:
-    """`local` is told an Inventory, and all pins."""
+    """Ask the daemon, or look here; `local` is told a Snapshot, and all pins."""
     folder = folder_of(given)
     with refusals(), gc_paused():
         try:
@@ -248,7 +321,7 @@ def _survey(given: Path | None, verb: str, arguments: Mapping[str, Any], local: 
 
 
 def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[Any], Any]) -> Any:
-    """`local` is a coroutine function of a Housekeeping."""
+    """Do it by the daemon or here; `local` is a coroutine function of a Maintenance."""
     folder = folder_of(given)
     with refusals():
         try:

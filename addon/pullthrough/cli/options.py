@@ -13,6 +13,7 @@ import typer
 
 from pullthrough.admin.client import ask
 from pullthrough.cli.common import AsJson, Folder, fail, folder_of, own_choices, print_json, print_lines, refusals
+from pullthrough.cli.help_text import LOOKING, Verbs
 from pullthrough.config import paths
 from pullthrough.config.config_file import template
 from pullthrough.config.options import GROUPS, environment_texts
@@ -20,7 +21,7 @@ from pullthrough.config.sources import new_config_file
 from pullthrough.core.errors import NoDaemon
 from pullthrough.core.humanize import columns
 
-app = typer.Typer()
+app = Verbs()
 
 _WIDTH: Final = 100
 _HEAD: Final = """\
@@ -39,7 +40,7 @@ Of mitmdump's own options you may need:
 """
 
 
-@app.command()
+@app.command(rich_help_panel=LOOKING)
 def config(
     init: Annotated[
         bool,

@@ -27,13 +27,14 @@ from pullthrough.cli.common import (
     refusals,
     settings_in_force,
 )
+from pullthrough.cli.help_text import LOOKING, SETTING_UP, Verbs
 from pullthrough.config.settings import PROXY_PORT, Endpoint
 from pullthrough.core.errors import NoDaemon
 
 if TYPE_CHECKING:
     from pullthrough.doctor.rules import ServerFacts
 
-app = typer.Typer()
+app = Verbs()
 
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9._-]+))(?::(?P<port>\d{1,5}))?")
 
@@ -48,7 +49,7 @@ class Kind(StrEnum):
     KUBERNETES = "kubernetes"
 
 
-@app.command()
+@app.command(rich_help_panel=SETTING_UP)
 def connect(
     kind: Annotated[Kind, typer.Option("--for", help="What the client is.")] = Kind.LINUX,
     address: Annotated[
@@ -60,6 +61,7 @@ def connect(
         ),
     ] = "",
     dir: Folder = None,  # noqa: A002 -- the option's name
+    json: AsJson = False,
 ) -> None:
     """Print the command that sets up a client, to be run there."""
     # Cryptography takes longer to load than most verbs to run.
@@ -74,24 +76,30 @@ def connect(
         settings = settings_in_force(dir)
         rollover = Rollover.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
     host = (given["v6"] or given["host"]) if given else clients_host(settings)
+    if not given and settings.advertise is None and not _is_reachable(host):
+        fail(f"clients cannot reach {host}, the only address that was found: name another with --address or advertise")
     proxy = Endpoint("http", host, int(given["port"]) if given and given["port"] else _proxy_port(dir))
     made = documents(rollover.certificates, rollover.permitted, proxy.origin)
     if kind not in SYSTEMS:
-        typer.echo(made[f"/connect/{kind}.yaml"].body.decode(), nl=False)
-        return
+        document = made[f"/connect/{kind}.yaml"].body.decode()
+        if json:
+            return print_json({"for": kind, "proxy": proxy.origin, "document": document})
+        return typer.echo(document, nl=False)
     if not settings.listen:
         fail(
             "expected a port to fetch the script from, got ollama_cache_listen=off; docs/clients.md has the way by hand"
         )
+    line = command(kind, made[f"/connect/{SYSTEMS[kind]}"], server=clients_origin(settings, host), proxy=proxy.origin)
+    if json:
+        return print_json({"for": kind, "proxy": proxy.origin, "command": line})
     typer.echo("To be run on the client; the script's --undo (on Windows -Undo) takes it back:", err=True)
-    typer.echo(
-        command(kind, made[f"/connect/{SYSTEMS[kind]}"], server=clients_origin(settings, host), proxy=proxy.origin)
-    )
+    typer.echo(line)
     if not given and (others := sorted(filter(_is_reachable, own_addresses() - {host}))):
         typer.echo(f"For --address, this machine also has {', '.join(others)}", err=True)
+    return None
 
 
-@app.command()
+@app.command(rich_help_panel=LOOKING)
 def doctor(
     client: Annotated[
         bool, typer.Option("--client", help="Look at this machine's Ollama, not at the cache.", show_default=False)

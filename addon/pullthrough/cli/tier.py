@@ -12,7 +12,7 @@ import typer
 from pullthrough.admin.client import ask
 from pullthrough.cli.common import fail, folder_of, print_json, print_lines, refusals
 from pullthrough.core.errors import NoDaemon
-from pullthrough.core.humanize import size_text
+from pullthrough.core.humanize import count_text, size_text
 
 OnTier = Annotated[
     bool, typer.Option("--tier", help="In the fleet's object store; the cache must run.", show_default=False)
@@ -40,15 +40,18 @@ def verify(given: Path | None, *, json: bool) -> None:
         print_json(found)
     else:
         wrong = [f"removed {finding['object']}: {finding['problem']}" for finding in found["findings"]]
-        print_lines([*wrong, f"checked {found['checked']} objects, {size_text(found['bytes'])}: {len(wrong)} wrong"])
+        checked = f"{count_text(found['checked'], 'object')}, {size_text(found['bytes'])}"
+        print_lines([*wrong, f"checked {checked}: {len(wrong)} wrong"])
     raise typer.Exit(1 if found["findings"] else 0)
 
 
 def facts(state: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The rows of `stats`."""
-    bad = f"{state['corrupt']} corrupt blobs, {state['forged']} forged documents, {state['failures']} failures"
+    counts = (state["corrupt"], "corrupt blob"), (state["forged"], "forged document"), (state["failures"], "failure")
+    bad = ", ".join(count_text(*each) for each in counts)
+    uploaded = count_text(state["uploaded"], "blob")
     return [
         ("tier", f"{state['state']}; {bad}"),
-        ("from it", f"{size_text(state['recorded_bytes'])}, {state['manifests']} manifests"),
-        ("to it", f"{size_text(state['uploaded_bytes'])}, {state['uploaded']} blobs; {state['waiting']} waiting"),
+        ("from it", f"{size_text(state['recorded_bytes'])}, {count_text(state['manifests'], 'manifest')}"),
+        ("to it", f"{size_text(state['uploaded_bytes'])}, {uploaded}; {state['waiting']} waiting"),
     ]

@@ -6,6 +6,7 @@ lock; bytes are hashed here, on all cores.
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,17 +20,19 @@ import typer
 from pullthrough.admin.client import ask
 from pullthrough.cli import tier as fleet_tier
 from pullthrough.cli.common import AsJson, Folder, print_json, refusals, settings_in_force
+from pullthrough.cli.help_text import CARRYING, MODELS, Verbs
 from pullthrough.config.settings import Settings
 from pullthrough.core.errors import NoDaemon, TransferRefused
+from pullthrough.core.humanize import count_text
 
 if TYPE_CHECKING:
     from pullthrough.library.import_commit import ImportOutcome, Model, Terms
     from pullthrough.library.verifier import Defect
 
-app = typer.Typer()
+app = Verbs()
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def verify(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models to check; none: everything.")
@@ -76,7 +79,8 @@ def verify(
         for finding, done in zip(report.findings, mended, strict=True):
             typer.echo(f"{finding}{'; ' if done else ''}{done}")
         earlier = f", {report.remembered} by the run before" if report.remembered else ""
-        typer.echo(f"{report.checked} blobs checked{earlier}, {len(report.findings)} things wrong; {meter.summary()}")
+        wrong = f"{count_text(len(report.findings), 'thing')} wrong"
+        typer.echo(f"{count_text(report.checked, 'blob')} checked{earlier}, {wrong}; {meter.summary()}")
     if report.findings:
         raise typer.Exit(1)
 
@@ -96,7 +100,7 @@ def _mend(settings: Settings, findings: list["Defect"]) -> list[str]:
     return done
 
 
-@app.command("import")
+@app.command("import", rich_help_panel=CARRYING)
 def import_models(
     source: Annotated[
         Path | None,
@@ -145,7 +149,8 @@ def import_models(
     else:
         for outcome in outcomes:
             typer.echo(f"{outcome.model}: {outcome.fate}{': ' if outcome.why else ''}{outcome.why}")
-        typer.echo(f"{sum(outcome.fate is Fate.IMPORTED for outcome in outcomes)} models imported; {meter.summary()}")
+        imported = sum(outcome.fate is Fate.IMPORTED for outcome in outcomes)
+        typer.echo(f"{count_text(imported, 'model')} imported; {meter.summary()}")
     if any(outcome.fate is Fate.REFUSED for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -188,28 +193,49 @@ def _door(settings: Settings, terms: "Terms") -> Iterator[Callable[[Path, "Model
         yield by_daemon
 
 
-@app.command()
+@app.command(rich_help_panel=CARRYING)
 def export(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names as they are typed, or patterns.")],
     to: Annotated[str, typer.Option("--to", metavar="DIR|FILE.tar|-", help="A models folder, a bundle, or - .")],
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.", show_default=False)] = False,
     dir: Folder = None,  # noqa: A002 -- the option's name
+    json: AsJson = False,
 ) -> None:
     """Carry models out: to a folder that serves as OLLAMA_MODELS, or to a bundle; - is standard output."""
     from pullthrough.cli.progress import Meter
-    from pullthrough.library.exporter import export_bundle, export_bundle_file, export_tree, select
+    from pullthrough.library.exporter import (
+        BUNDLE_SUFFIX,
+        export_bundle,
+        export_bundle_file,
+        export_tree,
+        overwritten,
+        select,
+    )
     from pullthrough.library.snapshot import Snapshot
 
     with refusals(), Meter("exported") as meter:
-        if to == "-" and sys.stdout.isatty():
-            raise TransferRefused("expected standard output to be a file or pipe, got a terminal")
+        if to == "-" and (json or sys.stdout.isatty()):
+            what = "there is --json, whose place it is" if json else "it is a terminal"
+            raise TransferRefused(f"a bundle cannot go to standard output: {what}")
+        if (packed := re.search(r"\.(t[gbx]z|tzst|zip|gz|bz2|xz|zst)$", to.lower())) is not None:
+            raise TransferRefused(
+                f"a bundle is not compressed, as weights hardly shrink: name it .tar, or pipe `--to -` to what makes a "
+                f"{packed[0]}"
+            )
         settings = settings_in_force(dir)
         inventory = Snapshot.read(settings.dir, settings.index_dir)
         cargo = select(inventory, models)
+        if not force and (lost := overwritten(cargo, Path(to))):
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise TransferRefused(f"{lost[0]}{more}: already there, and not the same; --force replaces it")
         meter.expect(cargo.size)
         if to == "-":
             export_bundle(inventory, cargo, sys.stdout.buffer, on_bytes=meter.advance)
-        elif to.endswith(".tar"):
+        elif to.endswith(BUNDLE_SUFFIX):
             export_bundle_file(inventory, cargo, Path(to), on_bytes=meter.advance)
         else:
             export_tree(inventory, cargo, Path(to), on_bytes=meter.advance)
-    typer.echo(f"{cargo.models} models, {len(cargo.blobs)} blobs; {meter.summary()}", err=True)
+    if json:
+        print_json({"models": cargo.models, "blobs": len(cargo.blobs), "bytes": cargo.size, "to": to})
+    carried = f"{count_text(cargo.models, 'model')}, {count_text(len(cargo.blobs), 'blob')}"
+    typer.echo(f"{carried}; {meter.summary()}", err=True)

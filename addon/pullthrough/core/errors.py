@@ -7,6 +7,7 @@
     │   └── StoreUnwritable    a write to the store failed: pulls go on without it
     │       └── SourceDistrusted   what came had another digest, twice: pulls go on without the store for a while
     ├── NoSuchModel            a verb names a model that is not stored, or several (404)
+    ├── ModelPinned            a model that is to go is pinned (409)
     ├── ControlError           the daemon could not do what the command line asked
     │   └── NoDaemon           nobody listens at the store's control socket
     ├── InvalidRequest         the client sent what no client may send (400)
@@ -74,6 +75,12 @@ class NoSuchModel(CacheError):
     """What a user typed names no stored model, or more than one."""
 
     status_hint = 404
+
+
+class ModelPinned(CacheError):
+    """A model that is to be removed is pinned."""
+
+    status_hint = 409
 
 
 class ControlError(CacheError):

@@ -1,4 +1,4 @@
-"""Sizes, times and columns, as Ollama's own command line words them (format/bytes.go, format/time.go, v0.12)."""
+"""Sizes, times, counts and columns, in the words of Ollama's command line (format/bytes.go, format/time.go, v0.12)."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -14,10 +14,13 @@ _SPANS: Final = (
     ("second", 1),
 )
 GAP: Final = "    "
+NARROW_GAP: Final = "  "
+SHORTEST: Final = 9
+"""Characters of a shortened text that tell something yet."""
 
 
 def size_text(size: int) -> str:
-    """Decimal, as Ollama: `4.7 GB`, `274 MB`, `12 B`."""
+    """Say a size in decimal units, as Ollama does: `4.7 GB`, `274 MB`, `12 B`."""
     for unit, worth in _UNITS:
         if size >= worth:
             value = size / worth
@@ -26,18 +29,54 @@ def size_text(size: int) -> str:
 
 
 def ago_text(seconds: float | None) -> str:
-    """How long ago: `3 days ago`, `just now`; None is never."""
+    """Say how long ago: `3 days ago`, `just now`; None is never."""
     if seconds is None:
         return "never"
     for word, worth in _SPANS:
         if seconds >= worth * (2 if word in ("week", "month") else 1):
             count = int(seconds // worth)
-            return f"{count} {word}{'s' if count > 1 else ''} ago"
+            return f"{count_text(count, word)} ago"
     return "just now"
 
 
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows as lines, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    line = GAP.join(f"{{:{width}}}" for width in widths)
+def count_text(count: int, noun: str) -> str:
+    """Say how many: `1 model`, `2 models`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def columns(rows: Sequence[Sequence[str]], *, gap: str = GAP) -> list[str]:
+    """Return the rows as lines, each column as wide as its widest cell."""
+    line = gap.join(f"{{:{width}}}" for width in _widths(rows))
     return [line.format(*row).rstrip() for row in rows]
+
+
+def fitted(rows: Sequence[Sequence[str]], width: int, *, elastic: int, spare: Sequence[int] = ()) -> list[str]:
+    """Return the rows as lines of at most `width` characters, as far as that can be had.
+
+    What is too wide gets narrower gaps, then loses the columns in `spare`, the first one first; then the cells of the
+    column `elastic` are shortened in the middle.
+    """
+    lines = columns(rows)
+    kept = list(range(len(rows[0])))
+    for gone in (None, *spare):
+        if max(map(len, lines)) <= width:
+            return lines
+        if gone is not None:
+            kept.remove(gone)
+        lines = columns([[row[column] for column in kept] for row in rows], gap=NARROW_GAP)
+    room = _widths(rows)[elastic] - (max(map(len, lines)) - width)
+    narrow = [[shortened(row[column], room) if column == elastic else row[column] for column in kept] for row in rows]
+    return columns(narrow, gap=NARROW_GAP)
+
+
+def shortened(text: str, width: int) -> str:
+    """Return the text in at most `width` characters, SHORTEST at least, by leaving out its middle."""
+    width = max(width, SHORTEST)
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return f"{text[: width - 1 - tail]}…{text[-tail:]}"
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]

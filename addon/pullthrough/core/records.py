@@ -89,7 +89,7 @@ class Name(NamedTuple):
         host, *namespace = before if len(before) > 1 else (DEFAULT_HOST, *(before or ["library"]))
         parts = (*namespace, base, reference)
         if not all(parts) or not host or any(character.isspace() or character in "*?[]" for character in text):
-            raise InvalidRequest(f"expected a model such as llama3.2 or me/model:tag, got {text!r}")
+            raise InvalidRequest(f"invalid model name '{text}': one looks like llama3.2 or me/model:tag")
         return cls(canonical(host), "/".join((*namespace, base)), reference)
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import TransferRefused
@@ -33,6 +33,8 @@ from pullthrough.store.ollama_dir import (
     manifest_path,
     parse_manifest_path,
 )
+
+BUNDLE_SUFFIX: Final = ".tar"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,14 @@ def _anchor(record: ManifestRecord, parts: Sequence[_Part]) -> bytes:
     return anchor(children[best].manifest, documents)
 
 
+def overwritten(cargo: Cargo, target: Path) -> list[Path]:
+    """Return what an export to `target` would replace: the bundle, or manifests of other bytes in a models folder."""
+    if target.name.endswith(BUNDLE_SUFFIX):
+        return [target] if os.path.lexists(target) else []
+    present = {target / path: body for path, body in cargo.manifests.items() if (target / path).exists()}
+    return [path for path, body in present.items() if path.read_bytes() != body]
+
+
 def export_tree(
     inventory: Snapshot, cargo: Cargo, folder: Path, *, on_bytes: Callable[[int], object] = lambda count: None
 ) -> None:
@@ -213,7 +223,9 @@ def export_bundle(
 def export_bundle_file(
     inventory: Snapshot, cargo: Cargo, path: Path, *, on_bytes: Callable[[int], object] = lambda count: None
 ) -> None:
-    """The same into a file, which is in its place when it is whole and durable."""
+    """Write the same into a file, which is in its place when it is whole and durable. Raises TransferRefused."""
+    if path.is_dir():
+        raise TransferRefused(f"{path} is a folder: name a file for the bundle, or a folder of another name")
     with _placed(path) as descriptor:
         with os.fdopen(os.dup(descriptor), "wb") as file:
             export_bundle(inventory, cargo, file, on_bytes=on_bytes)

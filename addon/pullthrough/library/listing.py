@@ -5,9 +5,10 @@ as scripts read them. Sizes are bytes, times Unix seconds or None for never.
 """
 
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from datetime import date, timedelta
+from enum import StrEnum
 from functools import cached_property
 from itertools import chain
 from typing import Any, Final
@@ -54,23 +55,38 @@ class View:
 
 
 def find(text: str, names: Iterable[Name]) -> Name:
-    """The stored model that a user means by `text`. NoSuchModel if there is none, or more than one."""
-    wanted = text if "@" in text or ":" in text.rpartition("/")[2] else f"{text}:latest"
-    every = list(dict.fromkeys(name.model for name in names))
-    found = [name for name in every if wanted in name.forms]
+    """Return the stored model that a user means by `text`. Raises NoSuchModel if there is none, or more than one."""
+    name = find_or_none(text, names := list(names))
+    if name is not None:
+        return name
+    base = _tagged(text).rpartition(":")[0]
+    near = [name for name in _models(names) if base in {form.rpartition(":")[0] for form in name.forms}]
+    raise NoSuchModel(f"{not_found(text)}; " + (f"stored is {_shown(near)}" if near else "see `ollama-cache ls`"))
+
+
+def find_or_none(text: str, names: Iterable[Name]) -> Name | None:
+    """Return the stored model that a user means by `text`, if there is one. Raises NoSuchModel for more than one."""
+    wanted = _tagged(text)
+    found = [name for name in _models(names) if wanted in name.forms]
     for name in found:
         if wanted in (str(name), name.typed):
             return name
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise NoSuchModel(f"expected one model, got {text!r}, which may be {_shown(found)}")
-    base = wanted.rpartition(":")[0]
-    near = [name for name in every if base in {form.rpartition(":")[0] for form in name.forms}]
-    raise NoSuchModel(
-        f"expected a stored model, got {text!r}"
-        + (f"; stored is {_shown(near)}" if near else "; see `ollama-cache ls`")
-    )
+    if len(found) > 1:
+        raise NoSuchModel(f"'{text}' may be any of {_shown(found)}: write the one in full")
+    return found[0] if found else None
+
+
+def not_found(text: str) -> str:
+    """Say that there is no such model, in Ollama's words (server/routes.go)."""
+    return f"model '{text}' not found"
+
+
+def _tagged(text: str) -> str:
+    return text if "@" in text or ":" in text.rpartition("/")[2] else f"{text}:latest"
+
+
+def _models(names: Iterable[Name]) -> list[Name]:
+    return list(dict.fromkeys(name.model for name in names))
 
 
 def _shown(names: list[Name]) -> str:
@@ -82,6 +98,45 @@ def listing(view: View, shown: Collection[Name] | None = None) -> list[JSON]:
     """A row for each model, or only for those that are `shown`, the one pulled last first."""
     rows = [_row(view, name, view.models[name]) for name in (view.models if shown is None else shown)]
     return sorted(rows, key=lambda row: (-(row["pulled"] or 0.0), row["name"]))
+
+
+class Order(StrEnum):
+    """What rows are sorted by."""
+
+    NAME = "name"
+    SIZE = "size"
+    PULLED = "pulled"
+
+
+def chosen(rows: Iterable[JSON], pattern: str = "", order: Order = Order.PULLED) -> list[JSON]:
+    """Return the rows whose names begin with `pattern`, as `ollama list` has it, or match it if it has wildcards.
+
+    By name from A to Z, by size the biggest first, by pull the last one first.
+    """
+    found = [row for row in rows if _is_meant(row, pattern)]
+    if order is Order.NAME:
+        return sorted(found, key=lambda row: row["name"])
+    return sorted(found, key=lambda row: (-(row[order] or 0), row["name"]))
+
+
+def _is_meant(row: JSON, pattern: str) -> bool:
+    name = Name(row["host"], row["repository"], row["reference"])
+    if is_pattern(pattern):
+        return name.is_among((pattern, f"{pattern}:latest"))
+    return any(form.lower().startswith(pattern.lower()) for form in name.forms)
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a user's text has wildcards."""
+    return any(character in text for character in "*?[")
+
+
+def models_of(manifests: Mapping[Name, ManifestRecord], digests: Set[Digest]) -> dict[Digest, Name]:
+    """Return a model for each of the blobs that one lists."""
+    found: dict[Digest, Name] = {}
+    for name, record in manifests.items():
+        found |= dict.fromkeys(filter(record.lists, digests), name.model)
+    return found
 
 
 def _row(view: View, name: Name, records: Sequence[ManifestRecord]) -> JSON:

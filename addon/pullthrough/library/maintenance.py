@@ -12,9 +12,10 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from pullthrough.core.digest import Digest
-from pullthrough.core.errors import InvalidRequest, NoSuchModel
+from pullthrough.core.errors import InvalidRequest, ModelPinned, NoSuchModel
+from pullthrough.core.humanize import count_text
 from pullthrough.core.records import Name, listed_by
-from pullthrough.library.listing import JSON, find
+from pullthrough.library.listing import JSON, find, find_or_none, is_pattern
 from pullthrough.library.prune_plan import Plan, plan_prune, plan_removal
 from pullthrough.library.snapshot import Snapshot
 from pullthrough.store.ingest import INGEST, PARTIAL, partials, quarantined
@@ -46,14 +47,26 @@ class Maintenance:
         self._recording = recording
         self._turn = asyncio.Lock()
 
-    async def remove(self, texts: Sequence[str]) -> JSON:
-        """These models go. NoSuchModel if one is not there: then none goes."""
+    async def remove(self, texts: Sequence[str], *, unpin: bool = False) -> JSON:
+        """Remove these models, and with `unpin` the `unpinned` pins of their own; `pins` are those that stay.
+
+        Raises NoSuchModel if one is not there, ModelPinned if one is pinned: then none goes.
+        """
         await self._store.settle()
         async with self._turn:
             names = [find(text, self._store.manifests()) for text in texts]
+            pinned = {name: pins for name in names if (pins := self.pins_of(name))}
+            if pinned and not unpin:
+                what = "; ".join(f"{name.typed} is pinned by {', '.join(pins)}" for name, pins in pinned.items())
+                raise ModelPinned(f"{what}: nothing was removed; --unpin removes it all the same, and its own pin")
+            own = {str(name) for name in names} & self._store.ledger.pins
+            for pin in own:
+                self._store.ledger.unpin(pin)
             manifests, blobs = dict(self._store.manifests()), self._store.known_blobs()
             plan = await asyncio.to_thread(plan_removal, manifests, blobs, names, busy=self._busy())
-            return await self._carry_out(plan)
+            done = await self._carry_out(plan)
+            still = {pin for pins in pinned.values() for pin in pins} - own
+            return done | {"unpinned": sorted(own), "pins": sorted(still)}
 
     async def prune(self, *, age_s: float, every: bool, dry_run: bool) -> JSON:
         """Clean up what is older than `age_s` seconds."""
@@ -76,10 +89,16 @@ class Maintenance:
             )
             return _told(plan) if dry_run else await self._carry_out(plan)
 
+    def pins_of(self, name: Name) -> list[str]:
+        """Return what pins a model, of the option and of the store."""
+        return sorted(pin for pin in {*self._pins, *self._store.ledger.pins} if name.matches(pin))
+
     def pin(self, text: str) -> JSON:
-        """Keep a model, or all that a pattern names, for good. NoSuchModel if a name without wildcards is unknown."""
-        is_pattern = any(character in text for character in "*?[")
-        pattern = text if is_pattern else str(find(text, self._store.manifests()))
+        """Keep a model, or all that a pattern names, for good; what is not here yet too, from when it is pulled.
+
+        Raises NoSuchModel for a name that several models have, InvalidRequest for one that none can have.
+        """
+        pattern = text if is_pattern(text) else str(find_or_none(text, self._store.manifests()) or Name.parse(text))
         if not pattern.strip() or any(character.isspace() for character in pattern):
             raise InvalidRequest(f"expected a model or a pattern such as llama3*, got {text!r}")
         self._store.ledger.pin(pattern)
@@ -125,7 +144,8 @@ class Maintenance:
             await asyncio.to_thread(store.remove_files, store.evict(free))
         resumed = {store.ingest(digest).partial_path for digest in self._recording}
         await asyncio.to_thread(store.remove_files, [path for path in plan.files if path not in resumed])
-        _log.info("removed %d models, %d blobs, %d leftovers", len(plan.names), len(plan.blobs), len(plan.files))
+        counts = (len(plan.names), "model"), (len(plan.blobs), "blob"), (len(plan.files), "leftover")
+        _log.info("removed %s", ", ".join(count_text(*each) for each in counts))
         return _told(plan)
 
 

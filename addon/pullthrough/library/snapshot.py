@@ -65,9 +65,9 @@ class Snapshot:
         return found
 
     def select(self, model: str) -> dict[Name, ManifestRecord]:
-        """The models of that name, as it is typed, or pattern; `latest` where it has no tag. TransferRefused for none.
+        """Return the models of that name, as it is typed, or pattern; `latest` where it has no tag.
 
-        A manifest that was asked for by its digest alone is no model.
+        A manifest that was asked for by its digest alone is no model. Raises TransferRefused for none.
         """
         found = {
             name: record
@@ -75,7 +75,7 @@ class Snapshot:
             if ":" not in name.reference and (name.matches(model) or name.matches(f"{model}:latest"))
         }
         if not found:
-            raise TransferRefused(f"expected a model of the store, got {model!r}")
+            raise TransferRefused(f"model '{model}' not found; see `ollama-cache ls`")
         return found
 
 

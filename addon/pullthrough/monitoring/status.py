@@ -15,7 +15,7 @@ from typing import Final
 from pullthrough.config.settings import Settings
 from pullthrough.core.digest import Digest
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.library.listing import JSON, View, size_of, statistics
+from pullthrough.library.listing import JSON, View, models_of, size_of, statistics
 from pullthrough.monitoring.health import Disk, Health
 from pullthrough.monitoring.model_detail import ModelDetail, find_detail
 from pullthrough.monitoring.model_index import ModelIndex
@@ -247,8 +247,6 @@ def _sum_up(view: View) -> Holdings:
 
 def _find_names(manifests: Mapping[Name, ManifestRecord], digests: AbstractSet[Digest]) -> dict[Digest, str]:
     """For each blob a public model that lists it, or ""."""
-    names = dict.fromkeys(digests, "")
-    for name, record in manifests.items():
-        if not record.denied:
-            names |= dict.fromkeys(filter(record.lists, digests), name.typed)
-    return names
+    public = {name: record for name, record in manifests.items() if not record.denied}
+    names = {digest: name.typed for digest, name in models_of(public, digests).items()}
+    return dict.fromkeys(digests, "") | names

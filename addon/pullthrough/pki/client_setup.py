@@ -40,7 +40,7 @@ KINDS: Final = SYSTEMS | {"compose": "compose.yaml", "kubernetes": "kubernetes.y
 
 _FETCH_AND_RUN: Final = {
     "linux": """cd "$(mktemp -d)" && curl -fsSO --noproxy '*' {url} \
-&& echo "{sum}  linux.sh" | sha256sum -c && sudo sh linux.sh {proxy}""",
+&& echo "{sum}  linux.sh" | sha256sum -c && $(command -v sudo) sh linux.sh {proxy}""",
     "macos": """cd "$(mktemp -d)" && curl -fsSO --noproxy '*' {url} \
 && echo "{sum}  macos.sh" | shasum -a 256 -c && sh macos.sh {proxy}""",
     "windows": """$f = "$(New-TemporaryFile).ps1"; curl.exe -fsSo $f --noproxy '*' {url}; \

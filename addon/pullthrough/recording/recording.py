@@ -72,7 +72,7 @@ class Recording:
         self._cursors: set[Cursor] = set()
         self._ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self._error: CacheError | None = None
         self._relays: Relays | None = None
         self._idle: asyncio.TimerHandle | None = None
@@ -232,7 +232,7 @@ class Recording:
             "commit %.3f s, of it fsync %.3f s",
             self.digest.short,
             size,
-            time.monotonic() - self._started,
+            time.monotonic() - self.started,
             self._fetcher.fetched / size if size else 1,
             100 * sealed.unhashed / size if size else 0,
             sealed.commit_s,
@@ -330,7 +330,7 @@ class Recording:
             "result": result,
             "bytes": self.present,
             "fetched": self._fetcher.fetched if hasattr(self, "_fetcher") else 0,
-            "seconds": round(time.monotonic() - self._started, 3),
+            "seconds": round(time.monotonic() - self.started, 3),
             "problem": str(error or ""),
         }
         return {"fields": fields}

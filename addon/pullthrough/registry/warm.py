@@ -26,6 +26,13 @@ Tell = Callable[[Mapping[str, Any]], Awaitable[None]]
 """Send a progress object to whoever has asked."""
 
 
+def in_words(error: CacheError) -> str:
+    """Say why a model was not recorded; that there is none, as `ollama pull` does (server/images.go)."""
+    if isinstance(error, UpstreamRefused) and error.status_hint == 404:
+        return "pull model manifest: file does not exist (the registry answered 404)"
+    return str(error)
+
+
 class Warmer:
     """Recordings that nobody waits for but the terminal."""
 

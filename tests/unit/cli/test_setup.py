@@ -46,7 +46,7 @@ def test_address(run: Run, line: str, env: dict[str, str], server: str, proxy: s
     assert result.exit_code == 0, result.output
     (command,) = result.stdout.splitlines()
     assert f"curl -fsSO --noproxy '*' http://{server}/connect/linux.sh " in command
-    assert command.endswith(f"sudo sh linux.sh http://{proxy}")
+    assert command.endswith(f"-c && $(command -v sudo) sh linux.sh http://{proxy}")
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,24 @@ def test_refused(run: Run, arguments: str, env: dict[str, str], expected: str) -
     assert expected in re.sub(r"\s+", " ", result.stderr)
 
 
+def test_no_address(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client is never sent to its own loopback; an address that is named is the user's matter."""
+    monkeypatch.setattr("pullthrough.runtime.platform.lan_address", lambda: "127.0.0.1")
+    result = run("connect")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "clients cannot reach 127.0.0.1" in result.stderr and "--address" in result.stderr
+    assert "http://10.9.8.7:9200" in run("connect", "--address", "10.9.8.7").stdout
+    assert "http://cache.lan:9200" in run("connect", env={"OLLAMA_CACHE_ADVERTISE": "cache.lan"}).stdout
+
+
+def test_json(run: Run) -> None:
+    """The command, or the document, is a member."""
+    told = json.loads(run("connect", "--for", "macos", "--json").stdout)
+    assert told["command"] == run("connect", "--for", "macos").stdout.strip()
+    told = json.loads(run("connect", "--for", "compose", "--json").stdout)
+    assert told["document"] == run("connect", "--for", "compose").stdout
+
+
 def test_doctor(run: Run, tmp_path: Path) -> None:
     """Where nothing runs it says what to start, in words and as JSON, and makes nothing."""
     env = {"OLLAMA_CACHE_OFFLINE": "true", "OLLAMA_CACHE_MIN_FREE": "0"}
@@ -78,10 +96,3 @@ def test_doctor(run: Run, tmp_path: Path) -> None:
     assert told.exit_code == 1
     assert told.stdout == f"{finding['what']}: {finding['why']}\n    {finding['mend']}\n"
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("verb", ["connect", "doctor", "ca renew"])
-def test_help(run: Run, verb: str) -> None:
-    """It fits 80 columns."""
-    text = run(*verb.split(), "--help").stdout
-    assert max(map(len, text.splitlines())) <= 80

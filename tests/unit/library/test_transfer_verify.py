@@ -150,7 +150,7 @@ def test_one_model(folder: Path) -> None:
     _flip(path_of(folder, 0))
     assert check(folder, ["two"], now=5.0).checked == 2
     assert len(check(folder, ["one"], now=5.0).findings) == 1
-    with pytest.raises(TransferRefused, match="expected a model of the store, got 'three'"):
+    with pytest.raises(TransferRefused, match="model 'three' not found"):
         check(folder, ["three"], now=5.0)
 
 
@@ -224,7 +224,8 @@ def test_import_and_export_on_the_command_line(folder: Path, run: Callable[..., 
     """Each outcome is a line; a model that is refused makes the exit code 1; errors are one line."""
     work = folder.parent
     for target in ("out", "out.tar"):
-        assert run("export", "one", "two:latest", "--to", work / target)[:2] == (0, "")
+        for _ in range(2):
+            assert run("export", "one", "two:latest", "--to", work / target, "--force")[:2] == (0, "")
         code, output, _ = run("import", work / target, "--dir", work / f"new-{target}")
         assert (code, output.count(": imported\n")) == (0, 2)
     (work / "out" / "blobs" / DIGESTS[0].file_name).write_bytes(b"x")
@@ -235,13 +236,21 @@ def test_import_and_export_on_the_command_line(folder: Path, run: Callable[..., 
         "registry.ollama.ai/library/one:latest": "refused",
         "registry.ollama.ai/library/two:latest": "imported",
     }
+    (work / "dir.tar").mkdir()
+    manifest = work / "changed" / "manifests" / "registry.ollama.ai" / "library" / "one" / "latest"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
     with (work / "out.tar").open("r+b") as file:
         file.truncate(5000)
     for arguments, message in (
         (("import", work / "out.tar", "--dir", work / "bad2"), "it is truncated"),
         (("import", work / "nowhere"), f"got no {work / 'nowhere'}"),
-        (("export", "nothing", "--to", work / "x.tar"), "expected a model of the store, got 'nothing'"),
+        (("export", "nothing", "--to", work / "x.tar"), "model 'nothing' not found"),
         (("verify", "--dir", work / "nowhere"), "expected an ollama-cache store"),
+        (("export", "one", "--to", work / "out.tar"), "out.tar: already there, and not the same; --force replaces it"),
+        (("export", "one", "--to", work / "changed"), "manifests/registry.ollama.ai/library/one/latest: already there"),
+        (("export", "one", "--to", work / "x.tgz"), "a bundle is not compressed"),
+        (("export", "one", "--to", work / "dir.tar", "--force"), "is a folder"),
     ):
         code, output, errors = run(*arguments)
         assert (code, output) == (1, "")
