@@ -18,7 +18,8 @@ from pullthrough.daemon import Daemon
 from pullthrough.proxy import options
 from pullthrough.proxy.frontend import Frontend
 from pullthrough.proxy.log_setup import set_up_logs
-from pullthrough.proxy.modes import check_modes
+from pullthrough.proxy.modes import check_modes, check_ports
+from pullthrough.proxy.startup import check_program, write_by_lines
 from pullthrough.proxy.upstream_proxy import check_internals, ways_out
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ class OllamaCache:
 
     def load(self, loader: addonmanager.Loader) -> None:
         """Declare our options."""
+        write_by_lines()
         try:
+            check_program(ctx.master)
             check_internals()
             options.check_refused()
         except CacheError as error:
@@ -54,6 +57,7 @@ class OllamaCache:
         self._is_configured = True
         try:
             self._daemon = self._make_daemon()
+            check_ports(ctx.options.mode, ctx.options.listen_host, ctx.options.listen_port)
         except CacheError as error:
             _stop(error)
 
@@ -83,6 +87,7 @@ class OllamaCache:
         """Let go of everything."""
         if self._daemon is not None:
             await self._daemon.stop()
+            _log.info("ollama-cache has stopped")
 
     def _forbid_reload(self) -> None:
         """mitmproxy reloads a script whose file changes, half-way: a new addon without its asynchronous start."""

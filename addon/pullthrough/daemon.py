@@ -42,7 +42,7 @@ from pullthrough.net.client_table import ClientTable
 from pullthrough.net.connection_limits import ConnectionLimits, most_connections
 from pullthrough.net.proxy_env import ParentProxies
 from pullthrough.pki.authority import Leaf
-from pullthrough.pki.client_setup import guide
+from pullthrough.pki.client_setup import clients_page, guide
 from pullthrough.pki.leaves import Leaves
 from pullthrough.pki.rollover import Rollover
 from pullthrough.recording.pulls import Counts, Place, Pulls
@@ -66,6 +66,7 @@ from pullthrough.runtime import platform
 from pullthrough.runtime.clock import lasting
 from pullthrough.runtime.executors import Threads
 from pullthrough.runtime.loop_lag import LoopLag
+from pullthrough.runtime.program import own_program
 from pullthrough.runtime.temp_folder import TemporaryFolder
 from pullthrough.server import setup_pages
 from pullthrough.server.blob_server import BlobServer
@@ -245,7 +246,7 @@ class Daemon:
         stack.push_async_callback(health.close)
         health.open(Lookout(upstream.reachability, looks_at(upstream, fleet.tier if fleet is not None else None)))
         _log.info(
-            "ollama-cache ready: store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
+            "store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
             len(store.blobs()),
             len(by_model(store.manifests())),
@@ -253,6 +254,8 @@ class Daemon:
             self._rollover.current.fingerprint,
             self._blob_server,
         )
+        page = f"{clients_page(settings)} shows it; " if settings.listen else ""
+        _log.info("ollama-cache ready: %s%s connect sets up a client", page, own_program())
 
     def _show(self, leaves: Sequence[Leaf], files: list[str]) -> None:
         for leaf in leaves:

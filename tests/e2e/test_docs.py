@@ -383,11 +383,12 @@ def test_run(page: str, play: Any, tmp_path: Path) -> None:
 def test_ready_lines(running: tuple[Origin, Proxy]) -> None:
     """What the first start says is what the README shows."""
     _, proxy = running
-    shown = re.findall(r"^(.*(?:proxy listening|ollama-cache ready).*)$", README, re.MULTILINE)
-    assert len(shown) == 2
+    shown = re.findall(r"^(.*(?:proxy listening|ollama-cache ready|^store ).*)$", README, re.MULTILINE)
+    assert len(shown) == 3
     for line in shown:
         pattern = re.escape(line).replace("…", ".*").replace(re.escape("*:8080"), r"\S+:\d+").replace("AB:CD:", "")
-        pattern = pattern.replace(re.escape("*:9200"), r"\S+:\d+")
+        pattern = pattern.replace(re.escape("*:9200"), r"\S+:\d+").replace(":9200/", r":\d+/")
+        pattern = pattern.replace(re.escape(".venv/bin/"), r"\S*")
         assert any(re.search(pattern, said) for said in proxy.output), line
 
 

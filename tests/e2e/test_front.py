@@ -569,9 +569,11 @@ def test_strangers_are_refused(start_proxy: Callable[..., Proxy]) -> None:
 
 
 def test_ready_line_names_the_port(proxy: Proxy) -> None:
-    """A user sees where the port is and whom it speaks for."""
+    """A user sees where the page is and what to do next; before it, whom the port speaks for."""
+    assert any(f", plain HTTP {ADDRESS}:{proxy.front_port} (registry.ollama.ai)" in line for line in proxy.output)
     line = next(line for line in proxy.output if "ollama-cache ready" in line)
-    assert f", plain HTTP {ADDRESS}:{proxy.front_port} (registry.ollama.ai)" in line
+    assert f"ollama-cache ready: http://{ADDRESS}:{proxy.front_port}/ shows it; " in line
+    assert line.endswith("ollama-cache connect sets up a client")
 
 
 @pytest.mark.long
@@ -580,7 +582,7 @@ def test_a_port_in_use_stops_the_start(tmp_path: Path) -> None:
     with socket.create_server((ADDRESS, 0)) as other:
         taken = f"{ADDRESS}:{other.getsockname()[1]}"
         line = refused(tmp_path, ollama_cache_listen=taken, ollama_cache_front="")
-    assert f"option ollama_cache_listen: expected a free address of this machine, got {taken}: Address alr" in line
+    assert f"option ollama_cache_listen: expected a free address of this machine, got {taken}: it is taken by " in line
 
 
 @pytest.mark.long

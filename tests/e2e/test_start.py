@@ -1,6 +1,8 @@
 """A start that cannot be right stops: one line that says expected and got, exit code 1, and no open proxy."""
 
 import functools
+import os
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from mitmproxy import version
 from mitmproxy.certs import CertStore
 
 from pullthrough.store.store import Store
-from tests.support.proxy import PROGRAM, patched, run_until_exit
+from tests.support.proxy import PROGRAM, Proxy, patched, run_until_exit
 
 more = functools.partial(pytest.param, marks=pytest.mark.long)
 """A row for the long run: another one goes the same way through the start, and the unit tests know the message."""
@@ -81,6 +83,30 @@ def test_bad_file(tmp_path: Path) -> None:
     message = refused(tmp_path)
     assert f"{tmp_path / 'config.toml'}, line 2: unknown option max_sise; did you mean max_size?" in message
     assert "hunter2" not in message
+
+
+def test_a_proxy_port_in_use(tmp_path: Path) -> None:
+    """Whoever has it is named, and so is the option; mitmproxy tells a number of the system."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        places = {"ollama_cache_dir": tmp_path / "store", "ollama_cache_certs": tmp_path / "certs"}
+        code, message = run_until_exit(tmp_path, port=port, **places)
+    assert code == 1 and "Traceback" not in message, message
+    assert f"cannot listen on 127.0.0.1:{port} for the proxy: it is taken by " in message
+    assert f"(process {os.getpid()}); --listen-port and --listen-host choose another" in message
+
+
+def test_a_program_with_a_window(tmp_path: Path) -> None:
+    """A sentence, and no traceback."""
+    message = refused(tmp_path, program=(Path(PROGRAM[0]).with_name("mitmweb"), *PROGRAM[1:]))
+    assert "start the cache by `ollama-cache run` or `mitmdump -s`" in message
+
+
+def test_lines_come_as_they_are_written(tmp_path: Path) -> None:
+    """Into a pipe or file too, where Python would keep them; the last one says that it has stopped."""
+    with Proxy(tmp_path, env={"PYTHONUNBUFFERED": ""}) as proxy:
+        proxy.wait_for_line("ollama-cache ready: ")
+    assert "ollama-cache has stopped" in proxy.output[-1]
 
 
 def foreign_folder(folder: Path) -> str:

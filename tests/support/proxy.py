@@ -63,12 +63,13 @@ def run_until_exit(
     timeout_s: float = 30.0,
     env: Mapping[str, str] | None = None,
     program: Sequence[str | Path] = PROGRAM,
+    port: int = 0,
     **options: object,
 ) -> tuple[int, str]:
     """Start a process that is expected to refuse; its return code and output. `directory` is for its home."""
     try:
         done = subprocess.run(
-            arguments(options, program=program),
+            arguments(options, port=port, program=program),
             env=environment(directory / "home", env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -7,6 +7,7 @@ Invariant: a document depends on the certificates and the configured address alo
 Does not know who serves the documents.
 """
 
+import ipaddress
 import string
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from pullthrough.config.parsers import is_address
 from pullthrough.config.settings import Endpoint, Settings
 from pullthrough.runtime import platform
 
@@ -123,6 +125,15 @@ def clients_origin(settings: Settings, host: str) -> str:
     published = settings.advertise.port if settings.advertise is not None else 0
     listening = settings.listen[0][1] if settings.listen else 0
     return Endpoint("http", host, published or listening).origin
+
+
+def clients_page(settings: Settings) -> str:
+    """Return the address of the status page, where the plain port is open."""
+    host = settings.listen[0][0]
+    is_one = host and not (is_address(host) and ipaddress.ip_address(host).is_unspecified)
+    if settings.advertise is not None or not is_one:
+        host = clients_host(settings)
+    return f"{clients_origin(settings, host)}/"
 
 
 def command(kind: str, document: SetupDocument, *, server: str, proxy: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode, ReverseMode, TransparentMode
 
 from pullthrough.core.errors import SettingsError
+from pullthrough.runtime.ports import listening, reason, shown_address
 
 
 def check_modes(specs: Iterable[str], hosts: Collection[str]) -> None:
@@ -18,6 +19,30 @@ def check_modes(specs: Iterable[str], hosts: Collection[str]) -> None:
                 "option mode: expected regular, transparent or reverse:https://HOST "
                 f"with HOST one of {', '.join(hosts)}, got {spec}"
             )
+
+
+def check_ports(specs: Iterable[str], host: str, port: int | None) -> None:
+    """Stop where mitmproxy would fail to listen, which it would tell by a number of the system.
+
+    `host` and `port` are mitmproxy's own for all modes. To be asked while the cache's other ports are listened on.
+
+    Raises:
+        SettingsError: an address is taken, not of this machine, or not for this user.
+    """
+    for spec in specs:
+        mode = ProxyMode.parse(spec)
+        at, number = mode.listen_host(host), mode.listen_port(port)
+        if number is None:
+            continue
+        try:
+            sockets = listening(at, number)
+        except OSError as error:
+            raise SettingsError(
+                f"cannot listen on {shown_address(at, number)} for the proxy: {reason(error, number)}; "
+                "--listen-port and --listen-host choose another"
+            ) from error
+        for sock in sockets:
+            sock.close()
 
 
 def _is_ours(spec: str, hosts: Collection[str]) -> bool:

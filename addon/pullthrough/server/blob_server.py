@@ -9,7 +9,6 @@ a request is looked at. An address that is handed out is made from the connectio
 the client says.
 """
 
-import errno
 import ipaddress
 import json
 import logging
@@ -38,12 +37,12 @@ from pullthrough.recording.reader import Reader
 from pullthrough.registry.messages import Answer, Request, gathered
 from pullthrough.registry.service import Registry
 from pullthrough.runtime import platform
+from pullthrough.runtime.ports import BACKLOG, listening, reason, shown_address
 from pullthrough.server.incomplete import begin_body, end_body, notices_short_bodies
 from pullthrough.server.pages import Pages
 
 _log = logging.getLogger(__name__)
 
-BACKLOG: Final = 1024
 AT_ONCE: Final = 32
 """Connections that are accepted before any of them is looked at: each takes a descriptor."""
 IDLE_S: Final = 120.0
@@ -51,7 +50,6 @@ IDLE_S: Final = 120.0
 SHUTDOWN_S: Final = 0.5
 """How long bodies may go on when the cache ends; aiohttp waits twice that."""
 
-_NO_SUCH_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _SECRETS: Final = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 
@@ -73,15 +71,15 @@ class BlobServer:
         self._sockets: list[socket.socket] = []
         try:
             for host, port in settings.listeners:
-                self._sockets += _listen(host, port)
+                self._sockets += listening(host, port)
         except OSError as error:
             self.release()
-            where = _authority(host, port)
+            where = shown_address(host, port)
             raise SettingsError(
-                f"option {PREFIX}listen: expected a free address of this machine, got {where}: {error.strerror}"
+                f"option {PREFIX}listen: expected a free address of this machine, got {where}: {reason(error, port)}"
             ) from error
         self._names = [
-            _authority(host, port) + (f" ({settings.fronts[port]})" if port in settings.fronts else "")
+            shown_address(host, port) + (f" ({settings.fronts[port]})" if port in settings.fronts else "")
             for host, port in settings.listeners
         ]
 
@@ -256,32 +254,6 @@ def is_name(authority: str) -> bool:
     except ValueError:
         return False
     return bool(host) and not is_address(host or "")
-
-
-def _authority(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host or '*'}:{port}"
-
-
-def _listen(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets for each address of `host`; for "", of each family that this machine has."""
-    sockets: list[socket.socket] = []
-    problem: OSError | None = None
-    try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, address in dict.fromkeys((entry[0], entry[4]) for entry in found):
-            try:
-                sockets.append(socket.create_server(address, family=family, backlog=BACKLOG))
-            except OSError as error:
-                if error.errno not in _NO_SUCH_FAMILY:
-                    raise
-                problem = error
-        if not sockets and problem is not None:
-            raise problem
-    except OSError:
-        for sock in sockets:
-            sock.close()
-        raise
-    return sockets
 
 
 def _refusal(status: int, message: str, *headers: tuple[str, str], code: str = "UNSUPPORTED") -> Answer:

@@ -122,7 +122,7 @@ def test_a_port_in_use_frees_the_others() -> None:
     first = free_port()
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = f"127.0.0.1:{other.getsockname()[1]}"
-        message = f"expected a free address of this machine, got {taken}: Address"
+        message = f"expected a free address of this machine, got {taken}: it is taken by "
         with pytest.raises(SettingsError, match=message), server(listen=f"127.0.0.1:{first},{taken}", front=""):
             pass
     socket.create_server(("127.0.0.1", first)).close()
