@@ -41,6 +41,16 @@ TO_OLDER_CLIENT: Final = {
 """What a client is told that sends a bare line of JSON, as this socket took it before it spoke HTTP."""
 
 
+def _bound(path: Path) -> socket.socket:
+    """A socket that only our own user can ask."""
+    with contextlib.ExitStack() as undo:
+        sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        sock.bind(os.fspath(path))
+        path.chmod(0o600)
+        undo.pop_all()
+    return sock
+
+
 class ControlServer:
     """The socket of one store, which the caller has locked."""
 
@@ -60,21 +70,25 @@ class ControlServer:
         server = _Server(self._answer, handler_cancellation=True, access_log=None, keepalive_timeout=PATIENCE_S)
         self._runner = web.ServerRunner(server)
         try:
-            path = self._folder / SOCKET
-            if len(os.fsencode(path)) > LONGEST_PATH:
-                self._elsewhere = tempfile.TemporaryDirectory(prefix="ollama-cache-")  # 0700
-                path = Path(self._elsewhere.name) / SOCKET
-                (self._folder / POINTER).write_text(f"{path}\n", encoding="utf-8")
             with contextlib.ExitStack() as undo:
-                sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-                sock.bind(os.fspath(path))
-                path.chmod(0o600)
+                sock = undo.enter_context(self._bind())
                 await self._runner.setup()
                 await web.SockSite(self._runner, sock).start()
                 undo.pop_all()
         except OSError as error:
             _log.warning("no control socket in %s: %s", self._folder, error)
             await self.close()
+
+    def _bind(self) -> socket.socket:
+        """A socket in the store, else in a folder that a file of the store names. Raises OSError."""
+        path = self._folder / SOCKET
+        if len(os.fsencode(path)) <= LONGEST_PATH:
+            with contextlib.suppress(OSError):  # a disk without sockets, as exFAT
+                return _bound(path)
+        self._elsewhere = tempfile.TemporaryDirectory(prefix="ollama-cache-")  # 0700
+        path = Path(self._elsewhere.name) / SOCKET
+        (self._folder / POINTER).write_text(f"{path}\n", encoding="utf-8")
+        return _bound(path)
 
     async def close(self) -> None:
         """Answer nobody any more. May be called twice, and without `open`."""
@@ -92,10 +106,11 @@ class ControlServer:
 
     def _clear(self) -> None:
         path = self._folder / SOCKET
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # nothing is there, or the disk is read-only
             if stat.S_ISSOCK(path.lstat().st_mode):
                 path.unlink()
-        (self._folder / POINTER).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self._folder / POINTER).unlink()
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         task = asyncio.current_task()

@@ -19,7 +19,7 @@ from pullthrough.fleet.object_store import PART
 from pullthrough.fleet.tier import Tier
 from pullthrough.runtime import platform
 from pullthrough.runtime.executors import Threads
-from pullthrough.store.ingest import SharedFile
+from pullthrough.runtime.shared_file import SharedFile
 from pullthrough.store.store import Store
 
 _log = logging.getLogger(__name__)

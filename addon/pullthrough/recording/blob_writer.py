@@ -16,7 +16,6 @@ from typing import Final
 from pullthrough.core.errors import DigestMismatch, StoreError
 from pullthrough.core.intervals import Intervals
 from pullthrough.recording.assembly import Assembly
-from pullthrough.runtime import platform
 from pullthrough.runtime.executors import Threads
 from pullthrough.store.ingest import Ingest
 from pullthrough.store.store import Store
@@ -138,12 +137,12 @@ class BlobWriter:
         """As `hash`; None if the assembly was begun again meanwhile."""
         assert self._ingest.file is not None
         hasher = hashlib.sha256()
-        descriptor, assembly = self._ingest.file.descriptor, self._assembly
+        file, assembly = self._ingest.file, self._assembly
         generation = assembly.generation
 
         def update(start: int, stop: int) -> int:
             offset = start
-            while offset < stop and (data := platform.read_at(descriptor, offset, min(HASH_PIECE, stop - offset))):
+            while offset < stop and (data := file.read(offset, min(offset + HASH_PIECE, stop))):
                 hasher.update(data)
                 offset += len(data)
             return offset
@@ -174,6 +173,9 @@ class BlobWriter:
         """Publish the blob if it is what it claims to be; DigestMismatch after it was quarantined if not."""
         began = time.monotonic()
         digest = self._ingest.digest
+        arranged = 0
+        while arranged < self._assembly.size:
+            arranged = await self._threads.disk(self._ingest.arrange, arranged)
         if actual != digest.hex:
             path = await self._threads.disk(self._store.quarantine, self._ingest)
             self._store.disown(digest)
@@ -181,7 +183,7 @@ class BlobWriter:
             raise DigestMismatch(str(digest), f"sha256:{actual}")
         await self._threads.disk(self._ingest.sync)
         synced = time.monotonic()
-        placed = await self._threads.disk(self._store.place, digest, self._ingest.partial_path)
+        placed = await self._threads.disk(self._store.place, digest, self._ingest.finished_path)
         self._store.publish(digest, placed, now=time.time())
         self._assembly.shown = self._assembly.size
         await self._threads.disk(self._ingest.forget)

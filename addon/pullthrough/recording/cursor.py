@@ -10,7 +10,7 @@ from typing import Final, Protocol
 from pullthrough.core.digest import Digest
 from pullthrough.recording.assembly import Assembly
 from pullthrough.runtime.clock import steady
-from pullthrough.store.ingest import SharedFile
+from pullthrough.runtime.shared_file import SharedFile
 
 _log = logging.getLogger(__name__)
 
@@ -51,11 +51,7 @@ class Cursor:
         self.waiter: asyncio.Future[None] | None = None
         self._told = False
         self._feed = feed
-        self._file = file
-
-    @property
-    def descriptor(self) -> int:
-        return self._file.descriptor
+        self.file = file
 
     @property
     def present(self) -> int:
@@ -105,4 +101,4 @@ class Cursor:
 
     def close(self) -> None:
         self._feed.detach(self)
-        self._file.release()
+        self.file.release()

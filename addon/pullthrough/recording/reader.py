@@ -12,7 +12,7 @@ from pullthrough.core.errors import StoreUnwritable
 from pullthrough.recording.cursor import Cursor
 from pullthrough.recording.recording import Recording
 from pullthrough.recording.relay import Relay
-from pullthrough.store.ingest import SharedFile
+from pullthrough.runtime.shared_file import SharedFile
 
 WAIT_S: Final = 1.0
 """How long a sender waits for missing bytes before it looks whether its client is still there."""
@@ -92,7 +92,7 @@ class Reader:
         there is.
         """
         if self._file is not None:
-            return self._span(self._file.descriptor, min(self.position + limit, self.stop))
+            return self._span(self._file, min(self.position + limit, self.stop))
         if self._cursor is not None:
             try:
                 present = await self._cursor.wait(wait_s)
@@ -101,9 +101,9 @@ class Reader:
             else:
                 if present <= self.position:
                     return Pending()
-                stop = min(self.position + limit, present, self.stop)
-                self._cursor.advance(stop)
-                return self._span(self._cursor.descriptor, stop)
+                span = self._span(self._cursor.file, min(self.position + limit, present, self.stop))
+                self._cursor.advance(self.position)
+                return span
         assert self._relay is not None
         data = await self._relay.next(limit, wait_s)
         self.position += len(data)
@@ -129,8 +129,9 @@ class Reader:
         self._cursor.advance(self.position)
         return self._cursor.present >= self.stop
 
-    def _span(self, descriptor: int, stop: int) -> FileSpan:
-        span = FileSpan(descriptor, self.position, stop)
+    def _span(self, file: SharedFile, stop: int) -> FileSpan:
+        place, stop = file.locate(self.position, stop)
+        span = FileSpan(file.descriptor, place, place + stop - self.position)
         self.position = stop
         return span
 

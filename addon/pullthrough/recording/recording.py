@@ -25,7 +25,7 @@ from pullthrough.recording.relay import Relay, Relays
 from pullthrough.recording.slicing import MAX_SLICE, Demand, Slice, first_slice, next_slice
 from pullthrough.recording.workroom import Workroom
 from pullthrough.runtime.clock import steady
-from pullthrough.store.ingest import SharedFile
+from pullthrough.runtime.shared_file import SharedFile
 from pullthrough.upstream.data_stream import DataStream
 
 _log = logging.getLogger(__name__)
@@ -177,7 +177,8 @@ class Recording:
     async def _has_room(self, size: int, begin: Callable[[int], None] | None = None) -> bool:
         """Make room for what is to come and `begin`; where that cannot be, clients are served past the disk."""
         try:
-            await self._room.evictor.reserve(self.digest, size if self._pulled else min(size, FAR), whole=size)
+            whole = self._ingest.takes(size)
+            await self._room.evictor.reserve(self.digest, whole if self._pulled else min(size, FAR), whole=whole)
             if begin is not None:
                 await self._room.threads.disk(begin, size)
         except StoreUnwritable as error:
@@ -212,7 +213,8 @@ class Recording:
 
     def _give_up_keeping(self, size: int, error: StoreUnwritable) -> None:
         """Clients are told the size and served past the disk; after UNKEPT_S the disk is tried again."""
-        _log.warning("%s; passing through", error, extra=self._ending(Ending.UNKEPT, error))
+        extra = self._ending(Ending.UNKEPT, error)
+        _log.log(self._room.level_of_unkept(self.digest), "%s; passing through", error, extra=extra)
         self._error = error
         if self._ready.done():
             self._fetcher.drop()
@@ -393,7 +395,5 @@ class Recording:
             self._room.evictor.mismatches(self.digest)
             self.blob_source.mistrust()
             self._fail(error)
-        except CacheError as error:
-            self._fail(error)
-        except OSError as error:
-            self._fail(StoreError(f"recording {self.digest}: {error}"))
+        except (CacheError, OSError) as error:
+            self._fail(error if isinstance(error, CacheError) else StoreError(f"recording {self.digest}: {error}"))

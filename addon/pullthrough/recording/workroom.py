@@ -3,6 +3,7 @@
 Knows nothing of any one of them.
 """
 
+import logging
 from dataclasses import dataclass, field
 
 from pullthrough.config.settings import Finish
@@ -34,6 +35,14 @@ class Workroom:
     fleet: tuple[Tier, LeaseHolder] | None = None
     counters: Counters = field(default_factory=Counters)
     rates: Rates = field(default_factory=Rates)
+    unkept: set[Digest] = field(default_factory=set)
+    """Blobs of which it has been said that they cannot be kept."""
+
+    def level_of_unkept(self, digest: Digest) -> int:
+        """How loud it is said that the blob cannot be kept: a warning once."""
+        level = logging.INFO if digest in self.unkept else logging.WARNING
+        self.unkept.add(digest)
+        return level
 
     def nearby(self, digest: Digest) -> NearbySources | None:
         """The fleet's own sources of the blob, where there is a fleet."""

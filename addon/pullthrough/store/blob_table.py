@@ -16,9 +16,9 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreUnwritable
 from pullthrough.core.records import BlobRecord
 from pullthrough.runtime import platform
+from pullthrough.runtime.shared_file import SharedFile
 from pullthrough.store.blob_files import BlobFile, BlobFiles
 from pullthrough.store.index import Index
-from pullthrough.store.ingest import SharedFile
 from pullthrough.store.proofs import Proof, Proofs
 
 _log = logging.getLogger(__name__)

@@ -4,18 +4,17 @@ Invariant: what `resume` reports present was written before it was journalled. I
 enough (the kernel has it even after `kill -9`); after another boot only what was flushed counts. Nothing here is
 trusted to be right: a resumed prefix is hashed again like any other byte.
 
-The journal is lines of `<crc32, 8 hex> <JSON>`: a header, then `{"w": [start, stop]}` for a written interval and
-`{"f": [[start, stop], …]}` for all that was durable at that moment. Reading stops at the first line that does not
-check, so a torn tail costs what it described and nothing else.
+The journal is lines of `<crc32, 8 hex> <JSON>`: a header, then `{"w": [start, stop]}` for a written interval,
+`{"f": [[start, stop], …]}` for all that was durable at that moment and, on disks that fill gaps, `{"p": [window, …]}`
+for the windows that got the next places. Reading stops at the first line that does not check, so a torn tail costs what
+it described and nothing else.
 """
 
 import contextlib
-import json
 import logging
 import os
 import secrets
 import threading
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +23,10 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import InvalidRequest, StoreUnwritable
 from pullthrough.core.intervals import Intervals
 from pullthrough.runtime import fallocate, file_system, platform
+from pullthrough.runtime.journal_lines import line_of, records_of
+from pullthrough.runtime.shared_file import SharedFile
+from pullthrough.runtime.window_map import WINDOW as WINDOW_OF_GAPS
+from pullthrough.runtime.window_map import WindowMap
 
 _log = logging.getLogger(__name__)
 
@@ -36,31 +39,13 @@ WINDOW: Final = 256 << 20
 SMALL: Final = 8 << 20
 """Smaller blobs come in few writes: the file system finds them one place by itself."""
 _SLACK: Final = 1 << 20
+STRETCH: Final = 64 << 20
+"""Bytes that are put in order at once."""
 
 PARTIAL: Final = ".partial"
 JOURNAL: Final = ".journal"
-
-
-class SharedFile:
-    """A counted descriptor: it stays open for whoever reads it, whatever happens to the file's name."""
-
-    __slots__ = ("_on_close", "_users", "descriptor", "size")
-
-    def __init__(self, descriptor: int, size: int, on_close: Callable[[], object] = lambda: None) -> None:
-        self.descriptor = descriptor
-        self.size = size
-        self._users = 0
-        self._on_close = on_close
-
-    def acquire(self) -> "SharedFile":
-        self._users += 1
-        return self
-
-    def release(self) -> None:
-        self._users -= 1
-        if self._users == 0:
-            self._on_close()
-            os.close(self.descriptor)
+WHOLE: Final = ".whole"
+"""The bytes of a partial that is not in order, in order."""
 
 
 class Ingest:
@@ -70,14 +55,28 @@ class Ingest:
     their intervals do not overlap.
     """
 
-    def __init__(self, folder: Path, digest: Digest, stranger: Path | None = None) -> None:
-        """`stranger` is where a file of this name may lie that is no hit: `resume` takes it where it is."""
+    def __init__(
+        self,
+        folder: Path,
+        digest: Digest,
+        stranger: Path | None = None,
+        fills_gaps: bool = False,
+        largest: int | None = None,
+    ) -> None:
+        """`stranger` is where a file of this name may lie that is no hit: `resume` takes it where it is.
+
+        On a disk that `fills_gaps` a large file grows at its end, and is put in order by `arrange`. `largest` is how
+        long a file may be there.
+        """
         self.digest = digest
+        self._fills_gaps = fills_gaps
+        self._largest = largest
         self.in_place = False
         """The bytes lie among the blobs already, and are only to be verified."""
         self._stranger = stranger
         self.partial_path = folder / f"{digest.file_name}{PARTIAL}"
         self.journal_path = folder / f"{digest.file_name}{JOURNAL}"
+        self._whole_path = folder / f"{digest.file_name}{WHOLE}"
         self.file: SharedFile | None = None
         self._journal: int | None = None
         self._journal_size = 0
@@ -91,6 +90,8 @@ class Ingest:
     def sweep(folder: Path, *, oldest: float) -> None:
         """Remove what no recording goes on with: halves, temporaries, and what was last written before `oldest`."""
         for path in [*folder.glob(".sha256-*"), *folder.glob(".manifest-*"), *folder.glob(".verified.*")]:
+            path.unlink()
+        for path in folder.glob(f"*{WHOLE}"):
             path.unlink()
         file_system.sweep(folder)
         for name in {path.stem for path in folder.glob("sha256-*")}:
@@ -109,7 +110,7 @@ class Ingest:
         with contextlib.suppress(OSError, InvalidRequest):
             ingest = Ingest(partial.parent, Digest.parse(partial.stem))
             found = ingest._read_journal()
-            if found is None or platform.allocated(partial.stat()) <= found[1].size + _SLACK:
+            if found is None or found[3] is not None or platform.allocated(partial.stat()) <= found[1].size + _SLACK:
                 return
             descriptor = platform.open_descriptor(partial, os.O_RDWR)
             try:
@@ -136,7 +137,7 @@ class Ingest:
         found = self._read_journal()
         if found is None:
             return None
-        size, present, flushed = found
+        size, present, flushed, windows = found
         if not permits(size):
             _log.warning("recording %s: %d bytes cannot be its length; beginning anew", self.digest.short, size)
             return None
@@ -144,51 +145,104 @@ class Ingest:
             descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR)
         except OSError:
             return None
-        if os.fstat(descriptor).st_size != size:
+        length = os.fstat(descriptor).st_size
+        if windows is not None:
+            for gap in windows.beyond(length, size):
+                present.remove(*gap)
+                flushed.remove(*gap)
+        elif length != size:
             os.close(descriptor)
             return None
         try:
-            self._rewrite_journal(size, present, flushed)
+            self._rewrite_journal(size, present, flushed, windows)
         except OSError as error:
             os.close(descriptor)
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
-        self.file = SharedFile(descriptor, size).acquire()
+        self.file = SharedFile(descriptor, size, windows=windows).acquire()
         return size, present
 
+    def takes(self, size: int) -> int:
+        """How much of the disk a recording of so many bytes may take. Raises StoreUnwritable if no file is so long."""
+        if self._largest is not None and size > self._largest:
+            raise StoreUnwritable(f"recording {self.digest}: {size} bytes are more than a file of its disk may have")
+        return 2 * size if self._fills_gaps and size > WINDOW_OF_GAPS else size
+
     def begin(self, size: int) -> None:
-        """Start from nothing: a sparse file of `size` bytes."""
+        """Start from nothing: a sparse file of `size` bytes, or one that grows."""
+        windows = WindowMap() if self.takes(size) > size else None
         try:
             descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR | os.O_CREAT)
             try:
                 # An old journal is gone for good before what it speaks of changes.
-                self._rewrite_journal(size, Intervals(), Intervals())
+                self._rewrite_journal(size, Intervals(), Intervals(), windows)
                 os.ftruncate(descriptor, 0)
-                os.ftruncate(descriptor, size)
+                if windows is None:
+                    os.ftruncate(descriptor, size)
             except BaseException:
                 os.close(descriptor)
                 raise
         except OSError as error:
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
-        self.file = SharedFile(descriptor, size).acquire()
+        self.file = SharedFile(descriptor, size, windows=windows).acquire()
 
     def begin_again(self) -> None:
         """Nothing that was written counts any more."""
         assert self.file is not None
         try:
             with self._journal_lock:
-                self._rewrite_journal(self.file.size, Intervals(), Intervals())
+                self._rewrite_journal(self.file.size, Intervals(), Intervals(), self.file.windows)
         except OSError as error:
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write recorded bytes."""
         assert self.file is not None
-        if self.reserves and self.file.size >= SMALL:
+        if self.file.windows is not None:
+            self._make_places(self.file.windows, offset, offset + len(data))
+        elif self.reserves and self.file.size >= SMALL:
             self._reserve(offset // WINDOW, (offset + len(data) - 1) // WINDOW)
+        view, start, stop = memoryview(data), offset, offset + len(data)
         try:
-            platform.write_at(self.file.descriptor, offset, data)
+            while start < stop:
+                place, end = self.file.locate(start, stop)
+                platform.write_at(self.file.descriptor, place, view[start - offset : end - offset])
+                start = end
         except OSError as error:
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
+
+    def _make_places(self, windows: WindowMap, start: int, stop: int) -> None:
+        if not windows.has_places(start, stop):
+            with self._window_lock:
+                if placed := windows.make_places(start, stop):
+                    self._append([{"p": placed}])
+
+    def arrange(self, position: int) -> int:
+        """Put so many bytes more in order as take a moment, from `position`; returns up to where all is in order.
+
+        Then `finished_path` is the whole file. All its bytes must be here.
+        """
+        assert self.file is not None
+        if self.file.windows is None or self.file.windows.in_order:
+            return self.file.size
+        stop = min(position + STRETCH, self.file.size)
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | (0 if position else os.O_TRUNC)
+            descriptor = platform.open_descriptor(self._whole_path, flags)
+            try:
+                self.file.copy(descriptor, position, stop)
+                if stop == self.file.size:
+                    platform.sync_data(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StoreUnwritable(f"recording {self.digest}: {error}") from error
+        return stop
+
+    @property
+    def finished_path(self) -> Path:
+        """Where the bytes lie in order, once they are whole and arranged."""
+        windows = self.file.windows if self.file is not None else None
+        return self.partial_path if windows is None or windows.in_order else self._whole_path
 
     def _reserve(self, first: int, last: int) -> None:
         """Take room for these windows. Where it cannot be had the writing itself says so, or does without."""
@@ -240,9 +294,12 @@ class Ingest:
             self.file = None
 
     def forget(self) -> None:
-        """Remove the journal: the bytes have moved on."""
+        """Remove the journal, and bytes that are not in order: they have moved on."""
         with contextlib.suppress(OSError):
             self.journal_path.unlink()
+            if self.finished_path is self._whole_path:
+                self._whole_path.unlink(missing_ok=True)
+                self.partial_path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove partial and journal; what lies among the blobs stays."""
@@ -257,7 +314,7 @@ class Ingest:
         with self._journal_lock:
             if self._journal is None:
                 return
-            lines = b"".join(_line(record) for record in records)
+            lines = b"".join(line_of(record) for record in records)
             try:
                 platform.write_at(self._journal, self._journal_size, lines)
             except OSError as error:
@@ -269,12 +326,15 @@ class Ingest:
             os.close(self._journal)
             self._journal = None
 
-    def _rewrite_journal(self, size: int, present: Intervals, flushed: Intervals) -> None:
+    def _rewrite_journal(self, size: int, present: Intervals, flushed: Intervals, windows: WindowMap | None) -> None:
         """A fresh journal in place of the old, whole or not at all: durable when this returns, and open for more."""
         self._close_journal()
         header = {"format": FORMAT, "digest": str(self.digest), "size": size, "boot": platform.boot_id()}
-        lines = [_line(header), _line({"f": [list(interval) for interval in flushed]})]
-        lines += [_line({"w": list(interval)}) for interval in present]
+        lines = [line_of(header)]
+        if windows is not None:
+            lines.append(line_of({"p": windows.order}))
+        lines += [line_of({"f": [list(interval) for interval in flushed]})]
+        lines += [line_of({"w": list(interval)}) for interval in present]
         temporary = self.journal_path.with_name(f".{self.journal_path.name}.{secrets.token_hex(4)}")
         descriptor = platform.open_descriptor(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
@@ -287,23 +347,26 @@ class Ingest:
         self._journal_size = sum(map(len, lines))
         self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY)
 
-    def _read_journal(self) -> tuple[int, Intervals, Intervals] | None:
-        """(size, present, what of it is durable) as far as the journal checks, else None."""
+    def _read_journal(self) -> tuple[int, Intervals, Intervals, WindowMap | None] | None:
+        """(size, present, what of it is durable, what lies where) as far as the journal checks, else None."""
         try:
             lines = self.journal_path.read_bytes().split(b"\n")
         except OSError:
             return None
         try:
-            header, *rest = _checked(lines)
+            header, *rest = records_of(lines)
             size = int(header["size"])
             if header["format"] != FORMAT or header["digest"] != str(self.digest) or size < 0:
                 return None
             # An empty boot id means that the system cannot tell: then it is another boot.
             same_boot = header["boot"] == platform.boot_id() != ""
             written, flushed = Intervals(), Intervals()
+            order: list[int] | None = None
             for record in rest:
                 if "f" in record:
                     flushed = Intervals((int(start), int(stop)) for start, stop in record["f"])
+                elif "p" in record:
+                    order = [*(order or ()), *map(int, record["p"])]
                 else:
                     start, stop = record["w"]
                     written.add(int(start), int(stop))
@@ -315,7 +378,7 @@ class Ingest:
                 present.add(*interval)
         if any(start < 0 or stop > size for start, stop in present):
             return None
-        return size, present, flushed
+        return size, present, flushed, WindowMap(order) if order is not None else None
 
 
 def partials(store: Path) -> dict[Digest, tuple[int, float]]:
@@ -335,20 +398,3 @@ def quarantined(store: Path) -> dict[Path, tuple[int, float]]:
 def _taken(path: Path) -> tuple[int, float]:
     status = path.stat()
     return platform.allocated(status), status.st_mtime
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    text = json.dumps(record, separators=(",", ":")).encode()
-    return b"%08x %s\n" % (zlib.crc32(text), text)
-
-
-def _checked(lines: list[bytes]) -> Iterable[dict[str, Any]]:
-    # What follows the last newline is torn: the split leaves it as the last item.
-    for line in lines[:-1]:
-        crc, _, text = line.partition(b" ")
-        if crc != b"%08x" % zlib.crc32(text):
-            return
-        record = json.loads(text)
-        if not isinstance(record, dict):
-            return
-        yield record

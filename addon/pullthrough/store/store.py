@@ -37,10 +37,11 @@ from pullthrough.core.manifest_json import DOCKER_TYPE, LONGEST
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name, canonical
 from pullthrough.runtime import platform
 from pullthrough.runtime.gc_pause import gc_paused
+from pullthrough.runtime.shared_file import SharedFile
 from pullthrough.store.blob_files import BlobFile
 from pullthrough.store.blob_table import BlobTable
 from pullthrough.store.index import Index
-from pullthrough.store.ingest import JOURNAL, PARTIAL, Ingest, SharedFile, partials, quarantined
+from pullthrough.store.ingest import JOURNAL, PARTIAL, Ingest, partials, quarantined
 from pullthrough.store.layout import folds_case, load_secret, prepare
 from pullthrough.store.ledger import Ledger
 from pullthrough.store.manifest_files import ModelFiles
@@ -219,7 +220,7 @@ class Store:
 
     def ingest(self, digest: Digest) -> Ingest:
         """The ingest of `digest`: a new one, or the partial that an earlier recording left."""
-        return Ingest(self.folder / "ingest", digest, self.blob_path(digest))
+        return Ingest(self.folder / "ingest", digest, self.blob_path(digest), self.disk.in_order, self.disk.largest)
 
     def place(self, digest: Digest, verified: Path) -> BlobFile:
         """Move a file among the blobs; it is no hit before `publish`.
@@ -239,7 +240,7 @@ class Store:
         path = self.folder / "quarantine" / f"{ingest.digest.file_name}-{secrets.token_hex(4)}"
         older = list(path.parent.glob(f"{ingest.digest.file_name}-*"))
         with contextlib.suppress(FileNotFoundError):
-            os.replace(ingest.partial_path, path)
+            os.replace(ingest.finished_path, path)
             if ingest.in_place:
                 platform.sync_folder(path.parent)  # else it may be back among the blobs
         self.remove_files(older)

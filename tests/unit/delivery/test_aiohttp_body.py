@@ -19,7 +19,7 @@ from pullthrough.delivery.byte_sender import SPAN, Sending
 from pullthrough.delivery.byte_threads import ByteThreads
 from pullthrough.net.connection_limits import ConnectionLimits
 from pullthrough.recording.reader import FileSpan, Memory, Pending, Reader
-from pullthrough.store.ingest import SharedFile
+from pullthrough.runtime.shared_file import SharedFile
 
 SIZE = 3 * SPAN + 12345
 DATA = os.urandom(SIZE)

@@ -1,7 +1,8 @@
 """ingest: what a journal is worth after a crash."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreUnwritable
 from pullthrough.core.intervals import Intervals
 from pullthrough.runtime import fallocate, platform
+from pullthrough.runtime.window_map import WindowMap
 from pullthrough.store import ingest as module
 from pullthrough.store.ingest import Ingest
 
@@ -282,3 +284,95 @@ def test_a_disk_that_takes_no_room_ahead(tmp_path: Path, monkeypatch: pytest.Mon
     ingest.give_back(Intervals([(4, 8)]))
     assert (tmp_path / f"{DIGEST.file_name}.partial").read_bytes()[4:8] == b"4567"
     ingest.close()
+
+
+# --- on a disk that fills gaps with zeros
+
+GAPS = 40 << 20
+LARGE = Digest("1" * 64)
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a mebibyte each."""
+    monkeypatch.setattr(module, "WindowMap", partial(WindowMap, window=1 << 20))
+
+
+def grow(folder: Path, offsets: Iterable[int], *, fresh: bool = True) -> Ingest:
+    """What a recording of GAPS bytes has done that got a mebibyte at each of these offsets."""
+    ingest = Ingest(folder, LARGE, fills_gaps=True)
+    if fresh:
+        ingest.begin(GAPS)
+    else:
+        assert ingest.resume() is not None
+    for offset in offsets:
+        ingest.write_at(offset, bytes([offset >> 20]) * (1 << 20))
+        ingest.mark([(offset, offset + (1 << 20))])
+    return ingest
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_file_grows_at_its_end(tmp_path: Path) -> None:
+    """No write skips more than some windows; what was written is there after a restart, and in order at the end."""
+    offsets = [(number * 27 % 40) << 20 for number in range(40)]
+    ingest = grow(tmp_path, offsets[:3])
+    assert ingest.partial_path.stat().st_size == 3 << 20
+    ingest.close()
+    ingest = grow(tmp_path, offsets[3:20], fresh=False)
+    ingest.close()
+    ingest = Ingest(tmp_path, LARGE, fills_gaps=True)
+    assert (found := ingest.resume()) is not None
+    assert list(found[1]) == list(Intervals((offset, offset + (1 << 20)) for offset in offsets[:20]))
+    ingest.close()
+    ingest = grow(tmp_path, offsets[20:], fresh=False)
+    assert ingest.file is not None
+    assert ingest.file.read(39 << 20, GAPS) == bytes([39]) * (1 << 20)
+    position = 0
+    while position < GAPS:
+        position = ingest.arrange(position)
+    assert ingest.finished_path != ingest.partial_path
+    assert ingest.finished_path.read_bytes() == b"".join(bytes([number]) * (1 << 20) for number in range(40))
+    ingest.forget()
+    ingest.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_grows_in_order_is_not_copied(tmp_path: Path) -> None:
+    """Its places are where it belongs, though several connections bring it."""
+    ingest = grow(tmp_path, [(number ^ 5) << 20 for number in range(40)])
+    assert ingest.arrange(0) == GAPS
+    assert ingest.finished_path == ingest.partial_path
+    assert ingest.partial_path.read_bytes() == b"".join(bytes([number]) * (1 << 20) for number in range(40))
+    ingest.close()
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_what_a_crash_cut_off_is_missing(tmp_path: Path) -> None:
+    """The file ends before what the journal says: only that is fetched again."""
+    ingest = grow(tmp_path, [0, 30 << 20])
+    ingest.close()
+    os.truncate(ingest.partial_path, (1 << 20) + 5)
+    ingest = Ingest(tmp_path, LARGE, fills_gaps=True)
+    assert (found := ingest.resume()) is not None
+    assert list(found[1]) == [(0, 1 << 20), (30 << 20, (30 << 20) + 5)]
+    ingest.close()
+    Ingest.sweep(tmp_path, oldest=0)
+    assert ingest.partial_path.stat().st_size == (1 << 20) + 5
+
+
+def test_small_files_and_good_disks_have_gaps(tmp_path: Path) -> None:
+    """There a window is filled at most, or nothing is."""
+    for size, fills_gaps in ((8 << 20, True), (GAPS, False)):
+        ingest = Ingest(tmp_path, LARGE, fills_gaps=fills_gaps)
+        assert ingest.takes(size) == size
+        ingest.begin(size)
+        assert ingest.partial_path.stat().st_size == size
+        ingest.close()
+
+
+def test_the_longest_file(tmp_path: Path) -> None:
+    """A blob that is longer than files may be there is refused before anything is done for it."""
+    ingest = Ingest(tmp_path, LARGE, largest=100)
+    assert ingest.takes(100) == 100
+    with pytest.raises(StoreUnwritable, match="101 bytes are more than a file of its disk may have"):
+        ingest.takes(101)

@@ -1,0 +1,28 @@
+"""Lines of a journal: `<crc32, 8 hexadecimal digits> <JSON object>`.
+
+Invariant: a line that was torn, and all behind it, is not read. Knows no meaning of what is said.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """The line that says this."""
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def records_of(lines: list[bytes]) -> Iterable[dict[str, Any]]:
+    """What the lines of a file say, up to the first that does not check. Raises ValueError for one that is no JSON."""
+    # What follows the last newline is torn: the split leaves it as the last item.
+    for line in lines[:-1]:
+        crc, _, text = line.partition(b" ")
+        if crc != b"%08x" % zlib.crc32(text):
+            return
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            return
+        yield record

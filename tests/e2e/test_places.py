@@ -1,0 +1,130 @@
+"""A store on the disks that people have: exFAT and FAT by FUSE drivers, one that is read-only, one that is full.
+
+What this machine does not let us mount is skipped, and says so.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import MB, add_model, unique
+from tests.e2e.test_pull import assert_complete
+from tests.support.a2 import A2Client
+from tests.support.origin import Origin
+from tests.support.proxy import PROGRAM, Proxy
+from tests.support.storefiles import blob_file
+
+NewClient = Callable[..., A2Client]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts are Linux's here")
+
+
+def run(*words: str | Path) -> str:
+    """Run a program; its output. Skips where it cannot be had or does not do it."""
+    if shutil.which(words[0]) is None:
+        pytest.skip(f"NOT TESTED: there is no {words[0]}")
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"NOT TESTED: {' '.join(map(str, words))}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+@contextmanager
+def exfat(folder: Path, size: int) -> Iterator[Path]:
+    """A new exFAT disk."""
+    image, mounted = folder / "exfat.img", folder / "exfat"
+    image.touch()
+    os.truncate(image, size)
+    mounted.mkdir()
+    run("mkfs.exfat", image)
+    device = run("losetup", "--find", "--show", image)
+    try:
+        run("mount.exfat-fuse", device, mounted)
+        try:
+            yield mounted
+        finally:
+            subprocess.run(["umount", "--lazy", mounted], check=True)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(96 * MB, id="96 MB"),
+        pytest.param(1 << 30, id="1 GiB", marks=[pytest.mark.long, pytest.mark.timeout(600)]),
+    ],
+)
+def test_exfat(
+    origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path, size: int
+) -> None:
+    """16 parts of a blob come at once, none of them waits for zeros to be written, and the blob is a hit afterwards."""
+    with exfat(tmp_path, 3 * size) as disk:
+        proxy = start_proxy(ollama_cache_dir=disk / "store")
+        model = add_model(origin, unique(size))
+        client = new_client(proxy, min_part=size // 16, max_part=size // 16)
+        report = client.pull(model.name)
+        assert_complete(client, model)
+        assert report.retries == report.stalls == 0
+        assert origin.counters.cdn_bytes_by_digest[model.layer] <= size * 1.02
+        proxy.wait_for_line(model.recorded, timeout_s=20 + size / (5 * MB))  # it is put in order
+        lines = "".join(proxy.output)
+        assert "fills gaps with zeros" in lines
+        assert "has waited" not in lines
+        before = origin.counters.cdn_bytes
+        client = new_client(proxy)
+        client.pull(model.name)
+        assert_complete(client, model)
+        assert origin.counters.cdn_bytes == before
+        assert os.listdir(disk / "store" / "ingest") == []  # noqa: PTH208 -- a list is compared
+        proxy.stop()
+
+
+def in_namespace(commands: str) -> list[str | Path]:
+    """mitmdump in a mount namespace of its own, after these commands. Skips where that is refused."""
+    unshare = ["unshare", "--map-root-user", "--mount"]
+    run(*unshare, "sh", "-ec", commands)
+    return [*unshare, "sh", "-ec", f'{commands}; exec "$@"', "sh", *PROGRAM]
+
+
+@pytest.mark.parametrize("disk", ["read-only", "full"])
+def test_a_disk_that_takes_nothing_at_start(
+    origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path, disk: str
+) -> None:
+    """What is stored is a hit, everything else is passed through; log and readiness say why."""
+    store = tmp_path / "proxy" / "store"
+    proxy = start_proxy()
+    stored, other = add_model(origin, unique(2 * MB)), add_model(origin, unique(2 * MB))
+    new_client(proxy).pull(stored.name)
+    proxy.wait_for_line(stored.recorded)
+    proxy.stop()
+    if disk == "full":
+        commands = (
+            f"cp -a '{store}' '{tmp_path}/copy'; mount -t tmpfs -o size=16m,mode=755 tmpfs '{store}'; "
+            f"cp -a '{tmp_path}/copy/.' '{store}'; rm -r '{tmp_path}/copy'; "
+            f"(cat /dev/zero > '{store}/quarantine/other' || true) 2>/dev/null"
+        )
+    else:
+        commands = f"mount --bind '{store}' '{store}'; mount -o remount,bind,ro '{store}'"
+    proxy = start_proxy(program=in_namespace(commands), front=True)
+    proxy.wait_for_line("nothing can be written now")
+    before = origin.counters.cdn_bytes
+    client = new_client(proxy)
+    client.pull(stored.name)
+    assert_complete(client, stored)
+    assert origin.counters.cdn_bytes == before
+    client = new_client(proxy)
+    client.pull(other.name)
+    assert_complete(client, other)
+    assert not blob_file(store, other.layer.replace(":", "-")).exists()
+    with pytest.raises(urllib.error.HTTPError, match="503") as refusal:
+        urllib.request.urlopen(f"http://127.0.0.1:{proxy.front_port}/readyz", timeout=10)
+    assert b"store: " in refusal.value.read()
