@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -191,15 +192,12 @@ class Manifests:
         """
         timeout_s = freshness.REVALIDATE_TIMEOUT_S if has_copy else DEADLINE_S
 
-        async def work() -> Reply:
-            denials = self._store.denials(name.host, name.repository)
-            reply = await self.hear(
+        reply, collapsed = await self._fetches.join(
+            (name, request.host, request.agent, request.trail),
+            lambda: self.revalidate(
                 name, request.agent, request.trail, host=request.host, confirm=confirm, timeout_s=timeout_s
-            )
-            self.settle(name, reply, request.agent, denials=denials)
-            return reply
-
-        reply, collapsed = await self._fetches.join((name, request.host, request.agent, request.trail), work)
+            ),
+        )
         if reply.heard in (Heard.DENIED, Heard.GONE) and request.authorization is not None:
             reply = await self.hear(
                 name,
@@ -214,6 +212,27 @@ class Manifests:
                 self._deny(name)
             return reply, False, False
         return reply, collapsed, True
+
+    async def revalidate(
+        self,
+        name: Name,
+        agent: str,
+        trail: str = "",
+        *,
+        host: str | None = None,
+        confirm: ManifestRecord | None = None,
+        is_ready: Callable[[ManifestRecord], Awaitable[bool]] | None = None,
+        timeout_s: float,
+    ) -> Reply:
+        """Ask upstream, as anybody may, by this User-Agent, and let the store follow what it says.
+
+        A manifest for which nothing `is_ready` yet is not adopted. Other arguments as for `hear`.
+        """
+        denials = self._store.denials(name.host, name.repository)
+        reply = await self.hear(name, agent, trail, host=host, confirm=confirm, timeout_s=timeout_s)
+        if reply.record is None or is_ready is None or await is_ready(reply.record):
+            self._conclude(name, reply, agent, denials=denials)
+        return reply
 
     async def hear(
         self,
@@ -255,7 +274,7 @@ class Manifests:
         except TimeoutError:
             return _nothing(UpstreamTimeout("no answer in time"))
 
-    def settle(self, name: Name, reply: Reply, agent: str, *, denials: int) -> None:
+    def _conclude(self, name: Name, reply: Reply, agent: str, *, denials: int) -> None:
         """Let the store follow what upstream said to an anonymous request by this User-Agent.
 
         `denials` are the store's when upstream was asked: a refusal that has overtaken a yes prevails.

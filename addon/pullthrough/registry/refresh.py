@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 from pullthrough.config.settings import Settings
@@ -94,20 +95,27 @@ class Refresher:
         stored, host = self._store.manifest(name), self._settings.asked(name.host)
         if stored is None or self._upstream.down_until(host) > time.monotonic():
             return
-        agent = self._manifests.newest_agent
-        denials = self._store.denials(name.host, name.repository)
-        reply = await self._manifests.hear(name, agent, confirm=stored, timeout_s=DEADLINE_S)
+        reply = await self._manifests.revalidate(
+            name,
+            self._manifests.newest_agent,
+            confirm=stored,
+            is_ready=partial(self._bring, name, stored),
+            timeout_s=DEADLINE_S,
+        )
         if reply.heard is Heard.NOTHING:
             self._upstream.mark_down(host, DOWN_S)
             _log.info("refresh of %s: %s", name, reply.cause)
-            return
-        if reply.record is not None and reply.record.body != stored.body:
-            _log.info("refresh of %s: it has moved; recording what is new", name)
-            for digest in await self._wanted(name, stored, reply.record):
-                if not await self._record(name, digest):
-                    _log.warning("refresh of %s: not all of it could be recorded; the tag stays as it is", name)
-                    return
-        self._manifests.settle(name, reply, agent, denials=denials)
+
+    async def _bring(self, name: Name, stored: ManifestRecord, found: ManifestRecord) -> bool:
+        """Record what clients of the stored manifest need of the one that was found; whether all of it is here."""
+        if found.body == stored.body:
+            return True
+        _log.info("refresh of %s: it has moved; recording what is new", name)
+        for digest in await self._wanted(name, stored, found):
+            if not await self._record(name, digest):
+                _log.warning("refresh of %s: not all of it could be recorded; the tag stays as it is", name)
+                return False
+        return True
 
     async def _wanted(self, name: Name, stored: ManifestRecord, moved: ManifestRecord) -> list[Digest]:
         """What clients of the stored manifest would need of the one to which the tag has moved.

@@ -15,7 +15,6 @@ from pullthrough.core.errors import CacheError, InvalidRequest, UpstreamError, U
 from pullthrough.core.manifest_json import children_of, preferred
 from pullthrough.core.records import ManifestRecord, Name
 from pullthrough.recording.unattended import Ahead
-from pullthrough.registry.freshness import Heard
 from pullthrough.registry.manifests import Manifests
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import DEADLINE_S
@@ -107,10 +106,8 @@ class Warmer:
 
     async def _manifest(self, name: Name, *, keep: bool) -> ManifestRecord:
         agent = self._manifests.newest_agent
-        denials = self._store.denials(name.host, name.repository)
-        reply = await self._manifests.hear(name, agent, timeout_s=DEADLINE_S)
-        if keep and reply.heard is not Heard.NOTHING:
-            self._manifests.settle(name, reply, agent, denials=denials)
+        ask = self._manifests.revalidate if keep else self._manifests.hear
+        reply = await ask(name, agent, timeout_s=DEADLINE_S)
         if reply.record is None:
             raise reply.cause or UpstreamRefused(reply.response.status, ())
         return reply.record

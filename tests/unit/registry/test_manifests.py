@@ -707,3 +707,33 @@ def test_a_refusal_overtakes_a_yes() -> None:
         assert world.stored == (OLD, NOW - LIFETIME)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("is_here", "denied"), [(True, False), (False, False), (True, True)])
+def test_a_tag_moves_when_what_it_names_is_ready(is_here: bool, denied: bool) -> None:
+    """It stays while something is not, and for good if the repository turns private meanwhile."""
+    world = World(GRANTED, stored_ago=1000)
+    asked: list[bytes] = []
+
+    async def is_ready(record: ManifestRecord) -> bool:
+        asked.append(record.body)
+        assert world.stored == (OLD, NOW - 1000)
+        if denied:
+            world.store.deny(HOST, NAME.repository)
+        return is_here
+
+    reply = asyncio.run(world.manifests.revalidate(NAME, "", is_ready=is_ready, timeout_s=1.0))
+    assert reply.record is not None and reply.record.body == NEW
+    assert asked == [NEW]
+    assert world.stored == ((NEW, NOW) if is_here and not denied else (OLD, NOW - 1000))
+
+
+def test_nothing_is_made_ready_for_a_refusal() -> None:
+    """A refusal of everybody counts at once."""
+    world = World(DENIED, stored_ago=1000)
+
+    async def is_ready(_: ManifestRecord) -> bool:
+        raise AssertionError
+
+    asyncio.run(world.manifests.revalidate(NAME, "", is_ready=is_ready, timeout_s=1.0))
+    assert world.store.kept[NAME].denied
