@@ -41,6 +41,7 @@ from pullthrough.monitoring.traffic import Traffic
 from pullthrough.net.client_table import ClientTable
 from pullthrough.net.connection_limits import ConnectionLimits, most_connections
 from pullthrough.net.proxy_env import ParentProxies
+from pullthrough.net.pull_history import PullHistory
 from pullthrough.pki.authority import Leaf
 from pullthrough.pki.client_setup import clients_page, guide
 from pullthrough.pki.leaves import Leaves
@@ -59,7 +60,7 @@ from pullthrough.registry.pings import Pings
 from pullthrough.registry.prefetch import Prefetcher
 from pullthrough.registry.redirects import Redirects
 from pullthrough.registry.refresh import Refresher
-from pullthrough.registry.service import Registry, log_lost
+from pullthrough.registry.service import Registry, log_lost, log_pull
 from pullthrough.registry.signed_urls import SignedUrls
 from pullthrough.registry.warm import Warmer
 from pullthrough.runtime import platform
@@ -190,7 +191,7 @@ class Daemon:
         side = build_registry(settings, store, upstream, recorder, fleet.tier if fleet is not None else None)
         registry, pulls = side.registry, side.pulls.counts
         requests.on_sent = lambda client, count: side.clients.send(client, count, now=time.time())
-        traffic = Traffic(store.ledger, requests, recorder.counters, side.pulls)
+        traffic = Traffic(store.ledger, requests, recorder.counters, side.pulls, side.history)
         delivery = Delivery(settings, registry.answer, requests, self._tls, upstream)
 
         stack.callback(traffic.count)
@@ -203,6 +204,7 @@ class Daemon:
             stack.push_async_callback(fleet.close)
             await fleet.open(self._blob_server.address_for, lambda digest: recorder.find(digest) is not None)
         stack.push_async_callback(recorder.close)
+        stack.callback(side.history.close)
         stack.push_async_callback(side.prefetcher.close)
         stack.push_async_callback(side.redirects.close)
         stack.push_async_callback(side.refresher.close)
@@ -233,7 +235,9 @@ class Daemon:
         )
         self._add_pages(
             Metrics(settings, store, recorder, upstream, requests, lag, health, pulls, tier),
-            StatusView(settings, store, recorder, upstream, health, commands.view, pulls, side.clients, tier),
+            StatusView(
+                settings, store, recorder, upstream, health, commands.view, side.pulls, side.clients, side.history, tier
+            ),
         )
         await self._blob_server.open(registry, self._proxy.admits, self._limits, requests, delivery.threads)
         _run(stack, traffic.keep_counting(), "count bytes")
@@ -292,6 +296,7 @@ class RegistrySide:
     grants: Grants
     pulls: Pulls
     clients: ClientTable
+    history: PullHistory
     redirects: Redirects
     prefetcher: Prefetcher
     refresher: Refresher
@@ -302,7 +307,7 @@ def build_registry(
     settings: Settings, store: Store, upstream: Upstream, recorder: Recorder, tier: Tier | None = None
 ) -> RegistrySide:
     """Build the registry of one daemon; nothing of it runs before it is asked or opened."""
-    pulls, clients = Pulls(log_lost), ClientTable()
+    pulls, clients, history = Pulls(log_lost), ClientTable(), PullHistory(log_pull)
     addresses = SignedUrls(store.secret, store.ledger, store.is_public)
     manifests = Manifests(settings, store, upstream, tier)
     grants = Grants(settings, store, upstream)
@@ -313,7 +318,7 @@ def build_registry(
         if settings.prefetch and not settings.offline:
             prefetcher.follow(*place, digest)
 
-    content = BlobContent(store, recorder, grants, offload, pulls, follow, tier)
+    content = BlobContent(store, recorder, grants, offload, pulls, history, follow, tier)
     redirects = Redirects(settings, upstream, grants, addresses, content.record)
     blobs = Blobs(settings, store, upstream, recorder, grants, manifests, content, redirects, offload, pulls, tier)
     registry = Registry(
@@ -327,11 +332,12 @@ def build_registry(
         content=content,
         redirects=redirects,
         clients=clients,
+        history=history,
     )
     ahead = Ahead(settings, store, recorder, grants.public_source)
     refresher = Refresher(settings, store, upstream, ahead, manifests)
     warmer = Warmer(settings, store, ahead, manifests)
-    return RegistrySide(registry, grants, pulls, clients, redirects, prefetcher, refresher, warmer)
+    return RegistrySide(registry, grants, pulls, clients, history, redirects, prefetcher, refresher, warmer)
 
 
 async def _settle(store: Store) -> None:

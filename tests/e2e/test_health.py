@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pullthrough.core.humanize import size_text
+from pullthrough.core.records import Name
 from tests.e2e.conftest import MB, add_model, get, unique
 from tests.e2e.test_cli import told
 from tests.e2e.test_front import to_front
@@ -58,3 +60,23 @@ def test_a_registry_that_is_down(origin: Origin, start_proxy: Callable[..., Prox
     A2Client(proxy.url, proxy.ca_file, tmp_path / "first").pull(model.name)
     views(proxy, "up")
     assert any("registry registry.ollama.ai is up again" in line for line in proxy.output)
+
+
+def test_a_line_for_each_pull(origin: Origin, start_proxy: Callable[..., Proxy], tmp_path: Path) -> None:
+    """Who, which model, how much, from where and how long: one line for all parts of one client, logged and shown."""
+    proxy = start_proxy(front=True)
+    model = add_model(origin, unique(8 * MB))
+    size = 8 * MB + origin.blob(model.config).size
+    for name, source in (("cold", "upstream"), ("warm", "the cache")):
+        proxy.forget_lines()
+        A2Client(proxy.url, proxy.ca_file, tmp_path / name, min_part=MB // 2, max_part=MB // 2).pull(model.name)
+        typed = Name.parse(str(model.name)).typed
+        line = proxy.wait_for_line(f"127.0.0.1 pulled {typed}: ")
+        assert re.search(rf": {re.escape(size_text(size))} from {source} in \d+\.\d s$", line)
+        requests = [text for text in proxy.output if f"{model.layer[7:]}/data -> 206" in text]
+        assert len(requests) >= 16
+    assert len([text for text in proxy.output if " pulled " in text]) == 2
+    deadline = time.monotonic() + 20
+    while (page := read(proxy, "/")[1]).count(f"127.0.0.1: {typed}") != 2 and time.monotonic() < deadline:
+        pass
+    assert re.search(r"\sfrom the cache\s", page) and re.search(r"\sfrom upstream\s", page)

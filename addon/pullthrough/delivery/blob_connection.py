@@ -282,6 +282,7 @@ class BlobConnection:
         if reader is None:
             self._service.requests.answer(*line, answer.status, answer.cache)
             return
+        reader.sent = sending.sent
         reader.close()
         self._service.requests.transfer(
             *line, answer.status, answer.cache, sent=sending.sent, seconds=seconds, problem=sending.problem

@@ -90,6 +90,7 @@ class Loopback:
             await response.prepare(request)
             await send(request, response, body.reader, sending, self._threads)
         finally:
+            body.reader.sent = sending.sent
             body.reader.close()
             body.note(sending)
         if sending.problem:

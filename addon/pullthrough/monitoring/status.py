@@ -20,7 +20,8 @@ from pullthrough.monitoring.health import Disk, Health
 from pullthrough.monitoring.model_detail import ModelDetail, find_detail
 from pullthrough.monitoring.model_index import ModelIndex
 from pullthrough.net.client_table import Client, ClientTable
-from pullthrough.recording.pulls import Counts
+from pullthrough.net.pull_history import Pull, PullHistory
+from pullthrough.recording.pulls import Pulls
 from pullthrough.recording.recorder import Recorder
 from pullthrough.runtime.singleflight import SingleFlight
 from pullthrough.store.store import Store
@@ -36,6 +37,8 @@ SHOWN: Final = 50
 SMOOTHING: Final = 0.3
 CLIENTS: Final = 6
 """Clients that the overview tells."""
+PULLS: Final = 10
+"""Pulls that it tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Progress:
     rate: float
     """Bytes per second lately."""
     readers: int
+    """Clients, however many requests each has for it."""
 
     @property
     def left_s(self) -> float | None:
@@ -110,6 +114,8 @@ class Sight:
     uptime_s: float
     clients: tuple["ClientRow", ...]
     """CLIENTS at most, the one seen last first."""
+    pulls: tuple[Pull, ...]
+    """PULLS at most, of public models: those under way, then those that have ended, the last one first."""
     tier: JSON | None = None
     """The fleet's object store, as `stats` tells it."""
 
@@ -135,14 +141,16 @@ class StatusView:
         upstream: Upstream,
         health: Health,
         view: Callable[[], View],
-        pulls: Counts,
+        pulls: Pulls,
         clients: ClientTable,
+        history: PullHistory,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`view` says what is stored now, `pulls` how many went past the cache, `clients` who came, `tier` the state of
-        the fleet's object store, where there is one."""
+        """`view` says what is stored now, `pulls` and `history` what is and was pulled, `clients` who came, `tier`
+        the state of the fleet's object store, where there is one."""
         self._clients = clients
         self._pulls = pulls
+        self._history = history
         self._tier = tier
         self._settings = settings
         self._store = store
@@ -178,6 +186,11 @@ class StatusView:
         for address, client in itertools.islice(self._clients.latest(), count):
             pulls = ((name, time) for name, time in reversed(client.pulls.items()) if self._is_public(name))
             yield ClientRow(address, client, *next(pulls, (None, 0.0)))
+
+    def pulls(self, count: int) -> Iterator[Pull]:
+        """The last pulls of public models: those under way, then those that have ended, the last one first."""
+        every = itertools.chain(self._history.running, self._history.recent)
+        return itertools.islice((pull for pull in every if self._is_public(pull.name)), count)
 
     @property
     def client_count(self) -> int:
@@ -217,9 +230,10 @@ class StatusView:
             counters.retries,
             counters.mismatches,
             tuple(problems),
-            self._pulls.bypassed,
+            self._pulls.counts.bypassed,
             time.monotonic() - self._began,
             tuple(self.clients(CLIENTS)),
+            tuple(self.pulls(PULLS)),
             self._tier() if self._tier is not None else None,
         )
 
@@ -236,7 +250,15 @@ class StatusView:
                 lately = max(0, recording.present - had) / (now - then)
                 rate = rate + SMOOTHING * (lately - rate) if rate else lately
             self._rates[recording.digest] = (now, recording.present, rate)
-            found.append(Progress(names[recording.digest], recording.present, recording.size, rate, recording.readers))
+            found.append(
+                Progress(
+                    names[recording.digest],
+                    recording.present,
+                    recording.size,
+                    rate,
+                    self._pulls.readers(recording.digest),
+                )
+            )
         return tuple(found)
 
 

@@ -115,6 +115,10 @@ class Pulls:
         if not ranges:
             del self._ranges[client, digest]
 
+    def readers(self, digest: Digest) -> int:
+        """Return how many clients read the blob now, however many requests each has for it."""
+        return sum(read is digest or read == digest for _, read in self._ranges)
+
     def expire(self, *, now: float) -> None:
         """Count the pulls of which no byte was asked for in LOST_S."""
         while self._redirected:

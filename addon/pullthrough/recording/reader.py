@@ -58,6 +58,8 @@ class Reader:
         self.on_unreadable = on_unreadable
         self.on_close: Callable[[], None] | None = None
         """Called once, when the reader is closed."""
+        self.sent = 0
+        """Bytes that have gone to the client, as whoever sends them tells before it closes the reader."""
         self.start = start
         self.stop = stop
         self.position = start

@@ -6,6 +6,7 @@ shows that it pulls it. Sends nothing: an answer carries a reader.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
@@ -16,11 +17,13 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreUnwritable
 from pullthrough.core.preconditions import Precondition, evaluate
 from pullthrough.core.ranges import Unsatisfiable, if_range_matches, parse_range
+from pullthrough.core.records import Name
 from pullthrough.core.routes import CanonicalRoute
 from pullthrough.fleet.documents import capability_secret
 from pullthrough.fleet.tier import Tier
 from pullthrough.library.eviction import SMALL
 from pullthrough.library.expected_sizes import public_sizes
+from pullthrough.net.pull_history import PullHistory
 from pullthrough.recording.pulls import Place, Pulls
 from pullthrough.recording.reader import WAIT_S, Reader
 from pullthrough.recording.recorder import Recorder
@@ -48,6 +51,7 @@ class BlobContent:
         grants: Grants,
         offload: Offload,
         pulls: Pulls,
+        history: PullHistory,
         on_pull: Callable[[Place, Digest], None],
         tier: Tier | None = None,
     ) -> None:
@@ -57,6 +61,7 @@ class BlobContent:
         self._grants = grants
         self._offload = offload
         self._pulls = pulls
+        self._history = history
         self._on_pull = on_pull
         self._tier = tier
 
@@ -197,12 +202,29 @@ class BlobContent:
         body: Reader | bytes = b""
         if reads:
             body = open_reader(start, stop)
-            body.on_close = lambda: self._pulls.end(request.client, digest, start, stop)
+            body.on_close = self._note(request.client, digest, size, body)
             if self._pulls.begin(request.client, digest, start, stop, size):
                 self._follow(request, digest, recording)
         # x/transfer compares a blob's speed with the median of the last ones, counted from the head: a blob that comes
         # as fast as the line would be too slow after a few hits (x/transfer/download.go, v0.14.0 to today).
         return Answer(status, cache, tuple(headers), body, stop - start, held=request.is_transfer and not hit)
+
+    def _note(self, client: str, digest: Digest, size: int, reader: Reader) -> Callable[[], None]:
+        """Note that the client is about to be sent bytes; what is to be called when they have been."""
+        pull = self._history.begin(client, digest, size, lambda: self._find_model(digest), now=time.time())
+        record = self._store.blob(digest)
+        cached = record is not None and record.held and pull is not None and record.recorded <= pull.began
+
+        def end() -> None:
+            self._pulls.end(client, digest, reader.start, reader.stop)
+            if pull is not None:
+                self._history.end(pull, digest, reader.start, reader.sent, cached=cached, now=time.time())
+
+        return end
+
+    def _find_model(self, digest: Digest) -> Name | None:
+        """A stored model that has the blob."""
+        return next((name for name, record in self._store.manifests().items() if record.lists(digest)), None)
 
     def _follow(self, request: Request, digest: Digest, recording: Recording | None) -> None:
         """The client pulls the blob: record all of it, and the layers that come next."""

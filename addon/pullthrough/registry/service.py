@@ -13,13 +13,14 @@ from pullthrough.config.settings import Settings
 from pullthrough.core import capability
 from pullthrough.core.cache_status import CacheStatus, Outcome
 from pullthrough.core.cdn_loop import LoopGuard
+from pullthrough.core.digest import Digest
 from pullthrough.core.errors import (
     CacheError,
     LoopDetected,
     UpstreamTimeout,
 )
 from pullthrough.core.manifest_json import children_of, preferred
-from pullthrough.core.records import Name, canonical
+from pullthrough.core.records import ManifestRecord, Name, canonical
 from pullthrough.core.routes import (
     BlobRoute,
     CanonicalRoute,
@@ -30,6 +31,7 @@ from pullthrough.core.routes import (
     parse_registry_target,
 )
 from pullthrough.net.client_table import ClientTable
+from pullthrough.net.pull_history import Pull, PullHistory
 from pullthrough.recording.pulls import Place
 from pullthrough.registry.blob_content import BlobContent
 from pullthrough.registry.blobs import Blobs
@@ -61,6 +63,7 @@ class Registry:
         content: BlobContent,
         redirects: Redirects,
         clients: ClientTable,
+        history: PullHistory,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -72,6 +75,7 @@ class Registry:
         self._content = content
         self._redirects = redirects
         self._clients = clients
+        self._history = history
 
     async def answer(self, request: Request) -> Answer | None:
         """The answer, or None where the request is to be passed through to upstream untouched."""
@@ -127,7 +131,19 @@ class Registry:
         client, now = request.client, time.time()
         self._clients.ask(client, request.way, request.version, bypasses=request.is_known_to_bypass, now=now)
         if request.method == "GET" and answer.status == 200:
-            self._clients.pull(client, Name(canonical(request.host), route.repository, route.reference), now=now)
+            name = Name(canonical(request.host), route.repository, route.reference, request.takes_lists)
+            self._clients.pull(client, name, now=now)
+            self._history.ask(client, name, self._wanted(name, answer), now=now)
+
+    def _wanted(self, name: Name, answer: Answer) -> list[list[Digest]]:
+        """The blobs that a client asks for which was given this manifest; of a list, those of each child."""
+        record = self._store.manifest(name)
+        if record is None or record.body != answer.body:
+            # Of the other representation, or private.
+            media_type = dict(answer.headers).get("Content-Type", "")
+            body = answer.body if isinstance(answer.body, bytes) else b""
+            record = ManifestRecord.parse(body, media_type, now=0.0)
+        return [series.digests for series in record.series(self._store.children())] if record is not None else []
 
     def _prepare_addresses(self, request: Request, route: ManifestRoute) -> None:
         """Obtain the addresses of a model's blobs before a client that may bypass this proxy asks for each."""
@@ -156,6 +172,20 @@ def log_lost(client: str, place: Place, bypasses: bool) -> None:
         )
     else:
         _log.info("client %s was sent to the registry's address of %s and was not seen again", client, model)
+
+
+def log_pull(pull: Pull) -> None:
+    fields = {
+        "event": "pull",
+        "client": pull.client,
+        "model": str(pull.name),
+        "size": pull.size,
+        "from_cache": pull.from_cache,
+        "from_upstream": pull.from_upstream,
+        "seconds": round(pull.seconds, 3),
+        "whole": pull.is_whole,
+    }
+    _log.info("%s", pull, extra={"fields": fields})
 
 
 def _looped(request: Request, route: Route | CanonicalRoute | HandedOut | None) -> Answer:

@@ -179,6 +179,7 @@ class BlobServer:
             if sock is not None and not sending.problem:
                 end_body(sock)
         finally:
+            answer.body.sent = sending.sent
             answer.body.close()
             seconds = time.monotonic() - began
             self._requests.transfer(*line, sent=sending.sent, seconds=seconds, problem=sending.problem)

@@ -18,7 +18,8 @@ from pullthrough.monitoring import status
 from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.status import StatusView
 from pullthrough.net.client_table import ClientTable, Way
-from pullthrough.recording.pulls import Counts
+from pullthrough.net.pull_history import PullHistory
+from pullthrough.recording.pulls import Pulls
 from pullthrough.recording.recorder import Recorder
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import Upstream
@@ -53,6 +54,8 @@ class Daemon:
         self.blobs = {digest(number): BlobRecord(10, True) for listed in numbers for number in listed}
         self.running: list[Any] = []
         self.clients = ClientTable()
+        self.pulls = Pulls()
+        self.history = PullHistory()
         self.views = 0
 
     def view(self) -> View:
@@ -66,7 +69,7 @@ class Daemon:
         upstream = SimpleNamespace(errors=Counter())
         return StatusView(
             cast(Settings, SETTINGS), cast(Store, store), cast(Recorder, recorder), cast(Upstream, upstream),
-            Health(folder, dict), self.view, Counts(3, 4), self.clients,
+            Health(folder, dict), self.view, self.pulls, self.clients, self.history,
         )  # fmt: skip
 
 
@@ -100,6 +103,27 @@ def test_recordings(tmp_path: Path) -> None:
         assert second.rate >= 500 / (time.monotonic() - began + 0.5)
 
     asyncio.run(main())
+
+
+def test_pulls(tmp_path: Path) -> None:
+    """Those under way, then those that have ended, of public models alone; a client's sixteen parts are one reader."""
+    daemon = Daemon(3, private=1)
+    history = daemon.history
+    for number, sent in ((0, 10), (1, 10), (2, 5)):
+        history.ask("10.0.0.7", name(number), [[digest(number)]], now=100.0)
+        pull = history.begin("10.0.0.7", digest(number), 10, lambda: None, now=100.0)
+        assert pull is not None
+        history.end(pull, digest(number), 0, sent, cached=True, now=101.0)
+    for part in range(16):
+        daemon.pulls.begin("10.0.0.7", digest(1), part, part + 1, 1000)
+    daemon.pulls.begin("10.0.0.8", digest(1), 0, 1000, 1000)
+    daemon.running.append(SimpleNamespace(digest=digest(1), present=0, size=1000, readers=17))
+    sight = asyncio.run(daemon.watch(tmp_path).look())
+    assert [(pull.name, pull.sent, pull.is_running) for pull in sight.pulls] == [
+        (name(2), 5, True),
+        (name(1), 10, False),
+    ]
+    assert [one.readers for one in sight.recordings] == [2]
 
 
 def test_how_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

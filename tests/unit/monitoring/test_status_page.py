@@ -13,6 +13,7 @@ from pullthrough.monitoring.model_index import ModelIndex, Order, Page
 from pullthrough.monitoring.status import ClientRow, Holdings, Progress, Sight
 from pullthrough.monitoring.status_page import ModelQuery, StatusPage, _numbers, model_path, span_text
 from pullthrough.net.client_table import Client, Way
+from pullthrough.net.pull_history import Pull
 from pullthrough.pki.client_setup import KINDS, SetupGuide
 from pullthrough.upstream.reachability import Role, Service, State
 from tests.unit.monitoring.test_model_index import NOW, stored
@@ -39,6 +40,7 @@ QUIET = Sight(
     bypassed=0,
     uptime_s=7200.0,
     clients=(),
+    pulls=(),
 )
 GUIDE = SetupGuide(
     {}, {kind: f"run {kind} && echo done" for kind in KINDS}, dict.fromkeys(KINDS, "5e" * 32), "http://10.0.0.1:8080",
@@ -89,8 +91,8 @@ def test_a_busy_one() -> None:
     )
     parts = StatusPage().parts(sight)
     assert words(parts["recordings"]) == (
-        "Recording now 9 llama3.2:latest 25 % of 120 KB 1.5 KB/s, 60 s left, 16 readers "
-        "a blob of no public model asking upstream 0 B/s, ? left, 1 reader and 7 more"
+        "Recording now 9 llama3.2:latest 25 % of 120 KB 1.5 KB/s, 60 s left, 16 clients "
+        "a blob of no public model asking upstream 0 B/s, ? left, 1 client and 7 more"
     )
     assert '<progress max="120000" value="30000" aria-label="llama3.2:latest">' in parts["recordings"]
     assert words(parts["saved"]).startswith(
@@ -117,6 +119,22 @@ def test_a_sick_one() -> None:
         "1 blob did not hash to its name",
     ]
     assert words(StatusPage().parts(sight)["notice"]) == "Not ready: store: not writable"
+
+
+def test_latest_pulls() -> None:
+    """Who, what, how much of how much, how long, when and from where; one line each."""
+    name = Name("registry.ollama.ai", "library/m", "latest")
+    pulls = (
+        Pull("10.0.0.7", name, 4000, 0, 3000, 990.0, 8.0, is_whole=False, is_running=True),
+        Pull("10.0.0.8", name, 4000, 1000, 3000, 900.0, 40.0, is_whole=True),
+        Pull("10.0.0.9", name, 4000, 500, 0, 100.0, 600.0, is_whole=False),
+    )
+    told = StatusPage().parts(replace(QUIET, now=1000.0, pulls=pulls))["recordings"]
+    assert [words(line) for line in re.findall("<li>(.*?)</li>", told, re.S)] == [
+        "10.0.0.7: m:latest , 3.0 KB so far, since 8 s, from upstream",
+        "10.0.0.8: m:latest , 4.0 KB in 40 s, 1 minute ago, from both the cache and upstream",
+        "10.0.0.9: m:latest , 500 B of 4.0 KB in 10 min, 5 minutes ago, from the cache",
+    ]
 
 
 @pytest.mark.parametrize(

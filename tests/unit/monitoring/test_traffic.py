@@ -6,6 +6,7 @@ from pathlib import Path
 from pullthrough.core.access_log import RequestLog
 from pullthrough.core.cache_status import CacheStatus, Outcome
 from pullthrough.monitoring.traffic import Traffic
+from pullthrough.net.pull_history import PullHistory
 from pullthrough.recording.counters import Counters
 from pullthrough.recording.pulls import Pulls
 from pullthrough.store.store import Store
@@ -17,7 +18,7 @@ def test_counting(tmp_path: Path) -> None:
     for run in (1, 2):
         with closing(Store.open(tmp_path / "store")) as store:
             requests = RequestLog()
-            traffic = Traffic(store.ledger, requests, Counters(), Pulls(lambda *_: None))
+            traffic = Traffic(store.ledger, requests, Counters(), Pulls(), PullHistory())
             requests.transfer(*line, sent=1000, seconds=1.0, problem="")
             traffic.count()
             traffic.count()

@@ -1,0 +1,206 @@
+"""Each pull as one thing: who, which model, how much from where, and how long, whatever number of requests it took.
+
+A pull begins with the model's manifest and ends when all of its blobs have gone to the client. A client that has some
+of them already does not ask for those: then it has ended once nothing was asked for in QUIET_S.
+
+Invariant: all requests of one address for one model at a time are one pull; memory is bounded whatever clients do. What
+is noted here may name private models: who shows it leaves those out. Pure state: `now` is a parameter, Unix seconds.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from pullthrough.core.digest import Digest
+from pullthrough.core.humanize import size_text
+from pullthrough.core.intervals import Intervals
+from pullthrough.core.records import Name
+
+QUIET_S: Final = 30.0
+OPEN: Final = 1000
+"""Pulls that are followed at a time."""
+RECENT: Final = 50
+"""Pulls that are remembered once they have ended."""
+
+Wanted = Sequence[Sequence[Digest]]
+"""The blobs of a model; of a list, those of each child."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """One client's pull of one model."""
+
+    client: str
+    """Its address."""
+    name: Name
+    size: int
+    """Bytes of the blobs that it has asked for."""
+    from_cache: int
+    """Bytes that went to it of blobs that were here before it came."""
+    from_upstream: int
+    """Bytes that went to it of blobs that were fetched meanwhile."""
+    began: float
+    """Unix seconds."""
+    seconds: float
+    """Until the last byte."""
+    is_whole: bool
+    """All that it has asked for has gone to it."""
+    is_running: bool = False
+
+    @property
+    def sent(self) -> int:
+        """Bytes that went to it."""
+        return self.from_cache + self.from_upstream
+
+    @property
+    def source(self) -> str:
+        """Where the bytes were from: "cache", "upstream" or "both"."""
+        return "both" if self.from_cache and self.from_upstream else "cache" if self.from_cache else "upstream"
+
+    def __str__(self) -> str:
+        places = ((self.from_cache, "the cache"), (self.from_upstream, "upstream"))
+        sources = " and ".join(f"{size_text(count)} from {place}" for count, place in places if count)
+        short = "" if self.is_whole else f", short of {size_text(self.size)}"
+        return f"{self.client} pulled {self.name.typed}: {sources} in {self.seconds:.1f} s{short}"
+
+
+@dataclass(slots=True)
+class _Blob:
+    size: int
+    sent: Intervals = field(default_factory=Intervals)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.sent.size >= self.size
+
+
+@dataclass(slots=True)
+class Following:
+    """A pull under way."""
+
+    client: str
+    name: Name
+    began: float
+    last: float
+    wanted: list[Sequence[Digest]] = field(default_factory=list)
+    blobs: dict[Digest, _Blob] = field(default_factory=dict)
+    reading: int = 0
+    """Requests that are being answered."""
+    from_cache: int = 0
+    from_upstream: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        return all(blob.is_whole for blob in self.blobs.values())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all blobs of the model have gone to the client."""
+        has = {digest for digest, blob in self.blobs.items() if blob.is_whole}
+        return not self.reading and any(has.issuperset(digests) for digests in self.wanted)
+
+    def tell(self, *, is_running: bool) -> Pull:
+        size = sum(blob.size for blob in self.blobs.values())
+        spent = max(0.0, self.last - self.began)
+        numbers = (size, self.from_cache, self.from_upstream, self.began, spent)
+        return Pull(self.client, self.name, *numbers, self.is_whole, is_running)
+
+
+class PullHistory:
+    """The pulls of all clients."""
+
+    def __init__(self, on_end: Callable[[Pull], None] = lambda _: None, *, limit: int = OPEN) -> None:
+        """`on_end` is told of each pull that has ended."""
+        self._on_end = on_end
+        self._limit = limit
+        self._open: dict[tuple[str, Name], Following] = {}
+        """By (client, name), the one that was begun first first."""
+        self.recent: deque[Pull] = deque(maxlen=RECENT)
+        """Those that have ended, the last one first."""
+
+    @property
+    def running(self) -> list[Pull]:
+        """Those under way that have asked for a blob, the last one first."""
+        return [pull.tell(is_running=True) for pull in reversed(self._open.values()) if pull.blobs]
+
+    def ask(self, client: str, name: Name, wanted: Wanted, *, now: float) -> None:
+        """Note that the client was given a manifest.
+
+        One that is named by its digest belongs to the pull of the same repository that is under way.
+        """
+        pull = self._open.get((client, name.model))
+        if pull is None and ":" in name.reference:
+            pull = next((each for each in self._of(client) if each.name.place == name.place), None)
+        if pull is None:
+            pull = self._begin(client, name.model, now)
+        pull.last = now
+        pull.wanted += [digests for digests in wanted if digests not in pull.wanted]
+
+    def begin(
+        self,
+        client: str,
+        digest: Digest,
+        size: int,
+        find: Callable[[], Name | None],
+        *,
+        now: float,
+    ) -> Following | None:
+        """Note that the client is about to be sent bytes of a blob; the pull that it belongs to, for `end`.
+
+        `find` says which model has the blob, where the client was given no manifest of it here: the cache may have been
+        restarted meanwhile.
+        """
+        pull = next((each for each in self._of(client) if any(digest in digests for digests in each.wanted)), None)
+        pull = pull or next((each for each in self._of(client) if digest in each.blobs), None)
+        if pull is None and (name := find()) is not None:
+            pull = self._open.get((client, name.model)) or self._begin(client, name.model, now)
+        pull = pull or next(self._of(client), None)
+        if pull is not None:
+            pull.blobs.setdefault(digest, _Blob(size))
+            pull.reading += 1
+            pull.last = now
+        return pull
+
+    def end(self, pull: Following, digest: Digest, start: int, sent: int, *, cached: bool, now: float) -> None:
+        """Note that `sent` bytes from `start` have gone out; `cached` says that the blob was here before the pull."""
+        pull.reading -= 1
+        pull.last = now
+        pull.blobs[digest].sent.add(start, start + sent)
+        if cached:
+            pull.from_cache += sent
+        else:
+            pull.from_upstream += sent
+        if pull.is_complete:
+            self._finish(pull)
+
+    def expire(self, *, now: float) -> None:
+        """End the pulls of which nothing was asked for in QUIET_S."""
+        for pull in list(self._open.values()):
+            if not pull.reading and now > pull.last + QUIET_S:
+                self._finish(pull)
+
+    def close(self) -> None:
+        """End all pulls."""
+        for pull in list(self._open.values()):
+            self._finish(pull)
+
+    def _of(self, client: str) -> Iterator[Following]:
+        """The client's, the last one first."""
+        return (pull for pull in reversed(self._open.values()) if pull.client == client)
+
+    def _begin(self, client: str, name: Name, now: float) -> Following:
+        if len(self._open) >= self._limit:
+            self._finish(next(iter(self._open.values())))
+        pull = self._open[client, name] = Following(client, name, now, now)
+        return pull
+
+    def _finish(self, pull: Following) -> None:
+        if self._open.get((pull.client, pull.name)) is not pull:
+            return
+        del self._open[pull.client, pull.name]
+        # Who asks for a manifest alone looks whether there is anything new.
+        if pull.from_cache or pull.from_upstream:
+            told = pull.tell(is_running=False)
+            self.recent.appendleft(told)
+            self._on_end(told)
