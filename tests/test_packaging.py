@@ -121,6 +121,7 @@ def test_wheel_holds_the_script_and_the_package(archives: dict[str, Path]) -> No
         *(f"pullthrough/pki/connect/{path.name}" for path in (PACKAGE / "pki" / "connect").iterdir()),
         *(f"pullthrough/doctor/client/{path.name}" for path in (PACKAGE / "doctor" / "client").iterdir()),
         *(f"pullthrough/monitoring/share/{path.name}" for path in (PACKAGE / "monitoring" / "share").iterdir()),
+        *(f"pullthrough/docs/{path.name}" for path in (ROOT / "docs").iterdir()),
     }
     (entry_points,) = (content[name] for name in content if name.endswith("entry_points.txt"))
     assert entry_points.decode().split() == ["[console_scripts]", "ollama-cache", "=", "pullthrough.cli:main"]

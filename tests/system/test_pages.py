@@ -40,7 +40,7 @@ class Screen(NamedTuple):
 
 DESK, PHONE = Screen(1280, dark=False), Screen(390, dark=True)
 SCREENS: Final = (DESK, PHONE, Screen(1280, dark=True), Screen(390, dark=False))
-PATHS: Final = ("/", "/models", "/model?name={model}", "/clients", "/setup")
+PATHS: Final = ("/", "/models", "/model?name={model}", "/clients", "/setup", "/docs/operate.md")
 FEW: Final = {
     "empty": [("/", PHONE)],
     "six": [
@@ -49,6 +49,7 @@ FEW: Final = {
         ("/model?name={model}", PHONE),
         ("/clients", PHONE),
         ("/setup", DESK),
+        ("/docs/operate.md", PHONE),
     ],
 }
 EVERY: Final = [(path, screen) for path in PATHS for screen in SCREENS]

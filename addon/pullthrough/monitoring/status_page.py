@@ -17,6 +17,7 @@ import jinja2
 from pullthrough.core.humanize import ago_text, size_text
 from pullthrough.core.records import Name
 from pullthrough.library.listing import JSON
+from pullthrough.monitoring.manual import START, Manual
 from pullthrough.monitoring.model_detail import ModelDetail
 from pullthrough.monitoring.model_index import Order, Page
 from pullthrough.monitoring.plot import plot
@@ -27,6 +28,13 @@ from pullthrough.runtime.version import own_version
 SHARE: Final = Path(__file__).parent / "share"
 PARTS: Final = ("notice", "saved", "recordings", "models", "clients", "health")
 """What changes, each replaced as a whole: the macros of parts.html, and ids of the overview."""
+PLACES: Final = (
+    ("/", "Overview"),
+    ("/models", "Models"),
+    ("/clients", "Clients"),
+    ("/setup", "Set up"),
+    ("/docs/", "Docs"),
+)
 MOST: Final = 200
 """Layers and tags that a model's page lists, and clients."""
 PULLERS: Final = 20
@@ -79,9 +87,11 @@ class StatusPage:
         )  # fmt: skip
         style = (SHARE / "status.css").read_text(encoding="utf-8")
         script = (SHARE / "status.js").read_text(encoding="utf-8")
-        templates.globals.update(
-            style=style, script=script, version=own_version(), most=MOST, shown=PULLERS, files=KINDS, here=""
-        )
+        self.manual = Manual()
+        """The documentation; none of its pages where it was not installed."""
+        places = PLACES if self.manual.pages else PLACES[:-1]
+        templates.globals.update(style=style, script=script, version=own_version(), places=places, here="")
+        templates.globals.update(files=KINDS, most=MOST, shown=PULLERS, start=START)
         self._parts = templates.get_template("parts.html").module
         self.policy = "; ".join(
             (
@@ -95,7 +105,8 @@ class StatusPage:
                 "frame-ancestors 'none'",
             )
         )
-        """Content-Security-Policy of all pages."""
+        """Content-Security-Policy of all pages but those of the documentation, which has pictures."""
+        self.docs_policy = self.policy.replace("img-src", "img-src 'self'")
 
     def parts(self, sight: Sight) -> dict[str, str]:
         """The parts of the overview that change, as HTML."""
@@ -128,6 +139,11 @@ class StatusPage:
     def setup(self, guide: SetupGuide) -> str:
         """How clients are set up."""
         return self._render("setup.html", here="/setup", guide=guide)
+
+    def docs(self, name: str) -> str:
+        """A page of the documentation, by the name of its file."""
+        title, html = self.manual.page(name)
+        return self._render("manual.html", here="/docs/", name=name, title=title, html=html)
 
     def _render(self, template: str, **values: object) -> str:
         return self._templates.get_template(template).render(values)

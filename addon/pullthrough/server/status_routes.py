@@ -9,11 +9,13 @@ import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from aiohttp import hdrs, web
 
 from pullthrough.monitoring.health import Health
+from pullthrough.monitoring.manual import START
 from pullthrough.monitoring.metrics import Metrics
 from pullthrough.monitoring.status import StatusView
 from pullthrough.monitoring.status_page import MOST, SHARE, ModelQuery, StatusPage
@@ -60,12 +62,18 @@ class StatusRoutes:
         pages.add("/model", self._model)
         pages.add("/clients", self._clients)
         pages.add("/setup", self._setup)
+        for name in self._page.manual.pages:
+            pages.add(f"/docs/{name}", self._explaining(name))
+            if name == START:
+                pages.add("/docs/", self._explaining(name))
+        for name, path in self._page.manual.pictures.items():
+            pages.add(f"/docs/{name}", _file(path, "image/png"))
         pages.add("/events", self._follow)
         pages.add("/metrics", self._expose)
         pages.add("/healthz", self._live)
         pages.add("/readyz", self._ready)
-        pages.add("/alerts.yml", _file("alerts.yml", "text/yaml"))
-        pages.add("/dashboard.json", _file("dashboard.json", "application/json"))
+        pages.add("/alerts.yml", _file(SHARE / "alerts.yml", "text/yaml"))
+        pages.add("/dashboard.json", _file(SHARE / "dashboard.json", "application/json"))
 
     # --- for people
 
@@ -91,8 +99,14 @@ class StatusRoutes:
     async def _setup(self, _: web.BaseRequest) -> web.Response:
         return self._html(self._page.setup(self._guide))
 
-    def _html(self, text: str, *, status: int = 200) -> web.Response:
-        fields = {"Content-Security-Policy": self._page.policy}
+    def _explaining(self, name: str) -> Handler:
+        async def explain(_: web.BaseRequest) -> web.Response:
+            return self._html(self._page.docs(name), policy=self._page.docs_policy)
+
+        return explain
+
+    def _html(self, text: str, *, status: int = 200, policy: str = "") -> web.Response:
+        fields = {"Content-Security-Policy": policy or self._page.policy}
         return web.Response(text=text, status=status, content_type="text/html", headers=fields)
 
     async def _follow(self, _: web.BaseRequest) -> web.Response:
@@ -148,10 +162,11 @@ def _encode(parts: dict[str, str]) -> bytes:
     return "".join(lines).encode()
 
 
-def _file(name: str, content_type: str) -> Handler:
-    body = (SHARE / name).read_bytes()
+def _file(path: Path, content_type: str) -> Handler:
+    body = path.read_bytes()
+    charset = None if content_type.startswith("image/") else "utf-8"
 
     async def give(_: web.BaseRequest) -> web.Response:
-        return web.Response(body=body, content_type=content_type, charset="utf-8")
+        return web.Response(body=body, content_type=content_type, charset=charset)
 
     return give

@@ -122,6 +122,28 @@ def test_a_head(tmp_path: Path) -> None:
     assert asyncio.run(main()) == (200, "text/event-stream", b"")
 
 
+def test_documentation(tmp_path: Path) -> None:
+    """Its pages and pictures are there, under a policy that lets pictures of ours be loaded."""
+
+    async def main() -> list[tuple[int, str, bool]]:
+        got = []
+        async with Site(tmp_path).open() as session:
+            for path in (
+                "/docs/",
+                "/docs/clients.md",
+                "/docs/status-light.png",
+                "/docs/../pyproject.toml",
+                "/docs/none.md",
+            ):
+                async with session.get(URL(path, encoded=True)) as response:
+                    allowed = "img-src 'self' data:" in response.headers.get("Content-Security-Policy", "")
+                    got.append((response.status, response.content_type, allowed))
+        return got
+
+    page, missing = (200, "text/html", True), (404, "application/octet-stream", False)
+    assert asyncio.run(main()) == [page, page, (200, "image/png", False), missing, missing]
+
+
 def test_pages(tmp_path: Path) -> None:
     """Each has the policy; a model that is not here is 404; what a query says reaches the page as it was meant."""
 
