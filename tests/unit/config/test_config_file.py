@@ -72,12 +72,12 @@ def test_no_value_is_shown(text: str) -> None:
 
 def test_template() -> None:
     """It changes nothing, has every option once, and is what it says once the comments are taken away."""
-    text = template({"dir": "/home/me/store", "certs": "/home/me/certs"})
+    text = template({"dir": "/srv/me/store", "certs": "/home/me/certs"})
     assert tomllib.loads(text) == {}
     live = "\n".join(line.removeprefix("# ") for line in text.splitlines() if " = " in line)
     values = parse_config(PATH, live).texts
     assert values.keys() == {option.name for option in OPTIONS} - {"config"}
-    assert values["dir"] == "/home/me/store"
+    assert values["dir"] == "/srv/me/store"
     assert all(
         values[option.name] == option.default for option in OPTIONS if option.name not in ("dir", "certs", "config")
     )
