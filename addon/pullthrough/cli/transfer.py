@@ -198,6 +198,14 @@ def export(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Names as they are typed, or patterns.")],
     to: Annotated[str, typer.Option("--to", metavar="DIR|FILE.tar|-", help="A models folder, a bundle, or - .")],
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.", show_default=False)] = False,
+    link: Annotated[
+        bool,
+        typer.Option(
+            "--link",
+            help="A folder without copies on the store's disk: reflinks or hard links; private models are left out.",
+            show_default=False,
+        ),
+    ] = False,
     dir: Folder = None,  # noqa: A002 -- the option's name
     json: AsJson = False,
 ) -> None:
@@ -224,17 +232,19 @@ def export(
             )
         settings = settings_in_force(dir)
         inventory = Snapshot.read(settings.dir, settings.index_dir)
-        cargo = select(inventory, models)
+        if link and (to == "-" or to.endswith(BUNDLE_SUFFIX)):
+            raise TransferRefused("a bundle cannot share the store's files: name a folder, or leave out --link")
+        cargo = select(inventory, models, on_left_out=partial(typer.echo, err=True) if link else None)
         if not force and (lost := overwritten(cargo, Path(to))):
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             raise TransferRefused(f"{lost[0]}{more}: already there, and not the same; --force replaces it")
-        meter.expect(cargo.size)
+        meter.expect(0 if link else cargo.size)
         if to == "-":
             export_bundle(inventory, cargo, sys.stdout.buffer, on_bytes=meter.advance)
         elif to.endswith(BUNDLE_SUFFIX):
             export_bundle_file(inventory, cargo, Path(to), on_bytes=meter.advance)
         else:
-            export_tree(inventory, cargo, Path(to), on_bytes=meter.advance)
+            export_tree(inventory, cargo, Path(to), link=link, on_bytes=meter.advance)
     if json:
         print_json({"models": cargo.models, "blobs": len(cargo.blobs), "bytes": cargo.size, "to": to})
     carried = f"{count_text(cargo.models, 'model')}, {count_text(len(cargo.blobs), 'blob')}"

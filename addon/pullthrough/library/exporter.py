@@ -1,8 +1,8 @@
 """Carry models of the store out: to a models folder that Ollama can use, or to a bundle.
 
-Invariant: every byte is hashed as it is copied, and a model whose blobs are not all here, or that its registry
-refuses to everybody, is not exported at all. A manifest comes to its place after its blobs, a bundle's file when it
-is whole. Only reads the store, so it may run beside a daemon.
+Invariant: every byte is hashed as it is copied, though not where a folder shares the store's files, and a model whose
+blobs are not all here, or that its registry refuses to everybody, is not exported at all. A manifest comes to its place
+after its blobs, a bundle's file when it is whole. Only reads the store, so it may run beside a daemon.
 """
 
 import contextlib
@@ -68,36 +68,49 @@ class _Part:
     """Itself too, where a list refers to it."""
 
 
-def select(inventory: Snapshot, models: Collection[str]) -> Cargo:
+def select(
+    inventory: Snapshot, models: Collection[str], *, on_left_out: Callable[[str], object] | None = None
+) -> Cargo:
     """Select these models of the store. Raises TransferRefused unless each is there, whole and not private.
 
-    Of the two representations of a model those that are whole; of a list the children that are.
+    Of the two representations of a model those that are whole; of a list the children that are. With `on_left_out`
+    what cannot be carried is left out, and that is told why.
     """
     found = {name: record for model in models for name, record in inventory.select(model).items()}
     cargo = Cargo({}, {}, {})
     for name, records in sorted(by_model(found).items()):
-        if any(record.denied for record in records):
-            raise TransferRefused(f"{name}: expected a public model, got one that its registry refuses to everybody")
-        whole: dict[bool, tuple[ManifestRecord, list[_Part]]] = {}
-        refused = []
-        for record in sorted(records, key=lambda record: record.confirmed):
-            try:
-                whole[record.is_list] = record, _parts(inventory, name, record)
-            except TransferRefused as error:
-                refused.append(error)
-        if not whole:
-            raise refused[-1]
-        for record, parts in whole.values():
-            for part in parts:
-                cargo.blobs.update(part.blobs)
-            if record.is_list:
-                cargo.lists[Digest(record.digest)] = record.body
-                cargo.manifests[document_path(name)] = record.body
-                cargo.manifests[manifest_path(name)] = _anchor(record, parts)
-        if False in whole:
-            cargo.manifests[manifest_path(name)] = whole[False][0].body
+        try:
+            _add(cargo, inventory, name, records)
+        except TransferRefused as error:
+            if on_left_out is None:
+                raise
+            on_left_out(str(error))
     lists = {digest: body for digest, body in sorted(cargo.lists.items()) if digest not in cargo.blobs}
     return Cargo(cargo.manifests, lists, dict(sorted(cargo.blobs.items())))
+
+
+def _add(cargo: Cargo, inventory: Snapshot, name: Name, records: Sequence[ManifestRecord]) -> None:
+    """Add a model to the cargo. Raises TransferRefused if it cannot be carried."""
+    if any(record.denied for record in records):
+        raise TransferRefused(f"{name}: expected a public model, got one that its registry refuses to everybody")
+    whole: dict[bool, tuple[ManifestRecord, list[_Part]]] = {}
+    refused = []
+    for record in sorted(records, key=lambda record: record.confirmed):
+        try:
+            whole[record.is_list] = record, _parts(inventory, name, record)
+        except TransferRefused as error:
+            refused.append(error)
+    if not whole:
+        raise refused[-1]
+    for record, parts in whole.values():
+        for part in parts:
+            cargo.blobs.update(part.blobs)
+        if record.is_list:
+            cargo.lists[Digest(record.digest)] = record.body
+            cargo.manifests[document_path(name)] = record.body
+            cargo.manifests[manifest_path(name)] = _anchor(record, parts)
+    if False in whole:
+        cargo.manifests[manifest_path(name)] = whole[False][0].body
 
 
 def _parts(inventory: Snapshot, name: Name, record: ManifestRecord) -> list[_Part]:
@@ -166,9 +179,18 @@ def overwritten(cargo: Cargo, target: Path) -> list[Path]:
 
 
 def export_tree(
-    inventory: Snapshot, cargo: Cargo, folder: Path, *, on_bytes: Callable[[int], object] = lambda count: None
+    inventory: Snapshot,
+    cargo: Cargo,
+    folder: Path,
+    *,
+    link: bool = False,
+    on_bytes: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Write the cargo into a models folder, which may be there already. OSError as the disk says."""
+    """Write the cargo into a models folder, which may be there already.
+
+    With `link` its blobs take no room: they share their bytes with the store's, by reflinks, else by hard links.
+    Raises TransferRefused where they cannot, OSError as the disk says.
+    """
     crew = HashPool(on_bytes)
     manifests, documents = dict(cargo.manifests), dict(cargo.lists)
     for path, body in cargo.manifests.items():
@@ -185,6 +207,9 @@ def export_tree(
 
     def work(digest: Digest) -> None:
         target = paths[digest]
+        if link:
+            _share(inventory, digest, cargo.blobs[digest], target)
+            return
         if _has(crew, target, digest, cargo.blobs[digest]):
             return
         with _opened(inventory, digest, cargo.blobs[digest]) as source, _placed(target) as descriptor:
@@ -231,6 +256,39 @@ def export_bundle_file(
             export_bundle(inventory, cargo, file, on_bytes=on_bytes)
         platform.sync_data(descriptor)
     platform.sync_folder(path.parent)
+
+
+def _share(inventory: Snapshot, digest: Digest, size: int, target: Path) -> None:
+    """Let the target have the blob's bytes without copying them, if its file is the one that was verified."""
+    with _opened(inventory, digest, size) as source:
+        path, status = inventory.blob_path(digest), os.fstat(source.descriptor)
+        if target.exists() and os.path.samestat(target.stat(), status):
+            return
+        if not inventory.blobs[digest].is_file(size, status.st_mtime_ns, status.st_ino):
+            raise TransferRefused(f"blob {digest}: its file is not the one that was verified; run verify")
+        temporary = _temporary(target)
+        try:
+            if not _cloned(source.descriptor, temporary):
+                temporary.hardlink_to(path)
+        except OSError as error:
+            raise TransferRefused(
+                f"{target} cannot share the bytes of {path} ({error.strerror}): name a folder on the store's own disk, "
+                "or leave out --link, which copies them"
+            ) from error
+        os.replace(temporary, target)
+
+
+def _cloned(source: int, path: Path) -> bool:
+    """Make a new file that shares the blocks of an open one; False where that cannot be, and then there is none."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
+    try:
+        if is_cloned := platform.reflink(source, descriptor):
+            platform.sync_data(descriptor)
+    finally:
+        os.close(descriptor)
+    if not is_cloned:
+        path.unlink()
+    return is_cloned
 
 
 def _has(crew: HashPool, path: Path, digest: Digest, size: int) -> bool:

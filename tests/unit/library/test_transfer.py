@@ -1,5 +1,6 @@
 """import and export: what goes out comes in the same, and what is not right does not come in at all."""
 
+import errno
 import io
 import os
 import random
@@ -508,3 +509,75 @@ def test_paths_too_long_for_a_tar() -> None:
     """Said when it is written, not when it is read."""
     with pytest.raises(TransferRefused, match="expected a path that fits"):
         bundle.header(f"manifests/{HOST}/{'n' * 80}/{'m' * 80}/{'t' * 80}", 1)
+
+
+# --- export --link
+
+
+def test_a_folder_that_shares_the_store_s_files(tmp_path: Path, tree: Path) -> None:
+    """Nothing is copied, and what is removed there stays in the store; a second time it is brought up to date."""
+    take_tree(tmp_path / "store", tree)
+    inventory, out = Snapshot.read(tmp_path / "store"), tmp_path / "out"
+    cargo = select(inventory, ["*"])
+    for _ in range(2):
+        export_tree(inventory, cargo, out, link=True)
+        assert read_models(out) == {PATH: (manifest_of(*BLOBS), BLOBS)}
+        for digest in cargo.blobs:
+            stored, shared = inventory.blob_path(digest), out / "blobs" / digest.file_name
+            assert stored.samefile(shared) or shared.stat().st_nlink == 1
+        (out / BLOB).unlink()
+    with opened(tmp_path / "store") as store:
+        assert all(store.held(digest) for digest in cargo.blobs)
+    assert not list(out.rglob(".*"))
+
+
+def test_reflinks_come_first(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the disk has them nobody can change the store's bytes by the folder."""
+
+    def clone(source: int, target: int) -> bool:
+        os.write(target, os.pread(source, 1 << 20, 0))
+        return True
+
+    take_tree(tmp_path / "store", tree)
+    inventory = Snapshot.read(tmp_path / "store")
+    monkeypatch.setattr(platform, "reflink", clone)
+    export_tree(inventory, select(inventory, ["*"]), tmp_path / "out", link=True)
+    assert read_models(tmp_path / "out") == {PATH: (manifest_of(*BLOBS), BLOBS)}
+    assert (tmp_path / "out" / BLOB).stat().st_nlink == 1
+
+
+def test_another_disk_cannot_share(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what to do, and no manifest names what is not there."""
+
+    def link(path: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    take_tree(tmp_path / "store", tree)
+    inventory = Snapshot.read(tmp_path / "store")
+    monkeypatch.setattr(Path, "hardlink_to", link)
+    with pytest.raises(
+        TransferRefused, match=r"cannot share .* \(Invalid cross-device link\): name a folder on the store"
+    ):
+        export_tree(inventory, select(inventory, ["*"]), tmp_path / "out", link=True)
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+def test_what_was_changed_is_not_shared(tmp_path: Path, tree: Path) -> None:
+    """Its bytes are not those that were verified."""
+    take_tree(tmp_path / "store", tree)
+    inventory = Snapshot.read(tmp_path / "store")
+    os.utime(inventory.blob_path(next(iter(select(inventory, ["*"]).blobs))), (1, 1))
+    with pytest.raises(TransferRefused, match="is not the one that was verified; run verify"):
+        export_tree(inventory, select(inventory, ["*"]), tmp_path / "out", link=True)
+
+
+def test_what_cannot_be_shared_is_left_out(tmp_path: Path, tree: Path) -> None:
+    """And told; without that it stops the export."""
+    take_tree(tmp_path / "store", tree)
+    with opened(tmp_path / "store") as store:
+        store.deny(HOST, "library/tiny")
+    inventory, told = Snapshot.read(tmp_path / "store"), list[str]()
+    assert select(inventory, ["*"], on_left_out=told.append).models == 0
+    assert ["public model" in line for line in told] == [True]
+    with pytest.raises(TransferRefused, match="public model"):
+        select(inventory, ["*"])
