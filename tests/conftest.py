@@ -13,6 +13,7 @@ from typing import Any, Final
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pullthrough.runtime import whereabouts
 from tests import doctor_faults, lies, security
 from tests.faults import lines
 from tests.gotchas import GOTCHAS, shown
@@ -46,6 +47,15 @@ def is_roomy(folder: Path) -> bool:
     except (AttributeError, OSError):
         # Only Linux has such a folder.
         return False
+
+
+@pytest.fixture(autouse=True)
+def only_own_caches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A command that a test calls in its own process does not find the caches of other tests, nor this machine's."""
+    nowhere = tmp_path_factory.getbasetemp() / "nowhere"
+    monkeypatch.setattr(whereabouts, "SYSTEM", nowhere)
+    monkeypatch.setattr(whereabouts, "SHARED", nowhere)
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from pullthrough.admin.command import Arguments, Command, Look
 from pullthrough.admin.commands import Commands
 from pullthrough.admin.fleet_commands import FleetCommands
 from pullthrough.admin.server import ControlServer
+from pullthrough.config.paths import own_program
 from pullthrough.config.settings import Settings
 from pullthrough.core.access_log import RequestLog
 from pullthrough.core.digest import Digest
@@ -44,6 +45,7 @@ from pullthrough.net.proxy_env import ParentProxies
 from pullthrough.net.pull_history import PullHistory
 from pullthrough.pki.authority import Leaf
 from pullthrough.pki.client_setup import clients_page, guide
+from pullthrough.pki.earlier import note_authorities
 from pullthrough.pki.leaves import Leaves
 from pullthrough.pki.rollover import Rollover
 from pullthrough.recording.pulls import Counts, Place, Pulls
@@ -63,11 +65,10 @@ from pullthrough.registry.refresh import Refresher
 from pullthrough.registry.service import Registry, log_lost, log_pull
 from pullthrough.registry.signed_urls import SignedUrls
 from pullthrough.registry.warm import Warmer
-from pullthrough.runtime import platform
+from pullthrough.runtime import platform, whereabouts
 from pullthrough.runtime.clock import lasting
 from pullthrough.runtime.executors import Threads
 from pullthrough.runtime.loop_lag import LoopLag
-from pullthrough.runtime.program import own_program
 from pullthrough.runtime.temp_folder import TemporaryFolder
 from pullthrough.server import setup_pages
 from pullthrough.server.blob_server import BlobServer
@@ -151,6 +152,11 @@ class Daemon:
             self._folder = stack.enter_context(TemporaryFolder())
             self._store = Store.open(settings.dir, settings.index_dir)
             stack.callback(self._store.close)
+            try:
+                for warning in note_authorities(settings.dir, self._rollover, now=datetime.now(UTC)):
+                    _log.warning("%s", warning)
+            except OSError as error:
+                _log.warning("the authority that serves this store could not be noted in it: %s", error)
             # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
             gc.freeze()
             self._limits = ConnectionLimits(most_connections(platform.allow_descriptors(DESCRIPTORS)))
@@ -258,8 +264,20 @@ class Daemon:
             self._rollover.current.fingerprint,
             self._blob_server,
         )
-        page = f"{clients_page(settings)} shows it; " if settings.listen else ""
-        _log.info("ollama-cache ready: %s%s connect sets up a client", page, own_program())
+        page = clients_page(settings) if settings.listen else ""
+        self._announce(stack, page)
+        shows = f"{page} shows it; " if page else ""
+        _log.info("ollama-cache ready: %s%s connect sets up a client", shows, own_program())
+
+    def _announce(self, stack: contextlib.AsyncExitStack, page: str) -> None:
+        """Let the commands find this cache, whoever calls them from wherever, until it is closed."""
+        settings = self._settings
+        try:
+            note = whereabouts.announce(settings.runtime_dir, store=settings.dir, certs=settings.certs, page=page)
+        except OSError as error:
+            _log.warning("the commands need --dir %s to find this cache: %s", settings.dir, error)
+        else:
+            stack.callback(note.unlink, missing_ok=True)
 
     def _show(self, leaves: Sequence[Leaf], files: list[str]) -> None:
         for leaf in leaves:

@@ -50,11 +50,18 @@ def arguments(options: Mapping[str, object], *, port: int = 0, program: Sequence
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment without anything that configures a proxy, a CA or the product.
 
-    But for its port without a proxy, which is off: tests run at the same time.
+    But for its port without a proxy, which is off, and the place of its note: tests run at the same time.
     """
     home.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not _DROPPED.fullmatch(name)}
-    return {**kept, "HOME": str(home), "PYTHONUNBUFFERED": "1", "OLLAMA_CACHE_LISTEN": "off", **(extra or {})}
+    return {
+        **kept,
+        "HOME": str(home),
+        "PYTHONUNBUFFERED": "1",
+        "OLLAMA_CACHE_LISTEN": "off",
+        "OLLAMA_CACHE_RUNTIME_DIR": str(home / "run"),
+        **(extra or {}),
+    }
 
 
 def run_until_exit(

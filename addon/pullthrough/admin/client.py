@@ -39,6 +39,11 @@ def ask(
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
             sock.connect(pointer or str(folder / SOCKET))
+        except PermissionError as error:
+            raise ControlError(
+                f"{folder}: {error.strerror}: whether a cache runs on this store, only its owner and root may ask; "
+                "run this as that user, or with sudo"
+            ) from error
         except OSError as error:
             raise NoDaemon(f"no cache runs on {folder} ({error.strerror or error})") from error
         return _exchange(sock, command, arguments, on_progress)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pullthrough.cli.common import own_settings, print_lines, refusals
+from pullthrough.cli.common import own_choices, own_settings, print_lines, refusals, settings_in_force
 from pullthrough.cli.help_text import Verbs
+from pullthrough.config.settings import Settings
 
 if TYPE_CHECKING:
     from pullthrough.pki.authority import Authority
@@ -30,7 +31,7 @@ def ca(context: typer.Context, certs: Certs = None) -> None:
     from pullthrough.pki.rollover import Rollover  # cryptography takes longer to load than most verbs to run
 
     with refusals():
-        settings = own_settings(certs=certs)
+        settings = _settings(certs)
         rollover = Rollover.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
     for authority in rollover.all:
         _show(authority)
@@ -49,7 +50,7 @@ def renew(
 
     now = datetime.now(UTC)
     with refusals():
-        settings = own_settings(certs=certs)
+        settings = _settings(certs)
         if switch:
             _show(rollover.switch(settings.certs, now=now))
             typer.echo("Restart the cache. Who trusts only the former CA cannot pull any more.", err=True)
@@ -58,6 +59,13 @@ def renew(
             typer.echo(
                 "Restart the cache, set each client up again, and then: ollama-cache ca renew --switch", err=True
             )
+
+
+def _settings(certs: Path | None) -> Settings:
+    """Return the options by which the authority is found: what was chosen here, else those of the cache that runs."""
+    if certs is not None or "certs" in own_choices(None).texts:
+        return own_settings(certs=certs)
+    return settings_in_force(None)
 
 
 def _show(authority: "Authority") -> None:

@@ -5,6 +5,7 @@ Ctrl-C). Nothing heavy is imported here: most verbs are over before such a modul
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -20,8 +21,9 @@ from pullthrough.config import paths
 from pullthrough.config.options import parse_settings
 from pullthrough.config.settings import ENVIRONMENT, Settings
 from pullthrough.config.sources import Choices, choices
-from pullthrough.core.errors import CacheError, NoDaemon
+from pullthrough.core.errors import CacheError, ControlError, NoDaemon
 from pullthrough.core.humanize import columns, fitted
+from pullthrough.runtime.whereabouts import Running, running_caches
 
 Folder = Annotated[
     Path | None,
@@ -33,11 +35,44 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON, for scripts.", show_
 
 
 def folder_of(given: Path | None) -> Path:
-    """Return the store that a verb is about; ends with one line where the options in force cannot be understood."""
+    """Return the store that a verb is about: the one that was chosen, else that of the cache that runs, else our own.
+
+    Ends with one line where the options in force cannot be understood, or it is not clear which cache is meant.
+    """
     if given is not None:
         return given.expanduser()
     with refusals():
-        return own_settings().dir
+        chosen = own_choices(None)
+        settings = chosen.settings()
+        if "dir" in chosen.texts:
+            return settings.dir
+        return _running_store(running_caches(settings.runtime_dir), settings.dir)
+
+
+def _running_store(running: Sequence[Running], own: Path) -> Path:
+    """Return the store of the one cache that can be meant; `own` where none runs, or one on it."""
+    ours = [cache for cache in running if cache.is_ours]
+    if not running or any(cache.store == str(own) for cache in ours):
+        return own
+    found = ours or running
+    if len(found) > 1:
+        raise ControlError(
+            f"several caches run here: {'; '.join(map(str, found))}; say with --dir which store is meant"
+        )
+    (cache,) = found
+    if not cache.is_ours and os.name == "posix":
+        if os.geteuid() != 0:
+            raise ControlError(
+                f"the cache that runs here is not this user's ({cache}): run this as {cache.user} or root"
+            )
+        _say_once(f"about the cache that runs here: {cache}")
+    return Path(cache.store)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """Say it on standard error, however often a verb comes here."""
+    typer.echo(f"ollama-cache: {text}", err=True)
 
 
 def own_choices(given: Path | None, *, certs: Path | None = None) -> Choices:

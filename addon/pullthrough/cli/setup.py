@@ -65,6 +65,7 @@ def connect(
 ) -> None:
     """Print the command that sets up a client, to be run there."""
     # Cryptography takes longer to load than most verbs to run.
+    from pullthrough.pki.authority import has_authority
     from pullthrough.pki.client_setup import SYSTEMS, clients_host, clients_origin, command, documents
     from pullthrough.pki.rollover import Rollover
     from pullthrough.runtime.platform import own_addresses
@@ -73,8 +74,15 @@ def connect(
     if address and given is None:
         raise typer.BadParameter(f"expected a host or host:port, got {address!r}")
     with refusals():
-        settings = settings_in_force(dir)
-        rollover = Rollover.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
+        settings, is_running = settings_in_force(dir), runs(dir)
+        if not is_running and not has_authority(settings.certs):
+            fail(
+                f"no cache runs on {folder_of(dir)}, and there is no authority in {settings.certs} that a client could "
+                "trust: start the cache with `ollama-cache run`"
+            )
+        rollover = Rollover.load(settings.certs, settings.intercepted, now=datetime.now(UTC))
+    if not is_running:
+        typer.echo(f"No cache runs on {folder_of(dir)}: start it before this is used on a client.", err=True)
     host = (given["v6"] or given["host"]) if given else clients_host(settings)
     if not given and settings.advertise is None and not _is_reachable(host):
         fail(f"clients cannot reach {host}, the only address that was found: name another with --address or advertise")
@@ -125,6 +133,15 @@ def doctor(
         if not findings:
             print_lines(["nothing is wrong"])
     raise typer.Exit(int(any(finding.grave for finding in findings)))
+
+
+def runs(given: Path | None) -> bool:
+    """Return whether a cache runs on the store."""
+    try:
+        ask(folder_of(given), "proxy", {})
+    except NoDaemon:
+        return False
+    return True
 
 
 def _proxy_port(given: Path | None) -> int:

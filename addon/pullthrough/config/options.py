@@ -83,6 +83,13 @@ GROUPS: Final[Mapping[str, tuple[Option, ...]]] = {
             "config.toml beside the store or in the usual places.",
             parse_file,
         ),
+        Option(
+            "runtime_dir",
+            "",
+            "Where a running cache leaves the note by which the commands find it; empty for /run/ollama-cache, or a "
+            "folder of the user's own in /tmp.",
+            parse_file,
+        ),
     ),
     "What is cached": (
         Option(

@@ -1,5 +1,7 @@
-"""Where things lie on this machine when no option says so."""
+"""Where things lie on this machine when no option says so, this installation's own program among them."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Final
@@ -20,10 +22,11 @@ def default_index() -> Path:
 
 
 def default_certs() -> Path:
-    """`certs/` of a checkout, else a folder beside the user's other configuration."""
+    """`certs/` of a checkout, but for an empty one that is read-only; else a folder beside the user's configuration."""
     checkout = Path(__file__).resolve().parents[3]
-    if (checkout / "pyproject.toml").is_file() and (checkout / "certs").is_dir():
-        return checkout / "certs"
+    folder = checkout / "certs"
+    if (checkout / "pyproject.toml").is_file() and folder.is_dir() and (_has_key(folder) or os.access(folder, os.W_OK)):
+        return folder
     return _user_config() / "certs"
 
 
@@ -39,6 +42,19 @@ def default_configs() -> tuple[Path, ...]:
 def config_beside(store: Path) -> Path:
     """Return where a store that was chosen may have its configuration file."""
     return store.parent / CONFIG_NAME
+
+
+def own_program() -> str:
+    """Return how the command line of this installation is called from here."""
+    beside = Path(sys.executable).with_name("ollama-cache.exe" if sys.platform == "win32" else "ollama-cache")
+    found = shutil.which("ollama-cache")
+    if not beside.exists() or (found is not None and Path(found).resolve() == beside.resolve()):
+        return "ollama-cache"
+    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
+
+
+def _has_key(folder: Path) -> bool:
+    return any(folder.glob("*.pem"))
 
 
 def _user_config() -> Path:

@@ -93,6 +93,8 @@ class Settings:
     certs: Path
     config: Path | None
     """The configuration file that was read."""
+    runtime_dir: Path | None
+    """Where the note of a running cache lies; None for the usual place."""
     registries: tuple[str, ...]
     blob_host: str
     upstream: Mapping[str, Endpoint]

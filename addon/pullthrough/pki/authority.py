@@ -69,6 +69,11 @@ class Leaf:
     not_after: datetime
 
 
+def has_authority(directory: Path) -> bool:
+    """Return whether there is an authority, or what is left of one."""
+    return any((directory / name).exists() for name in (KEY_NAME, CERTIFICATE_NAME, DER_NAME))
+
+
 def is_due(leaf: Leaf, now: datetime) -> bool:
     """Whether it is time for the next one: less than a third of the leaf's life is left, or it is not valid yet.
 
@@ -105,7 +110,7 @@ class Authority:
             raise AuthorityError("certificate authority: expected at least one name to permit, got none")
         with _reporting(directory, "a folder to make a CA in", "choose another folder"):
             # A certificate without its key counts as begun: clients may trust it, so it is not replaced.
-            if not any((directory / name).exists() for name in (KEY_NAME, CERTIFICATE_NAME, DER_NAME)):
+            if not has_authority(directory):
                 _create(directory, names, now)
         return cls.load(directory, names, now=now)
 

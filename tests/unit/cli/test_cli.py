@@ -3,9 +3,11 @@
 The verbs run in this process, by typer's runner; that the console script exists is for test_packaging to tell.
 """
 
+import errno
 import os
 import re
 import shutil
+import socket
 import ssl
 import stat
 import sys
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import Result
 from cryptography import x509
@@ -22,10 +25,14 @@ from typer.testing import CliRunner
 
 import pullthrough
 from pullthrough.cli import app as cli
+from pullthrough.cli import common
+from pullthrough.cli.common import _running_store
 from pullthrough.config import paths
 from pullthrough.config.options import OPTIONS
 from pullthrough.config.settings import R2_HOST
+from pullthrough.core.errors import ControlError
 from pullthrough.pki.authority import CERTIFICATE_NAME, DER_NAME, KEY_NAME, Authority
+from pullthrough.runtime.whereabouts import Running
 
 FILES = {CERTIFICATE_NAME, DER_NAME, KEY_NAME}
 Run = Callable[..., Result]
@@ -452,3 +459,52 @@ def test_config_stops_at_a_mistake(run: Run, tmp_path: Path) -> None:
     path.write_text("\nfinnish = 'never'\n")
     message = refusal(run("config", env={"OLLAMA_CACHE_CONFIG": str(path)}))
     assert message == f"{path}, line 2: unknown option finnish; did you mean finish?"
+
+
+# --- which cache is meant
+
+
+def cache(store: str, user: str = "", pid: int = 7) -> Running:
+    return Running(store, "/certs", "", pid, 0.0, "", user or psutil.Process().username())
+
+
+def test_the_cache_that_runs_is_meant() -> None:
+    """Ours before those of others; with several, the one on our own store."""
+    own = Path("/own")
+    assert _running_store([], own) == own
+    assert _running_store([cache("/running")], own) == Path("/running")
+    assert _running_store([cache("/running"), cache("/own", pid=8)], own) == own
+    assert _running_store([cache("/running"), cache("/theirs", "somebody")], own) == Path("/running")
+    with pytest.raises(ControlError, match=r"several caches run here: process 7 .*/a; process 8 .*/b; say with --dir"):
+        _running_store([cache("/a"), cache("/b", pid=8)], own)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="users are POSIX")
+def test_the_cache_of_another_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root is told whose it is about; anybody else, as whom to ask."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(
+        ControlError, match=r"not this user's \(process 7 of user me, store /srv\): run this as me or root"
+    ):
+        _running_store([cache("/srv", "me")], Path("/own"))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(common, "running_caches", lambda chosen: [cache("/nonexistent/srv", "me")])
+    result = run("connect")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[0] == (
+        "ollama-cache: about the cache that runs here: process 7 of user me, store /nonexistent/srv"
+    )
+    assert "no cache runs on /nonexistent/srv" in result.stderr
+
+
+def test_permission_denied_is_not_no_cache(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verb neither goes on as if none ran, nor says that none does."""
+
+    def connect(sock: socket.socket, address: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    for verb in (["ls"], ["rm", "x"], ["connect"], ["warm", "x"]):
+        message = refusal(run(*verb, "--dir", str(tmp_path / "store")))
+        assert "only its owner and root may ask; run this as that user, or with sudo" in message, verb
+    assert tree(tmp_path) == set()

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +12,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from pullthrough.cli import app as cli
+from pullthrough.config.settings import R2_HOST
+from pullthrough.pki.authority import Authority
 
 Run = Callable[..., Result]
 
@@ -21,6 +24,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     for name in ("TERMINAL_WIDTH", "COLUMNS"):
         monkeypatch.setenv(name, "80")
     monkeypatch.setattr("pullthrough.runtime.platform.lan_address", lambda: "10.0.0.1")
+    Authority.load_or_create(tmp_path / "certs", ["registry.ollama.ai", R2_HOST], now=datetime.now(UTC))
     folders = {"OLLAMA_CACHE_DIR": str(tmp_path / "store"), "OLLAMA_CACHE_CERTS": str(tmp_path / "certs")}
 
     def invoke(*arguments: str, env: dict[str, str] | None = None) -> Result:
@@ -95,4 +99,17 @@ def test_doctor(run: Run, tmp_path: Path) -> None:
     told = run("doctor", env=env)
     assert told.exit_code == 1
     assert told.stdout == f"{finding['what']}: {finding['why']}\n    {finding['mend']}\n"
+    assert list(tmp_path.iterdir()) == [tmp_path / "certs"]
+
+
+def test_connect_without_a_cache(run: Run, tmp_path: Path) -> None:
+    """It says that none runs, and on which store; without an authority too it makes none and prints nothing."""
+    result = run("connect")
+    assert result.exit_code == 0 and f"No cache runs on {tmp_path / 'store'}: start it" in result.stderr
+    for path in (tmp_path / "certs").iterdir():
+        path.unlink()
+    (tmp_path / "certs").rmdir()
+    result = run("connect")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"no cache runs on {tmp_path / 'store'}, and there is no authority in {tmp_path / 'certs'}" in result.stderr
     assert list(tmp_path.iterdir()) == []

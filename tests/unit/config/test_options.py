@@ -21,6 +21,7 @@ def test_defaults() -> None:
         index_dir=None,
         certs=Path("/c"),
         config=None,
+        runtime_dir=None,
         registries=("registry.ollama.ai",),
         blob_host=R2_HOST,
         upstream={},

@@ -1,0 +1,50 @@
+"""Which authorities a store was served with: clients that were set up then trust those.
+
+Invariant: an authority that could still sign is told at every start with another one; one that was replaced where it
+lay is told no more.
+"""
+
+import contextlib
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from pullthrough.core.errors import AuthorityError
+from pullthrough.pki.authority import Authority
+from pullthrough.pki.rollover import Rollover
+
+NAME: Final = "authorities"
+"""In the store's folder: a JSON object of the folder and last day of each, by fingerprint."""
+
+
+def note_authorities(store: Path, rollover: Rollover, *, now: datetime) -> list[str]:
+    """Note those that serve the store from now on; return what an operator is to know of earlier ones.
+
+    Raises:
+        OSError: the note cannot be written.
+    """
+    file, known = store / NAME, {}
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+        known = dict(json.loads(file.read_text(encoding="utf-8")))
+    current = {authority.fingerprint for authority in rollover.all}
+    others = {}
+    for fingerprint, seen in known.items():
+        with contextlib.suppress(AuthorityError, KeyError, TypeError):
+            if (
+                fingerprint not in current
+                and Authority.load(Path(seen["folder"]), (), now=now).fingerprint == fingerprint
+            ):
+                others[fingerprint] = seen
+    mine = {"folder": str(rollover.current.certificate_file.parent.absolute()), "last": f"{now:%Y-%m-%d}"}
+    noted = others | dict.fromkeys(sorted(current), mine)
+    if noted != known:
+        partial = file.with_name(f".{NAME}.new")
+        partial.write_text(json.dumps(noted, indent=1), encoding="utf-8")
+        partial.replace(file)
+    return [
+        f"until {seen['last']} this store was served with another authority, SHA-256 {fingerprint} in "
+        f"{seen['folder']}: clients that were set up by then trust that one, and pull no more until they are set up "
+        f"again; to go on with it, start with --set ollama_cache_certs={seen['folder']}"
+        for fingerprint, seen in others.items()
+    ]

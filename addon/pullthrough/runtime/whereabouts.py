@@ -1,0 +1,136 @@
+"""The note that a running cache leaves for the commands: which store it has, under which user and process.
+
+Invariant: a note counts only while the very process that wrote it runs, as the note's owner, since this boot. Whoever
+only looks writes and removes nothing.
+"""
+
+import contextlib
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+SYSTEM: Final = Path("/run/ollama-cache" if Path("/run").is_dir() else "/var/run/ollama-cache")
+"""Where root's caches and services leave theirs."""
+SHARED: Final = Path("/tmp")  # noqa: S108 -- a folder in it counts only for the user whose number it has
+"""Where everybody may have a folder that all can find: XDG_RUNTIME_DIR is hidden from others."""
+_PREFIX: Final = "ollama-cache-"
+_AGE_S: Final = 2.0  # what a process's start may differ by between two readings
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A cache that runs on this machine."""
+
+    store: str
+    certs: str
+    page: str
+    """The status page; empty where the plain port is off."""
+    pid: int
+    started: float
+    boot: str
+    user: str = ""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it runs as the user who asks."""
+        return self.user == _own_name()
+
+    def __str__(self) -> str:
+        return f"process {self.pid} of user {self.user}, store {self.store}"
+
+
+def announce(chosen: Path | None, *, store: Path, certs: Path, page: str) -> Path:
+    """Leave the note of this process; `chosen` is a folder for it, else there is one for the user.
+
+    Raises:
+        OSError: no folder can be written to.
+    """
+    folder = chosen or own_folder()
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        folder.chmod(0o755)  # the umask may hide it
+    if not _is_safe(folder):
+        raise PermissionError(f"{folder} is another user's, or others can write to it")
+    for path, running in _notes(folder):
+        if running is None and path.stat().st_uid == os.geteuid():
+            path.unlink(missing_ok=True)
+    made = Running(str(store), str(certs), page, os.getpid(), psutil.Process().create_time(), _boot())
+    path = folder / f"{made.pid}.json"
+    partial = path.with_suffix(".new")
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8") as file:
+        os.chmod(file.fileno(), 0o644)  # noqa: PTH101 -- of the open file
+        json.dump(asdict(made), file)
+    os.replace(partial, path)
+    return path
+
+
+def running_caches(chosen: Path | None) -> list[Running]:
+    """Return the caches that run here, those of the user who asks first."""
+    if sys.platform == "win32":
+        return []
+    folders = [chosen] if chosen is not None else [SYSTEM, *filter(_is_safe, SHARED.glob(f"{_PREFIX}*")), own_folder()]
+    found = {running.pid: running for folder in dict.fromkeys(folders) for _, running in _notes(folder) if running}
+    return sorted(found.values(), key=lambda running: (not running.is_ours, running.pid))
+
+
+def own_folder() -> Path:
+    """Return where this user's caches leave their notes: what systemd made for the service, root's place, or /tmp."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("TEMP", ".")) / "ollama-cache"
+    if made := os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
+        return Path(made)
+    return SYSTEM if os.geteuid() == 0 else SHARED / f"{_PREFIX}{os.geteuid()}"
+
+
+def _notes(folder: Path) -> Iterator[tuple[Path, Running | None]]:
+    """Yield each note, and the cache if it runs."""
+    for path in sorted(folder.glob("*.json")):
+        # It may be gone, another's, or half of something.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            owner = path.lstat().st_uid
+            made = Running(**json.loads(path.read_text(encoding="utf-8")))
+            yield path, _alive(made, owner)
+
+
+def _alive(made: Running, owner: int) -> Running | None:
+    if made.boot != _boot():
+        return None
+    try:
+        process = psutil.Process(made.pid)
+        is_it = abs(process.create_time() - made.started) < _AGE_S
+        if not is_it or (sys.platform != "win32" and process.uids().effective != owner):
+            return None
+        return Running(**{**asdict(made), "user": process.username()})
+    except psutil.Error:
+        return None
+
+
+def _is_safe(folder: Path) -> bool:
+    """Return whether a folder that anybody could have made belongs to whom its name says."""
+    if sys.platform == "win32" or folder.parent != SHARED:
+        return True
+    try:
+        state = folder.lstat()
+    except OSError:
+        return False
+    is_named = folder.name == f"{_PREFIX}{state.st_uid}"
+    return is_named and stat.S_ISDIR(state.st_mode) and not state.st_mode & 0o022
+
+
+def _own_name() -> str:
+    return psutil.Process().username()
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return str(round(psutil.boot_time() / 60))
