@@ -24,6 +24,7 @@ from pullthrough.config.settings import Settings
 from pullthrough.core.access_log import RequestLog
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError, StoreError
+from pullthrough.core.humanize import count_text
 from pullthrough.core.records import by_model
 from pullthrough.delivery.delivery import Delivery
 from pullthrough.delivery.tls_contexts import TlsContext
@@ -256,10 +257,10 @@ class Daemon:
         stack.push_async_callback(health.close)
         health.open(Lookout(upstream.reachability, looks_at(upstream, fleet.tier if fleet is not None else None)))
         _log.info(
-            "store %s (%d blobs, %d models), CA %s SHA-256 %s, plain HTTP %s",
+            "store %s (%s, %s), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,
-            len(store.blobs()),
-            len(by_model(store.manifests())),
+            count_text(len(store.blobs()), "blob"),
+            count_text(len(by_model(store.manifests())), "model"),
             self._rollover.current.certificate_file,
             self._rollover.current.fingerprint,
             self._blob_server,

@@ -85,6 +85,7 @@ def test_one_store_two_hands(
         done.stderr
         == "ollama-cache: nobody/nothing: pull model manifest: file does not exist (the registry answered 404)\n"
     )
+    assert told(proxy, "show", "small")["pulled"] is None
     new_client(proxy).pull(small.name)
     new_client(proxy).pull(other.name)
     rows = {row["name"]: row for row in told(proxy, "ls")}
@@ -191,8 +192,10 @@ def test_import_and_verify_beside_the_daemon(
     name = f"registry.ollama.ai/{model.repository}:latest"
     assert json.loads(done.stdout)["models"] == [{"model": name, "fate": "imported", "why": ""}]
     assert list((proxy.store / "ingest").iterdir()) == []
+    assert told(proxy, "show", model.name)["pulled"] is None
     fetched = origin.counters.cdn_bytes
     new_client(proxy).pull(model.name)
+    assert told(proxy, "show", model.name)["pulled"] is not None
     assert origin.counters.cdn_bytes == fetched
 
     path = blob_file(proxy.store, Digest.parse(model.layer).file_name)

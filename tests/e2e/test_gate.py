@@ -145,6 +145,14 @@ def test_clients_outside_the_list_are_not_served(start_proxy: Callable[..., Prox
     proxy.wait_for_line("refused client 127.0.0.1")
 
 
+def test_tls_to_the_proxy_itself(proxy: Proxy) -> None:
+    """A client with HTTPS_PROXY=https://… gets no handshake, and the log says what to write."""
+    sock = socket.create_connection(("127.0.0.1", proxy.port), timeout=20)
+    with closing(sock), pytest.raises((ssl.SSLError, ConnectionError)):
+        handshake(sock, "cache.lan")
+    proxy.wait_for_line("refused client 127.0.0.1: it speaks TLS to the proxy: HTTPS_PROXY begins with http:// here")
+
+
 def test_a_client_without_the_ca_is_named(origin: Origin, proxy: Proxy) -> None:
     """The log says which client does not trust the CA."""
     with pytest.raises(ssl.SSLError):

@@ -171,6 +171,8 @@ class ManifestRecord(NamedTuple):
     """When a client last asked for it, Unix seconds."""
     references: str | None = None
     """Of a list, the children that are blobs, `<digest> …`; None for a manifest."""
+    brought: float = 0.0
+    """When it last came without a client: warmed, imported, or found as a file. Unix seconds."""
 
     @classmethod
     def parse(cls, body: bytes, content_type: str, *, now: float) -> Self | None:
@@ -191,6 +193,11 @@ class ManifestRecord(NamedTuple):
             references = " ".join(dict.fromkeys(child.digest for child in children if child.digest is not None))
         record = cls(body, sha256(body).hexdigest(), content_type, now, "", "", references=references)
         return record._listing(sizes)
+
+    @property
+    def used(self) -> float:
+        """When it was last pulled or brought: what is used least goes first. Unix seconds, 0 for never."""
+        return max(self.pulled, self.brought)
 
     @property
     def is_list(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Final
 
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import SourceDistrusted, StoreUnwritable
-from pullthrough.core.humanize import size_text
+from pullthrough.core.humanize import count_text, size_text
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
 from pullthrough.library.eviction_order import Choice, Holding, choose
 from pullthrough.library.mismatches import Mismatches
@@ -161,7 +161,7 @@ class Evictor:
         blobs = [part for part in choice.parts if isinstance(part, Digest) and self._is_free(part)]
         paths = [*self._store.evict(blobs), *(part for part in choice.parts if isinstance(part, Path))]
         await self._threads.disk(self._store.remove_files, paths)
-        _log.info("evicted %d blobs, %s", len(paths), size_text(choice.freed))
+        _log.info("evicted %s, %s", count_text(len(paths), "blob"), size_text(choice.freed))
 
     def _is_free(self, digest: Digest) -> bool:
         record = self._store.blob(digest)
@@ -196,7 +196,7 @@ def _choose(
     """What goes of what is known at one moment; it takes long where that is much."""
     sizes: dict[Hashable, int] = {digest: record.size or 0 for digest, record in blobs.items() if record.held}
     holdings = [
-        Holding(name, frozenset(listed_by(records)), max(record.pulled for record in records), name.is_among(pins))
+        Holding(name, frozenset(listed_by(records)), max(record.used for record in records), name.is_among(pins))
         for name, records in by_model(manifests).items()
     ]
     listed = frozenset[Hashable]().union(*(holding.parts for holding in holdings))

@@ -19,7 +19,7 @@ class Holding:
     parts: frozenset[Hashable]
     """Its blobs, by whatever names them."""
     used: float
-    """When it was last pulled, Unix seconds."""
+    """When it was last pulled or brought, Unix seconds."""
     kept: bool = False
     """Pinned."""
     is_leftover: bool = False

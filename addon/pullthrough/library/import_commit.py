@@ -142,7 +142,8 @@ def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, Blob
             )
     same = stored is not None and stored.digest == model.record.digest
     if not (same and stored is not None and (not stored.denied or not terms.public)):
-        store.put_manifest(name, model.record._replace(denied=not terms.public, pulled=now))
+        pulled = stored.pulled if stored is not None else 0.0
+        store.put_manifest(name, model.record._replace(denied=not terms.public, pulled=pulled, brought=now))
     elif not placed and (not terms.public or all(_is_public(store, name, each) for each in model.blobs)):
         return ImportOutcome(text, Fate.PRESENT)
     if terms.public:

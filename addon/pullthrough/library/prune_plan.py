@@ -57,7 +57,7 @@ def plan_prune(
     names = []
     models = by_model(manifests)
     for name, records in models.items() if every else ():
-        used = max(max(record.pulled for record in records), 0.0) or max(record.confirmed for record in records)
+        used = max(record.used for record in records) or max(record.confirmed for record in records)
         if used <= oldest and not name.is_among(pins) and not any(map(busy.__contains__, listed_by(records))):
             names.append(name)
     gone = set(names)

@@ -18,7 +18,7 @@ from mitmproxy.proxy import commands, events, layer, server_hooks
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layers import ClientTLSLayer, ServerTLSLayer
 from mitmproxy.proxy.layers.http import HttpLayer, HTTPMode, HttpStream
-from mitmproxy.proxy.layers.modes import ReverseProxy, TransparentProxy
+from mitmproxy.proxy.layers.modes import HttpProxy, HttpUpstreamProxy, ReverseProxy, TransparentProxy
 
 from pullthrough.config.settings import Endpoint, Settings, Tunnel
 from pullthrough.core.cdn_loop import LoopGuard
@@ -42,6 +42,9 @@ NEW_INTERFACES_S: Final = 1.0
 """How soon after the last look a client that is not admitted makes us look at the interfaces again."""
 ANSWERED_S: Final = 60.0
 """How long the address of a name that answered first is not questioned."""
+
+_TLS: Final = b"\x16"
+"""The first byte of a ClientHello's record (RFC 8446 section 5.1), and of no request."""
 
 
 class ConnectionHooks:
@@ -211,6 +214,12 @@ class ConnectionHooks:
                 # mitmproxy's own choice would be to decrypt.
                 _log.exception("capture policy failed; refused")
                 nextlayer.layer = _Closing(context)
+            return
+        if isinstance(context.layers[-1], HttpProxy | HttpUpstreamProxy) and nextlayer.data_client()[:1] == _TLS:
+            # mitmproxy would answer with a certificate of an authority that nobody trusts.
+            peer = context.client.peername[0]
+            _log.warning("refused client %s: it speaks TLS to the proxy: HTTPS_PROXY begins with http:// here", peer)
+            nextlayer.layer = _Closing(context)
             return
         in_tunnel = any(isinstance(item, HttpStream) for item in context.layers)
         if in_tunnel and not (context.server.address and self._intercepts(*context.server.address[:2])):

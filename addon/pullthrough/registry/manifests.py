@@ -285,15 +285,15 @@ class Manifests:
         known = self._copy(name) is not None
         verdict = freshness.conclude(reply.heard, stored=known, withdrawn=self._settings.withdrawn)
         if verdict is Verdict.ADOPT and reply.record is not None:
-            version, pulled = version_of(agent), 0.0
+            version, pulled, brought = version_of(agent), 0.0, 0.0
             if stored is not None:
-                pulled = stored.pulled
+                pulled, brought = stored.pulled, stored.brought
                 if stored.body == reply.record.body:
                     # What was granted to a version is granted to newer ones, as long as the bytes are the same.
                     version = min((item for item in (stored.oldest, version) if item is not None), default=None)
                 elif not stored.denied:
                     _log.info("%s moved: sha256:%s -> sha256:%s", name, stored.digest, reply.record.digest)
-            self._store.put_manifest(name, reply.record._replace(oldest=version, pulled=pulled))
+            self._store.put_manifest(name, reply.record._replace(oldest=version, pulled=pulled, brought=brought))
         elif verdict is Verdict.RELAY_AND_DENY:
             self._deny(name)
         elif verdict is Verdict.RELAY_AND_DROP and name.takes_lists:

@@ -80,7 +80,7 @@ class Refresher:
                 continue
             # Last, because it asks the disk for each blob.
             if self._store.ledger.keeps(name, self._settings.pins) or (
-                now - record.pulled < IN_USE_S and self._is_whole(record)
+                now - record.used < IN_USE_S and self._is_whole(record)
             ):
                 yield name
 

@@ -67,7 +67,7 @@ class Warmer:
                 await self._record(name, digest, size, tell)
             for each in (name, name.twin):
                 if self._store.manifest(each) is not None:
-                    self._store.touch(each, time.time())
+                    self._store.touch(each, time.time(), by_client=False)
         return {"model": name.typed, "size": sum(sizes.values()), "missing": missing}
 
     async def _wanted(

@@ -49,7 +49,8 @@ class Pages:
         if request.method not in (hdrs.METH_GET, hdrs.METH_HEAD):
             response = web.Response(status=405, headers={hdrs.ALLOW: "GET, HEAD"})
         elif not is_ours(host := request.headers.get(hdrs.HOST), self._names):
-            response = web.Response(status=421, text=f"expected an address or a name of this cache, got {host!r}\n")
+            told = f"this cache is not known as {host!r}: ask by its address, or let the option advertise name it so\n"
+            response = web.Response(status=421, text=told)
         else:
             response = await handler(request)
         for name, value in FIELDS.items():

@@ -110,12 +110,12 @@ class ManifestTable:
         self._index.delete_manifest(name)
         self._leave(name, record, still=())
 
-    def touch(self, name: Name, now: float) -> None:
-        """A client has pulled the manifest `now`; on disk only every TOLD_S seconds, and at the end."""
+    def touch(self, name: Name, now: float, *, by_client: bool = True) -> None:
+        """Note that a client has pulled it, or that it was brought; on disk every TOLD_S seconds, and at the end."""
         record = self._records.get(name)
         if record is None:
             return
-        self._records[name] = record = record._replace(pulled=now)
+        self._records[name] = record = record._replace(pulled=now) if by_client else record._replace(brought=now)
         if now - self._untold.setdefault(name, now) >= TOLD_S:
             del self._untold[name]
             self._index.put_manifest(name, record)

@@ -117,7 +117,7 @@ def record_of(document: Document, known: ManifestRecord | None) -> ManifestRecor
     if record is None:
         return None
     if known is None or known.digest != record.digest:
-        return record._replace(denied=document.denied, pulled=document.changed)
+        return record._replace(denied=document.denied, brought=document.changed)
     return known._replace(
         denied=document.denied, listed=record.listed, claimed=record.claimed, references=record.references
     )

@@ -163,7 +163,7 @@ def _record(key: str, fact: dict[str, Any], bodies: dict[str, bytes]) -> Manifes
         body = bodies[fact["body"]]
         if sha256(body).hexdigest() != fact["body"]:
             raise StoreError(f"manifest {key}: expected bytes of {fact['body']}, got others")
-        # Rows of version 1 have no sum, and those before manifest lists no references.
+        # Rows of version 1 have no sum, those before manifest lists no references, older ones nothing of `brought`.
         if (total := fact.pop(_SUM, None)) != (None if total is None else _sum(fact)) or not fact.keys() <= _FACTS:
             raise StoreError(f"manifest {key}: expected facts that agree with their sum, got others")
         return ManifestRecord(
@@ -177,6 +177,7 @@ def _record(key: str, fact: dict[str, Any], bodies: dict[str, bytes]) -> Manifes
             fact["denied"],
             fact["pulled"],
             fact.get("references"),
+            fact.get("brought", 0.0),
         )
     except KeyError as error:
         raise StoreError(f"manifest {key}: expected all its facts and its bytes, got none of {error}") from error

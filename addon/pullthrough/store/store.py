@@ -353,9 +353,9 @@ class Store:
             if self.manifest(each) is not None:
                 self.drop_manifest(each)
 
-    def touch(self, name: Name, now: float) -> None:
-        """A client has pulled the model `now`: this representation, or the other one where this is not stored."""
-        self._manifests.touch(name if name in self.manifests() else name.twin, now)
+    def touch(self, name: Name, now: float, *, by_client: bool = True) -> None:
+        """Note that the model was used: this representation, or the other one where this is not stored."""
+        self._manifests.touch(name if name in self.manifests() else name.twin, now, by_client=by_client)
 
     def manifests_of(self, host: str, repository: str, *, private: bool = False) -> dict[Name, ManifestRecord]:
         """The repository's manifests; those that are private by now only if asked for."""

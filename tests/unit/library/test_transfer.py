@@ -201,7 +201,7 @@ def test_imported_models_are_public_and_stale(tmp_path: Path, tree: Path) -> Non
         record = store.manifest(NAME)
         assert record is not None
         assert (record.body, record.content_type) == (manifest_of(*BLOBS), DOCKER_TYPE)
-        assert (record.confirmed, record.denied, record.pulled) == (0.0, False, 9.0)
+        assert (record.confirmed, record.denied, record.pulled, record.brought) == (0.0, False, 0.0, 9.0)
         for digest in record.sizes:
             blob = store.blob(digest)
             assert blob is not None and blob.public and store.is_member(HOST, "library/tiny", digest)

@@ -44,6 +44,10 @@ def test_a_page() -> None:
         (200, "seen", True),
         (200, "", True),
         (405, "", True),
-        (421, "expected an address or a name of this cache, got 'evil.example'\n", True),
+        (
+            421,
+            "this cache is not known as 'evil.example': ask by its address, or let the option advertise name it so\n",
+            True,
+        ),
         (404, "", False),
     ]

@@ -238,7 +238,11 @@ def test_both_representations_are_one_model(store: Store) -> None:
     assert [store.manifests()[name].pulled for name in (NAME, LISTS)] == [0.0, 7.0]
     store.drop_manifest(LISTS)
     store.touch(LISTS, 9.0)
-    assert store.manifests()[NAME].pulled == 9.0
+    store.touch(NAME, 11.0, by_client=False)
+    store.close()
+    store = Store.open(store.folder)
+    found = store.manifests()[NAME]
+    assert (found.pulled, found.brought, found.used) == (9.0, 11.0, 11.0)
     store.drop_model(LISTS.model)
     assert not store.manifests()
     store.close()

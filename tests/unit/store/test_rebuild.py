@@ -198,7 +198,7 @@ def test_safe_defaults(filled: Path, tmp_path: Path) -> None:
         assert found is not None
         assert found.confirmed == 0.0
         path = folder / "public" / "manifests" / DEFAULT_HOST / "library" / "open" / "latest"
-        assert found.pulled == path.stat().st_mtime
+        assert (found.pulled, found.used) == (0.0, path.stat().st_mtime)
 
 
 @pytest.mark.parametrize("media_type", [DOCKER_TYPE, OCI_TYPE, "application/x-unknown"])

@@ -420,7 +420,7 @@ def test_corrupt_index(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFix
     ]
     assert store.manifest(NAME) == manifest(b"7", confirmed=0.0)._replace(
         content_type=DOCKER_TYPE,
-        pulled=store.manifest(NAME).pulled,  # type: ignore[union-attr]
+        brought=store.manifest(NAME).brought,  # type: ignore[union-attr]
     )
     assert read(store, digest_of(b"7")) == b"7"
     assert store.is_member(*NAME.place, digest_of(b"7"))
