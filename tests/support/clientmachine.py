@@ -53,6 +53,7 @@ class Machine:
         """Entries in front of those of the machine."""
         self.own_network = False
         """Whether it has a network of its own, with an IPv6 address and nobody else."""
+        self.has_proc = True
         self.command: list[str | Path] = ["sh", "doctor.sh", "--fields"]
         (folder / "doctor.sh").write_bytes(script)
         (folder / "bin").mkdir()
@@ -95,6 +96,8 @@ class Machine:
             become = [] if user is None else ["setpriv", f"--reuid={user}", "--clear-groups"]
             steps.append(f"{shlex.join(['env', '-i', f'PATH={path}', *variables, *become, 'ollama', 'serve'])} &")
             steps.append("read -r _ <up")
+        if not self.has_proc:
+            steps.append("mount -t tmpfs none /proc")
         steps.append(f"exec {shlex.join(map(str, self.command))}")
         unshare = [*self._unshare, *(["--net"] if self.own_network else [])]
         return subprocess.run(

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from pullthrough.cli import app as cli
 from pullthrough.pki.authority import Authority
 from tests.e2e.conftest import add_model
+from tests.support.clientmachine import Machine, answering
 from tests.support.origin import R2_HOST, REGISTRY_HOST, Fault, Mode
 from tests.support.proxy import environment
-from tests.support.world import World, play
+from tests.support.world import CACHE, REDIRECT, World, play
 
 pytestmark = pytest.mark.long
 
@@ -103,14 +104,45 @@ def server(world: World) -> None:
             assert doctor.findings().keys() == {"the certificate authority cannot be used"}
             Authority.load_or_create(proxy.ca_file.parent, (REGISTRY_HOST, R2_HOST), now=datetime.now(UTC))
             found = doctor.findings()
-            assert found.keys() == {"what listens there is not this cache", "the blob server's port does not serve"}
-            assert "restart the cache" in found["the blob server's port does not serve"]
+            assert found.keys() == {"the running cache has another authority"}
+            assert "start the cache again" in found["the running cache has another authority"]
         with world.at("internet"):
             origin.stop()
-        assert "DNS" in doctor.findings()["the registry cannot be reached"]
+        assert "firewall" in doctor.findings()["the registry cannot be reached"]
         with world.at("internet"):
             origin.start()
         assert doctor.findings() == {}
+
+
+def client(world: World) -> None:
+    (world.folder / "machine").mkdir()
+    machine = Machine(world.folder / "machine", b"")
+    machine.command = ["sh", "-c", f"curl -fsS http://{CACHE}:9200/doctor.sh | sh -s -- --fields"]
+    gateway = any(map(shutil.which, REDIRECT))
+    modes = ("regular@0.0.0.0:8080", f"reverse:https://{REGISTRY_HOST}@0.0.0.0:443")
+    with world.cache(*modes, *(["transparent@0.0.0.0:8081"] if gateway else []), ollama_cache_listen=":9200") as proxy:
+        trusts = {"SSL_CERT_FILE": machine.write("/ca.pem", proxy.ca_file.read_text())}
+        assert machine.findings({**trusts, "HTTPS_PROXY": f"http://{CACHE}:8080"}) == []
+        (found,) = machine.findings(trusts)
+        assert found.what == "the daemon has no HTTPS_PROXY"
+        world.client_hosts({REGISTRY_HOST: CACHE})
+        assert machine.findings(trusts) == []
+        (found,) = machine.findings({})
+        assert found.what == "the daemon does not trust the cache"
+        with answering({}, b'{"version": "0.40.1"}') as port:
+            (found,) = machine.findings({**trusts, "OLLAMA_HOST": f"127.0.0.1:{port}"})
+        assert found.what == "this Ollama refuses a hosts entry"
+        world.client_hosts({})
+        if gateway:
+            world.redirect()
+            with answering({}, b'{"version": "0.40.1"}') as port:
+                # It goes past every proxy, and not past a gateway.
+                assert machine.findings({**trusts, "OLLAMA_HOST": f"127.0.0.1:{port}"}) == []
+
+
+def test_client(tmp_path: Path) -> None:
+    """A client that fetches its doctor from the cache: by a proxy, by a hosts entry, and at a gateway."""
+    play(client, tmp_path)
 
 
 def test_server(tmp_path: Path) -> None:

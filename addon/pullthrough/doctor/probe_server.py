@@ -7,7 +7,6 @@ attempt ends within seconds; what cannot be done is a fact and not an error. Doe
 import contextlib
 import email.utils
 import http.client
-import ipaddress
 import math
 import os
 import shutil
@@ -34,6 +33,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import AuthorityError, CacheError, StoreError
 from pullthrough.core.manifest_json import DOCKER_TYPE
 from pullthrough.doctor.rules import Leg, ServerFacts
+from pullthrough.net.address_policy import is_loopback
 from pullthrough.pki.authority import CERTIFICATE_NAME, KEY_NAME
 from pullthrough.pki.rollover import Rollover
 from pullthrough.runtime.platform import own_addresses
@@ -272,15 +272,8 @@ def _local(proxy: Endpoint, settings: Settings) -> tuple[str, ...]:
     ports = {port: [host for host, each in settings.listeners if each == port] for _, port in settings.listeners}
     ports[proxy.port] = [*ports.get(proxy.port, ()), proxy.host]
     return tuple(
-        f"port {port} ({', '.join(sorted(hosts))})" for port, hosts in ports.items() if all(map(_is_loopback, hosts))
+        f"port {port} ({', '.join(sorted(hosts))})" for port, hosts in ports.items() if all(map(is_loopback, hosts))
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _advertised_problem(settings: Settings) -> str:

@@ -34,6 +34,14 @@ def unwrap(address: Address) -> Address:
     return address
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether nobody but this machine itself reaches what listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def check_address(text: str, *, own: Collection[str] = ()) -> None:
     """AddressRefused unless `text` is an address on the public Internet and not in `own`."""
     try:

@@ -11,6 +11,7 @@ from mitmproxy import ctx
 from pullthrough.config.settings import PROXY_PORT, Settings
 from pullthrough.core.access_log import RequestLog
 from pullthrough.delivery.delivery import Delivery
+from pullthrough.net.address_policy import is_loopback
 from pullthrough.net.connection_limits import ConnectionLimits
 from pullthrough.net.proxy_env import ParentProxies
 from pullthrough.proxy.connection_hooks import ConnectionHooks, own_ports
@@ -79,9 +80,13 @@ class Frontend:
         return own_ports()
 
     def address(self) -> tuple[str, int]:
-        """Return the first listener that speaks as a proxy; host "" for all addresses."""
+        """Return the first listener that speaks as a proxy; host "" for all addresses.
+
+        One that other machines reach goes before one that none does.
+        """
         servers = ctx.master.addons.get("proxyserver").servers
         found = [
             address[:2] for server in servers if server.mode.type_name in PROXIES for address in server.listen_addrs
         ]
+        found.sort(key=lambda address: is_loopback(address[0]))
         return found[0] if found else ("", ctx.options.listen_port or PROXY_PORT)
