@@ -57,7 +57,6 @@ class OllamaCache:
         self._is_configured = True
         try:
             self._daemon = self._make_daemon()
-            check_ports(ctx.options.mode, ctx.options.listen_host, ctx.options.listen_port)
         except CacheError as error:
             _stop(error)
 
@@ -66,13 +65,16 @@ class OllamaCache:
         settings = chosen.settings()
         check_modes(ctx.options.mode, settings.intercepted)
         set_up_logs(settings.log, settings.log_level)
-        return Daemon(
+        daemon = Daemon(
             settings,
             self._frontend,
             ways_out(os.environ, options.ports_to_listen_on()),
             trusted_ca=ctx.options.ssl_verify_upstream_trusted_ca,
             options=chosen.rows(),
         )
+        others = {port for _, port in settings.listeners}
+        check_ports(ctx.options.mode, ctx.options.listen_host, ctx.options.listen_port, others=others)
+        return daemon
 
     async def running(self) -> None:
         """Open what needs the event loop; from here on clients are served."""

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode, ReverseMode, TransparentMode
 
 from pullthrough.core.errors import SettingsError
-from pullthrough.runtime.ports import listening, reason, shown_address
+from pullthrough.runtime.ports import listening, listens, reason, shown_address
 
 
 def check_modes(specs: Iterable[str], hosts: Collection[str]) -> None:
@@ -21,10 +21,11 @@ def check_modes(specs: Iterable[str], hosts: Collection[str]) -> None:
             )
 
 
-def check_ports(specs: Iterable[str], host: str, port: int | None) -> None:
+def check_ports(specs: Iterable[str], host: str, port: int | None, *, others: Collection[int] = ()) -> None:
     """Stop where mitmproxy would fail to listen, which it would tell by a number of the system.
 
-    `host` and `port` are mitmproxy's own for all modes. To be asked while the cache's other ports are listened on.
+    `host` and `port` are mitmproxy's own for all modes. To be asked while the cache's `others` are listened on.
+    mitmproxy may have some of its own already: a script is loaded beside that.
 
     Raises:
         SettingsError: an address is taken, not of this machine, or not for this user.
@@ -37,6 +38,8 @@ def check_ports(specs: Iterable[str], host: str, port: int | None) -> None:
         try:
             sockets = listening(at, number)
         except OSError as error:
+            if number not in others and listens(number):
+                continue
             raise SettingsError(
                 f"cannot listen on {shown_address(at, number)} for the proxy: {reason(error, number)}; "
                 "--listen-port and --listen-host choose another"

@@ -46,6 +46,14 @@ def listening(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
+def listens(port: int) -> bool:
+    """Return whether this process listens on a port, on whichever address."""
+    with contextlib.suppress(psutil.Error):
+        connections = psutil.Process().net_connections("tcp")
+        return any(each.status == psutil.CONN_LISTEN and each.laddr[1] == port for each in connections)
+    return False
+
+
 def reason(error: OSError, port: int) -> str:
     """Return why a port cannot be listened on: who has it, or what would allow it."""
     if error.errno == errno.EADDRINUSE:

@@ -1,9 +1,11 @@
 """modes: which `--mode` values start."""
 
+import socket
+
 import pytest
 
 from pullthrough.core.errors import SettingsError
-from pullthrough.proxy.modes import check_modes
+from pullthrough.proxy.modes import check_modes, check_ports
 
 HOSTS = ("registry.ollama.ai", "cdn.example")
 
@@ -35,3 +37,12 @@ def test_others(spec: str) -> None:
     with pytest.raises(SettingsError, match="expected regular, transparent or reverse:https://HOST") as caught:
         check_modes(["regular", spec], HOSTS)
     assert str(caught.value).endswith(f"got {spec}")
+
+
+def test_a_port_that_mitmproxy_has() -> None:
+    """It may listen already, where the addon is a script: that is no trouble, but the blob server's port is."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        check_ports([f"regular@127.0.0.1:{port}"], "", None)
+        with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1:{port} for the proxy: it is taken by"):
+            check_ports([f"regular@127.0.0.1:{port}"], "", None, others={port})
