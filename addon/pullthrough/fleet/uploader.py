@@ -18,6 +18,7 @@ from pullthrough.fleet import documents
 from pullthrough.fleet.object_store import PART
 from pullthrough.fleet.tier import Tier
 from pullthrough.runtime import platform
+from pullthrough.runtime.clock import Moment
 from pullthrough.runtime.executors import Threads
 from pullthrough.runtime.shared_file import SharedFile
 from pullthrough.store.store import Store
@@ -37,8 +38,8 @@ class Uploader:
         self._threads = threads
         self._told: dict[Name, tuple[bytes, bool]] = {}
         """(body, denied) of manifests for which nothing is left to do."""
-        self._done = -1
-        """The store's count of changes that was looked at last."""
+        self._done: tuple[Moment, int] | None = None
+        """Of which changes of the store, and how many suspects, the last look was."""
         self._task: asyncio.Task[None] | None = None
         self.waiting = 0
         """How many blobs are still to be uploaded, by the last look."""
@@ -50,7 +51,7 @@ class Uploader:
     def forget(self, name: Name) -> None:
         """The manifest is not there any more."""
         self._told.pop(name, None)
-        self._done = -1
+        self._done = None
 
     def open(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="upload")
@@ -63,16 +64,16 @@ class Uploader:
 
     async def _run(self) -> None:
         while True:
-            changes = self._store.changes + len(self._tier.suspects)
+            seen = (self._store.changes.now(), len(self._tier.suspects))
             try:
-                if changes != self._done:
-                    self._done = changes
+                if seen != self._done:
+                    self._done = seen
                     await self.upload()
             except TierError as error:
-                self._done = -1
+                self._done = None
                 _log.debug("upload: %s", error)
             except OSError as error:
-                self._done = -1
+                self._done = None
                 _log.warning("upload: %s", error)
             await asyncio.sleep(LOOK_S)
 

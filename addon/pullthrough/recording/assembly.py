@@ -5,12 +5,13 @@ what is hashed never passes it. Touches no file, socket or hash: it says which b
 """
 
 from pullthrough.core.intervals import Intervals
+from pullthrough.runtime.clock import Epoch
 
 
 class Assembly:
     """Which bytes of a blob of `size` bytes are here, which are being fetched, and how far the hash has gone."""
 
-    __slots__ = ("_taken", "generation", "hashed", "present", "shown", "size")
+    __slots__ = ("_taken", "hashed", "present", "shown", "size", "versions")
 
     def __init__(self, size: int, present: Intervals | None = None) -> None:
         if size < 0:
@@ -24,12 +25,12 @@ class Assembly:
         """The length of the prefix that has gone through the hash."""
         self.shown = size
         """Readers get no byte from here on: what follows waits for the verification."""
-        self.generation = 0
-        """How often it was begun again: what was hashed before counts no more."""
+        self.versions = Epoch()
+        """Goes on when it is begun again: what was hashed before counts no more."""
 
     def begin_again(self) -> None:
         """Forget every byte and every claim: the source serves another version."""
-        self.generation += 1
+        self.versions.advance()
         self.present = Intervals()
         self._taken = Intervals()
         self.hashed = 0

@@ -129,16 +129,16 @@ class BlobWriter:
 
     async def hash(self) -> str:
         """Hash the prefix as it grows; returns the hexadecimal sha256 when all of it has gone through."""
-        while (actual := await self._hash_generation()) is None:
+        while (actual := await self._hash_version()) is None:
             pass
         return actual
 
-    async def _hash_generation(self) -> str | None:
+    async def _hash_version(self) -> str | None:
         """As `hash`; None if the assembly was begun again meanwhile."""
         assert self._ingest.file is not None
         hasher = hashlib.sha256()
         file, assembly = self._ingest.file, self._assembly
-        generation = assembly.generation
+        begun = assembly.versions.now()
 
         def update(start: int, stop: int) -> int:
             offset = start
@@ -151,7 +151,7 @@ class BlobWriter:
             if assembly.frontier == assembly.hashed:
                 self._grown.clear()
                 await self._grown.wait()
-                if assembly.generation != generation:
+                if begun.is_over:
                     return None
                 continue
             if (found := self._found.stop_at(assembly.hashed)) > assembly.hashed:
@@ -160,7 +160,7 @@ class BlobWriter:
             else:
                 stop = min(assembly.frontier, assembly.hashed + HASH_STRETCH)
                 hashed = await self._threads.hashing(update, assembly.hashed, stop)
-            if assembly.generation != generation:
+            if begun.is_over:
                 return None
             assembly.hashed = hashed
             if assembly.hashed < stop:

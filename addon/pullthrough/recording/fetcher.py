@@ -214,7 +214,7 @@ class Fetcher:
 
     async def _attempt(self, taken: Slice, work: Callable[[_Attempt], Awaitable[None]]) -> None:
         """Do `work` for the claimed slice and release it. UpstreamTimeout if another connection is to do it."""
-        generation = self._assembly.generation
+        begun = self._assembly.versions.now()
         attempt = _Attempt(taken)
         self._attempts.add(attempt)
         try:
@@ -227,7 +227,7 @@ class Fetcher:
             raise UpstreamTimeout(f"too slow, no byte for {silent:.1f} s; another connection takes over") from None
         finally:
             self._attempts.discard(attempt)
-            if self._assembly.generation == generation:
+            if not begun.is_over:
                 self._assembly.release(taken.start, taken.stop)
             attempt.over.set()
 

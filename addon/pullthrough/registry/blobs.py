@@ -232,12 +232,12 @@ class Blobs:
         """
         target = f"/v2/{route.repository}/chunksums/{route.digest}"
         for authorization, headers in attempts(request):
-            denials = self._grants.denials(request.host, route)
+            since = self._grants.moment(request.host, route)
             response = await self._upstream.ask("GET", request.host, target, headers, timeout_s=DEADLINE_S)
             if response.status == 200 and (location := response.headers.get("Content-Location")):
                 size = chunksums.check(response.body)
                 source = self._upstream.source_at(request.host, target, location)
-                source = self._grants.sums(request.host, route, authorization, source, size, denials=denials)
+                source = self._grants.sums(request.host, route, authorization, source, size, since=since)
                 await self._content.record(
                     route.digest, Grant(source, None, self._grants.again(request, route, authorization))
                 )

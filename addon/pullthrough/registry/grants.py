@@ -34,6 +34,7 @@ from pullthrough.net import client_acl
 from pullthrough.recording.slicing import FIRST_SLICE
 from pullthrough.registry.messages import Request
 from pullthrough.runtime import platform
+from pullthrough.runtime.clock import Moment
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import DEADLINE_S, DENIED, PAUSES_S, PRIVATE, Upstream
 from pullthrough.upstream.data_stream import DataStream, Source
@@ -140,17 +141,17 @@ class Grants:
         record = self._store.blob(pair.digest)
         return record is not None and record.public and self._store.is_member(host, pair.repository, pair.digest)
 
-    def denials(self, host: str, pair: Pair) -> int:
-        """What `confirm` is to be told of the moment when the registry was asked."""
-        return self._store.denials(host, pair.repository)
+    def moment(self, host: str, pair: Pair) -> Moment:
+        """Return what `confirm` is to be told of when the registry was asked."""
+        return self._store.moment(host, pair.repository)
 
-    def confirm(self, host: str, pair: Pair, authorization: str | None, *, denials: int) -> None:
+    def confirm(self, host: str, pair: Pair, authorization: str | None, *, since: Moment) -> None:
         """The registry has granted the blob's bytes to the holder of `authorization`; without one, to everybody.
 
         A yes to everybody that a refusal has overtaken meanwhile confirms nothing.
         """
         if authorization is None:
-            if denials == self.denials(host, pair):
+            if not since.is_over:
                 self._store.confirm_public(host, pair.repository, pair.digest)
             return
         key = client_acl.credential_key(authorization)
@@ -187,7 +188,7 @@ class Grants:
         refusal: UpstreamRefused | None = None
         asked = (0, stop) if stop is not None else None
         for authorization, headers in attempts(request):
-            denials = self.denials(request.host, pair)
+            since = self.moment(request.host, pair)
             try:
                 found = await self._ask(request.host, pair, headers, look=look, asked=asked, hands_on=hands_on)
             except UpstreamRefused as error:
@@ -197,7 +198,7 @@ class Grants:
                 refusal = error
                 continue
             again = self.again(request, pair, authorization)
-            confirm = partial(self.confirm, request.host, pair, authorization, denials=denials)
+            confirm = partial(self.confirm, request.host, pair, authorization, since=since)
             if authorization is not None and found.word is Word.LIKELY:
                 # It counts for this caller alone.
                 found = replace(found, word=Word.PROVEN)
@@ -241,7 +242,7 @@ class Grants:
     async def public_source(self, host: str, repository: str, digest: Digest) -> Source:
         """A source from this repository, as everybody gets it. UpstreamError if it gives none."""
         pair = BlobRoute(repository, digest)
-        denials = self.denials(host, pair)
+        since = self.moment(host, pair)
         try:
             found = await self._ask(host, pair, {}, look=1, asked=(0, 1))
         except UpstreamRefused as error:
@@ -249,7 +250,7 @@ class Grants:
             raise
         if found.stream is not None:
             found.stream.close()
-        return self._settle(host, pair, found, partial(self.confirm, host, pair, None, denials=denials))
+        return self._settle(host, pair, found, partial(self.confirm, host, pair, None, since=since))
 
     async def _locate(self, host: str, repository: str, digest: Digest, headers: Mapping[str, str]) -> Source:
         source, stream = await self._upstream.obtain(
@@ -283,7 +284,7 @@ class Grants:
         return self._upstream.impostors.disagreeing(host, what, detail)
 
     def sums(
-        self, host: str, pair: Pair, authorization: str | None, source: Source, size: int, *, denials: int
+        self, host: str, pair: Pair, authorization: str | None, source: Source, size: int, *, since: Moment
     ) -> Source:
         """The registry has named `source`, with chunk sums that cover `size` bytes, to this caller.
 
@@ -295,7 +296,7 @@ class Grants:
         source = replace(source, sizes=sizes or frozenset({size}))
         proven = sizes or authorization is not None or self._names(source, pair.digest)
         found = _Found(source, None, None, Word.PROVEN if proven else Word.LIKELY)
-        return self._settle(host, pair, found, partial(self.confirm, host, pair, authorization, denials=denials))
+        return self._settle(host, pair, found, partial(self.confirm, host, pair, authorization, since=since))
 
     async def _ask(
         self,

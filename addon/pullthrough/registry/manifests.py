@@ -28,6 +28,7 @@ from pullthrough.fleet.tier import Tier
 from pullthrough.registry import freshness
 from pullthrough.registry.freshness import Freshness, Heard, Verdict
 from pullthrough.registry.messages import Answer, Request, explained
+from pullthrough.runtime.clock import Moment
 from pullthrough.runtime.singleflight import SingleFlight
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import DEADLINE_S, Upstream
@@ -169,12 +170,11 @@ class Manifests:
     async def _adopt(self, name: Name) -> None:
         """Take over what another cache of the fleet has recorded, unless the repository is known to be private."""
         assert self._tier is not None
-        denials = self._store.denials(name.host, name.repository)
-        if denials or self._store.is_denied(name.host, name.repository):
+        asked = self._store.moment(name.host, name.repository)
+        if asked.count or self._store.is_denied(name.host, name.repository):
             return
         record = await self._tier.manifest(name)
-        refused = self._store.denials(name.host, name.repository)
-        if record is not None and not refused and self._store.manifest(name) is None:
+        if record is not None and not asked.is_over and self._store.manifest(name) is None:
             _log.info("%s: taken over from the object store", name)
             self._store.adopt(name, record)
 
@@ -228,10 +228,10 @@ class Manifests:
 
         A manifest for which nothing `is_ready` yet is not adopted. Other arguments as for `hear`.
         """
-        denials = self._store.denials(name.host, name.repository)
+        asked = self._store.moment(name.host, name.repository)
         reply = await self.hear(name, agent, trail, host=host, confirm=confirm, timeout_s=timeout_s)
         if reply.record is None or is_ready is None or await is_ready(reply.record):
-            self._conclude(name, reply, agent, denials=denials)
+            self._conclude(name, reply, agent, asked)
         return reply
 
     async def hear(
@@ -274,12 +274,12 @@ class Manifests:
         except TimeoutError:
             return _nothing(UpstreamTimeout("no answer in time"))
 
-    def _conclude(self, name: Name, reply: Reply, agent: str, *, denials: int) -> None:
+    def _conclude(self, name: Name, reply: Reply, agent: str, asked: Moment) -> None:
         """Let the store follow what upstream said to an anonymous request by this User-Agent.
 
-        `denials` are the store's when upstream was asked: a refusal that has overtaken a yes prevails.
+        `asked` is when that was: a refusal that has overtaken a yes prevails.
         """
-        if reply.heard is Heard.MANIFEST and denials != self._store.denials(name.host, name.repository):
+        if reply.heard is Heard.MANIFEST and asked.is_over:
             return
         stored = self._store.manifest(name)
         known = self._copy(name) is not None

@@ -15,6 +15,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.records import ManifestRecord, Series, by_model, canonical
 from pullthrough.library.expected_sizes import public_sizes
 from pullthrough.recording.recorder import Recorder
+from pullthrough.runtime.clock import Moment
 from pullthrough.store.store import Store
 from pullthrough.upstream.data_stream import Source
 
@@ -35,22 +36,22 @@ class Prefetcher:
         self._recorder = recorder
         self._source = source
         self._tasks: dict[tuple[str, str, str], asyncio.Task[None]] = {}
-        self._whole: dict[tuple[str, str, str], int] = {}
-        """The models of which nothing was left to record, and how often the store had changed then."""
+        self._whole: dict[tuple[str, str, str], Moment] = {}
+        """The models of which nothing was left to record, and when, by the changes of the store."""
 
     def follow(self, host: str, repository: str, digest: Digest) -> None:
         """A client has asked for this blob: record what its manifest lists behind it."""
         place = (canonical(host), repository)
         for name, records in by_model(self._store.manifests_of(*place)).items():
             model = (*place, name.reference)
-            if self._whole.get(model) != self._store.changes and any(record.lists(digest) for record in records):
+            if self._whole.get(model) != self._store.changes.now() and any(record.lists(digest) for record in records):
                 self._follow(model, records, digest)
 
     def _follow(self, model: tuple[str, str, str], records: Sequence[ManifestRecord], digest: Digest) -> None:
         known = self._store.children()
         every = [series for record in records for series in record.series(known)]
         if all(series.is_of_tensors or all(map(self._store.held, series.digests)) for series in every):
-            self._whole[model] = self._store.changes
+            self._whole[model] = self._store.changes.now()
             return
         found = [series for series in every if digest in series.digests]
         if not found or (len(found) > 1 and len({self._missing_behind(digest, series) for series in found}) > 1):

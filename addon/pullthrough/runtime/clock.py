@@ -1,5 +1,7 @@
 """Which clock measures what.
 
+- `Epoch`: whether what was learnt before still counts. It measures no time at all.
+
 - `steady`: how long a peer has been silent, deadlines, pauses. The event loop's clock, which `RunningTime` makes one of
   the seconds that this process has run: while it was stopped (SIGSTOP, a frozen container, a machine that slept, a
   call that held up the loop) nobody could be heard, and so nobody was silent.
@@ -12,7 +14,9 @@
 import asyncio
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Final
 
 LONGEST_S: Final = 2.0
@@ -56,3 +60,33 @@ class RunningTime:
             self._lost += unseen
         self._last = now
         return now - self._lost
+
+
+class Epoch:
+    """A logical clock, which goes on whenever what was known before counts no more; for each key by itself."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Hashable] = Counter()
+
+    def advance(self, key: Hashable = None) -> None:
+        """End all former moments of the key."""
+        self._counts[key] += 1
+
+    def now(self, key: Hashable = None) -> "Moment":
+        """Return the moment until the next `advance`."""
+        return Moment(self, key, self._counts[key])
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A moment of an epoch; two of them are equal if nothing happened between them."""
+
+    epoch: Epoch
+    key: Hashable
+    count: int
+    """How often the epoch had gone on."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether what was learnt then counts no more."""
+        return self != self.epoch.now(self.key)

@@ -16,6 +16,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreUnwritable
 from pullthrough.core.records import BlobRecord
 from pullthrough.runtime import platform
+from pullthrough.runtime.clock import Epoch
 from pullthrough.runtime.shared_file import SharedFile
 from pullthrough.store.blob_files import BlobFile, BlobFiles
 from pullthrough.store.index import Index
@@ -27,15 +28,15 @@ _log = logging.getLogger(__name__)
 class BlobTable:
     """Of one store. `place` waits for the disk and changes nothing that is resident."""
 
-    def __init__(self, folder: Path, index: Index, records: dict[Digest, BlobRecord]) -> None:
+    def __init__(self, folder: Path, index: Index, records: dict[Digest, BlobRecord], changes: Epoch) -> None:
+        """`changes` goes on with each change of a record."""
         self._index = index
+        self._changes = changes
         self.files = BlobFiles(folder)
         self.proofs = Proofs(folder)
         self.records = records
         self.settled = False
         """Whether the records have been compared with all files."""
-        self.changes = 0
-        """How often one has changed."""
         self.held_bytes = sum([record.size or 0 for record in records.values() if record.held])
         """What all held blobs take together."""
         self.evicted = 0
@@ -157,7 +158,7 @@ class BlobTable:
         known = self.records.get(digest, BlobRecord())
         self.held_bytes += (record.size or 0) * record.held - (known.size or 0) * known.held
         self.records[digest] = record
-        self.changes += 1
+        self._changes.advance()
         self._index.put_blob(digest, record)
 
     # --- what the files say

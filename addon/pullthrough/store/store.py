@@ -26,7 +26,6 @@ import os
 import secrets
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -36,6 +35,7 @@ from pullthrough.core.errors import StoreError
 from pullthrough.core.manifest_json import DOCKER_TYPE, LONGEST
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name, canonical
 from pullthrough.runtime import platform
+from pullthrough.runtime.clock import Epoch, Moment
 from pullthrough.runtime.gc_pause import gc_paused
 from pullthrough.runtime.shared_file import SharedFile
 from pullthrough.store.blob_files import BlobFile
@@ -83,15 +83,16 @@ class Store:
         self.secret = load_secret(folder, writable=not disk.unwritable)
         self._lock = lock
         self._index = index
-        self._manifest_changes = 0
+        self.changes = Epoch()
+        """Goes on when what is known of a blob or a manifest changes, but for the time of a pull."""
         self.ledger = Ledger(folder, index, contents)
         self._files = ModelFiles(folder, folds_case=folds_case(folder))
-        self._blobs = BlobTable(folder, index, contents.blobs)
+        self._blobs = BlobTable(folder, index, contents.blobs, self.changes)
         self._manifests = ManifestTable(index, contents, self.read_manifest)
-        self._survey = Reconciliation(self._files, self._manifests, self._blobs, self._count_change)
+        self._survey = Reconciliation(self._files, self._manifests, self._blobs, self.changes.advance)
         self._members: dict[tuple[str, str], str | set[str]] = {**members}
         """What upstream has granted of each (host, repository) to an anonymous request, besides the manifests."""
-        self._denials: Counter[tuple[str, str]] = Counter()
+        self._denials = Epoch()
         self._manifests.open()
 
     @classmethod
@@ -137,14 +138,6 @@ class Store:
         self._files.close()
         self._index.close()
         self._lock.close()
-
-    @property
-    def changes(self) -> int:
-        """How often what is known of a blob or a manifest has changed, but for the time of a pull."""
-        return self._blobs.changes + self._manifest_changes
-
-    def _count_change(self) -> None:
-        self._manifest_changes += 1
 
     # --- blobs
 
@@ -303,7 +296,7 @@ class Store:
         confirmed to have it. The bytes stay, for those whom upstream grants them. Returns whether anything was known.
         """
         place = _place(host, repository)
-        self._denials[place] += 1
+        self._denials.advance(place)
         digests = set(map(trusted, self._granted(place)))
         granted = self.manifests_of(host, repository)
         was_known = bool(digests or granted)
@@ -311,7 +304,7 @@ class Store:
             digests.update(record.digests)
             self._files.hide(name, record.body)
             self._manifests.put(name, record._replace(denied=True))
-            self._count_change()
+            self.changes.advance()
         if self._members.pop(place):
             self._index.delete_members(*place)
         for digest in digests:
@@ -319,9 +312,9 @@ class Store:
                 self._blobs.show(digest, public=False)
         return was_known
 
-    def denials(self, host: str, repository: str) -> int:
-        """How often the repository was denied since the start: an older yes than the last denial counts no more."""
-        return self._denials[_place(host, repository)]
+    def moment(self, host: str, repository: str) -> Moment:
+        """Return the moment until the repository is denied again: a yes to what was asked in it counts until then."""
+        return self._denials.now(_place(host, repository))
 
     # --- manifests
 
@@ -339,7 +332,7 @@ class Store:
         known = self.manifest(name)
         if known is None or (known.digest, known.denied) != (record.digest, record.denied):
             self._files.put(name, record.body, denied=record.denied)
-        self._count_change()
+        self.changes.advance()
         self._manifests.put(name, record)
 
     def drop_manifest(self, name: Name) -> None:

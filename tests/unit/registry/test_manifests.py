@@ -28,6 +28,7 @@ from pullthrough.registry import manifests
 from pullthrough.registry.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.registry.manifests import Manifests
 from pullthrough.registry.messages import Answer, Request
+from pullthrough.runtime.clock import Epoch, Moment
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import DEADLINE_S, Response, Upstream
 
@@ -100,7 +101,7 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.kept: dict[Name, ManifestRecord] = {}
-        self.denied = 0
+        self.denials = Epoch()
 
     def manifests(self) -> dict[Name, ManifestRecord]:
         return self.kept
@@ -117,8 +118,8 @@ class FakeStore:
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
         self.kept[name] = record
 
-    def denials(self, host: str, repository: str) -> int:
-        return self.denied
+    def moment(self, host: str, repository: str) -> Moment:
+        return self.denials.now((host, repository))
 
     def manifests_of(self, host: str, repository: str) -> dict[Name, ManifestRecord]:
         return {name: record for name, record in self.kept.items() if name.place == (host, repository)}
@@ -135,7 +136,7 @@ class FakeStore:
             self.kept[name] = self.kept[name]._replace(pulled=now)
 
     def deny(self, host: str, repository: str) -> bool:
-        self.denied += 1
+        self.denials.advance((host, repository))
         changed = False
         for name, record in self.kept.items():
             if (name.host, name.repository) == (host, repository) and not record.denied:

@@ -12,6 +12,7 @@ from pullthrough.core.manifest_json import LIST_TYPE
 from pullthrough.core.records import ManifestRecord, Name
 from pullthrough.recording.recorder import Recorder
 from pullthrough.registry.prefetch import Prefetcher
+from pullthrough.runtime.clock import Epoch
 from pullthrough.store.store import Store
 from pullthrough.upstream.data_stream import Source
 
@@ -42,7 +43,7 @@ class Scene:
         self.looks = 0
         self.recorded: list[Digest] = []
         self.store = SimpleNamespace(
-            manifests_of=lambda *_: manifests, children=lambda: children or {}, held=self._held, changes=0
+            manifests_of=lambda *_: manifests, children=lambda: children or {}, held=self._held, changes=Epoch()
         )
         recorder = SimpleNamespace(find=lambda _: None, open=self._open)
         self.prefetcher = Prefetcher(cast(Store, self.store), cast(Recorder, recorder), self._source)
@@ -54,7 +55,7 @@ class Scene:
     def _open(self, digest: Digest, **_: Any) -> Any:
         self.recorded.append(digest)
         self.here.add(digest)
-        self.store.changes += 1
+        self.store.changes.advance()
         over = asyncio.Event()
         over.set()
         return SimpleNamespace(over=over)
@@ -103,7 +104,7 @@ def test_a_model_that_is_all_here_is_looked_at_once() -> None:
             await scene.follow(digest)
         assert (scene.looks, scene.recorded) == (3, [])
         scene.here.discard(C)
-        scene.store.changes += 1
+        scene.store.changes.advance()
         await scene.follow(A)
         assert scene.recorded == [C]
 

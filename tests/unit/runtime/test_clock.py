@@ -6,7 +6,7 @@ import time
 import pytest
 
 from pullthrough.runtime import clock
-from pullthrough.runtime.clock import LONGEST_S, RunningTime, lasting, steady
+from pullthrough.runtime.clock import LONGEST_S, Epoch, RunningTime, lasting, steady
 
 
 def test_unseen_time_does_not_count() -> None:
@@ -48,3 +48,18 @@ def test_silence_is_measured_by_the_loop() -> None:
         return abs(steady() - asyncio.get_running_loop().time()) < 1
 
     assert asyncio.run(main())
+
+
+def test_epochs() -> None:
+    """What was learnt in a moment counts until the next change of that key, and of no other."""
+    epoch, other = Epoch(), Epoch()
+    first = epoch.now("a")
+    assert first == epoch.now("a") and not first.is_over
+    assert first not in (epoch.now("b"), other.now("a"))
+    epoch.advance("b")
+    other.advance("a")
+    assert not first.is_over
+    epoch.advance("a")
+    assert first.is_over and first != epoch.now("a")
+    assert not epoch.now("a").is_over
+    assert (first.count, epoch.now("a").count, epoch.now().count) == (0, 1, 0)
