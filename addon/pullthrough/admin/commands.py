@@ -16,6 +16,7 @@ from pullthrough.core.records import Name
 from pullthrough.library.import_commit import MANIFEST, Model, Terms, enter, place, refusal
 from pullthrough.library.listing import JSON, View, detail, listing, models_of, statistics
 from pullthrough.library.maintenance import Maintenance
+from pullthrough.library.snapshot import with_leftovers
 from pullthrough.library.verifier import Defect, mend
 from pullthrough.recording.pulls import Counts
 from pullthrough.recording.recorder import Recorder
@@ -110,7 +111,8 @@ class Commands:
         return await asyncio.to_thread(detail, self.view(), arguments.text("model"))
 
     async def _stats(self, _: Arguments) -> Any:
-        sums = await asyncio.to_thread(statistics, self.view())
+        view = await asyncio.to_thread(with_leftovers, self.view(), self._store.folder)
+        sums = await asyncio.to_thread(statistics, view)
         sums |= {"bypassed_pulls": self._pulls.bypassed, "unseen_pulls": self._pulls.unseen}
         services = await self._services()
         sums |= {"fetching": fetching(services), "services": [asdict(service) for service in services]}

@@ -29,7 +29,7 @@ from pullthrough.cli.help_text import LOOKING, MODELS, Verbs
 from pullthrough.config.quantities import parse_duration
 from pullthrough.core.errors import CacheError, NoDaemon, StoreError
 from pullthrough.core.humanize import ago_text, columns, count_text, size_text
-from pullthrough.library.listing import Order, View, chosen, detail, listing, statistics
+from pullthrough.library.listing import Order, View, beyond_text, chosen, detail, listing, statistics
 from pullthrough.runtime.gc_pause import gc_paused
 from pullthrough.upstream.reachability import Service
 
@@ -206,6 +206,8 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
     if found.get("bypassed_pulls"):
         pulls = count_text(found["bypassed_pulls"], "pull")
         facts.append(("past the cache", f"{pulls} by Ollama 0.35 to 0.40.2 since the start"))
+    if beyond := beyond_text(found):
+        facts.insert(3, ("held", beyond))
     if "services" in found:
         facts.append(("fetching", found["fetching"]))
         services = (Service(**service) for service in found["services"])
@@ -245,7 +247,10 @@ def prune(
         return print_json(done)
     word = "would remove" if dry_run else "removed"
     counts = f"{count_text(done['blobs'], 'blob')} and {count_text(done['leftovers'], 'leftover')}"
-    return print_lines([*(f"{word} {name}" for name in done["models"]), f"{word} {counts}, {size_text(done['freed'])}"])
+    lines = [*(f"{word} {name}" for name in done["models"]), f"{word} {counts}, {size_text(done['freed'])}"]
+    if beyond := beyond_text(done):
+        lines.append(f"on the disk now: {beyond}")
+    return print_lines(lines)
 
 
 @app.command(rich_help_panel=MODELS)
@@ -302,7 +307,7 @@ def _look(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Ca
         given,
         verb,
         arguments,
-        lambda held, pins: local(View(held.manifests, held.blobs, pins, held.days, held.children)),
+        lambda held, pins: local(held.view(pins)),
     )
 
 

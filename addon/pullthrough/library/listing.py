@@ -16,6 +16,7 @@ from typing import Any, Final
 from pullthrough.core import manifest_json
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import NoSuchModel
+from pullthrough.core.humanize import size_text
 from pullthrough.core.manifest_json import Child, Layer
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name, by_model, listed_by
 from pullthrough.store.usage import Totals, settled
@@ -23,6 +24,11 @@ from pullthrough.store.usage import Totals, settled
 JSON = dict[str, Any]
 
 _EPOCH: Final = date(1970, 1, 1)
+_BEYOND: Final = {
+    "private_bytes": "private blobs",
+    "unfinished_bytes": "unfinished recordings",
+    "quarantined_bytes": "quarantine",
+}
 SHOWN: Final = 5
 """How many models an error names at most."""
 
@@ -39,6 +45,10 @@ class View:
     days: Mapping[int, Totals]
     children: Mapping[Digest, ManifestRecord] = field(default_factory=dict)
     """The manifests that stored lists refer to, as far as their bytes are here."""
+    unfinished: int = 0
+    """Bytes that recordings, running or left, take of the disk."""
+    quarantined: int = 0
+    """Bytes that did not hash to their name."""
 
     @cached_property
     def models(self) -> dict[Name, list[ManifestRecord]]:
@@ -225,8 +235,23 @@ def _child(view: View, child: Child, records: Iterable[ManifestRecord]) -> JSON:
     }
 
 
+def beyond_models(view: View) -> dict[str, int]:
+    """What the disk holds that no listing of models shows."""
+    private = sum(record.size or 0 for record in view.blobs.values() if record.held and not record.public)
+    return {"private_bytes": private, "unfinished_bytes": view.unfinished, "quarantined_bytes": view.quarantined}
+
+
+def beyond_text(sums: JSON) -> str:
+    """Name what of `beyond_models` there is."""
+    found = [(name, sums[key]) for key, name in _BEYOND.items() if sums.get(key)]
+    return ", ".join(f"{name} {size_text(size)}" for name, size in found)
+
+
 def statistics(view: View) -> JSON:
-    """Sums over everything; `deduplicated_bytes` is what copies for each model would take beyond what is held."""
+    """Sums over everything; `deduplicated_bytes` is what copies for each model would take beyond what is held.
+
+    `private_bytes` are those of `bytes` that nobody has been granted without a login.
+    """
     listed = Counter(chain.from_iterable(map(listed_by, view.models.values())))
     shared = sum((count - 1) * view.held.get(digest, 0) for digest, count in listed.items() if count > 1)
     days = settled(view.days)
@@ -238,6 +263,7 @@ def statistics(view: View) -> JSON:
         "blobs": len(view.held),
         "bytes": sum(view.held.values()),
         "deduplicated_bytes": shared,
+        **beyond_models(view),
         "served": served,
         "fetched": fetched,
         "saved": saved,

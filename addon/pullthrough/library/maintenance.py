@@ -15,9 +15,9 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import InvalidRequest, ModelPinned, NoSuchModel
 from pullthrough.core.humanize import count_text
 from pullthrough.core.records import Name, listed_by
-from pullthrough.library.listing import JSON, find, find_or_none, is_pattern
+from pullthrough.library.listing import JSON, View, beyond_models, find, find_or_none, is_pattern
 from pullthrough.library.prune_plan import Plan, plan_prune, plan_removal
-from pullthrough.library.snapshot import Snapshot
+from pullthrough.library.snapshot import Snapshot, with_leftovers
 from pullthrough.store.ingest import INGEST, PARTIAL, partials, quarantined
 from pullthrough.store.store import Store
 
@@ -29,12 +29,13 @@ STEP: Final = 100
 
 def would_prune(inventory: Snapshot, pins: Sequence[str], *, age_s: float, every: bool) -> JSON:
     """What `prune` would do of a store that nobody has; nothing is changed or locked."""
-    leftovers = quarantined(inventory.folder)
+    left = quarantined(inventory.folder)
     for digest, facts in partials(inventory.folder).items():
-        leftovers[inventory.folder / INGEST / f"{digest.file_name}{PARTIAL}"] = facts
+        left[inventory.folder / INGEST / f"{digest.file_name}{PARTIAL}"] = facts
     oldest = time.time() - age_s
     manifests, blobs = inventory.manifests, inventory.blobs
-    return _told(plan_prune(manifests, blobs, leftovers, oldest=oldest, every=every, pins=pins, busy=()))
+    plan = plan_prune(manifests, blobs, left, oldest=oldest, every=every, pins=pins, busy=())
+    return _told(plan) | beyond_models(inventory.view(tuple(pins)))
 
 
 class Maintenance:
@@ -87,7 +88,10 @@ class Maintenance:
                 pins=(*self._pins, *self._store.ledger.pins),
                 busy=self._busy(),
             )
-            return _told(plan) if dry_run else await self._carry_out(plan)
+            if not dry_run:
+                return await self._carry_out(plan)
+            view = await asyncio.to_thread(with_leftovers, View(manifests, blobs, (), {}), self._store.folder)
+            return _told(plan) | beyond_models(view)
 
     def pins_of(self, name: Name) -> list[str]:
         """Return what pins a model, of the option and of the store."""

@@ -5,13 +5,15 @@ Invariant: nothing is changed and no lock is taken, so it is true of one moment 
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreError, TransferRefused
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name
+from pullthrough.library.listing import View
 from pullthrough.store.blob_files import BlobFiles
+from pullthrough.store.ingest import partials, quarantined
 from pullthrough.store.layout import check_marker, folds_case, load_pins
 from pullthrough.store.manifest_files import ModelFiles
 from pullthrough.store.places import index_folder
@@ -33,6 +35,10 @@ class Snapshot:
     """The manifests that stored lists refer to, as far as their bytes are here."""
     pins: frozenset[str]
     days: Mapping[int, Totals]
+
+    def view(self, pins: tuple[str, ...]) -> View:
+        """The same as a listing takes it, with all pins."""
+        return with_leftovers(View(self.manifests, self.blobs, pins, self.days, self.children), self.folder)
 
     @classmethod
     def read(cls, folder: Path, index_dir: Path | None = None) -> "Snapshot":
@@ -77,6 +83,12 @@ class Snapshot:
         if not found:
             raise TransferRefused(f"model '{model}' not found; see `ollama-cache ls`")
         return found
+
+
+def with_leftovers(view: View, folder: Path) -> View:
+    """Add to the view what recordings, running or left, and quarantine take of the disk. Waits for it."""
+    unfinished, suspect = partials(folder).values(), quarantined(folder).values()
+    return replace(view, unfinished=sum(size for size, _ in unfinished), quarantined=sum(size for size, _ in suspect))
 
 
 def _read_files(folder: Path) -> Contents:

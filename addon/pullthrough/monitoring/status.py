@@ -15,7 +15,8 @@ from typing import Final
 from pullthrough.config.settings import Settings
 from pullthrough.core.digest import Digest
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.library.listing import JSON, View, models_of, size_of, statistics
+from pullthrough.library.listing import JSON, View, beyond_text, models_of, size_of, statistics
+from pullthrough.library.snapshot import with_leftovers
 from pullthrough.monitoring.health import Disk, Health
 from pullthrough.monitoring.model_detail import ModelDetail, find_detail
 from pullthrough.monitoring.model_index import ModelIndex
@@ -87,6 +88,11 @@ class Holdings:
     private_bytes: int
     sums: JSON
     """As `statistics` of listing."""
+
+    @property
+    def beyond(self) -> str:
+        """What the disk holds that no list of models shows."""
+        return beyond_text(self.sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +181,8 @@ class StatusView:
 
     async def _sum_up(self) -> Holdings:
         began = time.monotonic()
-        self._holdings = await asyncio.to_thread(_sum_up, self._view())
+        view = await asyncio.to_thread(with_leftovers, self._view(), self._store.folder)
+        self._holdings = await asyncio.to_thread(_sum_up, view)
         self._names = {}
         now = time.monotonic()
         self._stale_at = now + max(FRESH_S, (now - began) / SHARE_OF_TIME)

@@ -177,7 +177,8 @@ def test_show(run: Run) -> None:
 def test_stats(run: Run) -> None:
     """What is stored once though two need it, and what did not have to be fetched."""
     assert said(run("stats")) == (
-        "models     2\nblobs      4, 15 B\nshared     4 B not stored twice\nserved     2.0 MB\nfetched    500 KB\n"
+        "models     2\nblobs      4, 15 B\nshared     4 B not stored twice\nheld       private blobs 15 B\n"
+        "served     2.0 MB\nfetched    500 KB\n"
         "saved      1.5 MB (75 % of what was served)\n\n"
         "DAY (UTC)     SERVED    FETCHED\n2024-10-04    2.0 MB    500 KB\n"
     )
@@ -186,6 +187,9 @@ def test_stats(run: Run) -> None:
         "blobs": 4,
         "bytes": 15,
         "deduplicated_bytes": 4,
+        "private_bytes": 15,
+        "unfinished_bytes": 0,
+        "quarantined_bytes": 0,
         "served": 2_000_000,
         "fetched": 500_000,
         "saved": 1_500_000,
@@ -229,7 +233,9 @@ def test_prune(run: Run, folder: Path) -> None:
     """By default only what is a week old; a dry run changes nothing and says the same."""
     assert said(run("prune")) == "removed 0 blobs and 0 leftovers, 0 B\n"
     dry = said(run("prune", "--age", "0", "--dry-run"))
+    dry, told = dry.splitlines(keepends=True)
     assert re.fullmatch(r"would remove 1 blob and 1 leftover, .+ B\n", dry)
+    assert re.fullmatch(r"on the disk now: private blobs 15 B(, unfinished recordings .+ B)?\n", told)
     assert blob_file(folder, digest(b"alone").file_name).exists()
     assert said(run("prune", "--age", "0")) == dry.replace("would remove", "removed")
     assert not blob_file(folder, digest(b"alone").file_name).exists()

@@ -11,7 +11,7 @@ from pullthrough.core.errors import InvalidRequest, NoSuchModel
 from pullthrough.core.humanize import ago_text, columns, size_text
 from pullthrough.core.manifest_json import LIST_TYPE
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name
-from pullthrough.library.listing import View, detail, find, listing, statistics
+from pullthrough.library.listing import View, beyond_text, detail, find, listing, statistics
 from pullthrough.library.prune_plan import Plan, plan_prune, plan_removal
 from pullthrough.store.usage import DAY_S, Totals, Usage
 
@@ -280,3 +280,21 @@ def test_both_representations_go_together() -> None:
         assert plan.names == names
     assert plan_prune(view.manifests, view.blobs, {}, oldest=9, every=True, pins=(), busy=[digest("b")]) == Plan()
     assert plan_prune(view.manifests, view.blobs, {}, oldest=9, every=True, pins=("a*",), busy=()) == Plan()
+
+
+def test_what_no_model_shows() -> None:
+    """Private blobs, and what lies beside the blobs; nothing is said of nothing."""
+    blobs = {
+        Digest(letter * 64): BlobRecord(size, True, public)
+        for letter, size, public in (("a", 5, True), ("b", 7, False))
+    }
+    blobs[Digest("c" * 64)] = BlobRecord(9, False, False)
+    sums = statistics(View({}, blobs, (), {}, {}, 2000, 3))
+    assert (sums["bytes"], sums["private_bytes"], sums["unfinished_bytes"], sums["quarantined_bytes"]) == (
+        12,
+        7,
+        2000,
+        3,
+    )
+    assert beyond_text(sums) == "private blobs 7 B, unfinished recordings 2.0 KB, quarantine 3 B"
+    assert beyond_text(statistics(View({}, {}, (), {}))) == ""

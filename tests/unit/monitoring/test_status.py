@@ -65,7 +65,7 @@ class Daemon:
     def watch(self, folder: Path) -> StatusView:
         counters = SimpleNamespace(retries=0, mismatches=0)
         recorder = SimpleNamespace(recordings=lambda: self.running, counters=counters)
-        store = SimpleNamespace(manifests=lambda: self.manifests, held_bytes=0)
+        store = SimpleNamespace(manifests=lambda: self.manifests, held_bytes=0, folder=Path("nowhere"))
         upstream = SimpleNamespace(errors=Counter())
         return StatusView(
             cast(Settings, SETTINGS), cast(Store, store), cast(Recorder, recorder), cast(Upstream, upstream),

@@ -85,7 +85,10 @@ def test_a_busy_one() -> None:
         recordings=(Progress("llama3.2:latest", 30_000, 120_000, 1_500.0, 16), Progress("", 0, None, 0.0, 1)),
         running=9,
         holdings=Holdings(
-            ModelIndex(stored({"a:latest": NOW - 60, "b:1": 0.0}, pins=("b:*",), lacking=["b:1"])), 3, 5_000, SUMS
+            ModelIndex(stored({"a:latest": NOW - 60, "b:1": 0.0}, pins=("b:*",), lacking=["b:1"])),
+            3,
+            5_000,
+            SUMS | {"private_bytes": 6_000, "unfinished_bytes": 0, "quarantined_bytes": 70},
         ),
         max_size=10_000,
     )
@@ -100,7 +103,7 @@ def test_a_busy_one() -> None:
     )
     assert words(parts["models"]) == (
         "Latest models 2 Name Size Last pull a:latest 1.0 KB 1 minute ago b:1 partial pinned 1.0 KB never "
-        "Search and sort 3 private, 5.0 KB"
+        "Search and sort 3 private, 5.0 KB On the disk besides: private blobs 6.0 KB, quarantine 70 B"
     )
     assert "0 B stored of 10 KB allowed" in words(parts["health"])
 
