@@ -22,7 +22,8 @@ from pullthrough.store.store import Store
 
 _log = logging.getLogger(__name__)
 
-HASH_PIECE: Final = 4 << 20
+HASH_PIECE: Final = 1 << 20
+"""What fits a core's cache between the reading and the hashing."""
 # What one visit to the thread may hash: each visit waits for the event loop twice, and on a busy machine that costs
 # more than the hashing itself.
 HASH_STRETCH: Final = 64 << 20

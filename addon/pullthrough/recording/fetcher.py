@@ -260,17 +260,21 @@ class Fetcher:
 
         def write(offset: int, data: memoryview) -> None:
             self._blob_writer.put(offset, data)
-            told: Future[float] = Future()
+            told: Future[float] | None = Future() if waits else None
             loop.call_soon_threadsafe(self._note_landed, stream, attempt, offset, offset + len(data), told)
-            if waits:
+            if told is not None:
                 stream.pause(told.result())
 
         await stream.pour(write, BATCH if waits else PIECE)
 
-    def _note_landed(self, stream: DataStream, attempt: _Attempt, start: int, stop: int, told: "Future[float]") -> None:
+    def _note_landed(
+        self, stream: DataStream, attempt: _Attempt, start: int, stop: int, told: "Future[float] | None"
+    ) -> None:
         attempt.position = stop
         self._blob_writer.landed(start, stop)
-        told.set_result(self._note_progress(stream, attempt, stop - start))
+        pause = self._note_progress(stream, attempt, stop - start)
+        if told is not None:
+            told.set_result(pause)
 
     def _note_progress(self, stream: DataStream, attempt: _Attempt, count: int) -> float:
         """Bytes have come; returns for how long to read no more."""

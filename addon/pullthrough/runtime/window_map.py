@@ -40,10 +40,6 @@ class WindowMap:
                 self.order.append(number)
         return self.order[count:]
 
-    def has_places(self, start: int, stop: int) -> bool:
-        """Whether all of `[start, stop)` may be written."""
-        return all(number in self._places for number in range(start // self._window, -(-stop // self._window)))
-
     def locate(self, start: int, stop: int) -> tuple[int, int]:
         """Where the byte `start` lies, and up to where, at most `stop`, the file goes on behind it."""
         number = start // self._window

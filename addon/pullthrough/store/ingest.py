@@ -84,7 +84,8 @@ class Ingest:
         self.reserves = False
         """Room is taken ahead of what is written: all of the blob is on its way."""
         self._windows: set[int] = set()
-        self._window_lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        """The kernel has one write to a file at a time, too, and those that wait for it there spin."""
 
     @staticmethod
     def sweep(folder: Path, *, oldest: float) -> None:
@@ -197,24 +198,20 @@ class Ingest:
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write recorded bytes."""
         assert self.file is not None
-        if self.file.windows is not None:
-            self._make_places(self.file.windows, offset, offset + len(data))
-        elif self.reserves and self.file.size >= SMALL:
-            self._reserve(offset // WINDOW, (offset + len(data) - 1) // WINDOW)
         view, start, stop = memoryview(data), offset, offset + len(data)
-        try:
-            while start < stop:
-                place, end = self.file.locate(start, stop)
-                platform.write_at(self.file.descriptor, place, view[start - offset : end - offset])
-                start = end
-        except OSError as error:
-            raise StoreUnwritable(f"recording {self.digest}: {error}") from error
-
-    def _make_places(self, windows: WindowMap, start: int, stop: int) -> None:
-        if not windows.has_places(start, stop):
-            with self._window_lock:
-                if placed := windows.make_places(start, stop):
+        with self._write_lock:
+            if self.file.windows is not None:
+                if placed := self.file.windows.make_places(start, stop):
                     self._append([{"p": placed}])
+            elif self.reserves and self.file.size >= SMALL:
+                self._reserve(start // WINDOW, (stop - 1) // WINDOW)
+            try:
+                while start < stop:
+                    place, end = self.file.locate(start, stop)
+                    platform.write_at(self.file.descriptor, place, view[start - offset : end - offset])
+                    start = end
+            except OSError as error:
+                raise StoreUnwritable(f"recording {self.digest}: {error}") from error
 
     def arrange(self, position: int) -> int:
         """Put so many bytes more in order as take a moment, from `position`; returns up to where all is in order.
@@ -248,11 +245,10 @@ class Ingest:
         """Take room for these windows. Where it cannot be had the writing itself says so, or does without."""
         assert self.file is not None
         for window in range(first, last + 1):
-            with self._window_lock:
-                if window not in self._windows:
-                    self._windows.add(window)
-                    start = window * WINDOW
-                    fallocate.reserve(self.file.descriptor, start, min(start + WINDOW, self.file.size))
+            if window not in self._windows:
+                self._windows.add(window)
+                start = window * WINDOW
+                fallocate.reserve(self.file.descriptor, start, min(start + WINDOW, self.file.size))
 
     def give_back(self, present: Intervals) -> None:
         """Give back the room that was taken for bytes that are not `present`: they are not expected any more."""

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import h11
 
@@ -23,6 +23,7 @@ from pullthrough.config.settings import Endpoint
 from pullthrough.core.cdn_loop import CDN_LOOP, LoopGuard
 from pullthrough.core.errors import UpstreamTimeout, UpstreamUnreachable
 from pullthrough.net.proxy_env import ParentProxies, Proxy
+from pullthrough.upstream.layers import READ, InnerTls, Layer, Plain, Tls
 from pullthrough.upstream.resolver import AddressRules
 from pullthrough.upstream.wording import worded
 
@@ -34,7 +35,6 @@ SILENT_S: Final = 60.0
 """How long the other end may take no byte, and give none, unless the caller says otherwise."""
 _TICK_S: Final = 0.25
 """How often a connection attempt looks whether it is still wanted: a socket that is connecting cannot be shut down."""
-_READ: Final = 256 << 10
 _UNDER_WAY: Final = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
 
 _Entry = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
@@ -77,133 +77,10 @@ class Caller:
             raise UpstreamUnreachable("nobody wants it any more")
 
 
-class _Layer(Protocol):
-    """Bytes in and out without blocking: None where that would be needed, and `wants` says for what."""
-
-    wants: int
-
-    def read_into(self, buffer: memoryview) -> int | None: ...
-
-    def write(self, data: memoryview) -> int | None: ...
-
-
-class _Plain:
-    def __init__(self, sock: socket.socket) -> None:
-        self.wants = 0
-        self._sock = sock
-
-    def read_into(self, buffer: memoryview) -> int | None:
-        try:
-            return self._sock.recv_into(buffer)
-        except BlockingIOError:
-            self.wants = selectors.EVENT_READ
-            return None
-
-    def write(self, data: memoryview) -> int | None:
-        try:
-            return self._sock.send(data)
-        except BlockingIOError:
-            self.wants = selectors.EVENT_WRITE
-            return None
-
-
-class _Tls:
-    """TLS on the socket itself."""
-
-    def __init__(self, sock: ssl.SSLSocket) -> None:
-        self.wants = 0
-        self.sock = sock
-
-    def read_into(self, buffer: memoryview) -> int | None:
-        return self._do(lambda: self.sock.recv_into(buffer))
-
-    def write(self, data: memoryview) -> int | None:
-        return self._do(lambda: self.sock.send(data))
-
-    def handshake(self) -> int | None:
-        return self._do(self._handshake)
-
-    def _handshake(self) -> int:
-        self.sock.do_handshake()
-        return 0
-
-    def _do(self, once: Callable[[], int]) -> int | None:
-        try:
-            return once()
-        except ssl.SSLWantReadError:
-            self.wants = selectors.EVENT_READ
-        except ssl.SSLWantWriteError:
-            self.wants = selectors.EVENT_WRITE
-        return None
-
-
-class _InnerTls:
-    """TLS within the TLS of a parent proxy."""
-
-    def __init__(self, outer: _Layer, context: ssl.SSLContext, host: str) -> None:
-        self.wants = 0
-        self._outer = outer
-        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
-        self._buffer = memoryview(bytearray(_READ))
-        self._unsent = memoryview(b"")
-
-    def read_into(self, buffer: memoryview) -> int | None:
-        try:
-            return self._do(lambda: self._tls.read(len(buffer), buffer))  # type: ignore[arg-type, return-value]
-        except ssl.SSLZeroReturnError:
-            return 0
-
-    def write(self, data: memoryview) -> int | None:
-        # What was taken is sent before more is taken.
-        return self._do(lambda: self._tls.write(data)) if self._flush() else None
-
-    def handshake(self) -> int | None:
-        return self._do(self._handshake)
-
-    def _handshake(self) -> int:
-        self._tls.do_handshake()
-        return 0
-
-    def _do(self, once: Callable[[], int]) -> int | None:
-        while True:
-            try:
-                result = once()
-            except ssl.SSLWantReadError:
-                if not self._flush():
-                    return None
-                count = self._outer.read_into(self._buffer)
-                if count is None:
-                    self.wants = self._outer.wants
-                    return None
-                if count:
-                    self._incoming.write(self._buffer[:count])
-                else:
-                    self._incoming.write_eof()
-            else:
-                self._flush()
-                return result
-
-    def _flush(self) -> bool:
-        """Send what TLS has to say; False if not all of it could be."""
-        while self._unsent or self._outgoing.pending:
-            self._unsent = self._unsent or memoryview(self._outgoing.read())
-            count = self._outer.write(self._unsent)
-            if count is None:
-                self.wants = self._outer.wants
-                return False
-            self._unsent = self._unsent[count:]
-        return True
-
-    def flush(self) -> int | None:
-        """Send what was written before."""
-        return 0 if self._flush() else None
-
-
 class Dialed:
     """An open connection. `close` it."""
 
-    def __init__(self, sock: socket.socket, layer: _Layer, proxy: Proxy | None) -> None:
+    def __init__(self, sock: socket.socket, layer: Layer, proxy: Proxy | None) -> None:
         self.sock = sock
         """Of the first leg, to wait on."""
         self.proxy = proxy
@@ -226,7 +103,7 @@ class Dialed:
 
     def read(self) -> bytes:
         """Return what has come, b"" at the end. UpstreamError if the connection fails."""
-        buffer = bytearray(_READ)
+        buffer = bytearray(READ)
         with translated():
             return bytes(memoryview(buffer)[: self.read_into(memoryview(buffer))])
 
@@ -264,7 +141,7 @@ class Dialer:
         try:
             caller.watch(sock)
             with translated(first):
-                layer: _Layer = _Plain(sock)
+                layer: Layer = Plain(sock)
                 if first.scheme == "https":
                     sock, layer = self._encrypt(sock, first.host, caller)
                 if proxy is not None and endpoint.scheme == "https":
@@ -272,7 +149,7 @@ class Dialer:
             if proxy is not None and endpoint.scheme == "https":
                 with translated(endpoint):
                     if first.scheme == "https":
-                        inner = _InnerTls(layer, self._context, endpoint.host)
+                        inner = InnerTls(layer, self._context, endpoint.host)
                         _until(sock, inner, inner.handshake, CONNECT_S)
                         layer = inner
                     else:
@@ -322,8 +199,8 @@ class Dialer:
                 now = time.monotonic()
         raise UpstreamUnreachable(f"{host}:{port}: {worded(problem) if problem else 'no connection in time'}")
 
-    def _encrypt(self, sock: socket.socket, host: str, caller: Caller) -> tuple[ssl.SSLSocket, _Tls]:
-        tls = _Tls(self._context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False))
+    def _encrypt(self, sock: socket.socket, host: str, caller: Caller) -> tuple[ssl.SSLSocket, Tls]:
+        tls = Tls(self._context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False))
         try:
             caller.watch(tls.sock)
             _until(tls.sock, tls, tls.handshake, CONNECT_S)
@@ -332,7 +209,7 @@ class Dialer:
             raise
         return tls.sock, tls
 
-    def _tunnel(self, sock: socket.socket, layer: _Layer, endpoint: Endpoint, proxy: Proxy) -> None:
+    def _tunnel(self, sock: socket.socket, layer: Layer, endpoint: Endpoint, proxy: Proxy) -> None:
         connection = h11.Connection(h11.CLIENT)
         fields = [("Host", endpoint.authority), (CDN_LOOP, self._loop.identifier), *proxy.fields.items()]
         _send(sock, layer, connection.send(h11.Request(method="CONNECT", target=endpoint.authority, headers=fields)))
@@ -362,7 +239,7 @@ def translated(endpoint: Endpoint | None = None) -> Iterator[None]:
         raise UpstreamUnreachable(f"{where}{worded(error)}") from None
 
 
-def _until(sock: socket.socket, layer: _Layer, once: Callable[[], int | None], timeout_s: float) -> int:
+def _until(sock: socket.socket, layer: Layer, once: Callable[[], int | None], timeout_s: float) -> int:
     """What `once` returns when it need not wait any more; TimeoutError if nothing happens for that long."""
     while (result := once()) is None:
         if not _wait(sock, layer.wants, timeout_s):
@@ -370,11 +247,11 @@ def _until(sock: socket.socket, layer: _Layer, once: Callable[[], int | None], t
     return result
 
 
-def _send(sock: socket.socket, layer: _Layer, data: bytes | None) -> None:
+def _send(sock: socket.socket, layer: Layer, data: bytes | None) -> None:
     view = memoryview(data or b"")
     while view:
         view = view[_until(sock, layer, partial(layer.write, view), SILENT_S) :]
-    if isinstance(layer, _InnerTls):
+    if isinstance(layer, InnerTls):
         _until(sock, layer, layer.flush, SILENT_S)
 
 

@@ -23,7 +23,6 @@ def test_far_ahead() -> None:
     assert not windows.in_order
     assert windows.locate(3, 99) == (13, 30)
     assert windows.locate(10 * AHEAD + 15, 10 * AHEAD + 17) == (5, 10 * AHEAD + 17)
-    assert (windows.has_places(5, 30), windows.has_places(5, 31)) == (True, False)
 
 
 def test_what_a_short_file_lacks() -> None:

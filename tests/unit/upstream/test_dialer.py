@@ -404,6 +404,46 @@ def test_a_plain_target_is_left_to_the_parent(start: Start, authority: Authority
     converse(line)
 
 
+def test_tls_records_are_read_together(start: Start, authority: Authority) -> None:
+    """OpenSSL gives one record a call: what has come is one piece for who reads, and so is one write to the disk."""
+    data, sent, read = bytes(range(256)) * 64, threading.Event(), threading.Event()
+
+    def serve(sock: Any) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(data), 4096):
+            sock.sendall(data[start : start + 4096])
+        sent.set()
+        read.wait(WAIT_S)
+
+    server = start(tls(authority.context("localhost"), serve))
+    endpoint = Endpoint("https", "localhost", server.port)
+    with contextlib.closing(dialer_of(authority, ("localhost", server.port)).dial(endpoint)) as line:
+        assert sent.wait(WAIT_S)
+        assert line.wait(WAIT_S)
+        buffer = memoryview(bytearray(1 << 20))
+        assert line.take(buffer) == len(data)
+        assert buffer[: len(data)] == data
+        read.set()
+        assert line.read() == b""
+
+
+def test_tls_records_before_a_failure_are_not_lost(start: Start, authority: Authority) -> None:
+    """What came whole is handed out, and the failure comes with the next read."""
+
+    def serve(sock: Any) -> None:
+        sock.sendall(GREETING)
+        # A record of application data that nobody has sealed.
+        socket.socket.sendall(sock, b"\x17\x03\x03\x00\x20" + bytes(32))
+        sock.recv(1)
+
+    server = start(tls(authority.context("localhost"), serve))
+    endpoint = Endpoint("https", "localhost", server.port)
+    with contextlib.closing(dialer_of(authority, ("localhost", server.port)).dial(endpoint)) as line:
+        assert line.read() == GREETING
+        with pytest.raises(UpstreamUnreachable):
+            line.read()
+
+
 # --- silence, and callers that go
 
 
