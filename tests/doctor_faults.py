@@ -118,6 +118,7 @@ CACHE: Final = (
     _at_cache("another program has the proxy's port", _PORT, "--listen-port"),
     _at_cache("another program has the plain port", _PORT, "listen="),
     _at_cache("the cache that runs has another store", "the cache that runs has another store", "--dir"),
+    _at_cache("a cache of which nothing but its port is known", "the cache that runs has another store", "--dir"),
     _at_cache("the store is another user's", "the store is another user's", "sudo ollama-cache doctor"),
     _at_cache("the folder is no store", _STORE, "look at dir"),
     _at_cache("a newer version made the store", _STORE, "look at dir"),

@@ -476,6 +476,12 @@ def _(cache: Cache) -> None:
 
 @at_cache("the cache that runs has another store")
 def _(cache: Cache) -> None:
+    stopped(cache)
+    cache.texts["runtime_dir"] = str(cache.daemon.directory / "home" / "run")
+
+
+@at_cache("a cache of which nothing but its port is known")
+def _(cache: Cache) -> None:
     listening = cache.proxy
     stopped(cache)
     cache.proxy = listening

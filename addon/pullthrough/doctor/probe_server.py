@@ -37,6 +37,7 @@ from pullthrough.net.address_policy import is_loopback
 from pullthrough.pki.authority import CERTIFICATE_NAME, KEY_NAME
 from pullthrough.pki.rollover import Rollover
 from pullthrough.runtime.platform import own_addresses
+from pullthrough.runtime.whereabouts import running_caches
 from pullthrough.store.layout import check_marker
 from pullthrough.upstream.client import Upstream
 from pullthrough.upstream.reachability import Role, State
@@ -89,7 +90,7 @@ async def _ask(upstream: Upstream, settings: Settings, now: datetime) -> Outlook
         target = f"/v2/{SAMPLE}/manifests/latest"
         response = await upstream.ask("GET", host, target, {"Accept": DOCKER_TYPE}, timeout_s=PATIENCE_S)
     except CacheError as error:
-        return Outlook(upstream=f"{host}: {error}")
+        return Outlook(upstream=f"{host}: {str(error).removeprefix(f'{host}: ')}")
     skew_s = 0.0
     with contextlib.suppress(KeyError, ValueError, TypeError):  # no date, no true date, a date without a zone
         skew_s = (now - email.utils.parsedate_to_datetime(response.headers["Date"])).total_seconds()
@@ -140,6 +141,7 @@ def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: 
         index="" if running else _index_problem(settings.dir),
         quarantined=_count(settings.dir / "quarantine"),
         running=running,
+        elsewhere=() if running else _elsewhere(settings),
         leg=try_leg(proxy, settings.registries[0]),
         port=_port_problem(door, rollover) if door else "",
         taken=door is not None and not _reach(door),
@@ -265,6 +267,10 @@ def _index_problem(folder: Path) -> str:
     except (OSError, sqlite3.Error) as error:
         return f"{file}: {error}"
     return "" if said == "ok" else f"{file}: {' '.join(said.split())}"
+
+
+def _elsewhere(settings: Settings) -> tuple[str, ...]:
+    return tuple(cache.store for cache in running_caches(settings.runtime_dir) if cache.store != str(settings.dir))
 
 
 def _local(proxy: Endpoint, settings: Settings) -> tuple[str, ...]:

@@ -72,6 +72,8 @@ class ServerFacts:
     quarantined: int
     running: bool
     """Whether a daemon answers at the store's control socket; True where there is no such socket."""
+    elsewhere: tuple[str, ...]
+    """The stores of caches that run here on others than this one."""
     leg: Leg
     port: str
     """Why the blob server's port does not give our certificate."""
@@ -164,6 +166,10 @@ def _of_ports(facts: ServerFacts) -> list[Finding]:
     if not facts.running:
         if facts.owner:
             return []  # whether it runs is not told to us
+        if facts.elsewhere:
+            why = f"nobody serves this one, and {', '.join(facts.elsewhere)} is served"
+            mend = f"ollama-cache doctor --dir {facts.elsewhere[0]}, or ollama-cache run for this one too"
+            return [Finding("the cache that runs has another store", why, mend)]
         if leg.issuer.startswith(ISSUER):
             why = f"a cache of another store has {leg.address}, and signs as {leg.issuer}"
             return [Finding("the cache that runs has another store", why, "--dir DIR with the store of that cache")]

@@ -19,6 +19,7 @@ WELL: Final = ServerFacts(
     index="",
     quarantined=0,
     running=True,
+    elsewhere=(),
     leg=Leg(address=CACHE, issuer=OURS, left_s=LEAF_S),
     port="",
     taken=True,
