@@ -134,6 +134,7 @@ class Daemon:
         self._requests = RequestLog()
         self._tls = TlsContext()
         self._rollover = Rollover.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
+        self._rollover.offer()
         try:
             self._upstream = Upstream(
                 settings,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pullthrough.cli.common import own_choices, own_settings, print_lines, refusals, settings_in_force
+from pullthrough.cli.common import fail, own_choices, own_settings, print_lines, refusals, settings_in_force
 from pullthrough.cli.help_text import Verbs
-from pullthrough.config.settings import Settings
+from pullthrough.config.settings import ENVIRONMENT, Settings
 
 if TYPE_CHECKING:
     from pullthrough.pki.authority import Authority
@@ -38,27 +38,65 @@ def ca(context: typer.Context, certs: Certs = None) -> None:
 
 
 @app.command()
+def show(certs: Certs = None) -> None:
+    """Show the authority in use, the next one, and former ones; makes nothing."""
+    from pullthrough.pki.authority import has_authority
+    from pullthrough.pki.rollover import Rollover, former
+
+    now = datetime.now(UTC)
+    with refusals():
+        folder = _settings(certs).certs
+        if not has_authority(folder):
+            fail(f"no authority in {folder}: the cache makes one when it starts first, and `ollama-cache ca` now")
+        rollover = Rollover.load(folder, (), now=now)
+        earlier = former(folder, now=now)
+    titles = ["in use", "the next one", *["a former one, which signs nothing"] * len(earlier)]
+    for index, (title, authority) in enumerate(zip(titles, (*rollover.all, *earlier), strict=False)):
+        print_lines([*([""] if index else []), f"{title}:"])
+        _show(authority)
+
+
+@app.command()
 def renew(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Permit this name, too.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Stop unless these are configured.", show_default=False),
     ] = None,
     switch: Annotated[bool, typer.Option("--switch", help="Sign with the next one alone.", show_default=False)] = False,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace", help="Put another in the place of a next one that clients trust.", show_default=False
+        ),
+    ] = False,
     certs: Certs = None,
 ) -> None:
-    """Make the next authority beside the one in use."""
+    """Make the next authority beside the one in use, for all names that are configured."""
     from pullthrough.pki import rollover
 
     now = datetime.now(UTC)
     with refusals():
-        settings = _settings(certs)
+        folder = _settings(certs).certs
         if switch:
-            _show(rollover.switch(settings.certs, now=now))
+            _show(rollover.switch(folder, now=now))
             typer.echo("Restart the cache. Who trusts only the former CA cannot pull any more.", err=True)
-        else:
-            _show(rollover.renew(settings.certs, [*settings.intercepted, *(names or ())], now=now))
-            typer.echo(
-                "Restart the cache, set each client up again, and then: ollama-cache ca renew --switch", err=True
+            return
+        configured = _names()
+        if strangers := [name for name in names or () if name.lower() not in configured]:
+            fail(
+                f"{', '.join(strangers)} is not configured, but {', '.join(configured)} is: set it in config.toml or "
+                f"here as for the cache, as in {ENVIRONMENT}REGISTRIES={','.join([*configured[:-1], *strangers])}"
             )
+        _show(rollover.renew(folder, configured, now=now, replace=replace))
+        typer.echo("Restart the cache, set each client up again, and then: ollama-cache ca renew --switch", err=True)
+
+
+def _names() -> tuple[str, ...]:
+    """Return the names that an authority is for: as configured here, else as the cache that runs has them."""
+    own = own_choices(None)
+    if own.texts.keys() & {"registries", "blob_host"}:
+        return own.settings().intercepted
+    return settings_in_force(None).intercepted
 
 
 def _settings(certs: Path | None) -> Settings:

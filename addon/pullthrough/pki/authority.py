@@ -142,12 +142,12 @@ class Authority:
             if not der_file.exists() or der_file.read_bytes() != der:
                 os.replace(_write_partial(der_file, der, 0o644), der_file)
         authority._check_time(now)
-        for name in permitted:
-            if not authority.permits(_parse_host(name)):
-                raise AuthorityError(
-                    f"{certificate_file}: expected a CA that permits {name}, got one that permits "
-                    f"{', '.join(authority.permitted)}; `ollama-cache ca renew {name}` makes one beside it"
-                )
+        if missing := [name for name in dict.fromkeys(map(_parse_host, permitted)) if not authority.permits(name)]:
+            raise AuthorityError(
+                f"{certificate_file}: expected a CA that permits {', '.join(missing)}, got one that permits "
+                f"{', '.join(authority.permitted)}; `ollama-cache ca renew` makes one beside it for all names that are "
+                "configured"
+            )
         return authority
 
     def permits(self, host: str) -> bool:

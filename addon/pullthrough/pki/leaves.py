@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from pullthrough.core.errors import AuthorityError
 from pullthrough.pki.authority import Leaf, is_due
 from pullthrough.pki.rollover import Rollover
 
@@ -46,21 +47,33 @@ class Leaves:
         return {"CA": self._rollover.current.not_after, **{leaf.host: leaf.not_after for leaf in self._leaves}}
 
     async def renew(self) -> None:
-        """Issue all again whenever one is due; never returns."""
+        """Look again and again; never returns."""
         while True:
             await asyncio.sleep(LOOK_S)
-            now = datetime.now(UTC)
-            if any(is_due(leaf, now) for leaf in self._leaves):
-                self._issue(now)
-                _log.info("leaf certificates renewed")
+            self.look(datetime.now(UTC))
+
+    def look(self, now: datetime) -> None:
+        """Issue all again if one is due: near its end, or not valid yet, where the clock was set back.
+
+        While the clock is so wrong that the authority itself is not valid, clients are shown what they were.
+        """
+        if not any(is_due(leaf, now) for leaf in self._leaves):
+            return
+        try:
+            self._issue(now)
+        except (AuthorityError, OSError) as error:
+            _log.warning("leaf certificates could not be renewed, which is tried again in a minute: %s", error)
+        else:
+            _log.info("leaf certificates renewed")
 
     def _issue(self, now: datetime) -> None:
-        self._leaves = [self._rollover.issue(host, now=now) for host in self._hosts]
+        leaves = [self._rollover.issue(host, now=now) for host in self._hosts]
         files = []
-        for leaf in self._leaves:
+        for leaf in leaves:
             # A new name each time: mitmproxy reads the files again only when the option changes.
             path = self._folder / f"{leaf.host}-{time.time_ns()}.pem"
             path.touch(mode=0o600)
             path.write_bytes(leaf.pem)
             files.append(f"{leaf.host}={path}")
-        self._on_issue(self._leaves, files)
+        self._leaves = leaves
+        self._on_issue(leaves, files)

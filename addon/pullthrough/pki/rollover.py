@@ -8,21 +8,26 @@ Invariant: a client that trusts only the authority in use never meets another fo
 one rename: before it the former counts, after it the next. Does not know who trusts which.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from cryptography import x509
 
 from pullthrough.core.errors import AuthorityError
-from pullthrough.pki.authority import CERTIFICATE_NAME, DER_NAME, KEY_NAME, Authority, Leaf
+from pullthrough.pki.authority import CERTIFICATE_NAME, DER_NAME, KEY_NAME, Authority, Leaf, has_authority
 
 NEXT: Final = "next"
 """The folder beside the files of the authority in use."""
+OFFERED: Final = "offered"
+"""A file in it: clients have been told to trust it."""
+EARLIEST: Final = datetime(2026, 11, 1, tzinfo=UTC)
+"""No clock was right before this version was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,8 @@ class Rollover:
     @classmethod
     def load_or_create(cls, directory: Path, names: Sequence[str], *, now: datetime) -> "Rollover":
         """As `load`, but made where there is none."""
+        if not has_authority(directory):
+            _check_making(names, now)
         if not _has_next(directory):
             return cls(Authority.load_or_create(directory, names, now=now), None)
         return cls.load(directory, names, now=now)
@@ -71,14 +78,58 @@ class Rollover:
         """As Authority.issue."""
         return self.of(host).issue(host, now=now)
 
+    def offer(self) -> None:
+        """Note that clients are told of the next one from now on: it is not replaced unasked any more."""
+        # Who cannot write there does not replace it either.
+        if self.following is not None:
+            with contextlib.suppress(OSError):
+                (self.following.certificate_file.parent / OFFERED).touch()
 
-def renew(directory: Path, names: Sequence[str], *, now: datetime) -> Authority:
-    """Make the next authority, for `names` and what the one in use permits; the same again if it is there.
 
-    AuthorityError where there is none in use, or where the next one was made for fewer names.
+def renew(directory: Path, names: Sequence[str], *, now: datetime, replace: bool = False) -> Authority:
+    """Make the next authority, for `names` alone; the same again if it is there.
+
+    One for other names is replaced, if no client can trust it yet or with `replace`.
+
+    Raises:
+        AuthorityError: there is none in use, a name is not to be signed for, or clients may trust the next one.
     """
-    current = Authority.load(directory, (), now=now)
-    return Authority.load_or_create(directory / NEXT, [*current.permitted, *names], now=now)
+    Authority.load(directory, (), now=now)
+    _check_making(names, now)
+    beside = directory / NEXT
+    if _has_next(directory):
+        following = Authority.load(beside, (), now=now)
+        if set(following.permitted) == set(names):
+            return following
+        if (beside / OFFERED).exists() and not replace:
+            raise AuthorityError(
+                f"{beside}: there is a next authority already, for {', '.join(following.permitted)}, and clients may "
+                "trust it; --replace makes another in its place, and they have to be set up again"
+            )
+        shutil.rmtree(beside)
+    return Authority.load_or_create(beside, names, now=now)
+
+
+def _check_making(names: Iterable[str], now: datetime) -> None:
+    """Refuse an authority that would be of use for other people's hosts, or for nobody.
+
+    Raises:
+        AuthorityError: a name has other people's hosts below it, or the clock is wrong.
+    """
+    # Its list takes a tenth of a second to read.
+    from publicsuffixlist import PublicSuffixList
+
+    suffixes = PublicSuffixList(accept_unknown=False)
+    if public := [name for name in names if suffixes.is_public(name)]:
+        raise AuthorityError(
+            f"expected names of registries, got {', '.join(public)}, below which anybody may have a host (a public "
+            "suffix): an authority signs for all names below those that it permits"
+        )
+    if now < EARLIEST:
+        raise AuthorityError(
+            f"this machine's clock says {now:%Y-%m-%d}, which is before this version was made: set the clock first; "
+            "an authority of that day would be at its end too early"
+        )
 
 
 def switch(directory: Path, *, now: datetime) -> Authority:
@@ -89,16 +140,26 @@ def switch(directory: Path, *, now: datetime) -> Authority:
         )
     current = Authority.load(directory, (), now=now)
     Authority.load(directory / NEXT, (), now=now)
-    former = directory / f"former-{current.fingerprint[:11].replace(':', '').lower()}"
-    former.mkdir(mode=0o700, exist_ok=True)
-    for name in (KEY_NAME, CERTIFICATE_NAME):
-        shutil.copy2(directory / name, former)
+    put_away = directory / f"former-{current.fingerprint[:11].replace(':', '').lower()}"
+    put_away.mkdir(mode=0o700, exist_ok=True)
+    for name in (KEY_NAME, CERTIFICATE_NAME, DER_NAME):
+        if (directory / name).exists():
+            shutil.copy2(directory / name, put_away)
     # Copies of what the key file carries, made again from whichever that is.
     for name in (CERTIFICATE_NAME, DER_NAME):
         (directory / name).unlink(missing_ok=True)
     os.replace(directory / NEXT / KEY_NAME, directory / KEY_NAME)
     shutil.rmtree(directory / NEXT)
     return Authority.load(directory, (), now=now)
+
+
+def former(directory: Path, *, now: datetime) -> tuple[Authority, ...]:
+    """Return those that were switched away from, if they can still be read."""
+    found = []
+    for folder in sorted(directory.glob("former-*")):
+        with contextlib.suppress(AuthorityError):
+            found.append(Authority.load(folder, (), now=now))
+    return tuple(found)
 
 
 def _has_next(directory: Path) -> bool:

@@ -339,6 +339,38 @@ def test_ca_holds_the_environment_to_its_grammar(run: Run, tmp_path: Path, name:
     assert tree(tmp_path) == set()
 
 
+def test_ca_show_makes_nothing(run: Run, tmp_path: Path) -> None:
+    """It says where it looked; what there is it shows, the next one and former ones too."""
+    folder = tmp_path / "certs"
+    assert refusal(run("ca", "show", "--certs", str(folder))).startswith(
+        f"no authority in {folder}: the cache makes one"
+    )
+    assert tree(tmp_path) == set()
+    made = run("ca", "--certs", str(folder)).stdout
+    assert run("ca", "show", "--certs", str(folder)).stdout == f"in use:\n{made}"
+    env = {"OLLAMA_CACHE_REGISTRIES": "registry.ollama.ai,hf.co"}
+    for switch in ([], ["--switch"], []):
+        assert run("ca", "renew", *switch, "--certs", str(folder), env=env).exit_code == 0
+        env["OLLAMA_CACHE_REGISTRIES"] = "registry.ollama.ai,hf.co,oci.example"
+    before = tree(tmp_path)
+    titles = [line for line in run("ca", "show", "--certs", str(folder)).stdout.splitlines() if line.endswith(":")]
+    assert titles == ["in use:", "the next one:", "a former one, which signs nothing:"]
+    assert tree(tmp_path) == before
+
+
+def test_ca_renew_takes_configured_names_only(run: Run, tmp_path: Path) -> None:
+    """All of them at once; one that is not configured is refused, with how to configure it."""
+    folder = tmp_path / "certs"
+    run("ca", "--certs", str(folder))
+    message = refusal(run("ca", "renew", "hf.co", "--certs", str(folder)))
+    assert message.startswith(f"hf.co is not configured, but registry.ollama.ai, {R2_HOST} is: set it in config.toml")
+    assert message.endswith("OLLAMA_CACHE_REGISTRIES=registry.ollama.ai,hf.co")
+    assert not (folder / "next").exists()
+    env = {"OLLAMA_CACHE_REGISTRIES": "registry.ollama.ai,hf.co,oci.example"}
+    result = run("ca", "renew", "hf.co", "--certs", str(folder), env=env)
+    assert f"signs only           registry.ollama.ai, hf.co, oci.example, {R2_HOST} (and" in result.stdout
+
+
 # --- run
 
 
