@@ -428,6 +428,9 @@ class Transport:
             if time.monotonic() >= dial_deadline:
                 raise ConnectionAbortedError("dial tcp: i/o timeout") from None
             raise
+        except ClosedBeforeResponse as error:
+            # By the proxy, in place of an answer to CONNECT.
+            raise _go_error(error) from None
         return connection, True
 
     def release(self, url: str, connection: Connection) -> None:

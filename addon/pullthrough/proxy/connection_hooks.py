@@ -7,6 +7,7 @@ mode) the name decides what is intercepted; the address it dialled never leads a
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Mapping
@@ -40,6 +41,8 @@ INTERFACES_S: Final = 10.0
 """How long a network that this machine has left is still one of its own."""
 NEW_INTERFACES_S: Final = 1.0
 """How soon after the last look a client that is not admitted makes us look at the interfaces again."""
+OPENING_S: Final = 60.0
+"""How long a client waits for the cache to open: a large store's start takes some seconds."""
 ANSWERED_S: Final = 60.0
 """How long the address of a name that answered first is not questioned."""
 
@@ -73,6 +76,9 @@ class ConnectionHooks:
         """How many legs have been judged."""
         self.trial: connection.Client | None = None
         """A client that is admitted before anybody else is: see `hook_check`."""
+        self.stranger: connection.Client | None = None
+        """One that is turned away then."""
+        self._opened = asyncio.Event()
         self.parent = UpstreamProxy()
         self.client_limits = ClientLimits()
         self.addons = [self.parent, self.client_limits]
@@ -102,8 +108,9 @@ class ConnectionHooks:
         self._policy = ClientPolicy(settings.clients)
 
     def open(self) -> None:
-        """From now on clients are served."""
+        """From now on clients are served, those first that have been waiting."""
         self._is_open = True
+        self._opened.set()
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -157,9 +164,12 @@ class ConnectionHooks:
             granted.add(parent)
 
     def admits(self, peer: str) -> bool:
-        """Whether a client at the address `peer` is served; who is not is named in the log."""
+        """Return whether a client at the address `peer` is served; who is not is named in the log."""
+        if not self._is_open:
+            _log.info("refused client %s: the cache is %s", peer, "ending" if self._opened.is_set() else "not open yet")
+            return False
         try:
-            admitted = self._is_open and self._policy is not None and self._is_admitted(self._policy, peer)
+            admitted = self._policy is not None and self._is_admitted(self._policy, peer)
         except Exception:
             _log.exception("client policy failed; refused")
             admitted = False
@@ -172,7 +182,7 @@ class ConnectionHooks:
             )
         elif not admitted:
             _log.warning("refused client %s: not in ollama_cache_clients", peer)
-        if not admitted and self._is_open:
+        if not admitted:
             self._refusals += 1
             self.refused = f"{self._refusals} connections since the start, the last from {peer}"
         return admitted
@@ -182,8 +192,16 @@ class ConnectionHooks:
             policy.admits(peer, local=self._local.known(age_s=age_s)) for age_s in (INTERFACES_S, NEW_INTERFACES_S)
         )
 
-    def client_connected(self, client: connection.Client) -> None:
-        if client is not self.trial and not self.admits(client.peername[0]):
+    async def client_connected(self, client: connection.Client) -> None:
+        """Admit a client or not; one that comes before the cache is open waits until it is."""
+        if client is self.trial:
+            return
+        if client is not self.stranger:
+            # mitmproxy listens before it has called any addon's `running`.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(OPENING_S):
+                    await self._opened.wait()
+        if not self.admits(client.peername[0]):
             client.error = "not admitted"
 
     def http_connect(self, flow: http.HTTPFlow) -> None:

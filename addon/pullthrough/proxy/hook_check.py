@@ -70,7 +70,7 @@ async def _play(connection_hooks: ConnectionHooks, sent: bytes, *, admitted: boo
         ProxyMode.parse("regular"),
     )
     handler.layer = layers.modes.HttpProxy(handler.layer.context)
-    connection_hooks.trial = handler.client if admitted else None
+    connection_hooks.trial, connection_hooks.stranger = (handler.client, None) if admitted else (None, handler.client)
     reader.feed_data(sent)
     try:
         with proxyserver.register_connection(handler.client.id, handler):
@@ -79,7 +79,7 @@ async def _play(connection_hooks: ConnectionHooks, sent: bytes, *, admitted: boo
     except TimeoutError:
         return bytes(wire.said), False
     finally:
-        connection_hooks.trial = None
+        connection_hooks.trial = connection_hooks.stranger = None
     return bytes(wire.said), True
 
 
