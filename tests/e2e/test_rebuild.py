@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +78,52 @@ def test_an_offline_site_goes_on(
             status, _, body = get(connection, target)
             assert status >= 400
             assert closed.layer.encode() not in body
+
+
+def by_cp(store: Path, copy: Path) -> None:
+    subprocess.run(["cp", "-a", store, copy], check=True)
+
+
+def by_rsync(store: Path, copy: Path) -> None:
+    """Times are kept, owners and modes are the new machine's own, and the index is left out."""
+    if shutil.which("rsync") is None:
+        pytest.skip("NOT TESTED: a store copied by rsync, for want of rsync")
+    subprocess.run(["rsync", "-rt", "--exclude=/index/", "--exclude=/control.sock", f"{store}/", copy], check=True)
+
+
+def from_a_backup(store: Path, copy: Path) -> None:
+    """An archive of an hour ago, unpacked where a store has been lost."""
+    archive = copy.with_name("backup.tar")
+    subprocess.run(["tar", "--exclude=./control.sock", "-C", store, "-cf", archive, "."], check=True)
+    copy.mkdir()
+    subprocess.run(["tar", "-C", copy, "-xf", archive], check=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="these programs are POSIX's")
+@pytest.mark.parametrize(
+    "copy", [by_cp, pytest.param(by_rsync, marks=pytest.mark.long), pytest.param(from_a_backup, marks=pytest.mark.long)]
+)
+def test_a_copy_is_as_good(
+    origin: Origin,
+    start_proxy: Callable[..., Proxy],
+    new_client: NewClient,
+    tmp_path: Path,
+    copy: Callable[[Path, Path], None],
+) -> None:
+    """Every public model is pulled from it without a byte from upstream, and nothing is hashed for that."""
+    proxy = start_proxy()
+    models = [add_model(origin, unique(size)) for size in (3 * MIB, 20_000)]
+    for model in models:
+        new_client(proxy).pull(model.name)
+        proxy.wait_for_line(model.recorded)
+    proxy.stop()
+    copy(proxy.store, tmp_path / "copy")
+    origin.stop()
+    proxy = start_proxy(ollama_cache_dir=tmp_path / "copy", ollama_cache_offline="true")
+    before = origin.counters.cdn_bytes
+    for model in models:
+        client = new_client(proxy)
+        client.pull(model.name)
+        assert_complete(client, model)
+    assert origin.counters.cdn_bytes == before
+    assert not [line for line in proxy.output if "recorded " in line]

@@ -4,7 +4,7 @@
     <64 hexadecimal digits> <size> <mtime in ns> <inode>
 
 The last line of a blob counts. Copying gives files new inodes and keeps their times (`cp -a`, `rsync -t`, a backup),
-and this file tells that it was copied by its own inode: then size and time are the proof.
+and this file tells that it was copied by its own inode: then size and time are the proof, the time as far as it came.
 
 Invariant: a line is believed whole or not at all, and what was never flushed may be lost: the blob is hashed again.
 """
@@ -24,6 +24,8 @@ VERIFIED: Final = "verified"
 
 _HEAD: Final = re.compile(rb"ollama-cache verified ([0-9]{1,20})\n")
 _LINE: Final = re.compile(rb"^([0-9a-f]{64}) ([0-9]{1,20}) ([0-9]{1,20}) ([0-9]{1,20})\n", re.MULTILINE)
+_UNITS: Final = (1, 100, 1000, 10_000_000, 1_000_000_000, 2_000_000_000)
+"""What times are cut to, in nanoseconds: by NTFS, archives, exFAT, GNU tar and FAT."""
 
 
 class Proof(NamedTuple):
@@ -35,8 +37,11 @@ class Proof(NamedTuple):
     """0 where it is of another disk."""
 
     def proves(self, size: int, mtime_ns: int, inode: int) -> bool:
-        """Whether these are of the file that was verified."""
-        return (size, mtime_ns) == (self.size, self.mtime_ns) and self.inode in (inode, 0)
+        """Whether these are of the file that was verified; times of a copy may have been cut by what carried it."""
+        if size != self.size or self.inode not in (inode, 0):
+            return False
+        units = (1,) if self.inode else _UNITS
+        return any(mtime_ns == self.mtime_ns - self.mtime_ns % unit for unit in units)
 
 
 class Proofs:

@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -266,6 +268,31 @@ def tree_of(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() or not list(path.iterdir())
     }
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only root runs programs as others")
+def test_another_user_reads_it(filled: Path, tmp_path: Path) -> None:
+    """All that is public, and nothing private; he changes nothing, neither by writing nor by removing."""
+    folder = copied(filled, tmp_path)
+    before = tree_of(folder)
+    everything = [path for path in (folder / "public").rglob("*") if path.is_file()]
+    script = (
+        "find . -type f -exec cat {} + > /dev/null || exit 1; find . -type f | wc -l; cd blobs; "
+        'for file in *; do rm -f "$file" 2>/dev/null; echo x 2>/dev/null >> "$file"; done; touch other 2>/dev/null; '
+        "ls ../../private 2>/dev/null; cat ../../secret 2>/dev/null; true"
+    )
+    # Where it starts is entered before the user changes: folders of the tests are nobody else's.
+    done = subprocess.run(
+        ["sh", "-c", script],
+        cwd=folder / "public",
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(len(everything)).encode()]
+    assert tree_of(folder) == before
 
 
 @pytest.mark.parametrize("current", [False, True], ids=["before 0.40", "0.40"])
