@@ -70,7 +70,7 @@ def main() -> None:
                 origin.rate_total = None
                 pulling.join()
             empty = Proxy(folder / "empty", origin, front=True, ollama_cache_advertise="cache.lan:9200")
-            empty.port = 8080  # which the picture shows
+            empty.port = 3128  # which the picture shows
             with empty:
                 asyncio.run(picture_empty(empty, folder / "second profile"))
 

@@ -35,6 +35,7 @@ from pullthrough.fleet.tier import Tier, load_secret
 from pullthrough.library.eviction import Evictor
 from pullthrough.library.listing import JSON
 from pullthrough.library.maintenance import Maintenance
+from pullthrough.monitoring.event_log import EventLog
 from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.lookout import Lookout, looks_at
 from pullthrough.monitoring.metrics import Metrics
@@ -182,6 +183,7 @@ class Daemon:
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         settings, store, upstream = self._settings, self._store, self._upstream
         requests, health = self._requests, self._health
+        events = stack.enter_context(EventLog())
         threads, lag = Threads(), LoopLag()
         fleet = Membership(*self._fleet, store, upstream, threads) if self._fleet is not None else None
         evictor = Evictor(store, threads, max_size=settings.max_size, min_free=settings.min_free, pins=settings.pins)
@@ -244,7 +246,17 @@ class Daemon:
         self._add_pages(
             Metrics(settings, store, recorder, upstream, requests, lag, health, pulls, tier),
             StatusView(
-                settings, store, recorder, upstream, health, commands.view, side.pulls, side.clients, side.history, tier
+                settings,
+                store,
+                recorder,
+                upstream,
+                health,
+                commands.view,
+                side.pulls,
+                side.clients,
+                side.history,
+                events,
+                tier,
             ),
         )
         await self._blob_server.open(registry, self._proxy.admits, self._limits, requests, delivery.threads)

@@ -37,7 +37,7 @@ def crowd(proxy: Proxy) -> Iterator[None]:
         reader, writer = await asyncio.open_connection("127.0.0.1", proxy.front_port)
         try:
             writer.write(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert (await reader.readuntil(b"event: health")).startswith(b"HTTP/1.1 200 ")
+            assert (await reader.readuntil(b"event: events")).startswith(b"HTTP/1.1 200 ")
             count.release()
             while data := await reader.read(65536):
                 fed += len(data)

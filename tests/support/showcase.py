@@ -1,7 +1,7 @@
 """A store of a few models with the names and sizes of real ones, and the days of traffic behind it.
 
 The blobs are sparse files that hash to nothing: for looking at, not for pulling. A cache that is started with `PATCH`
-remembers clients, too.
+remembers clients and their pulls, too.
 """
 
 import json
@@ -28,7 +28,7 @@ MODELS: Final = {
 PATCH: Final = """
 import time
 from pullthrough.core.records import Name
-from pullthrough.net import client_table
+from pullthrough.net import client_table, pull_history
 
 def remember(table, *, limit=1000, make=client_table.ClientTable.__init__):
     make(table, limit=limit)
@@ -45,7 +45,21 @@ def remember(table, *, limit=1000, make=client_table.ClientTable.__init__):
             table.pull(address, Name.parse(model), now=now)
         table.send(address, size, now=now)
 
+def recall(history, *arguments, make=pull_history.PullHistory.__init__, **options):
+    make(history, *arguments, **options)
+    for address, model, size, cached, ago, seconds in (
+        ("10.0.0.7", "llama3.2:latest", 2_019_000_000, True, 180, 19),
+        ("fd12:3456:789a::c0ff:ee", "llama3.2:latest", 2_019_000_000, False, 900, 183),
+        ("10.0.0.12", "qwen3:8b", 5_225_000_000, True, 2400, 46),
+        ("10.0.0.7", "qwen3:8b", 5_225_000_000, False, 3000, 470),
+    ):
+        began = time.time() - ago - seconds
+        parts = (size, 0) if cached else (0, size)
+        name = Name.parse(model)
+        history.recent.append(pull_history.Pull(address, name, size, *parts, began, seconds, is_whole=True))
+
 client_table.ClientTable.__init__ = remember
+pull_history.PullHistory.__init__ = recall
 """
 _SMALL: Final = (("license", 12_403), ("template", 1_481), ("params", 96))
 _GB: Final = 10**9

@@ -7,10 +7,14 @@ good: scripts read them.
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import Final
 
 from pullthrough.core.cache_status import CacheStatus, Outcome
 
 _log = logging.getLogger(__name__)
+
+SHOWN: Final = {"is_shown": True}
+"""For the `extra` of a line that anybody may see on the page: it names no model, no blob and no client."""
 
 
 class RequestLog:

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from pullthrough.core.access_log import SHOWN
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import SourceDistrusted, StoreUnwritable
 from pullthrough.core.humanize import count_text, size_text
@@ -99,7 +100,7 @@ class Evictor:
             paths.append(path)
         await self._threads.disk(self._store.remove_files, paths)
         if paths:
-            _log.info("removed %d quarantined files, %s, to make room", len(paths), size_text(freed))
+            _log.info("removed %d quarantined files, %s, to make room", len(paths), size_text(freed), extra=SHOWN)
         return freed
 
     def mismatches(self, digest: Digest) -> None:
@@ -161,7 +162,7 @@ class Evictor:
         blobs = [part for part in choice.parts if isinstance(part, Digest) and self._is_free(part)]
         paths = [*self._store.evict(blobs), *(part for part in choice.parts if isinstance(part, Path))]
         await self._threads.disk(self._store.remove_files, paths)
-        _log.info("evicted %s, %s", count_text(len(paths), "blob"), size_text(choice.freed))
+        _log.info("evicted %s, %s", count_text(len(paths), "blob"), size_text(choice.freed), extra=SHOWN)
 
     def _is_free(self, digest: Digest) -> bool:
         record = self._store.blob(digest)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Final
 
+from pullthrough.core.access_log import SHOWN
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import InvalidRequest, ModelPinned, NoSuchModel
 from pullthrough.core.humanize import count_text
@@ -149,7 +150,7 @@ class Maintenance:
         resumed = {store.ingest(digest).partial_path for digest in self._recording}
         await asyncio.to_thread(store.remove_files, [path for path in plan.files if path not in resumed])
         counts = (len(plan.names), "model"), (len(plan.blobs), "blob"), (len(plan.files), "leftover")
-        _log.info("removed %s", ", ".join(count_text(*each) for each in counts))
+        _log.info("removed %s", ", ".join(count_text(*each) for each in counts), extra=SHOWN)
         return _told(plan)
 
 

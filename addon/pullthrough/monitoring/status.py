@@ -17,6 +17,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.records import ManifestRecord, Name
 from pullthrough.library.listing import JSON, View, beyond_text, models_of, size_of, statistics
 from pullthrough.library.snapshot import with_leftovers
+from pullthrough.monitoring.event_log import Event, EventLog
 from pullthrough.monitoring.health import Disk, Health
 from pullthrough.monitoring.model_detail import ModelDetail, find_detail
 from pullthrough.monitoring.model_index import ModelIndex
@@ -38,8 +39,10 @@ SHOWN: Final = 50
 SMOOTHING: Final = 0.3
 CLIENTS: Final = 6
 """Clients that the overview tells."""
-PULLS: Final = 10
+PULLS: Final = 8
 """Pulls that it tells."""
+EVENTS: Final = 8
+"""Events that it tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,8 @@ class Sight:
     uptime_s: float
     clients: tuple["ClientRow", ...]
     """CLIENTS at most, the one seen last first."""
+    events: tuple[Event, ...]
+    """What has happened to the cache, the newest first, EVENTS at most."""
     pulls: tuple[Pull, ...]
     """PULLS at most, of public models: those under way, then those that have ended, the last one first."""
     tier: JSON | None = None
@@ -150,10 +155,12 @@ class StatusView:
         pulls: Pulls,
         clients: ClientTable,
         history: PullHistory,
+        events: EventLog,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`view` says what is stored now, `pulls` and `history` what is and was pulled, `clients` who came, `tier`
-        the state of the fleet's object store, where there is one."""
+        """`view` says what is stored now, `pulls` and `history` what is and was pulled, `clients` who came,
+        `events` what happened, `tier` the state of the fleet's object store, where there is one."""
+        self._events = events
         self._clients = clients
         self._pulls = pulls
         self._history = history
@@ -240,6 +247,7 @@ class StatusView:
             self._pulls.counts.bypassed,
             time.monotonic() - self._began,
             tuple(self.clients(CLIENTS)),
+            self._events.latest(EVENTS),
             tuple(self.pulls(PULLS)),
             self._tier() if self._tier is not None else None,
         )

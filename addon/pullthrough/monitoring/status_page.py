@@ -26,7 +26,7 @@ from pullthrough.pki.client_setup import KINDS, SetupGuide
 from pullthrough.runtime.version import own_version
 
 SHARE: Final = Path(__file__).parent / "share"
-PARTS: Final = ("notice", "saved", "recordings", "models", "clients", "health")
+PARTS: Final = ("notice", "saved", "recordings", "pulls", "models", "clients", "health", "events")
 """What changes, each replaced as a whole: the macros of parts.html, and ids of the overview."""
 PLACES: Final = (
     ("/", "Overview"),

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from typing import Final
 
+from pullthrough.core.access_log import SHOWN
 from pullthrough.runtime.clock import RunningTime
 
 _log = logging.getLogger(__name__)
@@ -58,4 +59,4 @@ class LoopLag:
             lag = max(0.0, time.monotonic() - due)
             self._samples.append(lag)
             if lag > ALARM_S:
-                _log.warning("the event loop was held up for %.1f s", lag)
+                _log.warning("the event loop was held up for %.1f s", lag, extra=SHOWN)

@@ -14,6 +14,7 @@ from typing import Final
 from multidict import CIMultiDict
 from yarl import URL
 
+from pullthrough.core.access_log import SHOWN
 from pullthrough.core.errors import Disagreement, NotTheRegistry
 from pullthrough.upstream.data_stream import Errors, join
 from pullthrough.upstream.reachability import Reachability
@@ -123,7 +124,8 @@ class Impostors:
         if len(self._logged) > KINDS:
             del self._logged[next(iter(self._logged))]
         if is_new:
-            _log.warning("%s: something else answered in the registry's place (%s); it proves nothing", host, what)
+            said = "%s: something else answered in the registry's place (%s); it proves nothing"
+            _log.warning(said, host, what, extra=SHOWN)
 
     def _stays(self, host: str, location: str) -> bool:
         """Whether a redirect leads to the registry again, or to another one that is configured."""

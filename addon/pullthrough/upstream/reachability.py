@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Final
 
 from pullthrough.config.settings import Settings
+from pullthrough.core.access_log import SHOWN
 from pullthrough.core.errors import AddressRefused, Offline, TierError, UpstreamTimeout, UpstreamUnreachable
 
 _log = logging.getLogger(__name__)
@@ -144,9 +145,10 @@ class Reachability:
         changed = state is not before.state
         self._services[name] = replace(before, state=state, why=why, since=now if changed else before.since, asked=now)
         if changed and state is State.DOWN:
-            _log.info("%s %s is down: %s", before.role, before.host, why)
+            _log.info("%s %s is down: %s", before.role, before.host, why, extra=SHOWN)
         elif changed and before.state is State.DOWN:
-            _log.info("%s %s is up again, after %.0f s", before.role, before.host, now - (before.since or now))
+            down_s = now - (before.since or now)
+            _log.info("%s %s is up again, after %.0f s", before.role, before.host, down_s, extra=SHOWN)
 
 
 def fetching(services: Iterable[Service]) -> Fetching:

@@ -15,6 +15,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name
 from pullthrough.library.listing import View
 from pullthrough.monitoring import status
+from pullthrough.monitoring.event_log import EventLog
 from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.status import StatusView
 from pullthrough.net.client_table import ClientTable, Way
@@ -69,7 +70,7 @@ class Daemon:
         upstream = SimpleNamespace(errors=Counter())
         return StatusView(
             cast(Settings, SETTINGS), cast(Store, store), cast(Recorder, recorder), cast(Upstream, upstream),
-            Health(folder, dict), self.view, self.pulls, self.clients, self.history,
+            Health(folder, dict), self.view, self.pulls, self.clients, self.history, EventLog(),
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from pullthrough.core.records import Name
 from pullthrough.library.listing import View
+from pullthrough.monitoring.event_log import Event
 from pullthrough.monitoring.health import Disk
 from pullthrough.monitoring.model_index import ModelIndex, Order, Page
 from pullthrough.monitoring.status import ClientRow, Holdings, Progress, Sight
@@ -41,6 +42,7 @@ QUIET = Sight(
     uptime_s=7200.0,
     clients=(),
     pulls=(),
+    events=(),
 )
 GUIDE = SetupGuide(
     {}, {kind: f"run {kind} && echo done" for kind in KINDS}, dict.fromkeys(KINDS, "5e" * 32), "http://10.0.0.1:8080",
@@ -132,12 +134,22 @@ def test_latest_pulls() -> None:
         Pull("10.0.0.8", name, 4000, 1000, 3000, 900.0, 40.0, is_whole=True),
         Pull("10.0.0.9", name, 4000, 500, 0, 100.0, 600.0, is_whole=False),
     )
-    told = StatusPage().parts(replace(QUIET, now=1000.0, pulls=pulls))["recordings"]
-    assert [words(line) for line in re.findall("<li>(.*?)</li>", told, re.S)] == [
-        "10.0.0.7: m:latest , 3.0 KB so far, since 8 s, from upstream",
-        "10.0.0.8: m:latest , 4.0 KB in 40 s, 1 minute ago, from both the cache and upstream",
-        "10.0.0.9: m:latest , 500 B of 4.0 KB in 10 min, 5 minutes ago, from the cache",
+    told = StatusPage().parts(replace(QUIET, now=1000.0, pulls=pulls))["pulls"]
+    assert [words(line) for line in re.findall("<tr>(.*?)</tr>", told, re.S)[1:]] == [
+        "m:latest 10.0.0.7 3.0 KB from upstream now for 10 s",
+        "m:latest 10.0.0.8 4.0 KB from both 1 minute ago in 40 s",
+        "m:latest 10.0.0.9 500 B of 4.0 KB from the cache 5 minutes ago in 10 min",
     ]
+    assert words(StatusPage().parts(QUIET)["pulls"]) == "Latest pulls None since the start."
+
+
+def test_events() -> None:
+    """What happened and when, and what of it is trouble."""
+    events = (Event(NOW - 70, "registry.ollama.ai is <down>", True), Event(NOW - 7200, "evicted 3 blobs", False))
+    told = StatusPage().parts(replace(QUIET, events=events))["events"]
+    assert words(told) == "Events registry.ollama.ai is &lt;down&gt; 1 minute ago evicted 3 blobs 2 hours ago"
+    assert re.findall('<li class="bad">(.*?) <small>', told) == ["registry.ollama.ai is &lt;down&gt;"]
+    assert "Nothing out of the ordinary" in words(StatusPage().parts(QUIET)["events"])
 
 
 @pytest.mark.parametrize(

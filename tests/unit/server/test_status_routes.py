@@ -15,6 +15,7 @@ from yarl import URL
 from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.metrics import Metrics
 from pullthrough.monitoring.status import StatusView
+from pullthrough.monitoring.status_page import PARTS
 from pullthrough.server import status_routes
 from pullthrough.server.pages import Pages
 from pullthrough.server.status_routes import StatusRoutes
@@ -78,8 +79,8 @@ def test_watchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert site.looks == 1
             watchers = [await session.get("/events") for _ in range(10)]
             for watcher in watchers:
-                names = [(await event(watcher))[0] for _ in range(6)]
-                assert names == ["notice", "saved", "recordings", "models", "clients", "health"]
+                names = [(await event(watcher))[0] for _ in range(len(PARTS))]
+                assert names == list(PARTS)
             site.now = 7
             before = site.looks
             for watcher in watchers:
