@@ -118,7 +118,7 @@ def test_one_store_two_hands(
     assert not (proxy.store / SOCKET).exists()
     assert {row["name"]: row["pinned"] for row in told(proxy, "ls")} == {"small:latest": False, "other:latest": True}
     assert told(proxy, "stats")["served"] == sums["served"] + sum(origin.blob(digest).size for digest in small.blobs)
-    assert said(proxy, "rm", "other").startswith("removed other:latest\n")
+    assert said(proxy, "rm", "--unpin", "other").startswith("removed other:latest\n")
     check_agreement(proxy.store)
 
 
