@@ -63,7 +63,8 @@ def _section(name: str, command: Any) -> Iterator[str]:
     named = [(help_text.metavar(each), each) for each in help_text.of_kind(command, "argument")]
     named += [(help_text.term(each), each) for each in help_text.of_kind(command, "option")]
     rows = [_row(f"`{_escaped(words)}`", help_text.meaning(each, quote="`")) for words, each in named]
-    yield "\n".join([_row("argument or option", "meaning"), _row("---", "---"), *rows])
+    if rows:
+        yield "\n".join([_row("argument or option", "meaning"), _row("---", "---"), *rows])
 
 
 def _group(app: typer.Typer) -> Any:

@@ -118,6 +118,8 @@ CALLS: Final = (
     "connect",
     "connect --for macos",
     "connect --for windows",
+    "connect --undo",
+    "connect --undo --for windows",
     "verify",
     "export me/x --to OUT/x.tar",
     "export nope --to OUT/x.tar",

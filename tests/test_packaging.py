@@ -3,6 +3,7 @@
 import ast
 import base64
 import itertools
+import json
 import os
 import re
 import shutil
@@ -121,6 +122,7 @@ def test_wheel_holds_the_script_and_the_package(archives: dict[str, Path]) -> No
         *(f"pullthrough/pki/connect/{path.name}" for path in (PACKAGE / "pki" / "connect").iterdir()),
         *(f"pullthrough/doctor/client/{path.name}" for path in (PACKAGE / "doctor" / "client").iterdir()),
         *(f"pullthrough/monitoring/share/{path.name}" for path in (PACKAGE / "monitoring" / "share").iterdir()),
+        *(f"pullthrough/services/{name}" for name in ("install", "ollama-cache.service", "ollama-cache.plist")),
         *(f"pullthrough/docs/{path.name}" for path in (ROOT / "docs").iterdir()),
     }
     (entry_points,) = (content[name] for name in content if name.endswith("entry_points.txt"))
@@ -312,3 +314,28 @@ def test_installed_wheel_runs_its_command(archives: dict[str, Path], tmp_path: P
     helped = run(binaries / "ollama-cache", "--help", cwd=tmp_path)
     assert helped.returncode == 0, helped.stderr
     assert "ca" in helped.stdout.split()
+    if sys.platform == "linux":
+        check_service(binaries, Path(where.stdout.strip()).parent, tmp_path)
+
+
+def check_service(binaries: Path, package: Path, folder: Path) -> None:
+    """`service install` and `uninstall` work from the wheel; a Python in a home folder is refused."""
+    environment = {"PATH": os.environ["PATH"], "DESTDIR": str(folder / "root"), "HOME": str(folder)}
+
+    def service(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    unit = folder / "root/etc/systemd/system/ollama-cache.service"
+    done = service(binaries / "ollama-cache", "service", "install", "--json")
+    if found_in(HOME, [("python", sys.base_prefix.encode() + b"/")]):
+        assert done.returncode == 1 and "expected a Python that the service may see" in done.stderr
+        (folder / "bin").mkdir()
+        program = folder / "bin/ollama-cache"
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+        done = service("sh", package / "services/install", program)
+    assert done.returncode == 0, done.stderr
+    assert f"\nDocumentation=file:{package}/docs/operate.md" in unit.read_text()
+    done = service(binaries / "ollama-cache", "service", "uninstall", "--json")
+    assert json.loads(done.stdout) == {"removed": ["/etc/systemd/system/ollama-cache.service"]}
+    assert not unit.exists()

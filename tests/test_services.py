@@ -4,6 +4,7 @@ import fnmatch
 import os
 import plistlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,9 +46,63 @@ def test_install(tmp_path: Path) -> None:
     assert "@" not in unit.read_text().replace("@system-service", "").replace("@priv", "")
     program.rename(program.with_name("ollama cache"))
     assert "letters, digits" in install(tmp_path, program.with_name("ollama cache")).stderr
-    assert install(tmp_path, "--undo").returncode == 0
-    assert not unit.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: it looks for systemd there")
+def test_uninstall(tmp_path: Path) -> None:
+    """Of what was installed and set nothing is left but the store and the authority; a client's own files stay."""
+    program = fake_program(tmp_path / "opt")
+    theirs = ["var/lib/ollama-cache/store/x", "var/lib/ollama-cache/certs/y", "etc/ollama-cache/roots.pem"]
+    ours = [
+        "etc/systemd/system/ollama-cache.service",
+        "etc/systemd/system/ollama-cache.service.d/port.conf",
+        "etc/default/ollama-cache",
+        "etc/ollama-cache/config.toml",
+    ]
+    assert install(tmp_path, program).stdout == f"/{ours[0]}\n"
+    if shutil.which("systemctl"):
+        assert (tmp_path / "etc/systemd/system/multi-user.target.wants/ollama-cache.service").is_symlink()
+    for name in (*theirs, *ours[1:]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    done = install(tmp_path, "--undo")
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0,
+        [f"/{ours[0]}", "/etc/systemd/system/ollama-cache.service.d", *(f"/{name}" for name in ours[2:])],
+    )
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*theirs, "opt/bin/ollama-cache", "opt/bin/python"}
+    assert not [path for path in tmp_path.rglob("*") if path.is_symlink()]
     assert "got none" in install(tmp_path, "--undo").stderr
+
+
+def fake_program(folder: Path, *places: str) -> Path:
+    """A program, and beside it a Python that is made of what lies in these places."""
+    (folder / "bin").mkdir(parents=True)
+    for name, lines in (("ollama-cache", ()), ("python", places)):
+        path = folder / "bin" / name
+        path.write_text("\n".join(["#!/bin/sh", *(f"echo {line}" for line in lines), ""]))
+        path.chmod(0o755)
+    return folder / "bin" / "ollama-cache"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: it looks for systemd there")
+@pytest.mark.parametrize("home", ["/" + "root/.pyenv/versions/3.13.0", "/ho" + "me/me/.local/share/uv/python/3.13"])
+def test_an_interpreter_that_the_service_cannot_see(tmp_path: Path, home: str) -> None:
+    """It is refused before anything is written, and the message says what to install instead, on which system."""
+    done = install(tmp_path, fake_program(tmp_path / "opt", f"{tmp_path}/opt/bin/python", home, str(tmp_path)))
+    assert done.returncode == 1
+    assert f"expected a Python that the service may see, got {home} in a home folder" in done.stderr
+    for word in ("Debian 12, Ubuntu 22.04", "uv python install --install-dir /opt/python", "apt install python3-full"):
+        assert word in done.stderr
+    assert not (tmp_path / "etc").exists()
+    seen = fake_program(tmp_path / "srv", "/opt/python/3.13/bin/python3.13", "/opt/python/3.13", f"{tmp_path}/srv")
+    assert install(tmp_path, seen).returncode == 0
+
+
+def test_the_python_to_install_is_one_that_is_found() -> None:
+    """Where the message has it put is where scripts/setup looks."""
+    assert "/opt/python/*/bin" in (ROOT / "scripts/find-python").read_text()
 
 
 def test_launchd() -> None:
@@ -64,7 +119,7 @@ def test_containerfile() -> None:
     *_, image = CONTAINERFILE.split("\nFROM ")
     assert re.search(r"^USER 10001:10001$", image, re.MULTILINE)
     assert image.index("USER ") < image.index("ENTRYPOINT ")
-    assert "/healthz" in image.split("HEALTHCHECK")[1]
+    assert "/readyz" in image.split("HEALTHCHECK")[1]
     wanted = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     copied = [
         word for line in re.findall(r"^COPY (?!--)(.*) \S+$", CONTAINERFILE, re.MULTILINE) for word in line.split()
@@ -102,8 +157,8 @@ def test_kubernetes() -> None:
     (container,) = pod["containers"]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {port["name"]: port["port"] for port in kinds["Service"]["spec"]["ports"]}
-    for probe in ("readinessProbe", "livenessProbe"):
-        assert container[probe]["httpGet"]["path"] == "/healthz"
+    for probe, path in (("readinessProbe", "/readyz"), ("livenessProbe", "/healthz")):
+        assert container[probe]["httpGet"]["path"] == path
         assert container[probe]["httpGet"]["port"] in ports
     rights = container["securityContext"]
     assert rights["readOnlyRootFilesystem"] and rights["capabilities"] == {"drop": ["ALL"]}

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import pullthrough
-from pullthrough.cli import ca, models, options, setup, transfer
+from pullthrough.cli import ca, models, options, service, setup, transfer
 from pullthrough.cli.common import fail, print_lines, refusals
 from pullthrough.cli.help_text import SETTING_UP, Verbs
 from pullthrough.config.options import check_flags
@@ -25,6 +25,7 @@ app.add_typer(options.app)
 app.add_typer(transfer.app)
 app.add_typer(setup.app)
 app.add_typer(ca.app, name="ca", rich_help_panel=SETTING_UP)
+app.add_typer(service.app, name="service", rich_help_panel=SETTING_UP)
 
 
 def _tell_version(wanted: bool) -> None:

@@ -60,16 +60,21 @@ def connect(
             show_default=False,
         ),
     ] = "",
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Print what takes it back on the client.", show_default=False)
+    ] = False,
     dir: Folder = None,  # noqa: A002 -- the option's name
     json: AsJson = False,
 ) -> None:
     """Print the command that sets up a client, to be run there."""
     # Cryptography takes longer to load than most verbs to run.
     from pullthrough.pki.authority import has_authority
-    from pullthrough.pki.client_setup import SYSTEMS, clients_host, clients_origin, command, documents
+    from pullthrough.pki.client_setup import SYSTEMS, UNDO, clients_host, clients_origin, command, documents
     from pullthrough.pki.rollover import Rollover
     from pullthrough.runtime.platform import own_addresses
 
+    if undo:
+        return print_json({"for": kind, "undo": UNDO[kind]}) if json else print_lines([UNDO[kind]])
     given = _ADDRESS.fullmatch(address)
     if address and given is None:
         raise typer.BadParameter(f"expected a host or host:port, got {address!r}")
@@ -100,7 +105,7 @@ def connect(
     line = command(kind, made[f"/connect/{SYSTEMS[kind]}"], server=clients_origin(settings, host), proxy=proxy.origin)
     if json:
         return print_json({"for": kind, "proxy": proxy.origin, "command": line})
-    typer.echo("To be run on the client; the script's --undo (on Windows -Undo) takes it back:", err=True)
+    typer.echo(f"To be run on the client; `connect --undo --for {kind}` prints what takes it back:", err=True)
     typer.echo(line)
     if not given and (others := sorted(filter(_is_reachable, own_addresses() - {host}))):
         typer.echo(f"For --address, this machine also has {', '.join(others)}", err=True)

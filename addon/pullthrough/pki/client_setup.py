@@ -54,6 +54,15 @@ else {{ 'expected the script of this cache, got another' }}""",
 && kubectl apply -f kubernetes.yaml""",
 }
 
+UNDO: Final = {
+    "linux": "$(command -v sudo) sh /etc/ollama-cache/client.sh --undo",
+    "macos": """sh "$HOME/Library/Application Support/ollama-cache/client.sh" --undo""",
+    "windows": r"""powershell -ExecutionPolicy Bypass -File "$env:LOCALAPPDATA\ollama-cache\client.ps1" -Undo""",
+    "compose": "docker compose -f compose.yaml down",
+    "kubernetes": "kubectl delete -f kubernetes.yaml",
+}
+"""What takes it back on the client: each script leaves itself there."""
+
 
 @dataclass(frozen=True, slots=True)
 class SetupDocument:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,6 +86,19 @@ def test_json(run: Run) -> None:
     assert told["command"] == run("connect", "--for", "macos").stdout.strip()
     told = json.loads(run("connect", "--for", "compose", "--json").stdout)
     assert told["document"] == run("connect", "--for", "compose").stdout
+
+
+@pytest.mark.parametrize("kind", ["linux", "macos", "windows", "compose", "kubernetes"])
+def test_undo(run: Run, tmp_path: Path, kind: str) -> None:
+    """For each kind of client there is a line, which needs no address, store or authority."""
+    shutil.rmtree(tmp_path / "certs")
+    told = run("connect", "--undo", "--for", kind)
+    assert (told.exit_code, told.stderr, told.stdout.count("\n")) == (0, "", 1)
+    assert json.loads(run("connect", "--undo", "--for", kind, "--json").stdout) == {
+        "for": kind,
+        "undo": told.stdout[:-1],
+    }
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_doctor(run: Run, tmp_path: Path) -> None:

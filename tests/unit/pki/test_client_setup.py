@@ -80,6 +80,9 @@ def script(rollover: list[Authority]) -> SetupDocument:
     return documents([rollover[0].certificate], NAMES, PROXY)["/connect/linux.sh"]
 
 
+HOME: Final = "/home"
+
+
 class Machine:
     """A folder with a space in its name that stands for a client's `/`."""
 
@@ -112,7 +115,7 @@ class Machine:
         search = tools if (self._tools / "cat").exists() else f"{tools}:{os.environ['PATH']}"
         done = subprocess.run(
             ["/bin/sh", path, *arguments],
-            env={"PATH": search, "OLLAMA_CACHE_ROOT": str(self.root), "CALLS": str(self.calls), "HOME": "/home"},
+            env={"PATH": search, "OLLAMA_CACHE_ROOT": str(self.root), "CALLS": str(self.calls), "HOME": HOME},
             capture_output=True,
             text=True,
             check=False,
@@ -137,7 +140,8 @@ def test_linux(machine: Machine, made: dict[str, SetupDocument]) -> None:
     """The store trusts, the service has the proxy and a new start; again nothing is done; undo leaves nothing."""
     before = machine.files()
     code, said = machine.run(made["/connect/linux.sh"], PROXY)
-    assert (code, said) == (0, f"ollama-cache: ollama.service pulls through {PROXY}\n")
+    later = "ollama-cache: sh /etc/ollama-cache/client.sh --undo takes it back\n"
+    assert (code, said) == (0, f"{later}ollama-cache: ollama.service pulls through {PROXY}\n")
     assert machine.calls.read_text().splitlines() == [
         "update-ca-certificates --fresh",
         "systemctl daemon-reload",
@@ -150,11 +154,13 @@ def test_linux(machine: Machine, made: dict[str, SetupDocument]) -> None:
         assert (machine.root / path).stat().st_mode & 0o444 == 0o444, path
 
     code, said = machine.run(made["/connect/linux.sh"], PROXY)
-    assert (code, said) == (0, f"ollama-cache: nothing to change: ollama.service pulls through {PROXY}\n")
+    assert (code, said) == (0, f"{later}ollama-cache: nothing to change: ollama.service pulls through {PROXY}\n")
     assert machine.calls.read_text() == ""
     assert machine.files() == after
 
-    assert machine.run(made["/connect/linux.sh"], "--undo") == (0, "ollama-cache: undone\n")
+    kept = SetupDocument("", (machine.root / "etc/ollama-cache/client.sh").read_bytes())
+    assert kept.body == made["/connect/linux.sh"].body
+    assert machine.run(kept, "--undo") == (0, "ollama-cache: undone\n")
     assert machine.calls.read_text().count("systemctl") == 2
     assert machine.files() == before
     assert machine.run(made["/connect/linux.sh"], "--undo") == (0, "ollama-cache: nothing to undo\n")
@@ -262,7 +268,11 @@ def test_linux_another_setting_wins(machine: Machine, script: SetupDocument) -> 
 def test_macos(machine: Machine, made: dict[str, SetupDocument], rollover: list[Authority]) -> None:
     """Each certificate is trusted once, the setting holds now and at the next login, and undo leaves nothing."""
     before = machine.files()
-    assert machine.run(made["/connect/macos.sh"], PROXY) == (0, "ollama-cache: set up; quit Ollama and open it again\n")
+    later = f"ollama-cache: sh '{HOME}/Library/Application Support/ollama-cache/client.sh' --undo takes it back\n"
+    assert machine.run(made["/connect/macos.sh"], PROXY) == (
+        0,
+        f"{later}ollama-cache: set up; quit Ollama and open it again\n",
+    )
     after = machine.files()
     count = made["/ca.crt"].body.count(b"BEGIN")
     assert after["keychain"].split("\n")[:-1] == [
@@ -272,11 +282,12 @@ def test_macos(machine: Machine, made: dict[str, SetupDocument], rollover: list[
     agent = plistlib.loads(after["home/Library/LaunchAgents/ollama-cache.plist"].encode())
     assert agent["ProgramArguments"] == ["/bin/launchctl", "setenv", "HTTPS_PROXY", PROXY]
     assert agent["RunAtLoad"] is True
-    assert machine.run(made["/connect/macos.sh"], PROXY) == (0, "ollama-cache: nothing to change\n")
+    assert machine.run(made["/connect/macos.sh"], PROXY) == (0, f"{later}ollama-cache: nothing to change\n")
+    assert after["home/Library/Application Support/ollama-cache/client.sh"] == made["/connect/macos.sh"].body.decode()
     assert machine.files() == after
     assert machine.run(made["/connect/macos.sh"], "--undo")[0] == 0
     left = set(machine.files()) - set(before)
-    assert left == {"keychain", "home/Library", "home/Library/LaunchAgents"}
+    assert left == {"keychain", *(f"home/Library{name}" for name in ("", "/LaunchAgents", "/Application Support"))}
     assert machine.files()["keychain"] == ""
     assert machine.run(made["/connect/macos.sh"], "--undo") == (0, "ollama-cache: nothing to undo\n")
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sqlite3
 import tempfile
+import zlib
 from contextlib import closing
 from pathlib import Path
 
@@ -221,6 +222,23 @@ def test_a_crash_between_blob_and_child(store: Store) -> None:
     store = Store.open(store.folder)
     assert list(store.children()) == [digest_of(FIRST)]
     assert store.is_member(*PLACE, digest_of(b"a"))
+    store.close()
+
+
+def test_rows_of_the_version_before(store: Store) -> None:
+    """A manifest whose facts say nothing of `brought` is read as it was, and needs no new index."""
+    store.put_manifest(NAME, parsed(FIRST)._replace(pulled=7.0))
+    store.close()
+    with closing(sqlite3.connect(store.folder / "index" / "cache.db")) as connection:
+        ((key, value),) = connection.execute("SELECT key, value FROM Cache WHERE key GLOB 'manifest *'")
+        facts = json.loads(value)
+        del facts["brought"], facts["sum"]
+        facts["sum"] = zlib.crc32(json.dumps(facts).encode())
+        connection.execute("UPDATE Cache SET value = ? WHERE key = ?", (json.dumps(facts), key))
+        connection.commit()
+    store = Store.open(store.folder)
+    found = store.manifests()[NAME]
+    assert (found.pulled, found.brought) == (7.0, 0.0)
     store.close()
 
 

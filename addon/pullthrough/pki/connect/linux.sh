@@ -7,6 +7,7 @@
 #   sh linux.sh --no-system-store http://CACHE:8080    trust by a list for ollama.service alone
 #   sh linux.sh --undo
 #
+# It leaves itself as /etc/ollama-cache/client.sh, so that --undo can be found later, with the cache or without it.
 # OLLAMA_CACHE_ROOT is a folder that stands for / where files are written.
 set -eu
 umask 022
@@ -16,6 +17,7 @@ root=${OLLAMA_CACHE_ROOT-}
 service=ollama.service
 drop_in=/etc/systemd/system/$service.d/ollama-cache.conf
 own_list=/etc/ollama-cache/roots.pem
+kept=/etc/ollama-cache/client.sh
 # Where certificates are added, and what takes them over: Debian and Alpine, Fedora, SUSE, Arch.
 stores='
 /usr/local/share/ca-certificates:update-ca-certificates
@@ -144,6 +146,7 @@ trap 'rm -f "$scratch"' EXIT
 if [ -n "$undo" ]; then
     drop_own "$drop_in"
     drop_own "$own_list"
+    drop_own "$kept"
     untrust
     if [ -n "$changed" ] && command -v systemctl >/dev/null; then
         systemctl daemon-reload
@@ -162,6 +165,9 @@ else
     trust
     drop_own "$own_list"
 fi
+before=$changed # nothing has to be started again because of a copy of this
+[ ! -f "$0" ] || put "$kept" <"$0"
+changed=$before
 {
     printf '[Service]\nEnvironment="HTTPS_PROXY=%s"\n' "$proxy"
     [ -z "$alone" ] || printf 'Environment="SSL_CERT_FILE=%s"\n' "$own_list"
@@ -175,4 +181,5 @@ case " $(systemctl show --property Environment --value "$service") " in
     *" HTTPS_PROXY=$proxy "*) ;;
     *) die "expected $service to have HTTPS_PROXY=$proxy, got another: see systemctl cat $service, and mend it" ;;
 esac
+say "sh $kept --undo takes it back"
 tell "$service pulls through $proxy" "nothing to change: $service pulls through $proxy"

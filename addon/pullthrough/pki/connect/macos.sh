@@ -14,6 +14,7 @@ umask 022
 
 root=${OLLAMA_CACHE_ROOT-}
 label=ollama-cache
+kept="$root$HOME/Library/Application Support/ollama-cache/client.sh" # this, so that --undo can be found later
 agents=$root$HOME/Library/LaunchAgents
 agent=$agents/$label.plist
 keychain=/Library/Keychains/System.keychain
@@ -69,6 +70,8 @@ if [ -n "$undo" ]; then
         sudo security delete-certificate -Z "$fingerprint" "$keychain"
         changed=yes
     done
+    rm -f "$kept"
+    rmdir "${kept%/*}" 2>/dev/null || :
     tell "undone; quit Ollama and open it again" "nothing to undo"
     exit
 fi
@@ -109,4 +112,9 @@ if ! cmp -s "$scratch/agent" "$agent" || [ "$set_proxy" != "$proxy" ]; then
     launchctl setenv HTTPS_PROXY "$proxy"
     changed=yes
 fi
+[ ! -f "$0" ] || cmp -s "$0" "$kept" || {
+    mkdir -p "${kept%/*}"
+    cp "$0" "$kept"
+}
+say "sh '${kept#"$root"}' --undo takes it back"
 tell "set up; quit Ollama and open it again" "nothing to change"

@@ -6,11 +6,14 @@
 #   powershell -ExecutionPolicy Bypass -File windows.ps1 http://CACHE:8080
 #   powershell -ExecutionPolicy Bypass -File windows.ps1 -Undo
 #
+# It leaves itself as %LOCALAPPDATA%\ollama-cache\client.ps1, so that -Undo can be found later.
+#
 # Windows asks before it trusts, and before it forgets: the SHA-256 is
 #   @@{fingerprints}
 param([string]$Proxy = '', [switch]$Undo)
 $ErrorActionPreference = 'Stop'
 $ours = 'HTTPS_PROXY_OF_OLLAMA_CACHE' # what we set, so that -Undo takes back nothing else
+$kept = Join-Path $env:LOCALAPPDATA 'ollama-cache\client.ps1'
 $certificates = @'
 @@{certificates}
 '@
@@ -47,9 +50,15 @@ if ($Undo) {
         $changed = $true
     }
     Set-Setting $ours $null
+    if (Test-Path $kept) { Remove-Item -Recurse (Split-Path $kept) }
 } elseif ($set -ne $Proxy) {
     Set-Setting 'HTTPS_PROXY' $Proxy
     Set-Setting $ours $Proxy
     $changed = $true
+}
+if (-not $Undo -and $PSCommandPath -ne $kept) {
+    $null = New-Item -ItemType Directory -Force (Split-Path $kept)
+    Copy-Item -Force $PSCommandPath $kept
+    "ollama-cache: powershell -ExecutionPolicy Bypass -File '$kept' -Undo takes it back"
 }
 if ($changed) { 'ollama-cache: done; quit Ollama from the tray and start it again' } else { 'ollama-cache: nothing to change' }

@@ -1,0 +1,54 @@
+"""The verbs of the command line that make the cache a service of this machine, and take that back.
+
+Invariant: what is done is done by one script, scripts/services/install, which a checkout may call as well.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import typer
+
+import pullthrough
+from pullthrough.cli.common import AsJson, fail, print_json
+from pullthrough.cli.help_text import Verbs
+
+app = Verbs(help="Run the cache as a service of this machine: systemd, or launchd on macOS.", no_args_is_help=True)
+
+_PACKAGE: Final = Path(pullthrough.__file__).resolve().parent
+SCRIPTS: Final = (_PACKAGE / "services/install", _PACKAGE.parents[1] / "scripts/services/install")
+"""Where the script is in a wheel, and in a checkout."""
+
+
+@app.command()
+def install(json: AsJson = False) -> None:
+    """Install the service, or bring it up to date; needs root, and starts it."""
+    beside = Path(sys.executable).with_name("ollama-cache")
+    program = str(beside) if beside.exists() else shutil.which("ollama-cache")
+    if program is None:
+        fail(f"expected the program {beside} of this environment, got none: install the package with pip")
+    _run(program, json=json)
+
+
+@app.command()
+def uninstall(json: AsJson = False) -> None:
+    """Stop and remove the service and its settings; needs root. The store and the authority stay."""
+    _run("--undo", json=json)
+
+
+def _run(argument: str, *, json: bool) -> None:
+    """Run the script; what it has to say it says on standard error, as we would."""
+    shell = shutil.which("sh")
+    if sys.platform == "win32" or shell is None:
+        fail("expected systemd or launchd, got Windows: there the cache is started by hand, or by the Task Scheduler")
+    script = next((path for path in SCRIPTS if path.exists()), None)
+    if script is None:
+        fail(f"expected the script {SCRIPTS[0]}, got none: this package is not whole")
+    done = subprocess.run([shell, script, argument], stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        raise typer.Exit(done.returncode)
+    paths = done.stdout.splitlines()
+    if json:
+        print_json({"removed" if argument == "--undo" else "installed": paths})
