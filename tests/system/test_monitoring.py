@@ -42,7 +42,7 @@ def test_rules(tmp_path: Path) -> None:
     promtool = program("promtool")
     shutil.copy(SHARE / "alerts.yml", tmp_path)
     shutil.copy(HERE / "alerts_test.yml", tmp_path)
-    assert "11 rules found" in run(promtool, "check", "rules", "--lint-fatal", "alerts.yml", cwd=tmp_path)
+    assert "12 rules found" in run(promtool, "check", "rules", "--lint-fatal", "alerts.yml", cwd=tmp_path)
     run(promtool, "test", "rules", "alerts_test.yml", cwd=tmp_path)
 
 
@@ -109,4 +109,11 @@ def test_a_prometheus_scrapes(tmp_path: Path) -> None:
         wait_for(ask, 'ollama_cache_recordings_ended_total{result="stored"}', 2)
         wait_for(ask, 'sum(ollama_cache_requests_total{status=~"4xx|5xx"}) or vector(0)', 0)
         assert ask("process_resident_memory_bytes") is not None
+        assert ask("ollama_cache_build_info") == 1
+        with urllib.request.urlopen(f"http://127.0.0.1:{proxy.front_port}/metrics", timeout=20) as response:
+            metrics = response.read()
+        done = subprocess.run(
+            [program("promtool"), "check", "metrics"], input=metrics, capture_output=True, check=False
+        )
+        assert (done.returncode, done.stdout + done.stderr) == (0, b"")
         assert ask("count(ALERTS)") is None

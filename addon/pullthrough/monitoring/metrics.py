@@ -4,9 +4,11 @@ Invariant: the number of series is bounded by the options, whatever is pulled: n
 Nothing is counted here: each number is read where it is kept.
 """
 
+import platform
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import metadata
 from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -124,10 +126,13 @@ class Metrics(Collector):
         yield _counter("evicted_bytes", "Their bytes.", store.evicted_bytes)
 
     def _process(self) -> Iterator[Metric]:
+        text = "1; the labels are the versions of what runs."
+        yield _gauges("build_info", text, [(_versions(), 1.0)], "version", "python", "mitmproxy")
         quantiles = (0.5, 0.99, 1.0)
-        lags = zip(quantiles, self._lag.quantiles(*quantiles), strict=True)
-        lag = (((f"{quantile:g}",), seconds) for quantile, seconds in lags)
-        yield _gauges("event_loop_lag_seconds", "Lateness of the event loop in ten minutes.", lag, "quantile")
+        lag = Metric(f"{PREFIX}event_loop_lag_seconds", "Lateness of the event loop in ten minutes.", "summary")
+        for quantile, seconds in zip(quantiles, self._lag.quantiles(*quantiles), strict=True):
+            lag.add_sample(lag.name, {"quantile": f"{quantile:g}"}, seconds)
+        yield lag
         ends = (((name,), end.timestamp()) for name, end in self._health.certificates().items())
         yield _gauges("certificate_expiry_timestamp_seconds", "When a certificate ends.", ends, "name")
 
@@ -139,6 +144,18 @@ def _fleet(state: JSON) -> Iterator[Metric]:
     yield _counter("tier_failures", "Calls of the object store that failed.", state["failures"])
     yield _counter("tier_forged_documents", "Documents there that the fleet has not signed.", state["forged"])
     yield _counter("tier_corrupt_blobs", "Blobs from there that did not hash to their name.", state["corrupt"])
+
+
+def _versions() -> tuple[str, str, str]:
+    """Return the versions of the cache, of Python and of mitmproxy."""
+
+    def told(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "unknown"  # run from a checkout that was not installed
+
+    return told("ollama-cache"), platform.python_version(), told("mitmproxy")
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -155,6 +157,36 @@ def test_what_is_asked_for_exists(tmp_path: Path, name: str) -> None:
         panels = json.loads(text)["panels"]
         assert told - asked == set()
         assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def kind_of(metric: str) -> str:
+    """What a metric counts, by its name."""
+    return next((unit for unit in ("bytes", "seconds", "info") if unit in metric), "number")
+
+
+def test_each_panel_has_one_unit() -> None:
+    """Nothing is scaled to fit beside something else, and the unit is that of what is shown."""
+    panels = json.loads((SHARE / "dashboard.json").read_text(encoding="utf-8"))["panels"]
+    units = {"bytes": {"bytes", "Bps", "percentunit"}, "seconds": {"s"}, "info": {"none"}}
+    for panel in panels:
+        expressions = [target["expr"] for target in panel["targets"]]
+        assert not [text for text in expressions if re.search(r"[*/] *[0-9]", text)], panel["title"]
+        kinds = {
+            kind_of(metric) for text in expressions for metric in re.findall(r"\b(?:ollama_cache|process)_\w+", text)
+        }
+        assert len(kinds) == 1, panel["title"]
+        unit, kind = panel["fieldConfig"]["defaults"]["unit"], kinds.pop()
+        if panel["title"] == "Processor cores":
+            kind = "number"  # seconds in a second
+        assert unit in units.get(kind, {"short", "reqps", "ops", "bool_yes_no"}), panel["title"]
+
+
+def test_versions(tmp_path: Path) -> None:
+    """Those of the packages that run."""
+    with running(tmp_path) as daemon:
+        told = [key for key in asyncio.run(daemon.scrape()) if key[0] == "build_info"]
+    expected = {metadata.version("ollama-cache"), metadata.version("mitmproxy"), platform.python_version()}
+    assert [set(key[1:]) for key in told] == [expected]
 
 
 @pytest.mark.parametrize("accept", ["", "text/plain;version=1.0.0", "application/openmetrics-text;version=1.0.0"])
