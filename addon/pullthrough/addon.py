@@ -34,6 +34,7 @@ class OllamaCache:
         self._frontend = Frontend()
         self._daemon: Daemon | None = None
         self._is_configured = False
+        self._has_started = False
         self.addons = self._frontend.addons
 
     def load(self, loader: addonmanager.Loader) -> None:
@@ -82,6 +83,7 @@ class OllamaCache:
         self._forbid_reload()
         try:
             await self._daemon.start()
+            self._has_started = True
         except CacheError as error:
             _stop(error)
 
@@ -89,6 +91,7 @@ class OllamaCache:
         """Let go of everything."""
         if self._daemon is not None:
             await self._daemon.stop()
+        if self._has_started:
             _log.info("ollama-cache has stopped")
 
     def _forbid_reload(self) -> None:

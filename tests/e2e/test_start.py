@@ -92,6 +92,7 @@ def test_a_proxy_port_in_use(tmp_path: Path) -> None:
         places = {"ollama_cache_dir": tmp_path / "store", "ollama_cache_certs": tmp_path / "certs"}
         code, message = run_until_exit(tmp_path, port=port, **places)
     assert code == 1 and "Traceback" not in message, message
+    assert "has stopped" not in message, "it had not started"
     assert f"cannot listen on 127.0.0.1:{port} for the proxy: it is taken by " in message
     assert f"(process {os.getpid()}); --listen-port and --listen-host choose another" in message
 

@@ -83,9 +83,11 @@ def renew(
             return
         configured = _names()
         if strangers := [name for name in names or () if name.lower() not in configured]:
+            wanted = ",".join([*configured[:-1], *strangers])
             fail(
-                f"{', '.join(strangers)} is not configured, but {', '.join(configured)} is: set it in config.toml or "
-                f"here as for the cache, as in {ENVIRONMENT}REGISTRIES={','.join([*configured[:-1], *strangers])}"
+                f"{', '.join(strangers)} is not configured here, but {', '.join(configured)} is (what is given to the "
+                "cache by --set is not known here): set registries in the configuration file, or "
+                f"{ENVIRONMENT}REGISTRIES={wanted} for this command and for the cache"
             )
         _show(rollover.renew(folder, configured, now=now, replace=replace))
         typer.echo("Restart the cache, set each client up again, and then: ollama-cache ca renew --switch", err=True)

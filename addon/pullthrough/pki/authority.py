@@ -145,8 +145,7 @@ class Authority:
         if missing := [name for name in dict.fromkeys(map(_parse_host, permitted)) if not authority.permits(name)]:
             raise AuthorityError(
                 f"{certificate_file}: expected a CA that permits {', '.join(missing)}, got one that permits "
-                f"{', '.join(authority.permitted)}; `ollama-cache ca renew` makes one beside it for all names that are "
-                "configured"
+                f"{', '.join(authority.permitted)}; `ollama-cache ca renew {' '.join(missing)}` makes one beside it"
             )
         return authority
 

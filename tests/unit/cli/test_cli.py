@@ -363,8 +363,8 @@ def test_ca_renew_takes_configured_names_only(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "certs"
     run("ca", "--certs", str(folder))
     message = refusal(run("ca", "renew", "hf.co", "--certs", str(folder)))
-    assert message.startswith(f"hf.co is not configured, but registry.ollama.ai, {R2_HOST} is: set it in config.toml")
-    assert message.endswith("OLLAMA_CACHE_REGISTRIES=registry.ollama.ai,hf.co")
+    assert message.startswith(f"hf.co is not configured here, but registry.ollama.ai, {R2_HOST} is (what is given to")
+    assert "or OLLAMA_CACHE_REGISTRIES=registry.ollama.ai,hf.co for this command and for the cache" in message
     assert not (folder / "next").exists()
     env = {"OLLAMA_CACHE_REGISTRIES": "registry.ollama.ai,hf.co,oci.example"}
     result = run("ca", "renew", "hf.co", "--certs", str(folder), env=env)

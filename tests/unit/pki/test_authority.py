@@ -795,7 +795,7 @@ def test_name_not_permitted(tmp_path: Path, configured: str) -> None:
 
     assert str(caught.value) == (
         f"{tmp_path / CERTIFICATE_NAME}: expected a CA that permits {configured}, got one that permits "
-        f"{HOST}, {BLOB_HOST}; `ollama-cache ca renew` makes one beside it for all names that are configured"
+        f"{HOST}, {BLOB_HOST}; `ollama-cache ca renew {configured}` makes one beside it"
     )
 
 

@@ -43,7 +43,7 @@ def test_renew(tmp_path: Path) -> None:
     """The next one permits more; each name that the one in use permits stays with it, whoever asks how often."""
     more = [*NAMES, "hf.co"]
     first = load(tmp_path).current.fingerprint
-    with pytest.raises(AuthorityError, match=r"permits hf\.co, got .*`ollama-cache ca renew`"):
+    with pytest.raises(AuthorityError, match=r"permits hf\.co, got .*`ollama-cache ca renew hf\.co`"):
         load(tmp_path, "hf.co")
     made = renew(tmp_path, more, now=NOW)
     assert made.permitted == (*NAMES, "hf.co")
