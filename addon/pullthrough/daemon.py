@@ -10,7 +10,7 @@ import gc
 import logging
 import time
 from collections.abc import Collection, Coroutine, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -22,7 +22,6 @@ from pullthrough.admin.server import ControlServer
 from pullthrough.config.paths import own_program
 from pullthrough.config.settings import Settings
 from pullthrough.core.access_log import RequestLog
-from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError, StoreError
 from pullthrough.core.humanize import count_text
 from pullthrough.core.records import by_model
@@ -31,7 +30,7 @@ from pullthrough.delivery.tls_contexts import TlsContext
 from pullthrough.doctor.probe_server import look_out
 from pullthrough.fleet.membership import Membership
 from pullthrough.fleet.object_store import ObjectStore
-from pullthrough.fleet.tier import Tier, load_secret
+from pullthrough.fleet.tier import load_secret
 from pullthrough.library.eviction import Evictor
 from pullthrough.library.listing import JSON
 from pullthrough.library.maintenance import Maintenance
@@ -41,34 +40,20 @@ from pullthrough.monitoring.lookout import Lookout, looks_at
 from pullthrough.monitoring.metrics import Metrics
 from pullthrough.monitoring.status import StatusView
 from pullthrough.monitoring.traffic import Traffic
-from pullthrough.net.client_table import ClientTable
 from pullthrough.net.connection_limits import ConnectionLimits, most_connections
 from pullthrough.net.proxy_env import ParentProxies
-from pullthrough.net.pull_history import PullHistory
 from pullthrough.pki.authority import Leaf
 from pullthrough.pki.client_setup import clients_page, guide
 from pullthrough.pki.earlier import note_authorities
 from pullthrough.pki.leaves import Leaves
 from pullthrough.pki.rollover import Rollover
-from pullthrough.recording.pulls import Counts, Place, Pulls
+from pullthrough.recording.pulls import Counts
 from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.recorder import Recorder
-from pullthrough.recording.unattended import Ahead
 from pullthrough.recording.workroom import Workroom
-from pullthrough.registry.blob_content import BlobContent
-from pullthrough.registry.blobs import Blobs
-from pullthrough.registry.grants import Grants
-from pullthrough.registry.manifests import Manifests
-from pullthrough.registry.offload import Offload
-from pullthrough.registry.pings import Pings
-from pullthrough.registry.prefetch import Prefetcher
-from pullthrough.registry.redirects import Redirects
-from pullthrough.registry.refresh import Refresher
-from pullthrough.registry.service import Registry, log_lost, log_pull
-from pullthrough.registry.signed_urls import SignedUrls
-from pullthrough.registry.warm import Warmer
+from pullthrough.registry.factory import build_registry
+from pullthrough.registry.service import Registry
 from pullthrough.runtime import platform, whereabouts
-from pullthrough.runtime.clock import lasting
 from pullthrough.runtime.executors import Threads
 from pullthrough.runtime.loop_lag import LoopLag
 from pullthrough.runtime.temp_folder import TemporaryFolder
@@ -318,58 +303,6 @@ class Daemon:
             return {**asdict(found), **counted, "descriptors": platform.descriptors()}
 
         return {"proxy": Look(tell_address), "look-out": Look(look)}
-
-
-@dataclass(frozen=True, slots=True)
-class RegistrySide:
-    """What answers clients in the registry's place, and what is done for them beforehand."""
-
-    registry: Registry
-    grants: Grants
-    pulls: Pulls
-    clients: ClientTable
-    history: PullHistory
-    redirects: Redirects
-    prefetcher: Prefetcher
-    refresher: Refresher
-    warmer: Warmer
-
-
-def build_registry(
-    settings: Settings, store: Store, upstream: Upstream, recorder: Recorder, tier: Tier | None = None
-) -> RegistrySide:
-    """Build the registry of one daemon; nothing of it runs before it is asked or opened."""
-    pulls, clients, history = Pulls(log_lost), ClientTable(), PullHistory(log_pull)
-    addresses = SignedUrls(store.secret, store.ledger, store.is_public)
-    manifests = Manifests(settings, store, upstream, tier)
-    grants = Grants(settings, store, upstream)
-    offload = Offload(store, tier if settings.offload else None)
-    prefetcher = Prefetcher(store, recorder, grants.source, lambda digest: addresses.source(digest, now=lasting()))
-
-    def follow(place: Place, digest: Digest) -> None:
-        if settings.prefetch and not settings.offline:
-            prefetcher.follow(*place, digest)
-
-    content = BlobContent(store, recorder, grants, offload, pulls, history, follow, tier)
-    redirects = Redirects(settings, upstream, grants, addresses, content.record)
-    blobs = Blobs(settings, store, upstream, recorder, grants, manifests, content, redirects, offload, pulls, tier)
-    registry = Registry(
-        settings,
-        store,
-        upstream.loop,
-        addresses=addresses,
-        manifests=manifests,
-        pings=Pings(settings, upstream),
-        blobs=blobs,
-        content=content,
-        redirects=redirects,
-        clients=clients,
-        history=history,
-    )
-    ahead = Ahead(settings, store, recorder, grants.public_source)
-    refresher = Refresher(settings, store, upstream, ahead, manifests)
-    warmer = Warmer(settings, store, ahead, manifests)
-    return RegistrySide(registry, grants, pulls, clients, history, redirects, prefetcher, refresher, warmer)
 
 
 async def _settle(store: Store) -> None:

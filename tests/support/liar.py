@@ -23,7 +23,6 @@ from pullthrough.config.settings import R2_HOST, Endpoint
 from pullthrough.core.digest import Digest
 from pullthrough.core.manifest_json import DOCKER_TYPE
 from pullthrough.core.routes import canonical_path
-from pullthrough.daemon import build_registry
 from pullthrough.library.eviction import Evictor
 from pullthrough.recording import blob_source, recording, retry_policy
 from pullthrough.recording.rate_limit import RateLimit
@@ -31,6 +30,7 @@ from pullthrough.recording.reader import FileSpan, Memory, Reader
 from pullthrough.recording.recorder import Recorder
 from pullthrough.recording.workroom import Workroom
 from pullthrough.registry import grants
+from pullthrough.registry.factory import build_registry
 from pullthrough.registry.grants import Grants
 from pullthrough.registry.messages import Answer, Request
 from pullthrough.registry.service import Registry

@@ -1,5 +1,5 @@
 """Requests in, answers out: what a client of a registry is told, and on whose word.
 
-Import `service.Registry` and the values of `messages`. Begin with `service`, whose parts `daemon` builds; `grants` says
-who may read what, `freshness` when upstream is asked, `redirects` where a client is sent.
+Import `factory`, `service.Registry` and the values of `messages`. Begin with `service`, whose parts `factory` builds;
+`grants` says who may read what, `freshness` when upstream is asked, `redirects` where a client is sent.
 """

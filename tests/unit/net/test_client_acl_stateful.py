@@ -27,10 +27,10 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import UpstreamRefused, UpstreamUnreachable
 from pullthrough.core.manifest_json import LIST_TYPE, accept_of
 from pullthrough.core.routes import canonical_path
-from pullthrough.daemon import build_registry
 from pullthrough.net.client_acl import VOUCHED_S
 from pullthrough.recording.recorder import Recorder
 from pullthrough.registry import blobs, grants, manifests
+from pullthrough.registry.factory import build_registry
 from pullthrough.registry.messages import Request
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import Response, Upstream

@@ -8,9 +8,9 @@ import pytest
 
 from pullthrough.config.options import parse_settings
 from pullthrough.core.cdn_loop import LoopGuard
-from pullthrough.daemon import build_registry
 from pullthrough.recording.recorder import Recorder
 from pullthrough.registry import service
+from pullthrough.registry.factory import build_registry
 from pullthrough.registry.messages import Request
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import Upstream
