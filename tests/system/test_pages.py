@@ -28,6 +28,7 @@ AXE: Final = "axe-core@4"
 FITS: Final = "document.documentElement.scrollWidth <= window.innerWidth"
 REACHABLE: Final = "[...document.querySelectorAll('a[href], button, input:not([type=hidden]), summary')]"
 """What a keyboard must reach, unless it is folded away."""
+BUTTONS: Final = "[...document.querySelectorAll('pre.copy button')]"
 NAME: Final = "((each) => each.outerHTML.slice(0, 200))"
 
 
@@ -120,6 +121,8 @@ async def visit(browser: Browser, url: str, screen: Screen, axe: str) -> Sequenc
     await browser.value("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     assert await browser.value(FITS), f"{url} with all unfolded is wider than {screen}"
     await reached_by_keyboard(browser)
+    copied = await browser.value(f"{BUTTONS}.map((each) => {{ each.click(); return each.textContent; }})")
+    assert set(copied) <= {"Copied", "Selected"}
     assert browser.complaints == []
     if not axe:
         return []
@@ -136,6 +139,8 @@ def test_pages(site: tuple[str, Proxy], axe: str, tmp_path: Path) -> None:
     async def look() -> dict[str, Any]:
         found = {}
         async with browsing(tmp_path / "profile") as browser:
+            await browser.open(f"{proxy.url}/")  # which leads to the pages' port
+            await browser.wait_for(f"location.port == '{proxy.front_port}' && document.querySelector('h1') != null")
             for path, screen in VISITS[kind]:
                 url = f"http://127.0.0.1:{proxy.front_port}{path.format(model=MODELS[kind])}"
                 if violations := await visit(browser, url, screen, axe):
