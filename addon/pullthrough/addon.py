@@ -19,7 +19,7 @@ from pullthrough.proxy import options
 from pullthrough.proxy.frontend import Frontend
 from pullthrough.proxy.log_setup import set_up_logs
 from pullthrough.proxy.modes import check_modes, check_ports
-from pullthrough.proxy.startup import check_program, write_by_lines
+from pullthrough.proxy.startup import check_program, own_files, write_by_lines
 from pullthrough.proxy.upstream_proxy import check_internals, ways_out
 
 _log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class OllamaCache:
             options.check_refused()
         except CacheError as error:
             _stop(error)
+        for path in own_files(ctx.options.confdir):
+            _log.info("mitmproxy's own options are read from %s, too", path)
         options.declare(loader)
 
     def configure(self, updated: AbstractSet[str]) -> None:

@@ -36,7 +36,7 @@ def test_commands_find_the_cache(tmp_path: Path, proxy: Proxy) -> None:
         assert told.returncode == 0, told.stderr
         assert told.stdout.rstrip().endswith(f"sh linux.sh http://cache.lan:{proxy.port}")
         assert "No cache runs" not in told.stderr
-    for verb in (["ls"], ["connect"], ["stats"], ["doctor"]):
+    for verb in (["ls"], ["connect"], ["doctor"]):
         told = call(tmp_path, proxy, *verb)
         assert told.returncode == 1, told
         assert "Traceback" not in told.stderr
@@ -44,6 +44,7 @@ def test_commands_find_the_cache(tmp_path: Path, proxy: Proxy) -> None:
     assert list((tmp_path / "other home").iterdir()) == []
 
 
+@pytest.mark.long
 def test_another_authority_is_told(tmp_path: Path) -> None:
     """A store that is served with another authority than before: which one its clients trust."""
     first = Proxy(tmp_path)

@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+from pathlib import Path
 
 from mitmproxy.addons.termlog import TermLogHandler
 from mitmproxy.master import Master
@@ -26,6 +27,12 @@ def check_program(master: Master) -> None:
     if not any(isinstance(handler, TermLogHandler) for handler in logging.getLogger().handlers):
         sys.stderr.write(f"ollama-cache: {error}\n")  # mitmproxy would show its log in a window that never opens
     raise error
+
+
+def own_files(confdir: str) -> list[Path]:
+    """Return mitmproxy's own configuration files: their `listen_port` and `mode` count here, too."""
+    folder = Path(confdir).expanduser()
+    return [path for name in ("config.yaml", "config.yml") if (path := folder / name).is_file()]
 
 
 def write_by_lines() -> None:
