@@ -10,7 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from tests.e2e.conftest import MB, add_model, unique
 from tests.e2e.test_pull import assert_complete
 from tests.support.a2 import A2Client
 from tests.support.origin import Origin
-from tests.support.proxy import PROGRAM, Proxy
+from tests.support.proxy import PROGRAM, Proxy, StartFailed
 from tests.support.storefiles import blob_file
 
 NewClient = Callable[..., A2Client]
@@ -56,18 +56,38 @@ def exfat(folder: Path, size: int) -> Iterator[Path]:
         subprocess.run(["losetup", "--detach", device], check=True)
 
 
+@contextmanager
+def poor_fat(folder: Path, size: int) -> Iterator[Path]:
+    """A new FAT disk, by a driver that cannot write to a file that was renamed, and holds no database."""
+    image, mounted = folder / "fat.img", folder / "fat"
+    image.touch()
+    os.truncate(image, size)
+    mounted.mkdir()
+    run("mkfs.vfat", "-F", "32", image)
+    run("fusefat", "-o", "rw+", image, mounted)
+    try:
+        yield mounted
+    finally:
+        subprocess.run(["umount", "--lazy", mounted], check=True)
+
+
 @pytest.mark.parametrize(
-    "size",
+    ("new_disk", "size"),
     [
-        pytest.param(96 * MB, id="96 MB"),
-        pytest.param(1 << 30, id="1 GiB", marks=[pytest.mark.long, pytest.mark.timeout(600)]),
+        pytest.param(exfat, 96 * MB, id="exFAT 96 MB"),
+        pytest.param(exfat, 1 << 30, id="exFAT 1 GiB", marks=[pytest.mark.long, pytest.mark.timeout(600)]),
     ],
 )
-def test_exfat(
-    origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path, size: int
+def test_a_disk_that_fills_gaps(
+    origin: Origin,
+    start_proxy: Callable[..., Proxy],
+    new_client: NewClient,
+    tmp_path: Path,
+    new_disk: Callable[[Path, int], AbstractContextManager[Path]],
+    size: int,
 ) -> None:
     """16 parts of a blob come at once, none of them waits for zeros to be written, and the blob is a hit afterwards."""
-    with exfat(tmp_path, 3 * size) as disk:
+    with new_disk(tmp_path, 3 * size) as disk:
         proxy = start_proxy(ollama_cache_dir=disk / "store")
         model = add_model(origin, unique(size))
         client = new_client(proxy, min_part=size // 16, max_part=size // 16)
@@ -86,6 +106,13 @@ def test_exfat(
         assert origin.counters.cdn_bytes == before
         assert os.listdir(disk / "store" / "ingest") == []  # noqa: PTH208 -- a list is compared
         proxy.stop()
+
+
+@pytest.mark.long
+def test_a_disk_that_is_no_use(start_proxy: Callable[..., Proxy], tmp_path: Path) -> None:
+    """The start is refused with the reason and what to do."""
+    with poor_fat(tmp_path, 64 * MB) as disk, pytest.raises(StartFailed, match=r"fuse.fusefat.*use another disk"):
+        start_proxy(ollama_cache_dir=disk / "store")
 
 
 def in_namespace(commands: str) -> list[str | Path]:

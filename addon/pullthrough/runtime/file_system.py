@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import shutil
+import sqlite3
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -82,7 +83,9 @@ class Facts:
     holes: bool = True
     """What was never written takes no room, and no time."""
     renames: bool = True
-    """A rename replaces a file, and an open file stays what it is."""
+    """A rename replaces a file; an open file stays what it is, and a renamed one can be written to."""
+    databases: bool = True
+    """SQLite works there."""
     locks: bool = True
     """A locked file is refused to whoever else opens it here."""
     largest: int | None = None
@@ -133,6 +136,7 @@ def examine(folder: Path) -> Facts:
             known,
             holes=_has_holes(trial / "long"),
             renames=_renames(trial),
+            databases=_holds_databases(trial / "database"),
             locks=_locks(trial / "locked"),
         )
     except OSError as error:
@@ -161,15 +165,32 @@ def _has_holes(path: Path) -> bool:
 
 
 def _renames(trial: Path) -> bool:
-    """Whether a rename takes a file's place, also one that is open."""
+    """Whether a rename takes a file's place, also of one that is open, and what is renamed can be written to."""
     for name in ("old", "new"):
         (trial / name).write_bytes(name.encode())
     try:
         with (trial / "new").open("rb") as file:
             os.replace(trial / "new", trial / "old")
-            return file.read() == b"new" == (trial / "old").read_bytes()
+            if not file.read() == b"new" == (trial / "old").read_bytes():
+                return False
+        descriptor = platform.open_descriptor(trial / "old", os.O_WRONLY)
+        try:
+            platform.write_at(descriptor, 3, b"er")
+        finally:
+            os.close(descriptor)
+        return (trial / "old").read_bytes() == b"newer"
     except OSError:
         return False
+
+
+def _holds_databases(path: Path) -> bool:
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("PRAGMA journal_mode = wal")
+            connection.execute("CREATE TABLE trial (x)")
+    except sqlite3.Error:
+        return False
+    return True
 
 
 def _locks(path: Path) -> bool:

@@ -11,9 +11,12 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 WINDOW: Final = 8 << 20
-"""The most that is filled with zeros for one write, but for AHEAD."""
+"""No write skips more than this, and AHEAD times as much where that keeps a file in order."""
 AHEAD: Final = 8
 """So many windows that are still to come are left room, to keep a file in order that grows in many places."""
+
+IN_ORDER: Final = (AHEAD + 1) * WINDOW
+"""A file that is no longer is always in order."""
 
 
 class WindowMap:

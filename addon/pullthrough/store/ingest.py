@@ -25,8 +25,7 @@ from pullthrough.core.intervals import Intervals
 from pullthrough.runtime import fallocate, file_system, platform
 from pullthrough.runtime.journal_lines import line_of, records_of
 from pullthrough.runtime.shared_file import SharedFile
-from pullthrough.runtime.window_map import WINDOW as WINDOW_OF_GAPS
-from pullthrough.runtime.window_map import WindowMap
+from pullthrough.runtime.window_map import IN_ORDER, WindowMap
 
 _log = logging.getLogger(__name__)
 
@@ -166,11 +165,11 @@ class Ingest:
         """How much of the disk a recording of so many bytes may take. Raises StoreUnwritable if no file is so long."""
         if self._largest is not None and size > self._largest:
             raise StoreUnwritable(f"recording {self.digest}: {size} bytes are more than a file of its disk may have")
-        return 2 * size if self._fills_gaps and size > WINDOW_OF_GAPS else size
+        return 2 * size if self._fills_gaps and size > IN_ORDER else size
 
     def begin(self, size: int) -> None:
         """Start from nothing: a sparse file of `size` bytes, or one that grows."""
-        windows = WindowMap() if self.takes(size) > size else None
+        windows = WindowMap() if self._fills_gaps else None
         try:
             descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR | os.O_CREAT)
             try:

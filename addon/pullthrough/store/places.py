@@ -54,12 +54,14 @@ def conclude(facts: Facts, *, index_given: bool = False) -> Place:
     kind = facts.kind or "unknown"
     if not facts.renames:
         raise StoreError(
-            f"its file system ({kind}) does not put a renamed file in another one's place, so nothing could be stored "
-            "whole; use another disk, or another driver for this one"
+            f"its file system ({kind}) does not rename files as it should, so nothing could be stored whole: "
+            "use another disk, or another driver for this one"
         )
     notes = []
     if facts.shared:
         notes.append(f"the disk may be shared with other machines ({kind}): the index is on one of this machine")
+    elif not facts.databases:
+        notes.append(f"the disk ({kind}) can hold no database: the index is on another one of this machine")
     if not facts.holes:
         notes.append(
             f"the disk ({kind}) fills gaps with zeros: a large blob may take twice its size while it is recorded"
@@ -69,7 +71,7 @@ def conclude(facts: Facts, *, index_given: bool = False) -> Place:
     if facts.problem:
         notes.append(f"nothing can be written now ({facts.problem}): what is stored is served, and nothing is recorded")
     return Place(
-        index_elsewhere=facts.shared or index_given,
+        index_elsewhere=facts.shared or index_given or not facts.databases,
         shared=facts.shared,
         unwritable=bool(facts.problem),
         in_order=not facts.holes,
@@ -87,8 +89,9 @@ def local_folder(folder: Path, index_dir: Path | None) -> Path:
 
 def index_folder(folder: Path, index_dir: Path | None) -> Path:
     """Where the index of a store that is there is found."""
-    is_elsewhere = index_dir is not None or file_system.is_shared(file_system.kind_of(folder))
-    return (local_folder(folder, index_dir) if is_elsewhere else folder) / INDEX
+    inside, local = folder / INDEX, local_folder(folder, index_dir) / INDEX
+    is_local = index_dir is not None or (any(local.glob("*.db")) and not any(inside.glob("*.db")))
+    return local if is_local else inside
 
 
 def look_at(folder: Path, *, index_given: bool) -> Place:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -52,11 +53,15 @@ def test_a_poor_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def replace(old: Path, new: Path) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
+    def connect(path: Path) -> sqlite3.Connection:
+        raise sqlite3.OperationalError("disk I/O error")
+
     monkeypatch.setattr(file_system, "kind_of", lambda path: "vfat")
     monkeypatch.setattr(platform, "allocated", lambda status: status.st_size)
     monkeypatch.setattr(platform, "lock_exclusively", lambda file: True)
     monkeypatch.setattr(os, "replace", replace)
-    expected = Facts(kind="vfat", holes=False, renames=False, locks=False, largest=(4 << 30) - 1)
+    monkeypatch.setattr(file_system.sqlite3, "connect", connect)
+    expected = Facts(kind="vfat", holes=False, renames=False, databases=False, locks=False, largest=(4 << 30) - 1)
     assert examine(tmp_path) == expected
 
 

@@ -30,6 +30,7 @@ DIGEST = Digest("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015a
         (Facts(kind="ext4"), False, Place(), []),
         (Facts(kind="ext4"), True, Place(index_elsewhere=True), []),
         (Facts(kind="nfs4", shared=True), False, Place(index_elsewhere=True, shared=True), ["nfs4"]),
+        (Facts(kind="x", databases=False), False, Place(index_elsewhere=True), ["can hold no database"]),
         (Facts(kind="fuseblk", holes=False), False, Place(in_order=True), ["fills gaps with zeros"]),
         (
             Facts(kind="vfat", holes=False, largest=99),
