@@ -130,6 +130,7 @@ CALLS: Final = (
     "import OUT/x.tar",
     "import OUT/none",
     "ca",
+    "ca show",
     "--version",
 )
 """Without a daemon, in this order on one store."""

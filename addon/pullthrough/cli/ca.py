@@ -3,13 +3,23 @@
 Invariant: an authority that clients may trust is never replaced unasked, and no key is shown.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pullthrough.cli.common import fail, own_choices, own_settings, print_lines, refusals, settings_in_force
+from pullthrough.cli.common import (
+    AsJson,
+    fail,
+    own_choices,
+    own_settings,
+    print_json,
+    print_lines,
+    refusals,
+    settings_in_force,
+)
 from pullthrough.cli.help_text import Verbs
 from pullthrough.config.settings import ENVIRONMENT, Settings
 
@@ -24,7 +34,7 @@ Certs = Annotated[
 
 
 @app.callback(invoke_without_command=True)
-def ca(context: typer.Context, certs: Certs = None) -> None:
+def ca(context: typer.Context, certs: Certs = None, json: AsJson = False) -> None:
     """Make the certificate authority if there is none, and show what clients have to trust."""
     if context.invoked_subcommand:
         return
@@ -33,12 +43,11 @@ def ca(context: typer.Context, certs: Certs = None) -> None:
     with refusals():
         settings = _settings(certs)
         rollover = Rollover.load_or_create(settings.certs, settings.intercepted, now=datetime.now(UTC))
-    for authority in rollover.all:
-        _show(authority)
+    _show(rollover.all, json=json)
 
 
 @app.command()
-def show(certs: Certs = None) -> None:
+def show(certs: Certs = None, json: AsJson = False) -> None:
     """Show the authority in use, the next one, and former ones; makes nothing."""
     from pullthrough.pki.authority import has_authority
     from pullthrough.pki.rollover import Rollover, former
@@ -50,10 +59,13 @@ def show(certs: Certs = None) -> None:
             fail(f"no authority in {folder}: the cache makes one when it starts first, and `ollama-cache ca` now")
         rollover = Rollover.load(folder, (), now=now)
         earlier = former(folder, now=now)
+    if json:
+        return _show((*rollover.all, *earlier), json=True)
     titles = ["in use", "the next one", *["a former one, which signs nothing"] * len(earlier)]
     for index, (title, authority) in enumerate(zip(titles, (*rollover.all, *earlier), strict=False)):
         print_lines([*([""] if index else []), f"{title}:"])
-        _show(authority)
+        _show([authority])
+    return None
 
 
 @app.command()
@@ -70,6 +82,7 @@ def renew(
         ),
     ] = False,
     certs: Certs = None,
+    json: AsJson = False,
 ) -> None:
     """Make the next authority beside the one in use, for all names that are configured."""
     from pullthrough.pki import rollover
@@ -78,7 +91,7 @@ def renew(
     with refusals():
         folder = _settings(certs).certs
         if switch:
-            _show(rollover.switch(folder, now=now))
+            _show([rollover.switch(folder, now=now)], json=json)
             typer.echo("Restart the cache. Who trusts only the former CA cannot pull any more.", err=True)
             return
         configured = _names()
@@ -89,7 +102,7 @@ def renew(
                 "cache by --set is not known here): set registries in the configuration file, or "
                 f"{ENVIRONMENT}REGISTRIES={wanted} for this command and for the cache"
             )
-        _show(rollover.renew(folder, configured, now=now, replace=replace))
+        _show([rollover.renew(folder, configured, now=now, replace=replace)], json=json)
         typer.echo("Restart the cache, set each client up again, and then: ollama-cache ca renew --switch", err=True)
 
 
@@ -108,13 +121,29 @@ def _settings(certs: Path | None) -> Settings:
     return settings_in_force(None)
 
 
-def _show(authority: "Authority") -> None:
-    print_lines(
-        [
-            f"certificate (PEM)    {authority.certificate_file}",
-            f"certificate (DER)    {authority.certificate_file.with_suffix('.cer')}",
-            f"SHA-256 fingerprint  {authority.fingerprint}",
-            f"signs only           {', '.join(authority.permitted)} (and names below them)",
-            f"valid until          {authority.not_after:%Y-%m-%d}",
-        ]
-    )
+def _show(authorities: "Sequence[Authority]", *, json: bool = False) -> None:
+    """Say what clients have to trust, which is no secret."""
+    if json:
+        return print_json(
+            [
+                {
+                    "certificate": str(authority.certificate_file),
+                    "der": str(authority.certificate_file.with_suffix(".cer")),
+                    "sha256": authority.fingerprint,
+                    "names": list(authority.permitted),
+                    "not_after": int(authority.not_after.timestamp()),
+                }
+                for authority in authorities
+            ]
+        )
+    for authority in authorities:
+        print_lines(
+            [
+                f"certificate (PEM)    {authority.certificate_file}",
+                f"certificate (DER)    {authority.certificate_file.with_suffix('.cer')}",
+                f"SHA-256 fingerprint  {authority.fingerprint}",
+                f"signs only           {', '.join(authority.permitted)} (and names below them)",
+                f"valid until          {authority.not_after:%Y-%m-%d}",
+            ]
+        )
+    return None

@@ -62,7 +62,7 @@ def ls(
         pinned = "yes" if row["pinned"] else ""
         table.append((row["name"], row["id"], size_text(row["size"]), row["held"], pulled, pinned))
     total = f"{count_text(len(rows), 'model')}, {size_text(sum(row['size'] for row in rows))}"
-    return print_lines([*table_lines(table, elastic=0, spare=(1, 5)), "", total])
+    return print_lines([*table_lines(table, elastic=0, spare=(1,)), "", total])
 
 
 @app.command(rich_help_panel=LOOKING)

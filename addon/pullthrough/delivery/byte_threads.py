@@ -18,6 +18,7 @@ import time
 from collections import deque
 from typing import Final, Protocol
 
+from pullthrough.core.humanize import count_text
 from pullthrough.runtime import platform
 
 _log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class ByteThreads:
             for connection in self._busy:
                 connection.stop()
             if not self._changed.wait_for(lambda: not self._busy, JOIN_S):
-                _log.warning("%d connections did not end in time", len(self._busy))
+                _log.warning("%s did not end in time", count_text(len(self._busy), "connection"))
         if self._poller.is_alive():
             self._poller.join(JOIN_S)
 

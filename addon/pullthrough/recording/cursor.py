@@ -8,6 +8,7 @@ import logging
 from typing import Final, Protocol
 
 from pullthrough.core.digest import Digest
+from pullthrough.core.humanize import count_text
 from pullthrough.recording.assembly import Assembly
 from pullthrough.runtime.clock import steady
 from pullthrough.runtime.shared_file import SharedFile
@@ -81,10 +82,10 @@ class Cursor:
         if (hungry := steady() - self.fed) > HUNGRY_S and not self._told:
             self._told = True
             _log.warning(
-                "recording %s: a client has waited %.1f s for a byte; it has %d readers",
+                "recording %s: a client has waited %.1f s for a byte; it has %s",
                 self._feed.digest.short,
                 hungry,
-                self._feed.readers,
+                count_text(self._feed.readers, "reader"),
             )
         return self.present
 

@@ -21,6 +21,7 @@ import diskcache
 
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreError
+from pullthrough.core.humanize import count_text
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name
 from pullthrough.store import rows
 from pullthrough.store.rows import Contents, Members
@@ -204,7 +205,9 @@ class Index:
                         self.cache.set(key, value())
         except (sqlite3.Error, OSError, diskcache.Timeout):
             # What is resident stays right; what is never written is forgotten at the next start, and learnt again.
-            _log.exception("index write of %d rows failed, the first is %s", len(pending), next(iter(pending)))
+            _log.exception(
+                "index write of %s failed, the first is %s", count_text(len(pending), "row"), next(iter(pending))
+            )
             with self._lock:
                 self._pending = pending | self._pending
         except Exception:

@@ -4,6 +4,7 @@ The verbs run in this process, by typer's runner; that the console script exists
 """
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -337,6 +338,18 @@ def test_ca_holds_the_environment_to_its_grammar(run: Run, tmp_path: Path, name:
     env = {f"OLLAMA_CACHE_{name}": value, "OLLAMA_CACHE_CERTS": str(tmp_path / "certs")}
     assert message in refusal(run("ca", env=env))
     assert tree(tmp_path) == set()
+
+
+def test_ca_in_json(run: Run, tmp_path: Path) -> None:
+    """What is made and what is shown is one list; the fingerprint is the certificate's."""
+    certs = ("--certs", str(tmp_path / "ca"), "--json")
+    (made,) = json.loads(run("ca", *certs).stdout)
+    digest = certificate(tmp_path / "ca").fingerprint(hashes.SHA256())
+    assert (made["sha256"], made["certificate"]) == (digest.hex(":").upper(), str(tmp_path / "ca" / CERTIFICATE_NAME))
+    assert json.loads(run("ca", "show", *certs).stdout) == [made]
+    (coming,) = json.loads(run("ca", "renew", *certs).stdout)
+    assert json.loads(run("ca", "show", *certs).stdout) == [made, coming]
+    assert json.loads(run("ca", "renew", "--switch", *certs).stdout)[0]["sha256"] == coming["sha256"]
 
 
 def test_ca_show_makes_nothing(run: Run, tmp_path: Path) -> None:
