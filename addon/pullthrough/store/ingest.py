@@ -13,7 +13,6 @@ it described and nothing else.
 import contextlib
 import logging
 import os
-import secrets
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,7 +22,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import InvalidRequest, StoreUnwritable
 from pullthrough.core.intervals import Intervals
 from pullthrough.runtime import fallocate, file_system, platform
-from pullthrough.runtime.journal_lines import line_of, records_of
+from pullthrough.runtime.journal_lines import line_of, records_of, replace_file
 from pullthrough.runtime.shared_file import SharedFile
 from pullthrough.runtime.window_map import IN_ORDER, WindowMap
 
@@ -80,6 +79,8 @@ class Ingest:
         self._journal: int | None = None
         self._journal_size = 0
         self._journal_lock = threading.Lock()
+        self._is_durable = False
+        """The journal may outlive the power: what it says, and that it is gone, has to be made durable."""
         self.reserves = False
         """Room is taken ahead of what is written: all of the blob is on its way."""
         self._windows: set[int] = set()
@@ -173,8 +174,9 @@ class Ingest:
         try:
             descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR | os.O_CREAT)
             try:
-                # An old journal is gone for good before what it speaks of changes.
-                self._rewrite_journal(size, Intervals(), Intervals(), windows)
+                # An old journal is gone for good before what it speaks of changes. Where there is none a small blob may
+                # come and be published before anything here has to be durable.
+                self._rewrite_journal(size, Intervals(), Intervals(), windows, sync=self.journal_path.exists())
                 os.ftruncate(descriptor, 0)
                 if windows is None:
                     os.ftruncate(descriptor, size)
@@ -269,6 +271,9 @@ class Ingest:
         try:
             if self._journal is not None:
                 platform.sync_data(self._journal)
+                if not self._is_durable:
+                    platform.sync_folder(self.journal_path.parent)
+                    self._is_durable = True
         except OSError as error:
             raise StoreUnwritable(f"flushing {self.digest}: {error}") from error
 
@@ -292,6 +297,8 @@ class Ingest:
         """Remove the journal, and bytes that are not in order: they have moved on."""
         with contextlib.suppress(OSError):
             self.journal_path.unlink()
+            if self._is_durable:
+                platform.sync_folder(self.journal_path.parent)
             if self.finished_path is self._whole_path:
                 self._whole_path.unlink(missing_ok=True)
                 self.partial_path.unlink(missing_ok=True)
@@ -321,8 +328,10 @@ class Ingest:
             os.close(self._journal)
             self._journal = None
 
-    def _rewrite_journal(self, size: int, present: Intervals, flushed: Intervals, windows: WindowMap | None) -> None:
-        """A fresh journal in place of the old, whole or not at all: durable when this returns, and open for more."""
+    def _rewrite_journal(
+        self, size: int, present: Intervals, flushed: Intervals, windows: WindowMap | None, *, sync: bool = True
+    ) -> None:
+        """Put a fresh journal in place of the old, whole or not at all, open for more; durable if `sync`."""
         self._close_journal()
         header = {"format": FORMAT, "digest": str(self.digest), "size": size, "boot": platform.boot_id()}
         lines = [line_of(header)]
@@ -330,15 +339,8 @@ class Ingest:
             lines.append(line_of({"p": windows.order}))
         lines += [line_of({"f": [list(interval) for interval in flushed]})]
         lines += [line_of({"w": list(interval)}) for interval in present]
-        temporary = self.journal_path.with_name(f".{self.journal_path.name}.{secrets.token_hex(4)}")
-        descriptor = platform.open_descriptor(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            platform.write_at(descriptor, 0, b"".join(lines))
-            platform.sync_data(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, self.journal_path)
-        platform.sync_folder(self.journal_path.parent)
+        replace_file(self.journal_path, lines, sync=sync)
+        self._is_durable = sync
         self._journal_size = sum(map(len, lines))
         self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY)
 

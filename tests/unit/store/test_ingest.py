@@ -49,6 +49,39 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     assert Ingest(tmp_path, DIGEST).resume() is None
 
 
+def test_what_has_to_be_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blob that comes and is published between two flushes waits for no journal; one that was flushed leaves none."""
+    synced: list[str] = []
+    monkeypatch.setattr(platform, "sync_data", lambda _: synced.append("file"))
+    monkeypatch.setattr(platform, "sync_folder", lambda _: synced.append("folder"))
+
+    def steps() -> list[str]:
+        done = synced.copy()
+        synced.clear()
+        return done
+
+    quick = begin(tmp_path)
+    quick.write_at(0, bytes(16))
+    quick.forget()
+    quick.close()
+    assert steps() == []
+    begin(tmp_path).close()
+    again = begin(tmp_path)  # over a journal that may speak of bytes
+    assert steps() == ["file", "folder"]
+    again.discard()
+    again.close()
+    assert steps() == ["folder"]
+    slow = begin(tmp_path)
+    assert steps() == []
+    slow.flush(Intervals())
+    assert steps() == ["file", "file", "folder"]
+    slow.flush(Intervals())
+    assert steps() == ["file", "file"]
+    slow.forget()
+    slow.close()
+    assert steps() == ["folder"]
+
+
 def test_same_boot_believes_what_was_written(tmp_path: Path, boot: Callable[[str], None]) -> None:
     """After `kill -9` the kernel still has every byte that was written."""
     ingest = begin(tmp_path)
