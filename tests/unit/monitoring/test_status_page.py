@@ -1,5 +1,6 @@
 """status_page: what is seen is said, hostile texts are texts, and nothing private has a name."""
 
+import itertools
 import re
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from pullthrough.monitoring.event_log import Event
 from pullthrough.monitoring.health import Disk
 from pullthrough.monitoring.model_index import ModelIndex, Order, Page
 from pullthrough.monitoring.status import ClientRow, Holdings, Progress, Sight
-from pullthrough.monitoring.status_page import ModelQuery, StatusPage, _numbers, model_path, span_text
+from pullthrough.monitoring.status_page import SHARE, ModelQuery, StatusPage, _numbers, model_path, span_text
 from pullthrough.net.client_table import Client, Way
 from pullthrough.net.pull_history import Pull
 from pullthrough.pki.client_setup import KINDS, SetupGuide
@@ -215,6 +216,30 @@ def test_hostile_texts() -> None:
         assert "&lt;img src=x" in text
         assert "<img" not in text
         assert text.count("<script>") == text.count("</script>") == 1
+
+
+def luminance(colour: str) -> float:
+    """Relative, as WCAG 2.2 defines it."""
+    digits = colour.removeprefix("#")
+    digits = "".join(digit * 2 for digit in digits) if len(digits) == 3 else digits
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_contrast(scheme: int) -> None:
+    """Text is 4.5 times as bright as what it stands on, or the other way round, and a bar of the plot 3 times."""
+    style = (SHARE / "status.css").read_text()
+    colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]+);", re.findall(r":root {(.*?)}", style, re.S)[scheme]))
+    for least, names, grounds in (
+        (4.5, ("ink", "faint", "accent", "bad"), ("card", "paper")),
+        (4.5, ("bad",), ("bad-paper",)),
+        (3.0, ("saved", "fetched"), ("card",)),
+    ):
+        for name, ground in itertools.product(names, grounds):
+            darker, lighter = sorted((luminance(colours[name]), luminance(colours[ground])))
+            assert (lighter + 0.05) / (darker + 0.05) >= least, (name, ground)
 
 
 def test_policy() -> None:
