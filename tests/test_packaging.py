@@ -235,6 +235,26 @@ def test_constraints_are_plain() -> None:
     assert {requirement_name(requirement) for requirement in wanted} - pinned == set()
 
 
+def test_hashes_agree_with_the_constraints() -> None:
+    """What runs, and what builds it, is installed by hash: the pins are the same, and each has hashes."""
+    pins = set((ROOT / "scripts" / "constraints.txt").read_text(encoding="utf-8").lower().splitlines())
+    text = (ROOT / "scripts" / "hashes.txt").read_text(encoding="utf-8").replace(" \\\n", " ")
+    hashed = {}
+    for line in text.splitlines():
+        match = re.fullmatch(r"(\S+==\S+)(?: ; [^-]+?)?((?: +--hash=sha256:[0-9a-f]{64})+)", line)
+        assert match is not None, line[:100]
+        name, _, version = match[1].partition("==")
+        hashed[normal(name)] = version
+    pinned = {normal(name): version for name, _, version in (line.partition("==") for line in pins)}
+    # Packages of other systems are pinned there alone.
+    assert {name: version for name, version in hashed.items() if pinned.get(name, version) != version} == {}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {requirement_name(text) for text in project["dependencies"]} | {"hatchling"} <= hashed.keys()
+    # With --require-hashes pip refuses whatever is not there.
+    needed = itertools.chain(*(found.requires or () for found in distributions() if normal(found.name) in hashed))
+    assert {requirement_name(text) for text in needed if ";" not in text} - hashed.keys() == set()
+
+
 def test_constraints_agree_with_the_project() -> None:
     """Each pin is within the bounds of pyproject.toml, and of every package that is pinned beside it."""
     lines = (ROOT / "scripts" / "constraints.txt").read_text(encoding="utf-8").splitlines()

@@ -223,7 +223,7 @@ class Checkout:
         self.log = machine.folder / "log"
         self.offline = machine.folder / "offline"
         self.pause = machine.folder / "pause"
-        for name in ("setup", "find-python", "run", "test", "make-ca", "constraints.txt"):
+        for name in ("setup", "find-python", "run", "test", "make-ca", "constraints.txt", "hashes.txt"):
             (self.folder / "scripts").mkdir(parents=True, exist_ok=True)
             shutil.copy(SCRIPTS / name, self.folder / "scripts" / name)
         shutil.copy(ROOT / "pyproject.toml", self.folder)
@@ -250,7 +250,7 @@ def test_setup_is_done_once(checkout: Checkout) -> None:
     """The first setup makes and installs; the second finds all in place, at once and in silence."""
     first = checkout.setup()
     assert first.returncode == 0, first.stderr
-    assert checkout.done() == ["venv", "pip hatchling", "pip ."]
+    assert checkout.done() == ["venv", "pip scripts/hashes.txt", "pip ."]
     started = time.monotonic()
     second = checkout.setup()
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
@@ -263,7 +263,7 @@ def test_setup_adds_extras(checkout: Checkout) -> None:
     checkout.setup("test")
     assert checkout.done()[-1] == "pip .[test]"
     checkout.setup("test,dev")
-    assert checkout.done() == ["pip hatchling", "pip .[dev,test]"]
+    assert checkout.done() == ["pip scripts/hashes.txt", "pip .[dev,test]"]
     for extras in ("", "test", "dev", "dev,test"):
         checkout.setup(extras)
     assert checkout.done() == []
@@ -276,9 +276,9 @@ def test_setup_follows_a_changed_project(checkout: Checkout) -> None:
     with (checkout.folder / "pyproject.toml").open("a") as project:
         project.write("\n# changed\n")
     checkout.setup()
-    assert checkout.done() == ["pip hatchling", "pip ."]
+    assert checkout.done() == ["pip scripts/hashes.txt", "pip ."]
     checkout.setup("test")
-    assert checkout.done() == ["pip hatchling", "pip .[test]"]
+    assert checkout.done() == ["pip scripts/hashes.txt", "pip .[test]"]
 
 
 def test_setup_follows_a_moved_checkout(checkout: Checkout) -> None:
@@ -298,7 +298,7 @@ def test_setup_remakes_a_broken_environment(checkout: Checkout) -> None:
     python.unlink()
     link(python, "/nowhere/python3.13")
     assert checkout.setup().returncode == 0
-    assert checkout.done() == ["venv", "pip hatchling", "pip ."]
+    assert checkout.done() == ["venv", "pip scripts/hashes.txt", "pip ."]
 
 
 def test_failed_install_is_told_and_tried_again(checkout: Checkout) -> None:
@@ -311,7 +311,7 @@ def test_failed_install_is_told_and_tried_again(checkout: Checkout) -> None:
     checkout.done()
     checkout.offline.unlink()
     assert checkout.setup().returncode == 0
-    assert checkout.done() == ["pip hatchling", "pip ."]
+    assert checkout.done() == ["pip scripts/hashes.txt", "pip ."]
 
 
 def test_no_python_is_told_by_setup(checkout: Checkout) -> None:
@@ -337,7 +337,7 @@ def test_two_setups_at_once_install_once(checkout: Checkout, lock: str) -> None:
     ]
     outcomes = [(process.communicate(timeout=60)[1], process.returncode) for process in started]
     assert [status for _, status in outcomes] == [0, 0, 0], outcomes
-    assert checkout.done() == ["venv", "pip hatchling", "pip ."]
+    assert checkout.done() == ["venv", "pip scripts/hashes.txt", "pip ."]
     assert not (checkout.folder / ".venv.lock.d").exists()
 
 
