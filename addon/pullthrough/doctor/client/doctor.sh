@@ -99,7 +99,7 @@ variable() {
 
 # age_of PID: for how many seconds it has run.
 age_of() {
-    ps -o etime= -p "$1" | awk '{
+    ps -o etime= -p "$1" 2>/dev/null | awk '{
         days = split($1, part, "-") > 1 ? part[1] : 0
         count = split(part[days ? 2 : 1], clock, ":")
         for (i = 1; i <= count; i++) seconds = seconds * 60 + clock[i]
@@ -315,12 +315,12 @@ of_clock() {
 # of_list: whether the daemon can read the list that SSL_CERT_FILE names.
 of_list() {
     what="SSL_CERT_FILE cannot be read"
-    user=$(ps -o user= -p "$pid" 2>/dev/null)
+    user=$(stat -c %U "/proc/$pid")
     if [ ! -e "$root$own" ]; then
         found "$what" "$own: there is no such file" "$connect"
         return 1
     fi
-    case "${user:-root} $(ls -ldL "$root$own")" in
+    case "$user $(ls -ldL "$root$own")" in
         root* | "$user "???????r* | "$user "*" $user "*) ;;
         *)
             found "$what" "$own: the daemon's user $user may not" "sudo chmod a+r $own && $restart"
