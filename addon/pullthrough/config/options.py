@@ -53,6 +53,19 @@ _SECRETS: Final = (
 """What may be a password, a signature, a token or a key, and what is shown of it."""
 
 
+def shown(text: str) -> str:
+    """Return what an error may quote of a text, which may be a secret in the wrong place."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _parse_secret_file(text: str) -> Path | None:
+    if not text.startswith(("/", "~", ".")) and shown(text) != text:
+        raise ValueError("the path of a file, not the secret itself")
+    return parse_file(text)
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One row of the option table; `default` is the text a user would type, "" where it depends on the machine."""
@@ -208,7 +221,7 @@ GROUPS: Final[Mapping[str, tuple[Option, ...]]] = {
             "",
             "A file, readable by its owner alone, with what the fleet's caches sign by: at least 32 bytes, the "
             "same on each.",
-            parse_file,
+            _parse_secret_file,
         ),
         Option(
             "offload",
@@ -294,13 +307,6 @@ def _unknown(name: str) -> SettingsError:
     found = closest(name, known)
     hint = f"did you mean {PREFIX}{found}?" if found else f"expected one of {', '.join(sorted(known))} after {PREFIX!r}"
     return SettingsError(f"unknown option {PREFIX}{name}; {hint}")
-
-
-def shown(text: str) -> str:
-    """Return what an error may quote of a text, which may be a secret in the wrong place."""
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def parse_settings(

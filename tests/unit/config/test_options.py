@@ -284,6 +284,17 @@ def test_what_is_no_secret_is_shown(text: str) -> None:
     assert shown(text) == text
 
 
+def test_a_secret_in_place_of_its_file() -> None:
+    """It would be shown as a path wherever options are."""
+    with pytest.raises(
+        SettingsError, match="fleet_secret_file: expected the path of a file, not the secret"
+    ) as refused:
+        parse(object_store="s3://bucket", fleet_secret_file="q7Jm2Zp0Xv9LkT4sWb8NcR1dq7Jm2Zp0Xv9LkT4s")
+    assert "q7Jm2Zp0" not in str(refused.value)
+    path = "/run/secrets/q7Jm2Zp0Xv9LkT4sWb8NcR1d"
+    assert parse(object_store="s3://bucket", fleet_secret_file=path).fleet_secret_file == Path(path)
+
+
 def test_a_front_needs_a_port() -> None:
     """Nobody is left to believe that a registry has a port where nothing listens."""
     with pytest.raises(SettingsError, match=r"ollama_cache_front: expected hosts to listen on .*listen=off"):
