@@ -83,8 +83,10 @@ class Following:
     name: Name
     began: float
     last: float
-    wanted: list[Sequence[Digest]] = field(default_factory=list)
+    wanted: list[frozenset[Digest]] = field(default_factory=list)
     blobs: dict[Digest, _Blob] = field(default_factory=dict)
+    whole: set[Digest] = field(default_factory=set)
+    """Those that have gone to the client."""
     reading: int = 0
     """Requests that are being answered."""
     from_cache: int = 0
@@ -92,13 +94,13 @@ class Following:
 
     @property
     def is_whole(self) -> bool:
-        return all(blob.is_whole for blob in self.blobs.values())
+        return len(self.whole) == len(self.blobs)
 
     @property
     def is_complete(self) -> bool:
         """Whether all blobs of the model have gone to the client."""
-        has = {digest for digest, blob in self.blobs.items() if blob.is_whole}
-        return not self.reading and any(has.issuperset(digests) for digests in self.wanted)
+        # Asked for each blob of thousands: a set that is too small is seen by its length.
+        return not self.reading and any(digests <= self.whole for digests in self.wanted)
 
     def tell(self, *, is_running: bool) -> Pull:
         size = sum(blob.size for blob in self.blobs.values())
@@ -135,7 +137,7 @@ class PullHistory:
         if pull is None:
             pull = self._begin(client, name.model, now)
         pull.last = now
-        pull.wanted += [digests for digests in wanted if digests not in pull.wanted]
+        pull.wanted += [digests for digests in map(frozenset, wanted) if digests not in pull.wanted]
 
     def begin(
         self,
@@ -166,7 +168,10 @@ class PullHistory:
         """Note that `sent` bytes from `start` have gone out; `cached` says that the blob was here before the pull."""
         pull.reading -= 1
         pull.last = now
-        pull.blobs[digest].sent.add(start, start + sent)
+        blob = pull.blobs[digest]
+        blob.sent.add(start, start + sent)
+        if blob.is_whole:
+            pull.whole.add(digest)
         if cached:
             pull.from_cache += sent
         else:
