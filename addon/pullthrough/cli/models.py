@@ -29,7 +29,7 @@ from pullthrough.cli.help_text import LOOKING, MODELS, Verbs
 from pullthrough.config.quantities import parse_duration
 from pullthrough.core.errors import CacheError, NoDaemon, StoreError
 from pullthrough.core.humanize import ago_text, columns, count_text, size_text
-from pullthrough.library.listing import Order, View, beyond_text, chosen, detail, listing, statistics
+from pullthrough.library.listing import Order, View, beyond_models, beyond_text, chosen, detail, listing, statistics
 from pullthrough.runtime.gc_pause import gc_paused
 from pullthrough.upstream.reachability import Service
 
@@ -52,7 +52,13 @@ def ls(
     json: AsJson = False,
 ) -> None:
     """List the stored models."""
-    rows = chosen(_look(dir, "ls", {}, listing), pattern, sort)
+    views: list[View] = []
+
+    def look(view: View) -> Any:
+        views.append(view)
+        return listing(view)
+
+    rows = chosen(_look(dir, "ls", {}, look), pattern, sort)
     if json:
         return print_json(rows)
     now = time.time()
@@ -62,7 +68,10 @@ def ls(
         pinned = "yes" if row["pinned"] else ""
         table.append((row["name"], row["id"], size_text(row["size"]), row["held"], pulled, pinned))
     total = f"{count_text(len(rows), 'model')}, {size_text(sum(row['size'] for row in rows))}"
-    return print_lines([*table_lines(table, elastic=0, spare=(1,)), "", total])
+    # What was read here is not read twice.
+    sums = beyond_models(views[0]) if views else _look(dir, "stats", {}, statistics)
+    rest = [f"on the disk: {beyond}"] if not pattern and (beyond := beyond_text(sums)) else []
+    return print_lines([*table_lines(table, elastic=0, spare=(1,)), "", total, *rest])
 
 
 @app.command(rich_help_panel=LOOKING)

@@ -95,7 +95,7 @@ def test_ls(run: Run) -> None:
         "NAME           ID              SIZE    HELD        PULLED        PINNED\n"
         "llama3.2:1b    ID..........    7 B     complete    1 hour ago\n"
         "me/x:latest    ID..........    11 B    partial     1 day ago     yes\n\n"
-        "2 models, 18 B"
+        "2 models, 18 B\non the disk: private blobs 15 B"
     )
     rows = json.loads(said(run("ls", "--json")))
     assert list(rows[0]) == [
