@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.e2e.conftest import MB, add_model, unique
@@ -66,12 +67,24 @@ class Watched(A2Client):
             raise
 
 
+def wait_for_connections(proxy: Proxy, count: int) -> None:
+    """Return when so many clients have connected to a cache that is not open yet."""
+    deadline = time.monotonic() + 30
+    while True:
+        every = psutil.Process(proxy.pid).net_connections("tcp")
+        here = [each for each in every if each.status == psutil.CONN_ESTABLISHED and each.laddr[1] == proxy.port]
+        if len(here) >= count:
+            return
+        assert time.monotonic() < deadline, f"expected {count} connections, got {len(here)}"
+
+
 @pytest.mark.long
 def test_a_restart_under_sixteen_clients(origin: Origin, tmp_path: Path) -> None:
     """All pulls end whole; what fails was cut, or found nobody listening; nothing fails once somebody does."""
-    folder = tmp_path / "proxy"
+    gate, folder = tmp_path / "gate", tmp_path / "proxy"
     folder.mkdir()
-    with Proxy(folder, origin) as proxy:
+    gate.touch()
+    with Proxy(folder, origin, program=patched(folder, SLOW_START.replace("GATE", repr(str(gate))))) as proxy:
         models = [add_model(origin, unique(24 * MB)) for _ in range(4)]
         clients = [
             Watched(proxy.url, proxy.ca_file, tmp_path / str(number), min_part=3 * MB, max_part=3 * MB)
@@ -83,11 +96,14 @@ def test_a_restart_under_sixteen_clients(origin: Origin, tmp_path: Path) -> None
         def watch() -> None:
             proxy.wait_for_line("proxy listening at", timeout_s=60)
             listening[0] = time.monotonic()
+            wait_for_connections(proxy, 16)
+            gate.touch()
 
         with ThreadPoolExecutor(16) as pool:
             pulls = [pool.submit(client.pull, models[number % 4].name) for number, client in enumerate(clients)]
             origin.counters.wait_for(lambda counters: counters.cdn_bytes > 16 * MB)
             proxy.stop()
+            gate.unlink()
             proxy.forget_lines()
             watching = threading.Thread(target=watch)
             watching.start()
