@@ -139,7 +139,7 @@ CALLS: Final = (
 def screens(width: int) -> str:
     """Return what all calls say on a terminal of this width."""
     with tempfile.TemporaryDirectory() as name, surroundings(Path(name), width) as say:
-        said = [say("--help"), *(say(f"{verb} --help") for verb in commands() if verb != "run")]
+        said = [say("--help"), *(say(f"{verb} --help") for verb in commands())]
         said += [say(call) for call in CALLS]
         with patch("pullthrough.cli.models.ask", _daemon):
             said += [say(call) for call in ("ps", "warm gemma3 nope", "warm gemma3 --dry-run")]

@@ -76,6 +76,37 @@ def test_uninstall(tmp_path: Path) -> None:
     assert "got none" in install(tmp_path, "--undo").stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: it looks for systemd there")
+def test_the_service_is_started_and_stopped(tmp_path: Path) -> None:
+    """On a machine, and not in a folder, by systemctl; a stub, in a name space where the real /etc is hidden."""
+    if not (shutil.which("unshare") and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0):
+        pytest.skip("needs the right to unshare mounts")
+    stub = tmp_path / "bin/systemctl"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n')
+    stub.chmod(0o755)
+    program = fake_program(tmp_path / "opt")
+    lines = f"set -e; mount -t tmpfs x /etc; {SERVICES}/install {program}; {SERVICES}/install --undo"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", lines],
+        env={"PATH": f"{stub.parent}:{os.environ['PATH']}", "HOME": "/srv/me", "SUDO_USER": "me"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "mount:" in done.stderr:
+        pytest.skip("needs the right to mount")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "daemon-reload",
+        "--quiet enable ollama-cache.service",
+        "restart ollama-cache.service",
+        "stop ollama-cache.service",
+        "--quiet disable ollama-cache.service",
+        "daemon-reload",
+    ]
+
+
 def fake_program(folder: Path, *places: str) -> Path:
     """A program, and beside it a Python that is made of what lies in these places."""
     (folder / "bin").mkdir(parents=True)

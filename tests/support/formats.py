@@ -25,7 +25,7 @@ def make_format_1(folder: Path, *, references: bool = True) -> None:
         rows = connection.execute("SELECT key, value FROM Cache WHERE key GLOB 'manifest *' OR key GLOB 'child *'")
         for key, text in rows.fetchall():
             facts = json.loads(text)
-            del facts["sum"]
+            del facts["sum"], facts["brought"]
             if not references:
                 del facts["references"]
             connection.execute("UPDATE Cache SET value = ? WHERE key = ?", (json.dumps(facts), key))

@@ -16,7 +16,7 @@ import typer
 import pullthrough
 from pullthrough.cli import ca, models, options, service, setup, transfer
 from pullthrough.cli.common import fail, print_lines, refusals
-from pullthrough.cli.help_text import SETTING_UP, Verbs
+from pullthrough.cli.help_text import SETTING_UP, Verbs, help_width
 from pullthrough.config.options import check_flags
 
 app = Verbs(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,7 +56,7 @@ def run(
 ) -> None:
     """Run the cache: mitmdump with the addon. Everything else behind `run` goes to mitmdump."""
     if help or "-h" in context.args:
-        print_lines(list(options.run_help()))
+        print_lines(options.run_help(help_width()))
         return
     with refusals():
         check_flags(context.args)

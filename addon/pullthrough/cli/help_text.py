@@ -42,7 +42,7 @@ class Command(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help."""
-        formatter.write("\n".join(help_lines(self, ctx.command_path, _width())) + "\n")
+        formatter.write("\n".join(help_lines(self, ctx.command_path, help_width())) + "\n")
 
 
 class Group(TyperGroup):
@@ -50,7 +50,7 @@ class Group(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help."""
-        formatter.write("\n".join(help_lines(self, ctx.command_path, _width())) + "\n")
+        formatter.write("\n".join(help_lines(self, ctx.command_path, help_width())) + "\n")
 
 
 def help_lines(command: Any, path: str, width: int) -> list[str]:
@@ -66,7 +66,7 @@ def help_lines(command: Any, path: str, width: int) -> list[str]:
         panels.setdefault(panel if isinstance(panel, str) else OTHER, []).append((name, child.help or ""))
     for title, rows in panels.items():
         if rows:
-            lines += ["", f"{title}:", *_rows(rows, width)]
+            lines += ["", f"{title}:", *term_lines(rows, width)]
     return lines
 
 
@@ -110,16 +110,17 @@ def of_kind(command: Any, kind: str) -> list[Any]:
     return [parameter for parameter in command.params if parameter.param_type_name == kind]
 
 
-def _rows(rows: Sequence[tuple[str, str]], width: int) -> Iterator[str]:
-    """Lay out two columns; a name that is too long for the left one has a line of its own."""
+def term_lines(rows: Sequence[tuple[str, str]], width: int) -> Iterator[str]:
+    """Yield two columns, terms and what they mean; a name that is too long for the left one has a line of its own."""
     indent = 4 + max((len(name) for name, _ in rows if len(name) <= _TERMS), default=0)
     for name, text in rows:
-        lines = textwrap.wrap(text, width - indent) or [""]
+        lines = textwrap.wrap(text, width - indent, break_on_hyphens=False) or [""]
         if len(name) > indent - 4:
             lines.insert(0, "")
         for left, right in zip_longest([f"  {name}"], lines, fillvalue=""):
             yield f"{left:{indent}}{right}".rstrip()
 
 
-def _width() -> int:
+def help_width() -> int:
+    """Return how wide the help may be here."""
     return min(shutil.get_terminal_size().columns, WIDEST)

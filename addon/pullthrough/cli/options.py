@@ -5,7 +5,6 @@ Invariant: the help, the file that `--init` writes and the parser go by one tabl
 
 import os
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -13,7 +12,7 @@ import typer
 
 from pullthrough.admin.client import ask
 from pullthrough.cli.common import AsJson, Folder, fail, folder_of, own_choices, print_json, print_lines, refusals
-from pullthrough.cli.help_text import LOOKING, Verbs
+from pullthrough.cli.help_text import LOOKING, Verbs, term_lines
 from pullthrough.config import paths
 from pullthrough.config.config_file import template
 from pullthrough.config.options import GROUPS, environment_texts
@@ -23,21 +22,17 @@ from pullthrough.core.humanize import columns
 
 app = Verbs()
 
-_WIDTH: Final = 100
-_HEAD: Final = """\
-Usage: ollama-cache run [--set ollama_cache_NAME=VALUE]... [OPTIONS OF MITMDUMP]
-
-Run the cache: mitmdump with the addon. Each option is given as --set ollama_cache_NAME=VALUE, in the
-environment as OLLAMA_CACHE_NAME=VALUE, or in a file as NAME = "VALUE"; the first of these counts.
-`ollama-cache config --init` writes such a file, `ollama-cache config` shows the values in force.
-"""
-_TAIL: Final = """\
-Of mitmdump's own options you may need:
-  --listen-port PORT      Where clients find the proxy (8080).
-  --listen-host HOST      On which address; all, if it is not given. The port of `listen` has its own.
-  --mode MODE             regular, transparent or reverse:https://HOST; see docs/gateway.md.
-  --help-mitmdump         All of them.
-"""
+_USAGE: Final = "Usage: ollama-cache run [--set ollama_cache_NAME=VALUE]... [OPTIONS OF MITMDUMP]"
+_WHAT: Final = """\
+Run the cache: mitmdump with the addon. Each option is given as --set ollama_cache_NAME=VALUE, in the environment as
+OLLAMA_CACHE_NAME=VALUE, or in a file as NAME = "VALUE"; the first of these counts. `ollama-cache config --init`
+writes such a file, `ollama-cache config` shows the values in force."""
+_MITMDUMP: Final = (
+    ("--listen-port PORT", "Where clients find the proxy (8080)."),
+    ("--listen-host HOST", "On which address; all, if it is not given. The port of `listen` has its own."),
+    ("--mode MODE", "regular, transparent or reverse:https://HOST; see docs/gateway.md."),
+    ("--help-mitmdump", "All of them."),
+)
 
 
 @app.command(rich_help_panel=LOOKING)
@@ -79,16 +74,10 @@ def _write(given: Path | None) -> None:
     print_lines([f"wrote {path}; it changes nothing until a line loses its #"])
 
 
-def run_help() -> Iterator[str]:
-    """Yield the lines of `run --help`: our options by group, and the way to mitmdump's."""
-    yield _HEAD
-    wide = max(len(option.name) for options in GROUPS.values() for option in options) + 4
+def run_help(width: int) -> list[str]:
+    """Return the lines of `run --help`: our options by group, and the way to mitmdump's."""
+    lines = [*textwrap.wrap(_USAGE, width, subsequent_indent=" " * 7), "", *textwrap.wrap(_WHAT, width), ""]
     for group, options in GROUPS.items():
-        yield f"{group}:"
-        for option in options:
-            default = f" Default: {option.default}." if option.default else ""
-            lines = textwrap.wrap(f"{option.help}{default}", _WIDTH - wide, break_on_hyphens=False)
-            yield f"  {option.name:{wide - 2}}{lines[0]}"
-            yield from (f"{'':{wide}}{line}" for line in lines[1:])
-        yield ""
-    yield _TAIL.rstrip("\n")
+        texts = {each.name: each.help + (f" Default: {each.default}." if each.default else "") for each in options}
+        lines += [f"{group}:", *term_lines(list(texts.items()), width), ""]
+    return [*lines, "Of mitmdump's own options you may need:", *term_lines(_MITMDUMP, width)]

@@ -28,6 +28,8 @@ END: Final = bytes(2 * BLOCK)
 LONGEST_SUMS: Final = 64 << 20
 """Bytes: some 300 000 members."""
 _USTAR_LIMIT: Final = 8 << 30
+_PACKED: Final = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"PK\x03\x04")
+"""How gzip, zstd, xz, bzip2 and zip begin."""
 _LINE: Final = re.compile(r"([0-9a-f]{64})  (\S+)")
 
 
@@ -74,6 +76,9 @@ class Member:
 def read_members(file: BinaryIO) -> list[Member]:
     """What a seekable bundle holds; only headers and padding are read. TransferRefused if it is not a bundle, whole."""
     length = file.seek(0, 2)
+    file.seek(0)
+    if file.read(max(map(len, _PACKED))).startswith(_PACKED):
+        raise TransferRefused("expected a bundle, got a compressed file: unpack it first, as with gunzip or zstd -d")
     file.seek(0)
     path, size = _next(file, length) or ("nothing", 0)
     if path != SUMS:

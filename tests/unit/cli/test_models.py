@@ -18,6 +18,7 @@ from pullthrough.core.records import ManifestRecord, Name
 from pullthrough.store.store import Store
 from pullthrough.store.usage import Totals
 from tests.support.bigstore import fill
+from tests.support.formats import make_format_1
 from tests.support.storefiles import blob_file, blob_files
 
 Run = Callable[..., Result]
@@ -269,6 +270,17 @@ def test_no_store(run: Run, tmp_path: Path, verb: list[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert "expected a" in refused(run(*verb, "--dir", str(tmp_path / "empty")))
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_store_of_an_earlier_version(run: Run, folder: Path) -> None:
+    """What looks says that it has to be converted; the first change does that, and pins and pulls are kept."""
+    said(run("pin", "me/x"))
+    before = json.loads(said(run("ls", "--json")))
+    make_format_1(folder)
+    assert "converts it" in refused(run("ls"))
+    said(run("prune"))
+    after = json.loads(said(run("ls", "--json")))
+    assert [{**row, "visibility": ""} for row in after] == [{**row, "visibility": ""} for row in before]
 
 
 def test_a_locked_store(run: Run, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """verify: each kind of damage is found and is no hit any more, an interrupted run is gone on with; and the verbs."""
 
+import gzip
 import json
 import os
 import signal
@@ -236,6 +237,7 @@ def test_import_and_export_on_the_command_line(folder: Path, run: Callable[..., 
         "registry.ollama.ai/library/one:latest": "refused",
         "registry.ollama.ai/library/two:latest": "imported",
     }
+    (work / "out.tar.gz").write_bytes(gzip.compress((work / "out.tar").read_bytes()))
     (work / "dir.tar").mkdir()
     manifest = work / "changed" / "manifests" / "registry.ollama.ai" / "library" / "one" / "latest"
     manifest.parent.mkdir(parents=True)
@@ -246,6 +248,7 @@ def test_import_and_export_on_the_command_line(folder: Path, run: Callable[..., 
         (("import", work / "out.tar", "--dir", work / "bad2"), "it is truncated"),
         (("import", work / "nowhere"), f"got no {work / 'nowhere'}"),
         (("export", "nothing", "--to", work / "x.tar"), "model 'nothing' not found"),
+        (("import", work / "out.tar.gz", "--dir", work / "bad3"), "got a compressed file: unpack it first"),
         (("verify", "--dir", work / "nowhere"), "expected an ollama-cache store"),
         (("export", "one", "--to", work / "out.tar"), "out.tar: already there, and not the same; --force replaces it"),
         (("export", "one", "--to", work / "changed"), "manifests/registry.ollama.ai/library/one/latest: already there"),
