@@ -57,7 +57,9 @@ def main() -> None:
 
 
 def measure(names: list[str], *, pairs: int, is_quick: bool, file: Path | None) -> dict[str, Any]:
-    """The document; each figure is also told on the way, and each row kept in `file`: a run takes half an hour."""
+    """Return the document; each figure is also told on the way, and each row kept in `file`: a run takes half an
+    hour.
+    """
     rows: dict[str, Any] = {}
     pairs = 1 if is_quick else pairs
     document = {"machine": machine(), "pairs": pairs, "quick": is_quick, "rows": rows}

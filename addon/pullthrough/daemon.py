@@ -36,8 +36,8 @@ from pullthrough.library.listing import JSON
 from pullthrough.library.maintenance import Maintenance
 from pullthrough.monitoring.event_log import EventLog
 from pullthrough.monitoring.health import Health
-from pullthrough.monitoring.lookout import Lookout, looks_at
 from pullthrough.monitoring.metrics import Metrics
+from pullthrough.monitoring.probes import Probes, looks_at
 from pullthrough.monitoring.status import StatusView
 from pullthrough.monitoring.traffic import Traffic
 from pullthrough.net.connection_limits import ConnectionLimits, most_connections
@@ -253,7 +253,7 @@ class Daemon:
         stack.push_async_callback(control.close)
         await control.open()
         stack.push_async_callback(health.close)
-        health.open(Lookout(upstream.reachability, looks_at(upstream, fleet.tier if fleet is not None else None)))
+        health.open(Probes(upstream.reachability, looks_at(upstream, fleet.tier if fleet is not None else None)))
         _log.info(
             "store %s (%s, %s), CA %s SHA-256 %s, plain HTTP %s",
             settings.dir,

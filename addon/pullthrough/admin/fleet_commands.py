@@ -50,7 +50,7 @@ class FleetCommands:
         return {"tier-verify": Job(self._verify), "tier-prune": Change(self._prune), "tier-warm": Job(self._warm)}
 
     def state(self) -> JSON:
-        """What `stats` tells: counts since the start of the daemon."""
+        """Return what `stats` tells: counts since the start of the daemon."""
         counts = self._tier.counts
         return {
             "state": "left alone" if self._tier.is_open else "in use",

@@ -42,7 +42,7 @@ TO_OLDER_CLIENT: Final = {
 
 
 def _bound(path: Path) -> socket.socket:
-    """A socket that only our own user can ask."""
+    """Return a socket that only our own user can ask."""
     with contextlib.ExitStack() as undo:
         sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         sock.bind(os.fspath(path))
@@ -80,7 +80,7 @@ class ControlServer:
             await self.close()
 
     def _bind(self) -> socket.socket:
-        """A socket in the store, else in a folder that a file of the store names. Raises OSError."""
+        """Return a socket in the store, else in a folder that a file of the store names. Raises OSError."""
         path = self._folder / SOCKET
         if len(os.fsencode(path)) <= LONGEST_PATH:
             with contextlib.suppress(OSError):  # a disk without sockets, as exFAT

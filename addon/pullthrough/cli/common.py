@@ -97,7 +97,7 @@ def own_settings(given: Path | None = None, *, certs: Path | None = None) -> Set
 
 
 def settings_in_force(given: Path | None) -> Settings:
-    """Those of the daemon that runs on the store; of one that is started from here where none does."""
+    """Return those of the daemon that runs on the store; of one that is started from here where none does."""
     try:
         rows = ask(folder_of(given), "config", {})
     except NoDaemon:

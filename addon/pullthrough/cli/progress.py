@@ -74,6 +74,6 @@ class Meter:
             typer.echo(f"{self.summary()} of {size_text(self._total)}", err=True)
 
     def summary(self) -> str:
-        """What was done, and how fast."""
+        """Return what was done, and how fast."""
         rate = self.size / max(self.seconds, 1e-3)
         return f"{self._verb} {size_text(self.size)} in {self.seconds:.1f} s, {size_text(int(rate))}/s"

@@ -185,6 +185,6 @@ def _server_facts(given: Path | None) -> "ServerFacts":
 
 
 def _is_reachable(address: str) -> bool:
-    """Whether another machine may know us by it."""
+    """Return whether another machine may know us by it."""
     parsed = ipaddress.ip_address(address)
     return not parsed.is_loopback and not parsed.is_link_local

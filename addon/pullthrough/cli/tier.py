@@ -25,7 +25,7 @@ def ask_tier(
     arguments: Mapping[str, Any],
     on_progress: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Any:
-    """The result of the daemon's verb; ends with one line where there is no daemon."""
+    """Return the result of the daemon's verb; ends with one line where there is no daemon."""
     with refusals():
         try:
             return ask(folder_of(given), verb, arguments, on_progress=on_progress)
@@ -46,7 +46,7 @@ def verify(given: Path | None, *, json: bool) -> None:
 
 
 def facts(state: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The rows of `stats`."""
+    """Return the rows of `stats`."""
     counts = (state["corrupt"], "corrupt blob"), (state["forged"], "forged document"), (state["failures"], "failure")
     bad = ", ".join(count_text(*each) for each in counts)
     uploaded = count_text(state["uploaded"], "blob")

@@ -86,7 +86,7 @@ def verify(
 
 
 def _mend(settings: Settings, findings: list["Defect"]) -> list[str]:
-    """What was done about each."""
+    """Return what was done about each."""
     if not findings:
         return []
     try:

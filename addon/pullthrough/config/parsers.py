@@ -28,7 +28,7 @@ def parse_host(text: str) -> str:
 
 
 def is_address(text: str) -> bool:
-    """Whether the text is an IP address."""
+    """Return whether the text is an IP address."""
     try:
         ipaddress.ip_address(text)
     except ValueError:

@@ -12,12 +12,12 @@ CONFIG_NAME: Final = "config.toml"
 
 
 def default_store() -> Path:
-    """A data folder: cleaners sweep cache folders."""
+    """Return a data folder: cleaners sweep cache folders."""
     return Path(platformdirs.user_data_dir("ollama-cache", appauthor=False))
 
 
 def default_index() -> Path:
-    """Where indexes of stores on shares are kept: a state folder, as they can be made anew."""
+    """Return where indexes of stores on shares are kept: a state folder, as they can be made anew."""
     return Path(platformdirs.user_state_dir("ollama-cache", appauthor=False))
 
 

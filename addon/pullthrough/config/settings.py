@@ -155,10 +155,12 @@ class Settings:
         return tuple(dict.fromkeys([*self.listen, *((host, port) for port in self.front or () for host in hosts)]))
 
     def asked(self, host: str) -> str:
-        """The configured registry that what is stored under `host` comes from: that one, or another name of it."""
+        """Return the configured registry that what is stored under `host` comes from: that one, or another name of
+        it.
+        """
         names = (name for name in self.registries if canonical(name) == host)
         return host if host in self.registries else next(names, host)
 
     def endpoint(self, host: str) -> Endpoint:
-        """Where `host` is reached: as `upstream` says, else by HTTPS under its own name."""
+        """Return where `host` is reached: as `upstream` says, else by HTTPS under its own name."""
         return self.upstream.get(host) or Endpoint("https", host, 443)

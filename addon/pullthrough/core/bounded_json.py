@@ -14,7 +14,7 @@ _SEPARATOR: Final = re.compile(rb"[,\[{]")
 
 
 def loads(body: bytes, *, limit: int) -> Any:
-    """The value of at most `limit` bytes. ValueError if they are no JSON, too many, or too nested."""
+    """Return the value of at most `limit` bytes. Raises ValueError if they are no JSON, too many, or too nested."""
     if len(body) > limit:
         raise ValueError(f"expected at most {limit} bytes of JSON, got {len(body)}")
     # Also counts those in strings: none that are meant to be read have so many.

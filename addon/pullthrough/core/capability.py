@@ -28,7 +28,7 @@ class Capability:
     """Its holder may be redirected to the fleet's object store."""
 
     def to_query(self, secret: bytes) -> str:
-        """The query string, without the question mark."""
+        """Return the query string, without the question mark."""
         offload = "&offload=1" if self.offload else ""
         return f"size={self.size}&expires={self.expires}{offload}&access={self._signature(secret)}"
 
@@ -38,12 +38,14 @@ class Capability:
 
 
 def is_claimed(query: str) -> bool:
-    """Whether `query` has the form of a capability, whoever signed it for whatever and until whenever."""
+    """Return whether `query` has the form of a capability, whoever signed it for whatever and until whenever."""
     return _QUERY.fullmatch(query) is not None
 
 
 def verify(query: str, digest: Digest, *, secret: bytes, now: float) -> Capability | None:
-    """The capability that `query` carries for `digest`; None if it is foreign, altered, for another blob or expired."""
+    """Return the capability that `query` carries for `digest`; None if it is foreign, altered, for another blob or
+    expired.
+    """
     match = _QUERY.fullmatch(query)
     if match is None:
         return None

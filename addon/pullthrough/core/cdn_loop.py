@@ -18,9 +18,9 @@ class LoopGuard:
     """A token in lower case (RFC 9110 section 5.6.2)."""
 
     def extend(self, trail: str | None) -> str:
-        """The field for a request that was caused by one with `trail`, or by none."""
+        """Return the field for a request that was caused by one with `trail`, or by none."""
         return f"{trail}, {self.identifier}" if trail else self.identifier
 
     def is_own(self, trail: str | None) -> bool:
-        """Whether a request with `trail` has been here before."""
+        """Return whether a request with `trail` has been here before."""
         return any(member.partition(";")[0].strip().lower() == self.identifier for member in (trail or "").split(","))

@@ -28,11 +28,11 @@ LONGEST_OF: Final = {
 
 
 def cleaned(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """The fields that are fit for use, the first of each name first."""
+    """Return the fields that are fit for use, the first of each name first."""
     return CIMultiDict((name, value) for name, value in headers.items() if is_clean(name, value))
 
 
 def is_clean(name: str, value: str) -> bool:
-    """Whether the field has printable ASCII only, and not too much of it."""
+    """Return whether the field has printable ASCII only, and not too much of it."""
     text = value.replace("\t", " ")
     return text.isascii() and text.isprintable() and len(text) <= LONGEST_OF.get(name.lower(), LONGEST)

@@ -40,7 +40,7 @@ class Intervals:
         return f"Intervals({list(self)})"
 
     def copy(self) -> "Intervals":
-        """An independent set with the same offsets."""
+        """Return an independent set with the same offsets."""
         other = Intervals()
         other._starts, other._stops, other.size = self._starts.copy(), self._stops.copy(), self.size
         return other
@@ -80,16 +80,16 @@ class Intervals:
         self._stops[low:high] = stops
 
     def covers(self, start: int, stop: int) -> bool:
-        """Whether every offset of `[start, stop)` is in the set."""
+        """Return whether every offset of `[start, stop)` is in the set."""
         return start >= stop or self.stop_at(start) >= stop
 
     def stop_at(self, offset: int) -> int:
-        """Where the interval that holds `offset` stops; `offset` itself when no interval holds it."""
+        """Return where the interval that holds `offset` stops; `offset` itself when no interval holds it."""
         index = bisect_right(self._starts, offset) - 1
         return max(offset, self._stops[index]) if index >= 0 else offset
 
     def start_before(self, offset: int) -> int:
-        """Where the gap in front of `offset` begins: the last stop at or before it, 0 when there is none.
+        """Return where the gap in front of `offset` begins: the last stop at or before it, 0 when there is none.
 
         Meaningful where `offset` itself is not in the set.
         """
@@ -97,7 +97,7 @@ class Intervals:
         return self._stops[index] if index >= 0 else 0
 
     def missing(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The gaps within `[start, stop)`, lowest first. The set must not change while iterating."""
+        """Yield the gaps within `[start, stop)`, lowest first. The set must not change while iterating."""
         index = bisect_right(self._stops, start)
         while start < stop:
             gap_stop = min(stop, self._starts[index]) if index < len(self._starts) else stop
@@ -109,7 +109,7 @@ class Intervals:
             index += 1
 
     def within(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """The parts of the set that lie in `[start, stop)`."""
+        """Return the parts of the set that lie in `[start, stop)`."""
         low = bisect_right(self._stops, start)
         high = bisect_left(self._starts, stop)
         pairs = zip(self._starts[low:high], self._stops[low:high], strict=True)

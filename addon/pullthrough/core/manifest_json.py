@@ -67,7 +67,9 @@ class Document(NamedTuple):
 
 
 def takes_lists(accept: str | None) -> bool:
-    """Whether a client that sends this Accept field takes manifest lists; a field that is malformed asks for none."""
+    """Return whether a client that sends this Accept field takes manifest lists; a field that is malformed asks for
+    none.
+    """
     for member in (accept or "").split(","):
         media_type, *parameters = member.split(";")
         if media_type.strip().lower() == LIST_TYPE and not any(map(_ZERO.fullmatch, parameters)):
@@ -76,7 +78,7 @@ def takes_lists(accept: str | None) -> bool:
 
 
 def accept_of(*, takes_lists: bool) -> str:
-    """The Accept field of that class of clients, as Ollama sends it.
+    """Return the Accept field of that class of clients, as Ollama sends it.
 
     The docker type is always named: without it the registry has answered 400 (ollama#769).
     """
@@ -84,7 +86,7 @@ def accept_of(*, takes_lists: bool) -> str:
 
 
 def parse(body: bytes) -> Document:
-    """The document of these bytes. ValueError if they are none."""
+    """Return the document of these bytes. Raises ValueError if they are none."""
     try:
         document = loads(body, limit=LONGEST)
         if document.get("mediaType") == LIST_TYPE:
@@ -95,7 +97,9 @@ def parse(body: bytes) -> Document:
 
 
 def type_of(body: bytes) -> str:
-    """The Content-Type of a document whose registry's word is not known: the one that it names, if that is one."""
+    """Return the Content-Type of a document whose registry's word is not known: the one that it names, if that is
+    one.
+    """
     try:
         named = loads(body, limit=LONGEST).get("mediaType")
     except (ValueError, AttributeError):
@@ -105,12 +109,12 @@ def type_of(body: bytes) -> str:
 
 @lru_cache(maxsize=16)
 def children_of(body: bytes) -> tuple[Child, ...]:
-    """The children of a list's bytes, which have been parsed before; none for a manifest."""
+    """Return the children of a list's bytes, which have been parsed before; none for a manifest."""
     return parse(body).children or ()
 
 
 def in_place(body: bytes, child: Child) -> dict[str, Any]:
-    """The JSON of a manifest in place, which is one of the children of this list's bytes."""
+    """Return the JSON of a manifest in place, which is one of the children of this list's bytes."""
     manifest: dict[str, Any] = next(
         item for item in loads(body, limit=LONGEST)["manifests"] if _child_of(item) == child
     )
@@ -118,7 +122,7 @@ def in_place(body: bytes, child: Child) -> dict[str, Any]:
 
 
 def preferred(children: Iterable[Child]) -> Child | None:
-    """The child that most clients choose; None of none."""
+    """Return the child that most clients choose; None of none."""
     ranks = {runner: rank for rank, runner in enumerate(PREFERENCE)}
     return min(children, key=lambda child: ranks.get(child.runner, len(ranks)), default=None)
 

@@ -25,7 +25,7 @@ class Precondition(Enum):
 
 
 def evaluate(if_match: str | None, if_none_match: str | None, entity_tag: str) -> Precondition:
-    """What the two fields make of a GET or HEAD of the representation with the strong `entity_tag`.
+    """Return what the two fields make of a GET or HEAD of the representation with the strong `entity_tag`.
 
     A field that is no list of entity tags matches nothing.
     """

@@ -47,7 +47,7 @@ class Unsatisfiable:
 
 
 def parse_range(field: str | None, length: int) -> ByteRange | Unsatisfiable | None:
-    """What a Range field selects of `length` bytes; None where the whole representation is the answer.
+    """Return what a Range field selects of `length` bytes; None where the whole representation is the answer.
 
     None stands for an absent field, another unit, a malformed field and several ranges alike.
     """
@@ -67,7 +67,8 @@ def parse_range(field: str | None, length: int) -> ByteRange | Unsatisfiable | N
 
 
 def if_range_matches(field: str | None, entity_tag: str) -> bool:
-    """Whether If-Range leaves the Range in force: absent, or the same strong entity tag (RFC 9110 section 13.1.5).
+    """Return whether If-Range leaves the Range in force: absent, or the same strong entity tag (RFC 9110 section
+    13.1.5).
 
     A date never matches: no date that is a strong validator is ever sent with a blob.
     """
@@ -75,7 +76,7 @@ def if_range_matches(field: str | None, entity_tag: str) -> bool:
 
 
 def format_range(start: int, stop: int) -> str:
-    """The Range field that asks for `[start, stop)`."""
+    """Return the Range field that asks for `[start, stop)`."""
     return f"bytes={start}-{stop - 1}"
 
 

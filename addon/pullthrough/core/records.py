@@ -31,7 +31,7 @@ _OLLAMA: Final = re.compile(r"ollama/(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
 
 def version_of(agent: str) -> Version | None:
-    """The Ollama of a User-Agent, None for other clients and for 0.0.0, which is a build from source."""
+    """Return the Ollama of a User-Agent, None for other clients and for 0.0.0, which is a build from source."""
     match = _OLLAMA.match(agent)
     version = tuple(int(number) for number in match.groups()) if match else (0, 0, 0)
     return version if any(version) else None
@@ -53,12 +53,12 @@ class BlobRecord(NamedTuple):
     """When it was verified, Unix seconds."""
 
     def is_file(self, size: int, mtime_ns: int, inode: int) -> bool:
-        """Whether these are of the file that was verified."""
+        """Return whether these are of the file that was verified."""
         return self.held and (size, mtime_ns) == (self.size, self.mtime_ns) and self.inode in (inode, 0)
 
 
 def canonical(host: str) -> str:
-    """The name under which what a registry says is stored."""
+    """Return the name under which what a registry says is stored."""
     return ALIASES.get(host, host)
 
 
@@ -81,7 +81,9 @@ class Name(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The model that a user types, as Ollama completes it (types/model/name.go). InvalidRequest if it is none."""
+        """Return the model that a user types, as Ollama completes it (types/model/name.go). InvalidRequest if it is
+        none.
+        """
         model, at, digest = text.partition("@")
         *before, last = model.split("/")
         base, colon, tag = last.partition(":")
@@ -121,11 +123,11 @@ class Name(NamedTuple):
         return full.removeprefix(f"{DEFAULT_HOST}/").removeprefix("library/") if self.host == DEFAULT_HOST else full
 
     def is_among(self, patterns: Iterable[str]) -> bool:
-        """Whether one of the patterns names it."""
+        """Return whether one of the patterns names it."""
         return any(map(self.matches, patterns))
 
     def matches(self, pattern: str) -> bool:
-        """Whether a shell pattern names it: in full, without the host, or as users type it (`llama3.2:*`)."""
+        """Return whether a shell pattern names it: in full, without the host, or as users type it (`llama3.2:*`)."""
         host, slash, rest = pattern.partition("/")
         return any(fnmatchcase(form, f"{canonical(host)}{slash}{rest}") for form in self.forms)
 
@@ -145,7 +147,7 @@ class Series(NamedTuple):
         return _TENSOR in self.body
 
     def behind(self, digest: Digest) -> list[Digest]:
-        """What is asked for after this one of them."""
+        """Return what is asked for after this one of them."""
         return self.digests[self.digests.index(digest) + 1 :]
 
 
@@ -176,7 +178,7 @@ class ManifestRecord(NamedTuple):
 
     @classmethod
     def parse(cls, body: bytes, content_type: str, *, now: float) -> Self | None:
-        """The record of a document's bytes; None if they are none (a captive portal also answers 200)."""
+        """Return the record of a document's bytes; None if they are none (a captive portal also answers 200)."""
         try:
             document = manifest_json.parse(body)
         except ValueError:
@@ -224,29 +226,31 @@ class ManifestRecord(NamedTuple):
         return sum(int(size) for size in self.claimed.split() if size != _UNKNOWN)
 
     def needed(self, known: Container[Digest]) -> list[Digest]:
-        """The blobs without which it is not whole: of a list all but the children that are not among those `known`."""
+        """Return the blobs without which it is not whole: of a list all but the children that are not among those
+        `known`.
+        """
         absent = {child for child in self.children if child not in known}
         return [digest for digest in self.digests if digest not in absent]
 
     def is_whole(self, known: Container[Digest], held: Container[str]) -> bool:
-        """Whether all that it needs is held; a list offers one child at least."""
+        """Return whether all that it needs is held; a list offers one child at least."""
         if not self.is_list:
             return all(map(held.__contains__, self.listed.split()))
         needed = self.needed(known)
         return bool(needed) and all(map(held.__contains__, needed))
 
     def lists(self, digest: Digest) -> bool:
-        """Whether it lists the blob; quick."""
+        """Return whether it lists the blob; quick."""
         return digest in self.listed
 
     def claim(self, digest: Digest) -> int | None:
-        """The size that it claims for a blob, None where it lists none of that digest or knows no size."""
+        """Return the size that it claims for a blob, None where it lists none of that digest or knows no size."""
         if not self.lists(digest):
             return None
         return _parse_size(self.claimed.split()[self.listed.split().index(digest)])
 
     def grown(self, child: "ManifestRecord") -> Self:
-        """A list that lists what its child lists, too."""
+        """Return a list that lists what its child lists, too."""
         sizes = self.sizes
         for digest, size in {Digest(child.digest): len(child.body), **child.sizes}.items():
             if sizes.get(digest) is None:
@@ -254,7 +258,9 @@ class ManifestRecord(NamedTuple):
         return self._listing(sizes)
 
     def series(self, known: Mapping[Digest, "ManifestRecord"]) -> list[Series]:
-        """The blobs of each manifest that it stands for: of itself, or of its children as far as they are `known`."""
+        """Return the blobs of each manifest that it stands for: of itself, or of its children as far as they are
+        `known`.
+        """
         if not self.is_list:
             return [Series(self.digest, self.body, self.digests)]
         found = []
@@ -279,7 +285,7 @@ def _parse_size(text: str) -> int | None:
 
 
 def by_model(manifests: Mapping[Name, ManifestRecord]) -> dict[Name, list[ManifestRecord]]:
-    """The representations of each model: first the one for clients that take no lists."""
+    """Return the representations of each model: first the one for clients that take no lists."""
     found: dict[Name, list[ManifestRecord]] = {}
     for name, record in manifests.items():
         found.setdefault(name.model, []).insert(len(manifests) if name.takes_lists else 0, record)
@@ -287,5 +293,5 @@ def by_model(manifests: Mapping[Name, ManifestRecord]) -> dict[Name, list[Manife
 
 
 def listed_by(records: Iterable[ManifestRecord]) -> set[Digest]:
-    """All blobs that these manifests list."""
+    """Return all blobs that these manifests list."""
     return {digest for record in records for digest in record.digests}

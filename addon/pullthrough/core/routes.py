@@ -61,7 +61,7 @@ Route = ManifestRoute | BlobRoute | ChunksumsRoute
 
 
 def parse_registry_target(target: str) -> Route | None:
-    """The route of an origin-form target on a registry host.
+    """Return the route of an origin-form target on a registry host.
 
     A target with a query is never ours: what the query asks for is the registry's to know.
     """
@@ -76,14 +76,14 @@ def parse_registry_target(target: str) -> Route | None:
 
 
 def parse_canonical_target(target: str) -> CanonicalRoute | None:
-    """The route of an origin-form target on the blob host."""
+    """Return the route of an origin-form target on the blob host."""
     path, _, query = target.partition("?")
     match = _CANONICAL.fullmatch(path)
     return CanonicalRoute(Digest(match[2]), query) if match else None
 
 
 def canonical_path(digest: Digest) -> str:
-    """The path that R2 itself uses for the blob, so that every client accepts it."""
+    """Return the path that R2 itself uses for the blob, so that every client accepts it."""
     return f"/ollama/docker/registry/v2/blobs/sha256/{digest.hex[:2]}/{digest.hex}/data"
 
 

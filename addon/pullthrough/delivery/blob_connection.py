@@ -143,7 +143,7 @@ class BlobConnection:
     # --- requests
 
     def _wait_for_head(self) -> bool:
-        """Whether the next request has begun to come; False when none did for LINGER_S, or none will."""
+        """Return whether the next request has begun to come; False when none did for LINGER_S, or none will."""
         if self._h11.trailing_data[0]:
             return True
         if not self._out.readable(LINGER_S):
@@ -185,7 +185,9 @@ class BlobConnection:
         return event
 
     def _check_names(self, request: h11.Request) -> str:
-        """The target in origin form. Misdirected unless all names are the blob host's (RFC 9110 section 15.5.20)."""
+        """Return the target in origin form. Misdirected unless all names are the blob host's (RFC 9110 section
+        15.5.20).
+        """
         target, host = request.target.decode("latin-1"), self._service.host
         names = {"SNI": self._out.server_name, "Host": None}
         for field, value in request.headers:
@@ -202,7 +204,9 @@ class BlobConnection:
         return target
 
     def _decide(self, request: h11.Request, target: str) -> tuple[Answer, FileSpan | None] | None:
-        """The answer and the first bytes of its body, if all of them are here; None for what is to be passed on."""
+        """Return the answer and the first bytes of its body, if all of them are here; None for what is to be passed
+        on.
+        """
         if request.method not in (b"GET", b"HEAD"):
             return None
         headers: dict[str, str] = {}
@@ -334,14 +338,14 @@ class BlobConnection:
 
 
 def _has_body(request: h11.Request) -> bool:
-    """Whether something follows the head."""
+    """Return whether something follows the head."""
     return any(
         name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in request.headers
     )
 
 
 def _name(authority: bytes) -> str:
-    """The host of an authority, without user and port."""
+    """Return the host of an authority, without user and port."""
     text = authority.decode("latin-1").rpartition("@")[2]
     try:
         return urlsplit(f"//{text}").hostname or text

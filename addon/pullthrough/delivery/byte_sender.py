@@ -32,7 +32,7 @@ class LoopCalls:
     def wait[T](
         self, work: Coroutine[Any, Any, T], is_gone: Callable[[], bool], discard: Callable[[T], None] | None = None
     ) -> T:
-        """What `work` returns, or raises, on the loop. ClientGone as soon as `is_gone`; the work goes on.
+        """Return what `work` returns, or raises, on the loop. ClientGone as soon as `is_gone`; the work goes on.
 
         `discard` gets, on the loop, what nobody waits for any more.
         """

@@ -47,7 +47,7 @@ class Connection(Protocol):
     """Monotonic seconds until when it may do what it does."""
 
     def fileno(self) -> int:
-        """Its socket."""
+        """Return its socket."""
 
     def run(self) -> bool:
         """Serve, in a thread of its own, until it is idle (True) or over (False)."""
@@ -60,7 +60,7 @@ class Connection(Protocol):
 
 
 def ceiling(descriptors: int, memory: int) -> int:
-    """How many may be served at once, with so many descriptors and bytes of memory to be had."""
+    """Return how many may be served at once, with so many descriptors and bytes of memory to be had."""
     return max(16, min(MOST, (descriptors - _RESERVED) // 2, memory // 2 // _THREAD_BYTES))
 
 

@@ -61,7 +61,9 @@ class Loopback:
         await self._runner.cleanup()
 
     def offer(self, reader: Reader, note: Callable[[Sending], object]) -> str:
-        """The path at which the reader's bytes are to be had, once. The reader is ours; `note` hears how it ended."""
+        """Return the path at which the reader's bytes are to be had, once. The reader is ours; `note` hears how it
+        ended.
+        """
         path = f"/{secrets.token_urlsafe(32)}"
         patience = asyncio.get_running_loop().call_later(PATIENCE_S, self._withdraw, path)
         self._bodies[path] = _Body(reader, note, patience)

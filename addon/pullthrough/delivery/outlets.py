@@ -60,7 +60,7 @@ class Outlet(Protocol):
         """Send what was held back so that it goes with the first bytes of the body."""
 
     def is_gone(self) -> bool:
-        """Whether the client has left."""
+        """Return whether the client has left."""
 
 
 class Buffers:
@@ -122,7 +122,7 @@ class PlainOutlet:
             start += len(data)
 
     def _put_by_sendfile(self, descriptor: int, start: int, stop: int) -> int:
-        """How far the file was sent: not at all where that cannot be done here."""
+        """Return how far the file was sent: not at all where that cannot be done here."""
         if sys.platform == "win32":
             raise NotImplementedError("there is no sendfile(2)")
         try:

@@ -140,7 +140,7 @@ class PassThrough:
             raise UpstreamUnreachable("the client ended within its request")
 
     def _wait_for_client(self, line: Dialed) -> bool:
-        """Whether more of the body has come; False once the server has something to say."""
+        """Return whether more of the body has come; False once the server has something to say."""
         if self._out.readable(0.0):
             return True
         from_client, from_server = either_readable(self._out.sock, line.sock, CLIENT_SILENT_S)

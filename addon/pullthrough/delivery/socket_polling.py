@@ -14,21 +14,21 @@ _GONE: Final = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) |
 
 
 def readable(sock: socket.socket, timeout_s: float) -> bool:
-    """Whether bytes or the end of them have come within the time."""
+    """Return whether bytes or the end of them have come within the time."""
     if sys.platform == "win32":
         return bool(select.select([sock], [], [], timeout_s)[0])
     return _poll(sock, select.POLLIN, timeout_s) != 0
 
 
 def writable(sock: socket.socket, timeout_s: float | None) -> bool:
-    """Whether bytes can be sent within the time, or can never be again."""
+    """Return whether bytes can be sent within the time, or can never be again."""
     if sys.platform == "win32":
         return bool(select.select([], [sock], [], timeout_s)[1])
     return _poll(sock, select.POLLOUT, timeout_s) != 0
 
 
 def either_readable(one: socket.socket, other: socket.socket, timeout_s: float) -> tuple[bool, bool]:
-    """Whether bytes or their end have come on each of two sockets; returns as soon as one has."""
+    """Return whether bytes or their end have come on each of two sockets; returns as soon as one has."""
     if sys.platform == "win32":
         found = select.select([one, other], [], [], timeout_s)[0]
         return one in found, other in found
@@ -40,7 +40,7 @@ def either_readable(one: socket.socket, other: socket.socket, timeout_s: float) 
 
 
 def is_gone(sock: socket.socket) -> bool:
-    """Whether the peer has closed its end, or the connection is lost."""
+    """Return whether the peer has closed its end, or the connection is lost."""
     if sys.platform == "linux":
         return bool(_poll(sock, select.POLLRDHUP, 0.0) & _GONE)
     if not readable(sock, 0.0):

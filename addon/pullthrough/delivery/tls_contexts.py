@@ -18,7 +18,7 @@ _ENABLE_PARTIAL_WRITE: Final = 1
 
 
 def new_context(leaf: Leaf) -> SSL.Context:
-    """A server's context for the leaf: TLS 1.2 and later, HTTP/1.1, sessions resumed by tickets."""
+    """Return a server's context for the leaf: TLS 1.2 and later, HTTP/1.1, sessions resumed by tickets."""
     context = SSL.Context(SSL.TLS_SERVER_METHOD)
     context.set_min_proto_version(SSL.TLS1_2_VERSION)
     context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)

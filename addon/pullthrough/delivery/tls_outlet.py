@@ -102,12 +102,14 @@ class TlsOutlet:
     # --- reading
 
     def readable(self, timeout_s: float) -> bool:
-        """Whether `read` has something, or the end, within the time."""
+        """Return whether `read` has something, or the end, within the time."""
         assert self._tls is not None
         return self._tls.pending() > 0 or readable(self.sock, timeout_s)
 
     def read(self, timeout_s: float = CLIENT_STALL_S) -> bytes:
-        """What has come; waits for the first byte. b"" when the client has ended, or is shut out for saying nothing."""
+        """Return what has come; waits for the first byte. b"" when the client has ended, or is shut out for saying
+        nothing.
+        """
         self.deadline = time.monotonic() + timeout_s
         assert self._tls is not None
         try:
@@ -174,7 +176,7 @@ class TlsOutlet:
         self.deadline = math.inf
 
     def _write(self, data: Bytes) -> bool:
-        """Whether all of it was taken; if not, it is to be tried again with the same bytes."""
+        """Return whether all of it was taken; if not, it is to be tried again with the same bytes."""
         assert self._tls is not None
         try:
             self._tls.send(data)

@@ -44,7 +44,7 @@ def scripts(settings: Settings) -> Mapping[str, SetupDocument]:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Run the script of this system here. CacheError if it does not come to an end that it knows."""
+    """Run the script of this system here. Raises CacheError if it does not come to an end that it knows."""
     windows = sys.platform == "win32"
     name, shell = ("doctor.ps1", "powershell") if windows else ("doctor.sh", "sh")
     program = shutil.which(shell)

@@ -112,7 +112,7 @@ async def _ask(upstream: Upstream, settings: Settings, now: datetime) -> Outlook
 
 
 def _unsigned(settings: Settings, location: str) -> str:
-    """Why a redirect of the registry's is no use to clients that fetch past this proxy."""
+    """Return why a redirect of the registry's is no use to clients that fetch past this proxy."""
     host = urlsplit(location).hostname or ""
     if not location:
         return f"{settings.registries[0]} answers with the bytes themselves"
@@ -193,13 +193,13 @@ def tunnel(proxy: Endpoint, host: str, context: ssl.SSLContext) -> Iterator[ssl.
 
 
 def common_name(name: x509.Name) -> str:
-    """The CN, or the whole name where there is none."""
+    """Return the CN, or the whole name where there is none."""
     found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(found[0].value) if found else name.rfc4514_string()
 
 
 def _reach(endpoint: Endpoint) -> str:
-    """Why nobody takes a connection there."""
+    """Return why nobody takes a connection there."""
     try:
         socket.create_connection((local_host(endpoint.host), endpoint.port), PATIENCE_S).close()
     except OSError as error:
@@ -208,7 +208,7 @@ def _reach(endpoint: Endpoint) -> str:
 
 
 def local_host(host: str) -> str:
-    """Where we reach what listens on `host`."""
+    """Return where we reach what listens on `host`."""
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- not listened on
 
 
@@ -306,5 +306,5 @@ def _count(folder: Path) -> int:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that there is."""
+    """Return the folder, or the nearest one above it that there is."""
     return next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))

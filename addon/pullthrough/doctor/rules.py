@@ -201,7 +201,7 @@ def _of_ports(facts: ServerFacts) -> list[Finding]:
 
 
 def _of_clients(facts: ServerFacts) -> list[Finding]:
-    """What keeps clients of other machines away."""
+    """Return what keeps clients of other machines away."""
     found = []
     if facts.local:
         why = f"{', '.join(facts.local)}: no other machine can connect to it"

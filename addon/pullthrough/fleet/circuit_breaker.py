@@ -21,7 +21,7 @@ class CircuitBreaker:
         self._closed_at = 0.0
 
     def permits(self, now: float) -> bool:
-        """Whether the service may be asked; while it is being tried, only whoever asks first."""
+        """Return whether the service may be asked; while it is being tried, only whoever asks first."""
         if self._failures < FAILURES:
             return True
         if now < self._closed_at:
@@ -30,7 +30,7 @@ class CircuitBreaker:
         return True
 
     def is_open(self, now: float) -> bool:
-        """Whether the service is left alone; asking this lets nobody through."""
+        """Return whether the service is left alone; asking this lets nobody through."""
         return self._failures >= FAILURES and now < self._closed_at
 
     def succeeded(self) -> None:

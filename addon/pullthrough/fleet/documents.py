@@ -56,18 +56,18 @@ def lease_key(digest: Digest, number: int) -> str:
 
 
 def capability_secret(secret: bytes) -> bytes:
-    """What the fleet signs capabilities with: never the key of documents."""
+    """Return what the fleet signs capabilities with: never the key of documents."""
     return hmac.digest(secret, b"capability", "sha256")
 
 
 def seal(document: Mapping[str, Any], key: str, secret: bytes) -> bytes:
-    """The document, signed for the place `key`."""
+    """Return the document, signed for the place `key`."""
     payload = json.dumps(document).encode()
     return _signature(payload, key, secret) + b"\n" + payload
 
 
 def unseal(data: bytes, key: str, secret: bytes) -> dict[str, Any]:
-    """What was sealed for `key`. ForgedDocument for anything else."""
+    """Return what was sealed for `key`. ForgedDocument for anything else."""
     signature, _, payload = data.partition(b"\n")
     if not hmac.compare_digest(signature, _signature(payload, key, secret)):
         raise ForgedDocument(f"{key}: expected a document signed by this fleet, got another")
@@ -95,7 +95,9 @@ def seal_manifest(name: Name, record: ManifestRecord, secret: bytes) -> bytes:
 
 
 def unseal_manifest(data: bytes, name: Name, secret: bytes) -> ManifestRecord:
-    """The manifest that a cache of the fleet has recorded whole under `name`. ForgedDocument for anything else."""
+    """Return the manifest that a cache of the fleet has recorded whole under `name`. ForgedDocument for anything
+    else.
+    """
     document = unseal(data, manifest_key(name), secret)
     body = base64.b64decode(document["body"])
     record = ManifestRecord.parse(body, document["content_type"], now=document["confirmed"])

@@ -41,7 +41,7 @@ class Step(Enum):
 
 
 def decide(lease: Lease | None, *, node: str, deposed: Collection[str], now: float) -> Step:
-    """What `node` does about the lease, None for one that nobody can read; `deposed` have failed it."""
+    """Return what `node` does about the lease, None for one that nobody can read; `deposed` have failed it."""
     if lease is None or lease.node in deposed:
         return Step.NEXT
     if lease.node == node:

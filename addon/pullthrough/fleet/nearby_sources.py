@@ -35,7 +35,7 @@ class NearbySources:
         return record is not None and record.public
 
     async def source(self) -> Source | None:
-        """The nearest source of a public blob, None where only upstream is left."""
+        """Return the nearest source of a public blob, None where only upstream is left."""
         self._holder = ""
         if self._failures < TRIES and (source := await self._tier.source(self._digest)) is not None:
             return source

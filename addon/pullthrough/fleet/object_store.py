@@ -59,7 +59,7 @@ class ObjectStore:
     """The folder that a URL such as s3://bucket/prefix names. TierError from every call that fails."""
 
     def __init__(self, url: str) -> None:
-        """SettingsError if obstore is missing, or if the URL and the environment's variables make no store."""
+        """Raise SettingsError if obstore is missing, or if the URL and the environment's variables make no store."""
         try:
             import obstore
             from obstore.store import from_url
@@ -83,14 +83,14 @@ class ObjectStore:
             raise SettingsError(f"option {PREFIX}object_store: expected an object store, got {_brief(error)}") from None
 
     def find(self, key: str) -> Found | None:
-        """The object, None if there is none."""
+        """Return the object, None if there is none."""
         with self._told(), contextlib.suppress(FileNotFoundError):
             result = self._api.get(self._quick, key, options={"head": True})
             return Found(result.meta["size"], result.attributes.get(CHECKSUM))
         return None
 
     def read(self, key: str) -> bytes | None:
-        """A small object's bytes, None if there is none."""
+        """Return a small object's bytes, None if there is none."""
         with self._told(), contextlib.suppress(FileNotFoundError):
             result = self._api.get(self._quick, key)
             if result.meta["size"] > MAX_DOCUMENT:
@@ -99,7 +99,7 @@ class ObjectStore:
         return None
 
     def read_part(self, key: str, start: int, size: int) -> bytes:
-        """The next part from `start` of an object of `size` bytes."""
+        """Return the next part from `start` of an object of `size` bytes."""
         with self._told():
             try:
                 return bytes(self._api.get_range(self._patient, key, start=start, end=min(start + PART, size)))
@@ -107,7 +107,7 @@ class ObjectStore:
                 raise TierError(f"{key}: expected an object, got none any more") from error
 
     def list(self, prefix: str) -> list[Listed]:
-        """All objects under `prefix`."""
+        """Return all objects under `prefix`."""
         with self._told():
             return [
                 Listed(item["path"], item["size"], item["last_modified"].timestamp())
@@ -135,7 +135,7 @@ class ObjectStore:
             self._api.delete(self._quick, key)
 
     def writer(self, key: str, *, size: int, sha256: str) -> Writer:
-        """An upload of `size` bytes in parts, in place of whatever is there; it is given up by forgetting it."""
+        """Return an upload of `size` bytes in parts, in place of whatever is there; it is given up by forgetting it."""
         part = max(PART, -(-size // MAX_PARTS))
         with self._told():
             upload: Writer = self._api.open_writer(
@@ -156,7 +156,7 @@ class ObjectStore:
             writer.close()
 
     def sign(self, key: str, *, lifetime_s: float) -> str:
-        """An address at which anybody may GET the object until it expires."""
+        """Return an address at which anybody may GET the object until it expires."""
         with self._told():
             address: str = self._api.sign(self._quick, "GET", key, timedelta(seconds=lifetime_s))
             return address
@@ -182,5 +182,5 @@ def _attributes(sha256: str | None) -> dict[str, str]:
 
 
 def _brief(error: Exception) -> str:
-    """The first line, without any query: behind it obstore prints what it holds."""
+    """Return the first line, without any query: behind it obstore prints what it holds."""
     return str(error).partition("\n")[0].partition("?")[0][:300]

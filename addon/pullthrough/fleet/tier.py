@@ -35,7 +35,7 @@ SIGNED_S: Final = 6 * 3600.0
 
 
 def load_secret(path: Path) -> bytes:
-    """The fleet's secret from a file that nobody else may read. SettingsError where it is none."""
+    """Return the fleet's secret from a file that nobody else may read. Raises SettingsError where it is none."""
     option = f"option {PREFIX}fleet_secret_file"
     try:
         others = path.stat().st_mode & 0o077
@@ -91,7 +91,7 @@ class Tier:
         return self._breaker.is_open(time.monotonic())
 
     async def ask[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """One call of the object store, in a thread. TierError if it fails, or has lately."""
+        """Return one call of the object store, in a thread. Raises TierError if it fails, or has lately."""
         if not self._breaker.permits(time.monotonic()):
             raise TierError("object store: expected it to answer, got failures lately")
         try:
@@ -108,11 +108,11 @@ class Tier:
         return result
 
     async def knock(self) -> None:
-        """Ask for the head of one object, to see whether the object store answers. TierError if it does not."""
+        """Ask for the head of one object, to see whether the object store answers. Raises TierError if it does not."""
         await self.ask(self.objects.find, documents.blob_key(Digest("0" * 64)))
 
     async def source(self, digest: Digest) -> Source | None:
-        """Where the tier has the blob; None where it has not, or cannot be asked."""
+        """Return where the tier has the blob; None where it has not, or cannot be asked."""
         if digest in self.suspects:
             return None
         try:
@@ -127,7 +127,7 @@ class Tier:
         return Source(address, near=True)
 
     async def look(self, digest: Digest, size: int | None = None) -> bool:
-        """Whether the blob is there, of this size if one is given, and was hashed by whoever uploaded it."""
+        """Return whether the blob is there, of this size if one is given, and was hashed by whoever uploaded it."""
         found = await self.ask(self.objects.find, documents.blob_key(digest))
         sound = found is not None and found.sha256 == digest.hex and size in (None, found.size)
         (self.there.add if sound else self.there.discard)(digest)
@@ -156,13 +156,13 @@ class Tier:
         return True
 
     def address(self, digest: Digest) -> str | None:
-        """Where a client finds the blob for the next hours, None if that was not prepared."""
+        """Return where a client finds the blob for the next hours, None if that was not prepared."""
         address, until = self._addresses.get(digest, ("", 0.0))
         usable = digest not in self.suspects and not self.is_open and lasting() < until
         return address if usable else None
 
     async def manifest(self, name: Name) -> ManifestRecord | None:
-        """The manifest, as the fleet's own cache has recorded it; None where there is none to be had."""
+        """Return the manifest, as the fleet's own cache has recorded it; None where there is none to be had."""
         try:
             data = await self.ask(self.objects.read, documents.manifest_key(name))
             record = documents.unseal_manifest(data, name, self.secret) if data is not None else None

@@ -45,7 +45,7 @@ class Uploader:
         """How many blobs are still to be uploaded, by the last look."""
 
     def has_told(self, name: Name) -> bool:
-        """Whether nothing is left to do for the manifest."""
+        """Return whether nothing is left to do for the manifest."""
         return name in self._told
 
     def forget(self, name: Name) -> None:
@@ -103,7 +103,7 @@ class Uploader:
             file.release()
 
     async def _send(self, digest: Digest, file: SharedFile) -> bool:
-        """Whether the bytes were what they should be, and the object is there by now."""
+        """Return whether the bytes were what they should be, and the object is there by now."""
         tier, key = self._tier, documents.blob_key(digest)
         writer = await tier.ask(tier.objects.writer, key, size=file.size, sha256=digest.hex)
         hasher = hashlib.sha256()

@@ -34,7 +34,7 @@ _LINE: Final = re.compile(r"([0-9a-f]{64})  (\S+)")
 
 
 def header(path: str, size: int) -> bytes:
-    """The header of a member. TransferRefused for a path that ustar cannot hold."""
+    """Return the header of a member. Raises TransferRefused for a path that ustar cannot hold."""
     info = tarfile.TarInfo(path)
     info.size = size
     try:
@@ -44,12 +44,12 @@ def header(path: str, size: int) -> bytes:
 
 
 def padding(size: int) -> bytes:
-    """What fills the last block of a member of that size."""
+    """Return what fills the last block of a member of that size."""
     return bytes(-size % BLOCK)
 
 
 def sums(members: Mapping[str, str]) -> bytes:
-    """The first member: of path → hexadecimal sha256, in order."""
+    """Return the first member: of path → hexadecimal sha256, in order."""
     return "".join(f"{digest}  {path}\n" for path, digest in members.items()).encode("ascii")
 
 
@@ -74,7 +74,9 @@ class Member:
 
 
 def read_members(file: BinaryIO) -> list[Member]:
-    """What a seekable bundle holds; only headers and padding are read. TransferRefused if it is not a bundle, whole."""
+    """Return what a seekable bundle holds; only headers and padding are read. Raises TransferRefused if it is not a
+    bundle, whole.
+    """
     length = file.seek(0, 2)
     file.seek(0)
     if file.read(max(map(len, _PACKED))).startswith(_PACKED):

@@ -172,7 +172,7 @@ class Evictor:
 def _rest_of_model(
     digest: Digest, manifests: Sequence[ManifestRecord], blobs: Mapping[Digest, BlobRecord]
 ) -> dict[Digest, int]:
-    """What else is not here of the model that the blob is wanted for: of the smallest that lists it."""
+    """Return what else is not here of the model that the blob is wanted for: of the smallest that lists it."""
     rests = []
     for manifest in manifests:
         # Of a list a client takes one child, which is a manifest itself.
@@ -194,7 +194,7 @@ def _choose(
     excess: tuple[int, int],
     busy: frozenset[Digest],
 ) -> Choice | None:
-    """What goes of what is known at one moment; it takes long where that is much."""
+    """Return what goes of what is known at one moment; it takes long where that is much."""
     sizes: dict[Hashable, int] = {digest: record.size or 0 for digest, record in blobs.items() if record.held}
     holdings = [
         Holding(name, frozenset(listed_by(records)), max(record.used for record in records), name.is_among(pins))

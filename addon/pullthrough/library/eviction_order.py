@@ -40,7 +40,7 @@ class Choice:
 def choose(
     holdings: Iterable[Holding], sizes: Mapping[Hashable, int], *, excess: int, busy: Collection[Hashable]
 ) -> Choice | None:
-    """The least recently used holdings that free `excess` bytes together; None if all that may go is not enough.
+    """Return the least recently used holdings that free `excess` bytes together; None if all that may go is not enough.
 
     Leftovers go before all others. `sizes` are the bytes of the parts that are here; `busy` parts are in
     flight.

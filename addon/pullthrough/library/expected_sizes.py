@@ -9,7 +9,7 @@ from pullthrough.store.store import Store
 
 
 def sizes_in(store: Store, host: str, repository: str, digest: Digest) -> frozenset[int]:
-    """The lengths that the blob may have in this repository: the held one, else those that manifests claim.
+    """Return the lengths that the blob may have in this repository: the held one, else those that manifests claim.
 
     A claim is no secret, so manifests that are private by now count too.
     """
@@ -22,7 +22,7 @@ def sizes_in(store: Store, host: str, repository: str, digest: Digest) -> frozen
 
 
 def public_sizes(store: Store, digest: Digest) -> frozenset[int]:
-    """The same of a blob that everybody may have, from whatever repository; of another nothing is known."""
+    """Return the same of a blob that everybody may have, from whatever repository; of another nothing is known."""
     record = store.blob(digest)
     if digest != EMPTY and (record is None or not record.public):
         return frozenset()

@@ -292,7 +292,7 @@ def _cloned(source: int, path: Path) -> bool:
 
 
 def _has(crew: HashPool, path: Path, digest: Digest, size: int) -> bool:
-    """An earlier export has put the blob there."""
+    """Return an earlier export has put the blob there."""
     try:
         descriptor = platform.open_regular(path)
     except OSError:

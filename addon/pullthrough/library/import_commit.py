@@ -100,12 +100,12 @@ def needs(
 
 
 def admit(store: Store, staging: Path, model: Model, terms: Terms, *, now: float) -> ImportOutcome:
-    """The three steps at once, for who has the store to himself. Waits for the disk."""
+    """Return the three steps at once, for who has the store to himself. Waits for the disk."""
     return refusal(store, model, terms) or enter(store, model, terms, place(store, staging, model), now=now)
 
 
 def refusal(store: Store, model: Model, terms: Terms) -> ImportOutcome | None:
-    """Why the model may not come in; None if it may."""
+    """Return why the model may not come in; None if it may."""
     stored = store.manifest(model.name)
     text = str(model.name)
     if terms.public and _is_refused(store, model.name):

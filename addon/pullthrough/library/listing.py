@@ -105,7 +105,7 @@ def _shown(names: list[Name]) -> str:
 
 
 def listing(view: View, shown: Collection[Name] | None = None) -> list[JSON]:
-    """A row for each model, or only for those that are `shown`, the one pulled last first."""
+    """Return a row for each model, or only for those that are `shown`, the one pulled last first."""
     rows = [_row(view, name, view.models[name]) for name in (view.models if shown is None else shown)]
     return sorted(rows, key=lambda row: (-(row["pulled"] or 0.0), row["name"]))
 
@@ -137,7 +137,7 @@ def _is_meant(row: JSON, pattern: str) -> bool:
 
 
 def is_pattern(text: str) -> bool:
-    """Whether a user's text has wildcards."""
+    """Return whether a user's text has wildcards."""
     return any(character in text for character in "*?[")
 
 
@@ -167,7 +167,7 @@ def _row(view: View, name: Name, records: Sequence[ManifestRecord]) -> JSON:
 
 
 def size_of(view: View, records: Sequence[ManifestRecord]) -> int:
-    """What the blobs of a model take together, each once, as far as it is known."""
+    """Return what the blobs of a model take together, each once, as far as it is known."""
     if len(records) == 1 and not records[0].is_list:
         return records[0].size
     sizes: dict[Digest, int | None] = {}
@@ -177,7 +177,7 @@ def size_of(view: View, records: Sequence[ManifestRecord]) -> int:
 
 
 def is_whole(view: View, records: Sequence[ManifestRecord]) -> bool:
-    """Whether the clients of both classes find here what their manifests need.
+    """Return whether the clients of both classes find here what their manifests need.
 
     A child that is stored as the plain manifest too is here, whether or not anybody asked for it as a blob.
     """
@@ -188,7 +188,8 @@ def is_whole(view: View, records: Sequence[ManifestRecord]) -> bool:
 
 
 def detail(view: View, text: str) -> JSON:
-    """One model: its row, when upstream confirmed it, its layers in the manifest's order, and those of its children.
+    """Return one model: its row, when upstream confirmed it, its layers in the manifest's order, and those of its
+    children.
 
     `layers` are those of the manifest for clients that accept no lists, `children` what the list offers.
     """
@@ -236,7 +237,7 @@ def _child(view: View, child: Child, records: Iterable[ManifestRecord]) -> JSON:
 
 
 def beyond_models(view: View) -> dict[str, int]:
-    """What the disk holds that no listing of models shows."""
+    """Return what the disk holds that no listing of models shows."""
     private = sum(record.size or 0 for record in view.blobs.values() if record.held and not record.public)
     return {"private_bytes": private, "unfinished_bytes": view.unfinished, "quarantined_bytes": view.quarantined}
 
@@ -248,7 +249,7 @@ def beyond_text(sums: JSON) -> str:
 
 
 def statistics(view: View) -> JSON:
-    """Sums over everything; `deduplicated_bytes` is what copies for each model would take beyond what is held.
+    """Return sums over everything; `deduplicated_bytes` is what copies for each model would take beyond what is held.
 
     `private_bytes` are those of `bytes` that nobody has been granted without a login.
     """

@@ -29,7 +29,7 @@ STEP: Final = 100
 
 
 def would_prune(inventory: Snapshot, pins: Sequence[str], *, age_s: float, every: bool) -> JSON:
-    """What `prune` would do of a store that nobody has; nothing is changed or locked."""
+    """Return what `prune` would do of a store that nobody has; nothing is changed or locked."""
     left = quarantined(inventory.folder)
     for digest, facts in partials(inventory.folder).items():
         left[inventory.folder / INGEST / f"{digest.file_name}{PARTIAL}"] = facts
@@ -111,7 +111,7 @@ class Maintenance:
         return {"pattern": pattern, "models": sorted(names)}
 
     def unpin(self, text: str) -> JSON:
-        """Take a pin back. NoSuchModel if it is none; `still` are models that another pin keeps."""
+        """Take a pin back. Raises NoSuchModel if it is none; `still` are models that another pin keeps."""
         ledger = self._store.ledger
         candidates = [text]
         with contextlib.suppress(InvalidRequest):  # a pattern

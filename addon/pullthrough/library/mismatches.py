@@ -28,6 +28,6 @@ class Mismatches:
             del self._known[next(iter(self._known))]
 
     def holds(self, blob: Hashable, *, now: float) -> bool:
-        """Whether the blob is to be passed through."""
+        """Return whether the blob is to be passed through."""
         count, when = self._known.get(blob, (0, now))
         return count >= MISMATCHES and now < when + PASSED_S

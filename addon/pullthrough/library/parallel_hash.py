@@ -71,7 +71,7 @@ class HashPool:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def hash(self, source: FileRange) -> str:
-        """The hexadecimal sha256 of as many of these bytes as there are."""
+        """Return the hexadecimal sha256 of as many of these bytes as there are."""
         hasher = sha256()
         for data in self._pieces(source):
             hasher.update(data)

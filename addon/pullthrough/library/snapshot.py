@@ -37,12 +37,12 @@ class Snapshot:
     days: Mapping[int, Totals]
 
     def view(self, pins: tuple[str, ...]) -> View:
-        """The same as a listing takes it, with all pins."""
+        """Return the same as a listing takes it, with all pins."""
         return with_leftovers(View(self.manifests, self.blobs, pins, self.days, self.children), self.folder)
 
     @classmethod
     def read(cls, folder: Path, index_dir: Path | None = None) -> "Snapshot":
-        """What the index says, or what the files say. Raises StoreError where there is no sound store.
+        """Return what the index says, or what the files say. Raises StoreError where there is no sound store.
 
         `index_dir` is where the index is, if not where the disk under the store wants it.
         """
@@ -55,13 +55,13 @@ class Snapshot:
         return cls(folder, contents.blobs, contents.manifests, contents.children, pins, contents.days)
 
     def blob_path(self, digest: Digest) -> Path:
-        """Where the blob's file lies, or would."""
+        """Return where the blob's file lies, or would."""
         files, record = BlobFiles(self.folder), self.blobs.get(digest, BlobRecord())
         file = files.look(digest, public=record.public)
         return files.path(digest, public=record.public if file is None else file.public)
 
     def held_sizes(self) -> dict[Digest, int]:
-        """The blobs whose files are still those that were verified, with their sizes."""
+        """Return the blobs whose files are still those that were verified, with their sizes."""
         files = BlobFiles(self.folder)
         found = {}
         for digest, record in self.blobs.items():
@@ -92,7 +92,7 @@ def with_leftovers(view: View, folder: Path) -> View:
 
 
 def _read_files(folder: Path) -> Contents:
-    """What the next start will make the index of."""
+    """Return what the next start will make the index of."""
     proofs, blobs = Proofs(folder), {}
     try:
         for file in BlobFiles(folder).walk():

@@ -64,7 +64,7 @@ class Defect:
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Self:
-        """What `fields` has made. InvalidRequest."""
+        """Return what `fields` has made. Raises InvalidRequest."""
         try:
             identity = None
             if fields["identity"] is not None:
@@ -177,7 +177,7 @@ def check(
 
 
 def _survey(folder: Path, wanted: Collection[Digest] | None, report: Report) -> dict[Digest, Identity]:
-    """The blob files, or those of them that are wanted; all else in their folder is a finding."""
+    """Return the blob files, or those of them that are wanted; all else in their folder is a finding."""
     files: dict[Digest, Identity] = {}
     with contextlib.ExitStack() as open_folders:
         roots = [open_folders.enter_context(os.scandir(folder / root / BLOBS)) for root in ROOTS]
@@ -246,7 +246,7 @@ def _hash(
 
 
 def _compare(inventory: Snapshot, digest: Digest, identity: Identity) -> Defect | None:
-    """What the index has against a file whose bytes are right."""
+    """Return what the index has against a file whose bytes are right."""
     record = inventory.blobs.get(digest)
     if record is None or not record.held or not record.mtime_ns:
         return Defect(Problem.UNKNOWN, digest.file_name, "only verified blobs", "another", digest, identity)
@@ -260,7 +260,7 @@ def _compare(inventory: Snapshot, digest: Digest, identity: Identity) -> Defect 
 
 
 def _stands(finding: Defect, inventory: Snapshot) -> bool:
-    """Whether it is still so: a daemon may have recorded or evicted the blob meanwhile."""
+    """Return whether it is still so: a daemon may have recorded or evicted the blob meanwhile."""
     places = (inventory.folder / root / BLOBS / finding.name for root in ROOTS)
     path = next(filter(os.path.lexists, places), None)
     try:

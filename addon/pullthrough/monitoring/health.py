@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from pullthrough.monitoring.lookout import Lookout
+from pullthrough.monitoring.probes import Probes
 from pullthrough.store.layout import restore
 from pullthrough.upstream.reachability import Service
 
@@ -42,24 +42,24 @@ class Health:
         self.draining = False
         self._folder = folder
         self.certificates = certificates
-        self._lookout: Lookout | None = None
+        self._probes: Probes | None = None
         self._look: asyncio.Task[Disk] | None = None
         self._looked = 0.0
 
-    def open(self, lookout: Lookout) -> None:
+    def open(self, probes: Probes) -> None:
         """Begin to look at the servers that nobody has asked for a while."""
-        self._lookout = lookout
-        lookout.open()
+        self._probes = probes
+        probes.open()
 
     async def close(self) -> None:
         """The daemon is about to end: look no more, and say so to whoever asks."""
         self.draining = True
-        if self._lookout is not None:
-            await self._lookout.close()
+        if self._probes is not None:
+            await self._probes.close()
 
     async def services(self) -> tuple[Service, ...]:
         """Return what is known of each server that the cache draws on; nothing before `open`."""
-        return await self._lookout.services() if self._lookout is not None else ()
+        return await self._probes.services() if self._probes is not None else ()
 
     async def disk(self) -> Disk:
         """As it was FRESH_S ago at most, or is."""
@@ -71,7 +71,7 @@ class Health:
         return self._look.result() if done else Disk(0, f"no answer in {PATIENCE_S:.0f} s")
 
     async def problems(self) -> list[str]:
-        """Why the daemon should not be sent clients; empty if it should."""
+        """Return why the daemon should not be sent clients; empty if it should."""
         problems = ["draining"] if self.draining else []
         if problem := (await self.disk()).problem:
             problems.append(f"store: {problem}")

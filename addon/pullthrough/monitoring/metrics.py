@@ -75,7 +75,7 @@ class Metrics(Collector):
         return encode(self._registry), content_type
 
     def collect(self) -> Iterator[Metric]:
-        """The numbers now."""
+        """Yield the numbers now."""
         yield from self._traffic()
         yield from self._upstreams()
         yield from self._storage()
@@ -181,7 +181,7 @@ def _gauges(name: str, text: str, values: Values, *labels: str) -> Metric:
 
 
 def _kinds(above: type[UpstreamError] = UpstreamError) -> Iterator[type[UpstreamError]]:
-    """All below it in the tree."""
+    """Yield all below it in the tree."""
     for kind in above.__subclasses__():
         yield kind
         yield from _kinds(kind)

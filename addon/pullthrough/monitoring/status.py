@@ -181,7 +181,7 @@ class StatusView:
         """(when, bytes present then, bytes per second) of each recording."""
 
     async def holdings(self) -> Holdings:
-        """What is stored, as it was a few seconds ago at most; the same for all who ask."""
+        """Return what is stored, as it was a few seconds ago at most; the same for all who ask."""
         if self._holdings is None or time.monotonic() > self._stale_at:
             return (await self._summing.join(None, self._sum_up))[0]
         return self._holdings
@@ -196,13 +196,13 @@ class StatusView:
         return self._holdings
 
     def clients(self, count: int) -> Iterator[ClientRow]:
-        """The clients seen last."""
+        """Yield the clients seen last."""
         for address, client in itertools.islice(self._clients.latest(), count):
             pulls = ((name, time) for name, time in reversed(client.pulls.items()) if self._is_public(name))
             yield ClientRow(address, client, *next(pulls, (None, 0.0)))
 
     def pulls(self, count: int) -> Iterator[Pull]:
-        """The last pulls of public models: those under way, then those that have ended, the last one first."""
+        """Yield the last pulls of public models: those under way, then those that have ended, the last one first."""
         every = itertools.chain(self._history.running, self._history.recent)
         return itertools.islice((pull for pull in every if self._is_public(pull.name)), count)
 
@@ -212,21 +212,21 @@ class StatusView:
         return len(self._clients)
 
     def pullers(self, name: Name) -> list[tuple[str, float]]:
-        """Who has pulled the model since the start, and when last, Unix seconds; the latest first."""
+        """Return who has pulled the model since the start, and when last, Unix seconds; the latest first."""
         found = [(address, client.pulls[name]) for address, client in self._clients.latest() if name in client.pulls]
         return sorted(found, key=lambda pull: -pull[1])
 
     def _is_public(self, name: Name) -> bool:
-        """Whether the model is stored, and its registry gives it to everybody."""
+        """Return whether the model is stored, and its registry gives it to everybody."""
         records = [record for each in (name, name.twin) if (record := self._store.manifests().get(each)) is not None]
         return any(not record.denied for record in records)
 
     def model(self, text: str) -> ModelDetail | None:
-        """The public model that is named so, None if none is stored."""
+        """Return the public model that is named so, None if none is stored."""
         return find_detail(self._store, (*self._settings.pins, *sorted(self._store.ledger.pins)), text)
 
     async def look(self) -> Sight:
-        """All of it now."""
+        """Return all of it now."""
         holdings = await self.holdings()
         disk, problems = await self._health.disk(), await self._health.problems()
         counters = self._recorder.counters

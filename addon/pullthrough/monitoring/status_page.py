@@ -109,15 +109,15 @@ class StatusPage:
         self.docs_policy = self.policy.replace("img-src", "img-src 'self'")
 
     def parts(self, sight: Sight) -> dict[str, str]:
-        """The parts of the overview that change, as HTML."""
+        """Return the parts of the overview that change, as HTML."""
         return {name: getattr(self._parts, name)(sight) for name in PARTS}
 
     def overview(self, parts: Mapping[str, str], guide: SetupGuide, *, welcome: bool) -> str:
-        """The front page; to `welcome` is to show first how clients are set up."""
+        """Return the front page; to `welcome` is to show first how clients are set up."""
         return self._render("status.html", here="/", parts=parts, guide=guide, welcome=welcome)
 
     def models(self, holdings: Holdings, query: ModelQuery, now: float) -> str:
-        """A page of the list of models."""
+        """Return a page of the list of models."""
         page = holdings.models.page(query.text, query.order, query.number)
         return self._render(
             "models.html", here="/models", query=query, page=page, now=now, total=len(holdings.models),
@@ -125,23 +125,23 @@ class StatusPage:
         )  # fmt: skip
 
     def model(self, model: ModelDetail, pullers: Sequence[tuple[str, float]], now: float) -> str:
-        """The page of one model; `pullers` are who has pulled it and when, the latest first."""
+        """Return the page of one model; `pullers` are who has pulled it and when, the latest first."""
         return self._render("model.html", model=model, pullers=pullers, now=now)
 
     def clients(self, rows: Sequence[ClientRow], total: int, now: float) -> str:
-        """The clients seen last, of `total`."""
+        """Return the clients seen last, of `total`."""
         return self._render("clients.html", here="/clients", rows=rows, total=total, now=now)
 
     def missing(self) -> str:
-        """What stands at the address of a model that is not here."""
+        """Return what stands at the address of a model that is not here."""
         return self._render("missing.html")
 
     def setup(self, guide: SetupGuide) -> str:
-        """How clients are set up."""
+        """Return how clients are set up."""
         return self._render("setup.html", here="/setup", guide=guide)
 
     def docs(self, name: str) -> str:
-        """A page of the documentation, by the name of its file."""
+        """Return a page of the documentation, by the name of its file."""
         title, html = self.manual.page(name)
         return self._render("manual.html", here="/docs/", name=name, title=title, html=html)
 
@@ -155,7 +155,7 @@ def model_path(name: Name) -> str:
 
 
 def span_text(seconds: float | None) -> str:
-    """How long: `40 s`, `12 min`, `3 h`, `5 days`; None is not known."""
+    """Return how long: `40 s`, `12 min`, `3 h`, `5 days`; None is not known."""
     if seconds is None:
         return "?"
     if seconds < 90:
@@ -175,7 +175,7 @@ def _kind(media_type: str) -> str:
 
 
 def _numbers(page: Page) -> list[int | None]:
-    """The pages to link: the first, the last and those beside the one that is shown; None for those left out."""
+    """Return the pages to link: the first, the last and those beside the one that is shown; None for those left out."""
     near = range(page.number - _BESIDE, page.number + _BESIDE + 1)
     shown = sorted({1, page.pages, *(number for number in near if 1 <= number <= page.pages)})
     numbers: list[int | None] = []
@@ -187,5 +187,5 @@ def _numbers(page: Page) -> list[int | None]:
 
 
 def _hash(text: str) -> str:
-    """A source expression of CSP level 3, section 2.3.1."""
+    """Return a source expression of CSP level 3, section 2.3.1."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

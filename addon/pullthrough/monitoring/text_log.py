@@ -63,12 +63,16 @@ class Sparing(logging.Filter):
 
 
 def shorten(text: str) -> str:
-    """The text, or its beginning and how much there was: mitmproxy logs what it cannot parse, however long that is."""
+    """Return the text, or its beginning and how much there was: mitmproxy logs what it cannot parse, however long
+    that is.
+    """
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
 
 
 def escape(text: str) -> str:
-    """The text with what is not printable (controls, line ends, marks that reverse the direction) as in Python."""
+    """Return the text with what is not printable (controls, line ends, marks that reverse the direction) as in
+    Python.
+    """
     if text.isprintable():
         return text
     return "".join(

@@ -23,7 +23,7 @@ admitted, and no connection leads to one, unless the network is configured by it
 
 
 def unwrap(address: Address) -> Address:
-    """The IPv4 address that an IPv6 address stands for (mapped, NAT64, 6to4), else the address itself."""
+    """Return the IPv4 address that an IPv6 address stands for (mapped, NAT64, 6to4), else the address itself."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return address.ipv4_mapped
@@ -43,7 +43,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_address(text: str, *, own: Collection[str] = ()) -> None:
-    """AddressRefused unless `text` is an address on the public Internet and not in `own`."""
+    """Raise AddressRefused unless `text` is an address on the public Internet and not in `own`."""
     try:
         address = unwrap(ipaddress.ip_address(text.partition("%")[0]))
     except ValueError as error:
@@ -58,7 +58,7 @@ def check_address(text: str, *, own: Collection[str] = ()) -> None:
 
 
 def check_elsewhere(name: str, addresses: Iterable[str], *, own: Collection[str]) -> None:
-    """LoopDetected if a registry's name leads to this machine: a hosts entry that belongs on clients only."""
+    """Raise LoopDetected if a registry's name leads to this machine: a hosts entry that belongs on clients only."""
     for text in addresses:
         address = unwrap(ipaddress.ip_address(text.partition("%")[0]))
         if address.is_loopback or text in own or str(address) in own:
@@ -81,7 +81,7 @@ class AddressPolicy:
         return (host.lower().rstrip("."), port) in self.exempt
 
     def check_port(self, port: int, *, encrypted: bool) -> None:
-        """AddressRefused unless `port` is the one for the form of the request."""
+        """Raise AddressRefused unless `port` is the one for the form of the request."""
         if not self.tunnels:
             raise AddressRefused("tunnels to other hosts are switched off (tunnel=none)")
         expected = 443 if encrypted else 80
@@ -89,7 +89,7 @@ class AddressPolicy:
             raise AddressRefused(f"expected port {expected}, got {port}")
 
     def judge(self, addresses: Sequence[str], *, own: Collection[str] = ()) -> tuple[str, ...]:
-        """The addresses that may be connected to: all of them, each once, or AddressRefused.
+        """Return the addresses that may be connected to: all of them, each once, or AddressRefused.
 
         One bad address refuses the name: a resolver that mixes public and private answers is rebinding.
         """

@@ -14,7 +14,7 @@ _OWN: Final = ("same-origin", "none")
 
 
 def asks_for_page(headers: Mapping[str, str]) -> bool:
-    """Whether the request with these fields, by lower-case name, is a browser's for a page that is not ours.
+    """Return whether the request with these fields, by lower-case name, is a browser's for a page that is not ours.
 
     Referer says nothing: Go sends one with each request that follows a redirect. A browser tells Sec-Fetch-Site to
     https and to loopback only; elsewhere it is known by its User-Agent.

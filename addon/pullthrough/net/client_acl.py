@@ -51,7 +51,7 @@ def decide(evidence: Evidence) -> Decision:
 
 
 def credential_key(authorization: str | None) -> bytes:
-    """A fingerprint to remember a credential by; all anonymous callers share one."""
+    """Return a fingerprint to remember a credential by; all anonymous callers share one."""
     return hashlib.sha256((authorization or "").encode("utf-8", "surrogateescape")).digest()
 
 
@@ -98,7 +98,9 @@ class ClientPolicy:
         self._networks = tuple(networks)
 
     def admits(self, peer: str, *, local: Iterable[Network] = ()) -> bool:
-        """Whether a client at the address `peer` may use the cache; `local` are the networks this machine is on now."""
+        """Return whether a client at the address `peer` may use the cache; `local` are the networks this machine is
+        on now.
+        """
         if self._any:
             return True
         try:
@@ -110,7 +112,7 @@ class ClientPolicy:
 
 
 def is_shared(peer: str) -> bool:
-    """Whether the address is one of those that carriers and Tailscale give (see `tunnel.SHARED`)."""
+    """Return whether the address is one of those that carriers and Tailscale give (see `tunnel.SHARED`)."""
     try:
         address = unwrap(ipaddress.ip_address(peer.partition("%")[0]))
     except ValueError:

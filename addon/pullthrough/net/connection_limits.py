@@ -22,7 +22,7 @@ PER_CLIENT: Final = 2
 
 
 def most_connections(descriptors: int) -> int:
-    """How many clients may be connected at once where the process may have so many descriptors."""
+    """Return how many clients may be connected at once where the process may have so many descriptors."""
     reserved = max(LEAST_RESERVED, min(RESERVED, descriptors // 2))
     return max(LEAST, (descriptors - reserved) // PER_CLIENT)
 
@@ -57,7 +57,7 @@ class ConnectionLimits:
         return self._count
 
     def take(self, address: str, close: Callable[[], None]) -> Slot | None:
-        """A place for a new connection, if need be that of one that waits; None if every other is busy.
+        """Return a place for a new connection, if need be that of one that waits; None if every other is busy.
 
         The one that has waited longest goes, of the same address if that has too many, else of the address with most.
         """
@@ -92,7 +92,9 @@ class ConnectionLimits:
 
 
 def client_key(address: str) -> str:
-    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one, whose hosts choose the rest themselves."""
+    """Return what counts as one client: an IPv4 address, or the /64 of an IPv6 one, whose hosts choose the rest
+    themselves.
+    """
     try:
         found = unwrap(ipaddress.ip_address(address.partition("%")[0]))
     except ValueError:

@@ -19,7 +19,9 @@ TIMEOUT_S: Final = 10.0
 async def first_to_answer(
     addresses: Iterable[str], port: int, *, delay_s: float = DELAY_S, timeout_s: float = TIMEOUT_S
 ) -> str | None:
-    """The address that accepts a TCP connection first; None if none does in time. The connection is closed again."""
+    """Return the address that accepts a TCP connection first; None if none does in time. The connection is closed
+    again.
+    """
     trials: set[asyncio.Task[str]] = set()
     waiting = interleaved(list(addresses))
     loop = asyncio.get_running_loop()
@@ -43,7 +45,7 @@ async def first_to_answer(
 
 
 def interleaved(addresses: Sequence[str]) -> list[str]:
-    """The addresses with the families in turns, beginning with that of the first (RFC 8305 section 4)."""
+    """Return the addresses with the families in turns, beginning with that of the first (RFC 8305 section 4)."""
     first = [address for address in addresses if _version(address) == _version(addresses[0])]
     others = [address for address in addresses if _version(address) != _version(addresses[0])]
     pairs = itertools.zip_longest(first, others)

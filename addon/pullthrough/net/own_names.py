@@ -12,14 +12,18 @@ from pullthrough.config.settings import Endpoint
 
 
 def own_names(advertise: Endpoint | None) -> frozenset[str]:
-    """The names that are ours: this machine's (by mDNS too, RFC 6762), localhost, and what we are told to advertise."""
+    """Return the names that are ours: this machine's (by mDNS too, RFC 6762), localhost, and what we are told to
+    advertise.
+    """
     machine = socket.gethostname().lower()
     names = {"localhost", machine, f"{machine.partition('.')[0]}.local"}
     return frozenset(names | ({advertise.host} if advertise is not None else set()))
 
 
 def is_ours(host: str | None, names: AbstractSet[str]) -> bool:
-    """Whether a Host field names us or gives an address. Without one, which is HTTP/1.0, no browser has asked."""
+    """Return whether a Host field names us or gives an address. Without one, which is HTTP/1.0, no browser has
+    asked.
+    """
     if host is None:
         return True
     try:

@@ -74,12 +74,12 @@ class ParentProxies:
         return tuple(dict.fromkeys(proxy for proxy in (self.https, self.http) if proxy is not None))
 
     def without(self, proxy: Proxy) -> "ParentProxies":
-        """The ways out that do not lead through `proxy`."""
+        """Return the ways out that do not lead through `proxy`."""
         https, http = (None if each == proxy else each for each in (self.https, self.http))
         return ParentProxies(https, http, self.direct)
 
     def of(self, scheme: str, host: str, port: int) -> Proxy | None:
-        """The proxy on the way to a target, None where there is none."""
+        """Return the proxy on the way to a target, None where there is none."""
         proxy = self.https if scheme == "https" else self.http
         return None if proxy is None or self._is_direct(host.lower().rstrip("."), port) else proxy
 
@@ -91,7 +91,7 @@ class ParentProxies:
 
 
 def check_remote(host: str) -> None:
-    """AddressRefused for a host that the parent is to resolve, if its spelling says that it is not public.
+    """Raise AddressRefused for a host that the parent is to resolve, if its spelling says that it is not public.
 
     What a public name leads to is the parent's to judge: nobody else can resolve it.
     """
@@ -126,8 +126,9 @@ def _parse_proxy(variable: str, text: str) -> Proxy:
 
 
 def _covers(member: str, host: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address | None, port: int) -> bool:
-    """Whether a member of NO_PROXY is about this target: `*`, an address, a network, or a name with its subdomains
-    (`.name`: the subdomains alone), each but a network with a port or without."""
+    """Return whether a member of NO_PROXY is about this target: `*`, an address, a network, or a name with its
+    subdomains (`.name`: the subdomains alone), each but a network with a port or without.
+    """
     if member == "*":
         return True
     if "/" in member:

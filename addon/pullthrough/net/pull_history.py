@@ -191,7 +191,7 @@ class PullHistory:
             self._finish(pull)
 
     def _of(self, client: str) -> Iterator[Following]:
-        """The client's, the last one first."""
+        """Yield the client's, the last one first."""
         return (pull for pull in reversed(self._open.values()) if pull.client == client)
 
     def _begin(self, client: str, name: Name, now: float) -> Following:

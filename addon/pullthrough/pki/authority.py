@@ -75,7 +75,7 @@ def has_authority(directory: Path) -> bool:
 
 
 def is_due(leaf: Leaf, now: datetime) -> bool:
-    """Whether it is time for the next one: less than a third of the leaf's life is left, or it is not valid yet.
+    """Return whether it is time for the next one: less than a third of the leaf's life is left, or it is not valid yet.
 
     The latter where the clock was set back.
     """
@@ -100,7 +100,7 @@ class Authority:
 
     @classmethod
     def load_or_create(cls, directory: Path, permitted: Sequence[str], *, now: datetime) -> "Authority":
-        """The CA in `directory`, made for exactly `permitted` if there is none yet.
+        """Return the CA in `directory`, made for exactly `permitted` if there is none yet.
 
         Any number of processes may do so at once: one makes it, all return the same. AuthorityError as for `load`.
         """
@@ -116,7 +116,7 @@ class Authority:
 
     @classmethod
     def load(cls, directory: Path, permitted: Sequence[str], *, now: datetime) -> "Authority":
-        """The CA in `directory`, which must permit every name of `permitted` and may permit more.
+        """Return the CA in `directory`, which must permit every name of `permitted` and may permit more.
 
         Missing certificate files are written again. AuthorityError if the files are missing, unreadable, expired, do
         not belong together, hold a CA that is not bound like ours, or if others can read the key.
@@ -150,11 +150,11 @@ class Authority:
         return authority
 
     def permits(self, host: str) -> bool:
-        """Whether `host`, in lower case, is a permitted name or below one (RFC 5280 section 4.2.1.10)."""
+        """Return whether `host`, in lower case, is a permitted name or below one (RFC 5280 section 4.2.1.10)."""
         return any(host == name or host.endswith(f".{name}") for name in self.permitted)
 
     def issue(self, host: str, *, now: datetime, lifetime: timedelta = LEAF_LIFETIME) -> Leaf:
-        """A leaf for `host` with a new P-256 key, valid for `lifetime` or as long as the CA is, the shorter.
+        """Return a leaf for `host` with a new P-256 key, valid for `lifetime` or as long as the CA is, the shorter.
 
         AuthorityError if the CA does not permit `host` or is not valid at `now`.
         """
@@ -219,7 +219,7 @@ def _create(directory: Path, names: Iterable[str], now: datetime) -> None:
 
 
 def _bounds(names: Iterable[str]) -> list[tuple[x509.ExtensionType, bool]]:
-    """What makes a CA harmless to every server but `names`."""
+    """Return what makes a CA harmless to every server but `names`."""
     return [
         (x509.NameConstraints([x509.DNSName(name) for name in names], _NO_ADDRESSES), True),
         (x509.BasicConstraints(ca=True, path_length=0), True),
@@ -272,7 +272,7 @@ def _parse_host(name: str) -> str:
 
 
 def _read_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, list[x509.Certificate]]:
-    """The key and the copies of its certificate that come with it."""
+    """Return the key and the copies of its certificate that come with it."""
     with _reporting(path, "the private key of the CA, EC and not encrypted"), path.open("rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         # Windows has no such bits; there the access list of the user's own folder protects the key.
@@ -286,7 +286,7 @@ def _read_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, list[x509.Certifi
 
 
 def _write_partial(path: Path, data: bytes, mode: int) -> Path:
-    """A new durable file beside `path` that is never open to more than `mode`."""
+    """Return a new durable file beside `path` that is never open to more than `mode`."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     with os.fdopen(os.open(partial, flags, mode), "wb") as file:

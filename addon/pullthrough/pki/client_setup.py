@@ -95,7 +95,7 @@ class Template(string.Template):
 def documents(
     certificates: Sequence[x509.Certificate], names: Sequence[str], proxy: str
 ) -> Mapping[str, SetupDocument]:
-    """All documents by the path they are served at.
+    """Return all documents by the path they are served at.
 
     `certificates` are to be trusted, the one in use first, and permit `names`; `proxy` is a URL for those documents
     that have nobody to tell them one.
@@ -125,12 +125,16 @@ def documents(
 
 
 def clients_host(settings: Settings) -> str:
-    """The name or address of this machine for clients: what `advertise` says, else our address towards others."""
+    """Return the name or address of this machine for clients: what `advertise` says, else our address towards
+    others.
+    """
     return settings.advertise.host if settings.advertise is not None else platform.lan_address()
 
 
 def clients_origin(settings: Settings, host: str) -> str:
-    """Where clients that know this machine by `host` find the plain port; where it is off, an origin of port 0."""
+    """Return where clients that know this machine by `host` find the plain port; where it is off, an origin of port
+    0.
+    """
     published = settings.advertise.port if settings.advertise is not None else 0
     listening = settings.listen[0][1] if settings.listen else 0
     return Endpoint("http", host, published or listening).origin
@@ -146,7 +150,9 @@ def clients_page(settings: Settings) -> str:
 
 
 def command(kind: str, document: SetupDocument, *, server: str, proxy: str) -> str:
-    """The one line for a client's shell that fetches `document` from the origin `server`, checks it and applies it."""
+    """Return the one line for a client's shell that fetches `document` from the origin `server`, checks it and
+    applies it.
+    """
     return _FETCH_AND_RUN[kind].format(
         url=f"{server}/connect/{KINDS[kind]}", sum=sha256(document.body).hexdigest(), proxy=proxy
     )
@@ -155,7 +161,7 @@ def command(kind: str, document: SetupDocument, *, server: str, proxy: str) -> s
 def guide(
     settings: Settings, certificates: Sequence[x509.Certificate], names: Sequence[str], proxy_port: int
 ) -> SetupGuide:
-    """All documents of a running cache, and what is to be said of them; parameters as for `documents`."""
+    """Return all documents of a running cache, and what is to be said of them; parameters as for `documents`."""
     host = clients_host(settings)
     proxy = Endpoint("http", host, proxy_port).origin
     made = documents(certificates, names, proxy)

@@ -48,7 +48,7 @@ class Rollover:
 
     @classmethod
     def load(cls, directory: Path, names: Sequence[str], *, now: datetime) -> "Rollover":
-        """Those of `directory`, of which one permits each of `names`. AuthorityError."""
+        """Return those of `directory`, of which one permits each of `names`. Raises AuthorityError."""
         if not _has_next(directory):
             return cls(Authority.load(directory, names, now=now), None)
         current = Authority.load(directory, (), now=now)
@@ -71,7 +71,7 @@ class Rollover:
         return tuple(dict.fromkeys(name for authority in self.all for name in authority.permitted))
 
     def of(self, host: str) -> Authority:
-        """The authority whose leaf `host` gets."""
+        """Return the authority whose leaf `host` gets."""
         return next((authority for authority in self.all if authority.permits(host)), self.current)
 
     def issue(self, host: str, *, now: datetime) -> Leaf:

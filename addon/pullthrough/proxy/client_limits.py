@@ -267,7 +267,7 @@ def _lengthen_queues() -> None:
 
 
 def unread(top: layer.Layer | None, client: connection.Client) -> int:
-    """How many bytes of the client's lie in mitmproxy's layers, from `top` down, and have not been used."""
+    """Return how many bytes of the client's lie in mitmproxy's layers, from `top` down, and have not been used."""
     total = 0
     while top is not None:
         waiting = [*top._paused_event_queue, *getattr(top, "_event_queue", ())]
@@ -290,7 +290,7 @@ def unread(top: layer.Layer | None, client: connection.Client) -> int:
 
 
 def _delegate(top: layer.Layer) -> layer.Layer | None:
-    """The layer that has taken over from `top`, which keeps no other reference to it."""
+    """Return the layer that has taken over from `top`, which keeps no other reference to it."""
     handler = getattr(top._handle_event, "__self__", None)
     return handler if isinstance(handler, layer.Layer) and handler is not top else None
 

@@ -117,11 +117,11 @@ class ConnectionHooks:
         self._is_open = False
 
     def is_ours(self, host: str) -> bool:
-        """Whether `host` is a registry or the blob host."""
+        """Return whether `host` is a registry or the blob host."""
         return normal(host) in self._intercepted
 
     def is_own(self, host: str, port: int) -> bool:
-        """Whether a name of ours that leads to this machine would lead to this cache."""
+        """Return whether a name of ours that leads to this machine would lead to this cache."""
         return self.is_ours(host) and port in own_ports()
 
     def check_names(self, flow: http.HTTPFlow) -> None:
@@ -137,7 +137,7 @@ class ConnectionHooks:
                 raise Misdirected(f"expected {kind} {host}, got {name!r}")
 
     def check_plain(self, flow: http.HTTPFlow) -> None:
-        """AddressRefused for a request to another host than ours that leads where we lead nobody."""
+        """Raise AddressRefused for a request to another host than ours that leads where we lead nobody."""
         host, port = flow.request.host, flow.request.port
         if self._legs.is_exempt(host, port) or self.parent.is_parent(host, port):
             raise AddressRefused(f"{host}:{port} is for the cache's own requests; ask for a registry by its name")
@@ -244,7 +244,7 @@ class ConnectionHooks:
             nextlayer.layer = self._tunnel(context)
 
     def _captured(self, context: Context, nextlayer: layer.NextLayer) -> layer.Layer | None:
-        """The layer for a connection whose client takes us for the server; None while nothing says for which.
+        """Return the layer for a connection whose client takes us for the server; None while nothing says for which.
 
         One of our names makes it as if the client had asked a proxy for that name. Another one is passed on unread to
         where the client dialled; in reverse mode that was us, so it ends.
@@ -280,7 +280,7 @@ class ConnectionHooks:
         return self._tunnel(context)
 
     def _tunnel(self, context: Context) -> layer.Layer:
-        """The layer that passes a connection on unread to where its client wants it."""
+        """Return the layer that passes a connection on unread to where its client wants it."""
         self.client_limits.free(context.client)
         top = self.parent.tunnel(context)
         if context.server.via is not None:
@@ -319,7 +319,9 @@ class ConnectionHooks:
             _log.exception("address policy failed; refused")
 
     async def _answering(self, host: str, port: int, addresses: tuple[str, ...]) -> str:
-        """One of a name's judged addresses, of several the one that answers first. AddressRefused if none does."""
+        """Return one of a name's judged addresses, of several the one that answers first. Raises AddressRefused if none
+        does.
+        """
         if len(addresses) == 1:
             return addresses[0]
         loop = asyncio.get_running_loop()
@@ -362,7 +364,7 @@ class _Closing(layer.Layer):
 
 
 def own_ports() -> frozenset[int]:
-    """The ports that mitmproxy listens on."""
+    """Return the ports that mitmproxy listens on."""
     return frozenset(address[1] for address in ctx.master.addons.get("proxyserver").listen_addrs())
 
 

@@ -28,7 +28,7 @@ _QUIET: Final = ("mitmproxy", "mitmproxy.proxy.layers", "mitmproxy.proxy.server"
 
 
 async def check_hooks(connection_hooks: ConnectionHooks) -> None:
-    """SettingsError unless strangers, tunnels, requests, addresses and endless heads are refused.
+    """Raise SettingsError unless strangers, tunnels, requests, addresses and endless heads are refused.
 
     `connection_hooks` must not know the settings yet.
     """
@@ -58,7 +58,7 @@ async def check_hooks(connection_hooks: ConnectionHooks) -> None:
 
 
 async def _play(connection_hooks: ConnectionHooks, sent: bytes, *, admitted: bool) -> tuple[bytes, bool]:
-    """What a client that sends these bytes is told, and whether its connection has ended then."""
+    """Return what a client that sends these bytes is told, and whether its connection has ended then."""
     proxyserver: Proxyserver = ctx.master.addons.get("proxyserver")
     wire = _Wire()
     reader = wire.reader

@@ -12,17 +12,19 @@ from pullthrough.registry.messages import Request
 
 
 def has_body(request: http.Request) -> bool:
-    """Whether something follows the head."""
+    """Return whether something follows the head."""
     return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
 
 
 def is_reverse(flow: http.HTTPFlow) -> bool:
-    """Whether the client takes us for the server: it reaches us by a hosts entry, which the blob host need not have."""
+    """Return whether the client takes us for the server: it reaches us by a hosts entry, which the blob host need
+    not have.
+    """
     return isinstance(flow.client_conn.proxy_mode, ReverseMode)
 
 
 def request_of(flow: http.HTTPFlow, host: str) -> Request:
-    """The flow's request, as one to `host`."""
+    """Return the flow's request, as one to `host`."""
     reverse = is_reverse(flow)
     return Request(
         flow.request.method,
@@ -38,7 +40,7 @@ def request_of(flow: http.HTTPFlow, host: str) -> Request:
 
 
 def response_of(status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> http.Response:
-    """A response of these fields and Content-Length: `length`."""
+    """Return a response of these fields and Content-Length: `length`."""
     # As they were decoded: what a registry says comes out byte for byte.
     fields = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in headers]
     response = http.Response.make(status, body, http.Headers(fields))

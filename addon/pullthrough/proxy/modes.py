@@ -12,7 +12,7 @@ from pullthrough.runtime.ports import listening, listens, reason, shown_address
 
 
 def check_modes(specs: Iterable[str], hosts: Collection[str]) -> None:
-    """SettingsError unless each of mitmproxy's `--mode` values is one of ours; `hosts` are those we intercept."""
+    """Raise SettingsError unless each of mitmproxy's `--mode` values is one of ours; `hosts` are those we intercept."""
     for spec in specs:
         if not _is_ours(spec, hosts):
             raise SettingsError(

@@ -29,7 +29,7 @@ class FirstBytes:
 
 
 def read_opening(data: bytes) -> FirstBytes | None:
-    """What `data`, all that has come so far, opens; None while more of it is needed.
+    """Return what `data`, all that has come so far, opens; None while more of it is needed.
 
     The name is that of server_name in a ClientHello (RFC 6066 section 3) or of Host in an HTTP/1 request.
     """

@@ -56,7 +56,7 @@ class Takeover:
         self._delivery = None
 
     def is_for(self, host: str) -> bool:
-        """Whether connections to `host` are taken."""
+        """Return whether connections to `host` are taken."""
         return self._delivery is not None and host.lower().rstrip(".") == self._host
 
     def take_connect(self, flow: http.HTTPFlow) -> None:
@@ -69,7 +69,7 @@ class Takeover:
             flow.kill()
 
     def take_captured(self, following: layer.NextLayer) -> bool:
-        """Whether the connection was taken, of whose TLS to the host `following` has the first bytes."""
+        """Return whether the connection was taken, of whose TLS to the host `following` has the first bytes."""
         # What came while mitmproxy asked us is where nobody finds it.
         return not following._paused_event_queue and self._take(
             following.context.client, tunnelled=False, read=following.data_client()
@@ -92,7 +92,7 @@ class Takeover:
 
 
 def take(handler: server.ConnectionHandler) -> tuple[socket.socket, bytes]:
-    """The client's socket, and what has been read from it and not been looked at. OSError if it cannot be had.
+    """Return the client's socket, and what has been read from it and not been looked at. OSError if it cannot be had.
 
     The handler's own connection is ended.
     """

@@ -45,27 +45,27 @@ class UpstreamProxy:
         self._loop = loop
 
     def is_parent(self, host: str, port: int) -> bool:
-        """Whether a connection to this address is one to the parent."""
+        """Return whether a connection to this address is one to the parent."""
         return any((proxy.host, proxy.port) == (host, port) for proxy in self._parents.all)
 
     def check(self, host: str, port: int, *, encrypted: bool) -> None:
-        """AddressRefused if the parent would be asked for a host that we do not lead anybody to."""
+        """Raise AddressRefused if the parent would be asked for a host that we do not lead anybody to."""
         if self.leads(host, port, encrypted=encrypted):
             check_remote(host)
 
     def leads(self, host: str, port: int, *, encrypted: bool) -> bool:
-        """Whether the way there goes through the parent."""
+        """Return whether the way there goes through the parent."""
         return self._parents.of("https" if encrypted else "http", host, port) is not None
 
     def enter(self, flow: http.HTTPFlow) -> None:
-        """Remember where a CONNECT has been. LoopDetected if that was here."""
+        """Remember where a CONNECT has been. Raises LoopDetected if that was here."""
         trail = flow.request.headers.get(CDN_LOOP, "")
         if self._loop.is_own(trail):
             raise LoopDetected(f"expected another way to {flow.request.host}, got one that leads back here")
         self._trails[flow.client_conn] = trail
 
     def tunnel(self, context: Context) -> layer.Layer:
-        """The layer that passes a connection on unread to `context.server`."""
+        """Return the layer that passes a connection on unread to `context.server`."""
         assert context.server.address
         stack = tunnel.LayerStack()
         if proxy := self._parents.of("https", *context.server.address[:2]):
@@ -137,7 +137,8 @@ def check_internals() -> None:
 
 
 def ways_out(environment: Mapping[str, str], ports: Collection[int]) -> ParentProxies:
-    """The environment's proxies, but for this cache, which listens on `ports`. SettingsError for an unusable one.
+    """Return the environment's proxies, but for this cache, which listens on `ports`. SettingsError for an unusable
+    one.
 
     A proxy that is this cache is no way out, and not worth refusing to start: the variables are often set for all
     programs of a machine, to have them use the cache.

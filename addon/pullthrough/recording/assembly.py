@@ -68,15 +68,15 @@ class Assembly:
         self._taken.add(start, stop)
 
     def next_free(self, start: int, stop: int) -> tuple[int, int] | None:
-        """The lowest gap within `[start, stop)` that is neither present nor claimed."""
+        """Return the lowest gap within `[start, stop)` that is neither present nor claimed."""
         return next(self._taken.missing(start, stop), None)
 
     def free_from(self, offset: int) -> int:
-        """Where the free gap that holds `offset` begins (`offset` must be free)."""
+        """Return where the free gap that holds `offset` begins (`offset` must be free)."""
         return self._taken.start_before(offset)
 
     def first_missing(self, start: int) -> int:
-        """The lowest offset at or after `start` that is not present; `size` when there is none."""
+        """Return the lowest offset at or after `start` that is not present; `size` when there is none."""
         return min(self.size, self.present.stop_at(start))
 
 

@@ -69,7 +69,7 @@ class BlobSource:
             self._source = source
 
     async def source(self) -> Source:
-        """The source now; UpstreamError if none can be had."""
+        """Return the source now; UpstreamError if none can be had."""
         if self._source is not None:
             return self._source
         # Where tasks start eagerly it may be done before it is named.
@@ -93,7 +93,7 @@ class BlobSource:
         return self._source
 
     def permits(self, size: int) -> bool:
-        """Whether the blob may be so long, by what is known where the source is from."""
+        """Return whether the blob may be so long, by what is known where the source is from."""
         source = self._source or self._given
         return source is None or not source.sizes or size in source.sizes
 
@@ -112,7 +112,8 @@ class BlobSource:
         return self._source.host if self._source is not None else ""
 
     async def open_first(self, size: Callable[[str], int]) -> DataStream:
-        """The first response: at most so many bytes from the start as `size` says of the host; it tells the length.
+        """Return the first response: at most so many bytes from the start as `size` says of the host; it tells the
+        length.
 
         Clients have not been answered yet, and wait 30 s for that: what fails is tried again for FIRST_S.
         """
@@ -141,7 +142,7 @@ class BlobSource:
         raise AssertionError
 
     async def open(self, source: Source, start: int, stop: int, *, length: int | None) -> DataStream:
-        """A response with `[start, stop)`, or with the whole where the source ignores Range."""
+        """Return a response with `[start, stop)`, or with the whole where the source ignores Range."""
         validator = None if source.near else self._validator
         try:
             stream = await self._upstream.open_range(source, start, stop, expected_length=length, validator=validator)
@@ -158,7 +159,7 @@ class BlobSource:
         return stream
 
     def _is_wrong(self, source: Source, length: int, told: int) -> bool:
-        """Whether the blob has another length than the one that an earlier answer told."""
+        """Return whether the blob has another length than the one that an earlier answer told."""
         if source.sizes:
             return length not in source.sizes or told in source.sizes
         self._told[told] += 1
@@ -184,7 +185,7 @@ class BlobSource:
                 self._nearby.failed()
 
     def slot(self, source: Source) -> asyncio.Semaphore:
-        """A place among all connections to the source's host."""
+        """Return a place among all connections to the source's host."""
         return self._upstream.slot(source)
 
     def close(self) -> None:

@@ -61,7 +61,7 @@ class Cursor:
         return min(assembly.present.stop_at(self.position), max(assembly.shown, self.position))
 
     async def wait(self, timeout_s: float) -> int:
-        """How far bytes are present from `position`; `position` itself if none came within `timeout_s`.
+        """Return how far bytes are present from `position`; `position` itself if none came within `timeout_s`.
 
         Raises what the recording failed of, once no byte is left to hand out.
         """

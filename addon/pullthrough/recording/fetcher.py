@@ -159,7 +159,7 @@ class Fetcher:
             self.wake()
 
     def _wanted(self) -> bool:
-        """Whether a connection should go to work now."""
+        """Return whether a connection should go to work now."""
         served_whole = self._ranges is Ranges.NO and any(attempt.whole for attempt in self._attempts)
         return not self._held and not served_whole and self._choose(self._usual) is not None
 
@@ -213,7 +213,7 @@ class Fetcher:
                 raise
 
     async def _attempt(self, taken: Slice, work: Callable[[_Attempt], Awaitable[None]]) -> None:
-        """Do `work` for the claimed slice and release it. UpstreamTimeout if another connection is to do it."""
+        """Do `work` for the claimed slice and release it. Raises UpstreamTimeout if another connection is to do it."""
         begun = self._assembly.versions.now()
         attempt = _Attempt(taken)
         self._attempts.add(attempt)
@@ -336,7 +336,8 @@ class Fetcher:
             await self._tried.wait()
 
     def _free_to_write(self, start: int, stop: int) -> tuple[int, int] | None:
-        """The first part of the interval that is neither present nor just being written: no byte is written twice.
+        """Return the first part of the interval that is neither present nor just being written: no byte is written
+        twice.
 
         A response that is longer than was asked for may overlap with others, and may differ from them.
         """

@@ -112,7 +112,7 @@ class Reader:
         return Memory(data) if data else Pending()
 
     async def whole(self, wait_s: float) -> bool:
-        """Whether all bytes are here, or as good as: what the disk cannot keep never is, and is passed through.
+        """Return whether all bytes are here, or as good as: what the disk cannot keep never is, and is passed through.
 
         Waits up to `wait_s` for more of them. Raises what `next` raises.
         """

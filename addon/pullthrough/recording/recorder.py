@@ -23,11 +23,11 @@ class Recorder:
         self._closing: dict[Digest, Recording] = {}
 
     def find(self, digest: Digest) -> Recording | None:
-        """The recording of `digest` that runs now."""
+        """Return the recording of `digest` that runs now."""
         return self._recordings.get(digest)
 
     def recordings(self) -> list[Recording]:
-        """All that run now."""
+        """Return all that run now."""
         return list(self._recordings.values())
 
     @property
@@ -45,7 +45,7 @@ class Recorder:
         wanted: bool = False,
         look: int = 0,
     ) -> Recording:
-        """The recording of `digest`: the running one, or a new one.
+        """Return the recording of `digest`: the running one, or a new one.
 
         `obtain` gets a source again when the present one has expired; `stream` is a response whose body is the blob
         from byte 0, and belongs to the recording from here on. `wanted` has it completed though nobody

@@ -82,7 +82,7 @@ class Recording:
     # --- readers
 
     async def ready(self) -> int:
-        """The blob's size, once the first response or an earlier partial has told it. Raises what it failed of."""
+        """Return the blob's size, once a response or an earlier partial has told it. Raises what it failed of."""
         return await asyncio.shield(self._ready)
 
     @property
@@ -101,7 +101,7 @@ class Recording:
         return len(self._cursors)
 
     def attach(self, start: int, stop: int) -> Cursor:
-        """A cursor for a reader of `[start, stop)`. The recording must be ready; it may have ended meanwhile.
+        """Return a cursor for a reader of `[start, stop)`. The recording must be ready; it may have ended meanwhile.
 
         StoreUnwritable if it cannot be written: then only `relay` has the bytes.
         """
@@ -116,7 +116,7 @@ class Recording:
         return cursor
 
     def relay(self, start: int, stop: int) -> Relay:
-        """The interval from upstream, past the disk."""
+        """Return the interval from upstream, past the disk."""
         if self._relays is None:
             self._relays = Relays(self.blob_source, self._room.counters, self._room.rate_limit, self.assembly.size)
         return Relay(self._relays, start, stop)

@@ -43,7 +43,7 @@ class Relays:
         return max(2 * AHEAD, WINDOW // max(1, len(self.lines)))
 
     def join(self, relay: "Relay") -> "_Line":
-        """The response that has the relay's next byte, or brings it next; a new one if there is none."""
+        """Return the response that has the relay's next byte, or brings it next; a new one if there is none."""
         position = relay.position
         line = next((line for line in self.lines if line.offers(position)), None)
         if line is None:

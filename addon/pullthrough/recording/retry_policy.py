@@ -91,12 +91,12 @@ class Patience:
         return is_wrong or now - self.heard > GIVE_UP_S
 
     def quiet_s(self, now: float) -> float:
-        """How long upstream still wants to be left alone."""
+        """Return how long upstream still wants to be left alone."""
         return max(0.0, self._quiet_until - now)
 
 
 def backoff_s(tries: int) -> float:
-    """How long to wait after so many tries in vain; callers that are many take a random part of it."""
+    """Return how long to wait after so many tries in vain; callers that are many take a random part of it."""
     return min(BACKOFF_LIMIT_S, BACKOFF_S * 2.0 ** min(max(tries - 1, 0), 10))
 
 
@@ -125,7 +125,7 @@ class Pace:
         self._marks = deque([(until, self._brought)])
 
     def is_silent(self, usual: float | None, silent_s: float, now: float) -> bool:
-        """Whether it has brought nothing for `silent_s`, or far less than the `usual` bytes a second."""
+        """Return whether it has brought nothing for `silent_s`, or far less than the `usual` bytes a second."""
         if now - self.heard >= silent_s:
             return True
         since = now - silent_s

@@ -55,7 +55,9 @@ class Slice:
 
 
 def first_slice(rate: float | None, wanted: int) -> int:
-    """How much to ask for first of all of a blob whose size is not known, where `wanted` bytes are surely wanted."""
+    """Return how much to ask for first of all of a blob whose size is not known, where `wanted` bytes are surely
+    wanted.
+    """
     return max(FIRST_SLICE, min(wanted + -wanted % MIN_SLICE, _least(rate)))
 
 
@@ -68,7 +70,7 @@ def next_slice(
     complete: bool,
     now: float,
 ) -> Slice | None:
-    """The slice to fetch next, or None when no free byte is wanted.
+    """Return the slice to fetch next, or None when no free byte is wanted.
 
     `rate` is what one connection delivers (bytes/s), None when unknown; `complete` says that the blob is wanted
     whole even where no reader asks.
@@ -122,7 +124,9 @@ def _floor_power(value: int) -> int:
 
 
 def _cut(assembly: Assembly, position: int, size: int, last: int) -> Slice:
-    """An aligned slice of at most `size` bytes around the free byte `position`, in its free gap and before `last`."""
+    """Return an aligned slice of at most `size` bytes around the free byte `position`, in its free gap and before
+    `last`.
+    """
     start = max(position - position % MIN_SLICE, assembly.free_from(position))
     gap = assembly.next_free(position, assembly.size)
     assert gap is not None

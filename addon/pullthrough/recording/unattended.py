@@ -34,7 +34,7 @@ class Ahead:
         self._source = source
 
     async def begin(self, host: str, repository: str, digest: Digest) -> Recording | None:
-        """The recording of the blob, completed though nobody reads; None where it is here.
+        """Return the recording of the blob, completed though nobody reads; None where it is here.
 
         Then it is public by upstream's word: UpstreamError if upstream gives it to nobody.
         """
@@ -47,7 +47,7 @@ class Ahead:
         return None
 
     async def child(self, host: str, repository: str, digest: Digest) -> ManifestRecord:
-        """The manifest that the blob is, once it is here. CacheError if it does not come, or is none."""
+        """Return the manifest that the blob is, once it is here. Raises CacheError if it does not come, or is none."""
         if (recording := await self.begin(host, repository, digest)) is not None:
             await recording.over.wait()
         record = self._store.read_manifest(digest)

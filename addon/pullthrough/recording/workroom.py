@@ -39,11 +39,11 @@ class Workroom:
     """Blobs of which it has been said that they cannot be kept."""
 
     def level_of_unkept(self, digest: Digest) -> int:
-        """How loud it is said that the blob cannot be kept: a warning once."""
+        """Return how loud it is said that the blob cannot be kept: a warning once."""
         level = logging.INFO if digest in self.unkept else logging.WARNING
         self.unkept.add(digest)
         return level
 
     def nearby(self, digest: Digest) -> NearbySources | None:
-        """The fleet's own sources of the blob, where there is a fleet."""
+        """Return the fleet's own sources of the blob, where there is a fleet."""
         return NearbySources(*self.fleet, self.store, digest) if self.fleet is not None else None

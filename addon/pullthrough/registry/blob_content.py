@@ -76,7 +76,7 @@ class BlobContent:
         return None
 
     def _granted(self, route: CanonicalRoute) -> capability.Capability | None:
-        """The capability that the query is: one of ours, or of our fleet's, which is good for what is public."""
+        """Return the capability that the query is: one of ours, or of our fleet's, which is good for what is public."""
         now = lasting()
         if granted := capability.verify(route.query, route.digest, secret=self._store.secret, now=now):
             return granted
@@ -89,7 +89,7 @@ class BlobContent:
     async def read(
         self, request: Request, digest: Digest, *, offload: bool = False, handed_out: HandedOut | None = None
     ) -> Answer:
-        """The bytes that are asked for; whether this caller may have them was decided before.
+        """Return the bytes that are asked for; whether this caller may have them was decided before.
 
         `handed_out` is the signed address that they were asked for at; with `offload` they may be elsewhere.
         """
@@ -136,7 +136,7 @@ class BlobContent:
         return self._store.held(recording.digest) is not None
 
     def recording(self, digest: Digest, handed_out: HandedOut | None = None, *, look: int = 0) -> Recording:
-        """The recording of the blob: the one that runs, or one from any repository that has it in public.
+        """Return the recording of the blob: the one that runs, or one from any repository that has it in public.
 
         Of a new one the first `look` bytes are surely wanted.
         """
@@ -223,7 +223,7 @@ class BlobContent:
         return end
 
     def _find_model(self, digest: Digest) -> Name | None:
-        """A stored model that has the blob."""
+        """Return a stored model that has the blob."""
         return next((name for name, record in self._store.manifests().items() if record.lists(digest)), None)
 
     def _follow(self, request: Request, digest: Digest, recording: Recording | None) -> None:
@@ -235,7 +235,7 @@ class BlobContent:
 
 
 def _wanted_from_start(request: Request) -> int:
-    """How many bytes from the start of a blob of unknown size the request surely wants."""
+    """Return how many bytes from the start of a blob of unknown size the request surely wants."""
     if request.method != "GET":
         return 0
     match parse_range(request.headers.get("range"), _ANY_SIZE):

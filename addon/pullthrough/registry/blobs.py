@@ -104,7 +104,9 @@ class Blobs:
         return _head(route.digest, size, CacheStatus(Outcome.REQUEST if pushes else Outcome.MISS, forward_status=200))
 
     async def _ask_size(self, request: Request, route: BlobRoute) -> int:
-        """The size as upstream's HEAD tells it, asked anonymously first. UpstreamRefused where upstream says no."""
+        """Return the size as upstream's HEAD tells it, asked anonymously first. UpstreamRefused where upstream says
+        no.
+        """
         target = f"/v2/{route.repository}/blobs/{route.digest}"
         for authorization, headers in attempts(request):
             try:
@@ -149,7 +151,7 @@ class Blobs:
         return replace(answer, headers=(*answer.headers, ("Location", self._canonical_target(route.digest, size))))
 
     async def _redirect(self, request: Request, route: BlobRoute, cache: CacheStatus, *, held: bool) -> Answer | None:
-        """The redirect to the registry's own address; None where ours must do."""
+        """Return the redirect to the registry's own address; None where ours must do."""
         place = (request.host, route.repository)
         near = self._tier is not None and self._grants.holds(request, route)
         try:
@@ -169,7 +171,7 @@ class Blobs:
         return Answer(307, replace(cache, outcome=outcome, stored=False, detail=detail), (("Location", location),))
 
     async def _known_size(self, request: Request, route: BlobRoute | ChunksumsRoute) -> int | None:
-        """The size of a blob that this caller may have and that is here, or is being recorded; else None."""
+        """Return the size of a blob that this caller may have and that is here, or is being recorded; else None."""
         if not self._grants.holds(request, route):
             return None
         if (held := self._store.held(route.digest)) is not None:
@@ -182,7 +184,7 @@ class Blobs:
         return await recording.ready() if recording is not None else None
 
     async def _open(self, request: Request, route: BlobRoute) -> int:
-        """The blob's size, once upstream has granted it to this caller; it is being recorded if it is not here.
+        """Return the blob's size, once upstream has granted it to this caller; it is being recorded if it is not here.
 
         What everybody may have upstream need not be asked for where it may be nearer.
         """
@@ -199,7 +201,7 @@ class Blobs:
         return recording.size if recording is not None else None
 
     def _canonical_url(self, request: Request, digest: Digest, size: int, *, offload: bool = False) -> str:
-        """The canonical address with a capability; in the request's scheme, which decides the client's proxy."""
+        """Return the canonical address with a capability; in the request's scheme, which decides the client's proxy."""
         origin = f"{request.scheme}://{self._settings.blob_host}" if request.blobs is None else request.blobs
         return origin + self._canonical_target(digest, size, offload=offload)
 

@@ -83,7 +83,7 @@ def decide(
     offline: bool,
     version: Version | None = None,
 ) -> Freshness:
-    """What to do before upstream is asked; `down_until` is when it may be asked again (0 when it is not down).
+    """Return what to do before upstream is asked; `down_until` is when it may be asked again (0 when it is not down).
 
     `version` is the caller's, None where it tells none. The registry refuses some models to old versions (412,
     ollama#12826): one that is older than any it was granted to is not served unasked.
@@ -100,7 +100,8 @@ def decide(
 
 
 def conclude(heard: Heard, *, stored: bool, withdrawn: Withdrawn) -> Verdict:
-    """What follows from upstream's answer to an anonymous request; `stored` is whether there is a copy to fall back on.
+    """Return what follows from upstream's answer to an anonymous request; `stored` is whether there is a copy to fall
+    back on.
 
     A refusal of this one caller (412) changes nothing for others; a refusal of everybody does.
     """

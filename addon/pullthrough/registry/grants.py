@@ -87,7 +87,7 @@ class _Piece:
         return self.start, self.start + max(1, len(self.data))
 
     async def agrees(self, stream: DataStream) -> bool:
-        """Whether the stream brings the same bytes; it is read as far as that takes, and closed."""
+        """Return whether the stream brings the same bytes; it is read as far as that takes, and closed."""
         expected = self.data if stream.start == self.start else self.first
         return await stream.first(len(expected)) == expected
 
@@ -123,7 +123,7 @@ class Grants:
     # --- what is known
 
     def holds(self, request: Request, pair: Pair) -> bool:
-        """Whether this caller may have the blob without a word of the registry's."""
+        """Return whether this caller may have the blob without a word of the registry's."""
         record = self._store.blob(pair.digest)
         vouched = self._vouchers.holds(
             client_acl.credential_key(request.authorization),
@@ -137,7 +137,7 @@ class Grants:
         return client_acl.decide(evidence) is client_acl.Decision.GRANT
 
     def is_public(self, host: str, pair: Pair) -> bool:
-        """Whether everybody may have the blob of this repository."""
+        """Return whether everybody may have the blob of this repository."""
         record = self._store.blob(pair.digest)
         return record is not None and record.public and self._store.is_member(host, pair.repository, pair.digest)
 
@@ -179,7 +179,7 @@ class Grants:
         stop: int | None = None,
         hands_on: Callable[[str], bool] = lambda _location: False,
     ) -> Grant:
-        """The registry's yes to this caller, asked anonymously first. UpstreamRefused where it says no.
+        """Return the registry's yes to this caller, asked anonymously first. Raises UpstreamRefused where it says no.
 
         `look` bytes are asked for from behind a redirect that proves nothing by itself. One that the caller is merely
         handed, by `hands_on`, is looked behind until its host has given a blob. Of bytes that the registry gives itself
@@ -222,7 +222,7 @@ class Grants:
         return obtain
 
     async def source(self, digest: Digest) -> Source:
-        """A source for a public blob, from any repository that has it. UpstreamError if none gives one."""
+        """Return a source for a public blob, from any repository that has it. UpstreamError if none gives one."""
         problem: UpstreamError = UpstreamUnreachable(f"no repository is known that holds {digest.short} in public")
         record = self._store.blob(digest)
         likely = [self._likely[digest]] if digest in self._likely else []
@@ -240,7 +240,7 @@ class Grants:
         raise problem
 
     async def public_source(self, host: str, repository: str, digest: Digest) -> Source:
-        """A source from this repository, as everybody gets it. UpstreamError if it gives none."""
+        """Return a source from this repository, as everybody gets it. Raises UpstreamError if it gives none."""
         pair = BlobRoute(repository, digest)
         since = self.moment(host, pair)
         try:
@@ -273,7 +273,9 @@ class Grants:
         return replace(found.source, proves=confirm)
 
     def told(self, host: str, pair: Pair, length: int) -> int:
-        """The length that an answer has told, which grants nothing. Disagreement if the blob cannot be so long."""
+        """Return the length that an answer has told, which grants nothing. Disagreement if the blob cannot be so
+        long.
+        """
         try:
             check_length(length, sizes_in(self._store, host, pair.repository, pair.digest))
         except LengthContradicted as error:
@@ -286,7 +288,7 @@ class Grants:
     def sums(
         self, host: str, pair: Pair, authorization: str | None, source: Source, size: int, *, since: Moment
     ) -> Source:
-        """The registry has named `source`, with chunk sums that cover `size` bytes, to this caller.
+        """Return the registry has named `source`, with chunk sums that cover `size` bytes, to this caller.
 
         No byte has come: the registry's word is an address of the blob host's own, or sums of a length that is known.
         Disagreement where it is another.
@@ -308,7 +310,7 @@ class Grants:
         asked: tuple[int, int] | None = None,
         hands_on: Callable[[str], bool] = lambda _location: False,
     ) -> _Found:
-        """Where the blob is to be had, and what proves that it is. Disagreement where something else is there.
+        """Return where the blob is to be had, and what proves that it is. Disagreement where something else is there.
 
         Of a blob that is not here the registry is `asked` for an interval, or for the whole, to be recorded.
         """
@@ -340,7 +342,7 @@ class Grants:
         return _Found(source, stream, location, Word.PROVEN if held is not None or sizes else Word.LIKELY)
 
     async def _piece(self, digest: Digest) -> _Piece | None:
-        """A piece of the held blob at random; None where it is not here, or cannot be read."""
+        """Return a piece of the held blob at random; None where it is not here, or cannot be read."""
         file = self._store.open_blob(digest)
         if file is None:
             return None
@@ -356,13 +358,17 @@ class Grants:
         return _Piece(start, data, first)
 
     def _names(self, source: Source, digest: Digest) -> bool:
-        """Whether the source is the blob host's own address of the digest: the registry's word that these are it."""
+        """Return whether the source is the blob host's own address of the digest: the registry's word that these
+        are it.
+        """
         url = URL(source.url, encoded=True)
         route = parse_canonical_target(url.raw_path_qs)
         return url.host == self._settings.blob_host and route is not None and route.digest == digest
 
     async def _look(self, host: str, source: Source, interval: tuple[int, int]) -> DataStream:
-        """The source's bytes of this interval; a refusal on the way to them is the registry's if it has that shape."""
+        """Return the source's bytes of this interval; a refusal on the way to them is the registry's if it has that
+        shape.
+        """
         for pause_s in (*PAUSES_S, None):
             try:
                 return await self._upstream.open_range(source, *interval, expected_length=None, validator=None)

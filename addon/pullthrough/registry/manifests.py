@@ -79,7 +79,7 @@ class Manifests:
         return max(self._newest, stored, key=_rank)
 
     def stored(self, request: Request, repository: str, digest: Digest) -> Answer | None:
-        """The stored manifest with these bytes, None if there is none: what a digest names does not change."""
+        """Return the stored manifest with these bytes, None if there is none: what a digest names does not change."""
         record = self._store.manifest_by_digest(request.host, repository, digest)
         if record is None or (record.is_list and not request.takes_lists):
             return None
@@ -156,7 +156,7 @@ class Manifests:
         return _relay(request, name, reply.response, cache)
 
     def _copy(self, name: Name) -> ManifestRecord | None:
-        """What is stored for such a client, unless upstream has refused it to an anonymous request.
+        """Return what is stored for such a client, unless upstream has refused it to an anonymous request.
 
         A manifest that the other kind of client got will do, but is never fresh; a list will not.
         """
@@ -306,7 +306,7 @@ class Manifests:
 
 
 def _rank(agent: str) -> tuple[int, ...]:
-    """What makes an Ollama newer than another one; least of all is one that nobody can have."""
+    """Return what makes an Ollama newer than another one; least of all is one that nobody can have."""
     version = version_of(agent)
     return version if version is not None and version < ABSURD else ()
 
@@ -349,14 +349,16 @@ def _told(reply: Reply) -> str:
 
 
 def _digest(response: Response) -> str:
-    """The manifest's digest, bare hexadecimal, as Ollama's registry (seen 2026-09) or any OCI registry tells it."""
+    """Return the manifest's digest, bare hexadecimal, as Ollama's registry (seen 2026-09) or any OCI registry tells
+    it.
+    """
     names = ("ollama-content-digest", "Docker-Content-Digest")
     told = next((response.headers[name] for name in names if name in response.headers), "")
     return told.removeprefix("sha256:").lower()
 
 
 def _confirms(head: Response, record: ManifestRecord) -> bool:
-    """Whether upstream's answer to a HEAD says that the record is what a GET would bring."""
+    """Return whether upstream's answer to a HEAD says that the record is what a GET would bring."""
     # A digest could be that of another representation than the one that was asked for.
     media_type = head.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     other = DOCKER_TYPE if record.is_list else LIST_TYPE

@@ -108,7 +108,7 @@ class Request:
         return {name: value for name, value in fields.items() if value}
 
     def _sendable(self, name: str) -> str:
-        """The field without which a request is sent that cannot be sent with it (RFC 9110 section 5.5)."""
+        """Return the field without which a request is sent that cannot be sent with it (RFC 9110 section 5.5)."""
         value = self.headers.get(name, "")
         return value if value.replace("\t", " ").isprintable() else ""
 
@@ -127,7 +127,7 @@ class Answer:
 
 
 def failure(error: CacheError, digest: Digest | None = None) -> Answer:
-    """A status and no body: an Ollama client writes whatever body comes into the model file."""
+    """Return a status and no body: an Ollama client writes whatever body comes into the model file."""
     headers = error.headers if isinstance(error, UpstreamRefused) else ()
     kept = tuple((name, value) for name, value in headers if name.lower() != "content-type")
     forwarded = error.status_hint if isinstance(error, UpstreamRefused) else None
@@ -136,14 +136,14 @@ def failure(error: CacheError, digest: Digest | None = None) -> Answer:
 
 
 def explained(status: int, code: str, message: str, cache: CacheStatus) -> Answer:
-    """A failure in the registry's own shape (OCI distribution-spec, "Error codes"); not for a blob route."""
+    """Return a failure in the registry's own shape (OCI distribution-spec, "Error codes"); not for a blob route."""
     body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
     _log.warning("%s", message)
     return Answer(status, cache, (("Content-Type", "application/json"),), body, len(body))
 
 
 async def gathered(answer: Answer, is_gone: Callable[[], bool]) -> Answer:
-    """A held answer, once all of its bytes are here or the client has gone; any other one at once."""
+    """Return a held answer, once all of its bytes are here or the client has gone; any other one at once."""
     if not answer.held or not isinstance(answer.body, Reader):
         return answer
     reader = answer.body

@@ -159,7 +159,7 @@ class Redirects:
         await asyncio.gather(*map(obtain, digests))
 
     def _shared(self, request: Request, pair: Pair, *, left_s: float) -> str | None:
-        """An address that is remembered of a blob which everybody may have."""
+        """Return an address that is remembered of a blob which everybody may have."""
         if not self._grants.is_public(request.host, pair):
             return None
         return self._addresses.shared(pair.digest, left_s=left_s, now=lasting())
@@ -194,7 +194,7 @@ class Redirects:
         return location
 
     def _is_foreign(self, location: str) -> bool:
-        """Whether it leads where nothing is intercepted: to a name that clients may be redirected to.
+        """Return whether it leads where nothing is intercepted: to a name that clients may be redirected to.
 
         A plain or numeric address is that of a cache further up, or of a mirror on the LAN, and refused by clients.
         """
@@ -205,7 +205,9 @@ class Redirects:
         return there.scheme == "https" and is_name and not is_ours
 
     def _is_recognisable(self, registry: str, location: str, expires: float | None) -> bool:
-        """Whether a request for it comes here, if it is made by way of this proxy, and is answered if it is not."""
+        """Return whether a request for it comes here, if it is made by way of this proxy, and is answered if it is
+        not.
+        """
         there = URL(location, encoded=True)
         host = (there.host or "").lower()
         if there.scheme != "https" or there.port != 443 or host == registry:

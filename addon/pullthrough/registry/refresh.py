@@ -118,10 +118,10 @@ class Refresher:
         return True
 
     async def _wanted(self, name: Name, stored: ManifestRecord, moved: ManifestRecord) -> list[Digest]:
-        """What clients of the stored manifest would need of the one to which the tag has moved.
+        """Return what clients of the stored manifest would need of the one to which the tag has moved.
 
         Of a list, the children whose runners have been pulled before; else the one that most clients choose. They are
-        recorded on the way. CacheError if one does not come.
+        recorded on the way. Raises CacheError if one does not come.
         """
         if not moved.is_list:
             return moved.digests
@@ -139,7 +139,7 @@ class Refresher:
         return wanted
 
     async def _record(self, name: Name, digest: Digest) -> bool:
-        """Whether the blob is here and public in the end."""
+        """Return whether the blob is here and public in the end."""
         if (recording := await self._ahead.begin(name.host, name.repository, digest)) is not None:
             await recording.over.wait()
         return self._store.held(digest) is not None

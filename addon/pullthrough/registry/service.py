@@ -78,7 +78,7 @@ class Registry:
         self._history = history
 
     async def answer(self, request: Request) -> Answer | None:
-        """The answer, or None where the request is to be passed through to upstream untouched."""
+        """Return the answer, or None where the request is to be passed through to upstream untouched."""
         if request.method not in ("GET", "HEAD") or request.host not in self._settings.intercepted:
             return None
         route = self._route(request)
@@ -115,7 +115,7 @@ class Registry:
             return failure(UpstreamTimeout("no answer in time"), route.digest)
 
     def _route(self, request: Request) -> Route | CanonicalRoute | HandedOut | None:
-        """What the request names, of what may be answered here."""
+        """Return what the request names, of what may be answered here."""
         # Clients that reach the cache by a registry's name alone ask for canonical addresses under it too.
         canonical = parse_canonical_target(request.target)
         if canonical is not None and capability.is_claimed(canonical.query):
@@ -136,7 +136,7 @@ class Registry:
             self._history.ask(client, name, self._wanted(name, answer), now=now)
 
     def _wanted(self, name: Name, answer: Answer) -> list[list[Digest]]:
-        """The blobs that a client asks for which was given this manifest; of a list, those of each child."""
+        """Return the blobs that a client asks for which was given this manifest; of a list, those of each child."""
         record = self._store.manifest(name)
         if record is None or record.body != answer.body:
             # Of the other representation, or private.

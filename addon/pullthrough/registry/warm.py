@@ -73,7 +73,7 @@ class Warmer:
     async def _wanted(
         self, name: Name, record: ManifestRecord, brought: set[Digest], *, dry_run: bool
     ) -> dict[Digest, int]:
-        """The blobs that clients need of a manifest, or of the child of a list that most of them choose.
+        """Return the blobs that clients need of a manifest, or of the child of a list that most of them choose.
 
         The child is recorded to see what it lists, which adds it to `brought`; for a `dry_run` only one that is here
         counts.
@@ -92,7 +92,7 @@ class Warmer:
         return {child.digest: len(manifest.body), **(await self._wanted(name, manifest, brought, dry_run=dry_run))}
 
     async def _manifests_of(self, name: Name, *, keep: bool) -> list[ManifestRecord]:
-        """What clients that take lists and others get. UpstreamError if neither gets anything."""
+        """Return what clients that take lists and others get. Raises UpstreamError if neither gets anything."""
         found: list[ManifestRecord] = []
         problems: list[CacheError] = []
         for each in (name, name.twin):

@@ -24,7 +24,7 @@ LONGEST_S: Final = 2.0
 
 
 def steady() -> float:
-    """Seconds by the clock of the running event loop."""
+    """Return seconds by the clock of the running event loop."""
     return asyncio.get_running_loop().time()
 
 
@@ -34,7 +34,7 @@ def lasting() -> float:
 
 
 def since_boot() -> float:
-    """Seconds since the machine was started, its sleep included where the system tells."""
+    """Return seconds since the machine was started, its sleep included where the system tells."""
     if sys.platform != "win32" and (clock := getattr(time, "CLOCK_BOOTTIME", None)) is not None:
         return time.clock_gettime(clock)
     return time.monotonic()

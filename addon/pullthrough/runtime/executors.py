@@ -40,7 +40,7 @@ class Threads:
         return await _run(self._hashing, lambda: work(*args, **kwargs))
 
     async def rehashing[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The same, for what nobody waits for: one at a time, behind everything else."""
+        """Return the same, for what nobody waits for: one at a time, behind everything else."""
         return await _run(self._rehashing, lambda: work(*args, **kwargs))
 
     async def network[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -87,7 +87,7 @@ class Crew:
         self._count = 0
 
     async def run[T](self, work: Callable[[], T], stop: Callable[[], None]) -> T:
-        """What `work` returns. Cancelled, it is stopped by `stop`, and waited for."""
+        """Return what `work` returns. Cancelled, it is stopped by `stop`, and waited for."""
         future = asyncio.wrap_future(self._submit(work))
         try:
             return await asyncio.shield(future)
@@ -97,7 +97,9 @@ class Crew:
             raise
 
     async def run_or_leave[T](self, work: Callable[[], T], stop: Callable[[], None], discard: Callable[[T], None]) -> T:
-        """What `work` returns. Cancelled, it is stopped and left alone; what it may still return is discarded."""
+        """Return what `work` returns. Cancelled, it is stopped and left alone; what it may still return is
+        discarded.
+        """
         future = self._submit(work)
         try:
             return await asyncio.shield(asyncio.wrap_future(future))

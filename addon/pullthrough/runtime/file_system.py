@@ -93,7 +93,9 @@ class Facts:
 
 
 def kind_of(path: Path) -> str:
-    """The type of the file system that holds the existing path, as the system calls it; "" where that is not known."""
+    """Return the type of the file system that holds the existing path, as the system calls it; "" where that is not
+    known.
+    """
     found = ("", "")
     place = str(path.resolve())
     with contextlib.suppress(OSError):
@@ -105,18 +107,20 @@ def kind_of(path: Path) -> str:
 
 
 def is_shared(kind: str) -> bool:
-    """Whether a file system of that type may be written to from elsewhere."""
+    """Return whether a file system of that type may be written to from elsewhere."""
     is_fuse = kind in ("fuse", "macfuse", "osxfuse") or kind.startswith("fuse.")
     return kind in _SHARED or (is_fuse and kind not in _LOCAL_FUSE)
 
 
 def lacks_modes(path: Path) -> bool:
-    """Whether owner and mode of files mean nothing on the disk that holds the path."""
+    """Return whether owner and mode of files mean nothing on the disk that holds the path."""
     return kind_of(path) in _WITHOUT_MODES
 
 
 def keeps_inodes(path: Path) -> bool:
-    """Whether a file has the same inode for as long as it is there; FUSE, FAT and some shares number files anew."""
+    """Return whether a file has the same inode for as long as it is there; FUSE, FAT and some shares number files
+    anew.
+    """
     kind = kind_of(path)
     return not kind.startswith("fuse") and kind not in _WITHOUT_MODES
 
@@ -165,7 +169,7 @@ def _has_holes(path: Path) -> bool:
 
 
 def _renames(trial: Path) -> bool:
-    """Whether a rename takes a file's place, also of one that is open, and what is renamed can be written to."""
+    """Return whether a rename takes a file's place, also of one that is open, and what is renamed can be written to."""
     for name in ("old", "new"):
         (trial / name).write_bytes(name.encode())
     try:
@@ -194,6 +198,6 @@ def _holds_databases(path: Path) -> bool:
 
 
 def _locks(path: Path) -> bool:
-    """Whether a second opening of a locked file is refused its lock."""
+    """Return whether a second opening of a locked file is refused its lock."""
     with path.open("wb") as first, path.open("r+b") as second:
         return platform.lock_exclusively(first) and not platform.lock_exclusively(second)

@@ -15,13 +15,15 @@ from pullthrough.runtime import platform
 
 
 def line_of(record: Mapping[str, Any]) -> bytes:
-    """The line that says this."""
+    """Return the line that says this."""
     text = json.dumps(record, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def records_of(lines: list[bytes]) -> Iterable[dict[str, Any]]:
-    """What the lines of a file say, up to the first that does not check. Raises ValueError for one that is no JSON."""
+    """Yield what the lines of a file say, up to the first that does not check. Raises ValueError for one that is no
+    JSON.
+    """
     # What follows the last newline is torn: the split leaves it as the last item.
     for line in lines[:-1]:
         crc, _, text = line.partition(b" ")

@@ -44,7 +44,7 @@ class LoopLag:
             _log.info("event loop lag: %s", self)
 
     def quantiles(self, *parts: float) -> list[float]:
-        """The lags that these parts of the samples do not exceed; 0 where there are none."""
+        """Return the lags that these parts of the samples do not exceed; 0 where there are none."""
         ordered = sorted(self._samples) or [0.0]
         return [ordered[min(len(ordered) - 1, int(len(ordered) * part))] for part in parts]
 

@@ -180,7 +180,7 @@ class OwnerFile:
         return None
 
     def _read(self) -> tuple[Owner, bytes] | None:
-        """Who has it, and the file's content."""
+        """Return who has it, and the file's content."""
         try:
             content = self._path.read_bytes()  # a share's file is new each time it is opened
         except FileNotFoundError:
@@ -213,7 +213,7 @@ class OwnerFile:
 
 
 def _machine() -> str:
-    """The boot and the process namespace of this process; "" where the system tells no boot."""
+    """Return the boot and the process namespace of this process; "" where the system tells no boot."""
     boot = platform.boot_id()
     with contextlib.suppress(OSError):
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}" if boot else ""

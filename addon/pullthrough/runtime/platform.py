@@ -75,7 +75,7 @@ def open_descriptor(path: Path, flags: int) -> int:
 
 
 def cores() -> int:
-    """How many cores this process may use; where the system does not tell, how many there are."""
+    """Return how many cores this process may use; where the system does not tell, how many there are."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -160,7 +160,7 @@ def lock_exclusively(file: BinaryIO) -> bool:
 
 
 def open_folder(path: Path) -> int | None:
-    """A descriptor of the folder to lock; None on Windows, which opens none."""
+    """Return a descriptor of the folder to lock; None on Windows, which opens none."""
     if sys.platform == "win32":
         return None
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -233,7 +233,7 @@ def allow_descriptors(wanted: int) -> int:
 
 
 def descriptors() -> int:
-    """How many files and sockets this process may have open."""
+    """Return how many files and sockets this process may have open."""
     if sys.platform == "win32":
         return 8192
     import resource
@@ -243,7 +243,9 @@ def descriptors() -> int:
 
 
 def free_memory() -> int:
-    """The bytes that this machine can give to programs without swapping; within a control group, at most its limit."""
+    """Return the bytes that this machine can give to programs without swapping; within a control group, at most its
+    limit.
+    """
     available = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):
         available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -251,7 +253,7 @@ def free_memory() -> int:
 
 
 def boot_id() -> str:
-    """What changes with every boot of the machine; "" where nothing of the kind can be had.
+    """Return what changes with every boot of the machine; "" where nothing of the kind can be had.
 
     Elsewhere than on Linux the boot time, which a clock that is set may shift: then a partial is believed only as
     far as it was flushed.
@@ -275,7 +277,7 @@ def lower_priority() -> None:
 
 
 def in_container() -> bool:
-    """Whether this process has a network of its own, as far as Docker, Podman, Kubernetes, LXC and systemd tell.
+    """Return whether this process has a network of its own, as far as Docker, Podman, Kubernetes, LXC and systemd tell.
 
     One that shares its host's network looks the same.
     """
@@ -289,7 +291,7 @@ def in_container() -> bool:
 
 
 def address_towards(host: str, port: int) -> str | None:
-    """The address of this machine on the way to another one; None if there is no way. Sends nothing."""
+    """Return the address of this machine on the way to another one; None if there is no way. Sends nothing."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as sock:
@@ -300,7 +302,7 @@ def address_towards(host: str, port: int) -> str | None:
 
 
 def own_addresses() -> frozenset[str]:
-    """The IP addresses of this machine's interfaces."""
+    """Return the IP addresses of this machine's interfaces."""
     return frozenset(
         entry.address.partition("%")[0]
         for entries in psutil.net_if_addrs().values()
@@ -310,7 +312,9 @@ def own_addresses() -> frozenset[str]:
 
 
 def lan_address() -> str:
-    """Our address towards other networks, else loopback: of the interface that a packet to one would leave by."""
+    """Return our address towards other networks, else loopback: of the interface that a packet to one would leave
+    by.
+    """
     for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         # Nothing is sent to these, which are for documentation (RFC 5737, RFC 3849).
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
@@ -320,7 +324,7 @@ def lan_address() -> str:
 
 
 def local_networks() -> tuple[Network, ...]:
-    """The networks this machine's interfaces are on, without point-to-point and malformed entries."""
+    """Return the networks this machine's interfaces are on, without point-to-point and malformed entries."""
     networks: list[Network] = []
     for entries in psutil.net_if_addrs().values():
         for entry in entries:
@@ -350,14 +354,14 @@ class LocalNetworks:
         self._read_at = -math.inf
 
     def known(self, *, age_s: float) -> tuple[Network, ...]:
-        """The networks, as they were at most `age_s` ago."""
+        """Return the networks, as they were at most `age_s` ago."""
         if (now := self._clock()) - self._read_at > age_s:
             self._known, self._read_at = self._read(), now
         return self._known
 
 
 def allocated(status: os.stat_result) -> int:
-    """The bytes that a file takes of the disk: less than its size where it has holes."""
+    """Return the bytes that a file takes of the disk: less than its size where it has holes."""
     if sys.platform == "win32":  # which does not tell
         return status.st_size
     # POSIX's unit, whatever the file system's own is.

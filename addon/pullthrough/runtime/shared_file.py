@@ -39,7 +39,7 @@ class SharedFile:
         return self
 
     def locate(self, start: int, stop: int) -> tuple[int, int]:
-        """Where the byte `start` lies, and up to where, at most `stop`, the file goes on behind it."""
+        """Return where the byte `start` lies, and up to where, at most `stop`, the file goes on behind it."""
         return (start, stop) if self.windows is None else self.windows.locate(start, stop)
 
     def read(self, start: int, stop: int) -> bytes:

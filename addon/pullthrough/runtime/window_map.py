@@ -44,7 +44,7 @@ class WindowMap:
         return self.order[count:]
 
     def locate(self, start: int, stop: int) -> tuple[int, int]:
-        """Where the byte `start` lies, and up to where, at most `stop`, the file goes on behind it."""
+        """Return where the byte `start` lies, and up to where, at most `stop`, the file goes on behind it."""
         number = start // self._window
         place = self._places[number]
         end = number + 1
@@ -53,7 +53,7 @@ class WindowMap:
         return place * self._window + start % self._window, min(stop, end * self._window)
 
     def beyond(self, length: int, size: int) -> Iterator[tuple[int, int]]:
-        """The intervals of a file of `size` bytes that have no place, or one behind `length` bytes."""
+        """Yield the intervals of a file of `size` bytes that have no place, or one behind `length` bytes."""
         for number in range(-(-size // self._window)):
             place = self._places.get(number)
             there = 0 if place is None else min(self._window, max(0, length - place * self._window))

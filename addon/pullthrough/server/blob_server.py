@@ -57,7 +57,7 @@ class BlobServer:
     """Listens from its making; answers between `open` and `close`."""
 
     def __init__(self, settings: Settings) -> None:
-        """SettingsError where the settings' addresses cannot be listened on."""
+        """Raise SettingsError where the settings' addresses cannot be listened on."""
         self._front = settings.fronts
         self._blob_host = settings.blob_host
         self._advertise = settings.advertise
@@ -88,7 +88,7 @@ class BlobServer:
         return ", ".join(self._names) or "off"
 
     def address_for(self, address: str) -> str | None:
-        """Where another cache that has reached `address` of this machine by another port may find this server.
+        """Return where another cache that has reached `address` of this machine by another port may find this server.
 
         None where it has no way that we know of: nothing listens on that address, or it may be one of a container's
         own, which means nothing outside.
@@ -221,7 +221,7 @@ class BlobServer:
 
 
 def _in_words(answer: Answer, target: str, host: str) -> Answer:
-    """The answer; a challenge, which nobody can meet here, as a refusal that people understand.
+    """Return the answer; a challenge, which nobody can meet here, as a refusal that people understand.
 
     To 401 without a challenge Ollama says `realm host "" does not match`; the text behind another status it shows.
     """
@@ -239,7 +239,8 @@ def _in_words(answer: Answer, target: str, host: str) -> Answer:
 
 
 def blob_origin(address: str, port: int) -> str:
-    """The origin under which a client finds this server by its `address`, the local end of a connection of theirs.
+    """Return the origin under which a client finds this server by its `address`, the local end of a connection of
+    theirs.
 
     "" for an address that means something on one link only, of which a client would need its own name.
     """
@@ -249,7 +250,7 @@ def blob_origin(address: str, port: int) -> str:
 
 
 def is_name(authority: str) -> bool:
-    """Whether a Host field names the server, and does not merely give its address."""
+    """Return whether a Host field names the server, and does not merely give its address."""
     try:
         host = urlsplit(f"//{authority}").hostname
     except ValueError:

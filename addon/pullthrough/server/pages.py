@@ -41,7 +41,7 @@ class Pages:
         self._handlers[path] = handler
 
     async def answer(self, request: web.BaseRequest) -> web.Response | None:
-        """The response, to be sent by the caller; None where no page is at that path."""
+        """Return the response, to be sent by the caller; None where no page is at that path."""
         path = request.raw_path.partition("?")[0]
         handler = self._handlers.get(path)
         if handler is None:

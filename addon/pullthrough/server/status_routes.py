@@ -124,7 +124,7 @@ class StatusRoutes:
                 yield frame.change or b":\n\n"
 
     async def _next(self) -> Frame:
-        """The next frame, the same for all who wait for it."""
+        """Return the next frame, the same for all who wait for it."""
         if self._making is None or self._making.done():
             self._making = asyncio.get_running_loop().create_task(self._make(), name="look")
         return await asyncio.shield(self._making)
@@ -155,7 +155,7 @@ class StatusRoutes:
 
 
 def _encode(parts: dict[str, str]) -> bytes:
-    """An event for each part, of its name."""
+    """Return an event for each part, of its name."""
     lines = (
         f"event: {name}\n{''.join(f'data: {line}\n' for line in part.splitlines())}\n" for name, part in parts.items()
     )

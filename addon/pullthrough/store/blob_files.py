@@ -42,11 +42,11 @@ class BlobFiles:
         self._keeps_inodes = file_system.keeps_inodes(folder)
 
     def path(self, digest: Digest, *, public: bool) -> Path:
-        """Where the blob lies in that root, if it does."""
+        """Return where the blob lies in that root, if it does."""
         return self._folder / (PUBLIC if public else PRIVATE) / BLOBS / digest.file_name
 
     def look(self, digest: Digest, *, public: bool) -> BlobFile | None:
-        """The blob's file, looked for in that root first."""
+        """Return the blob's file, looked for in that root first."""
         for root in (public, not public):
             try:
                 # Not by `path`: a Path takes five times as long, and this is asked for each request.
@@ -68,7 +68,7 @@ class BlobFiles:
             self.path(digest, public=public).unlink(missing_ok=True)
 
     def walk(self) -> Iterator[BlobFile]:
-        """All of them, with what was there when it was looked at. Raises OSError if the disk refuses."""
+        """Yield all of them, with what was there when it was looked at. Raises OSError if the disk refuses."""
         for root in (self._public, self._private):
             with contextlib.suppress(FileNotFoundError), os.scandir(root) as entries:
                 for entry in entries:

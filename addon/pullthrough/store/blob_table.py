@@ -46,13 +46,13 @@ class BlobTable:
         """Those that somebody reads now."""
 
     def find(self, digest: Digest) -> BlobRecord | None:
-        """What is known of the blob, whether or not its bytes are here."""
+        """Return what is known of the blob, whether or not its bytes are here."""
         if not self.settled:
             self.look(digest)
         return self.records.get(digest)
 
     def held(self, digest: Digest) -> BlobRecord | None:
-        """The record of a blob whose file is still the one that was verified, else None."""
+        """Return the record of a blob whose file is still the one that was verified, else None."""
         record = self.find(digest)
         if record is None or not record.held:
             return None
@@ -65,14 +65,14 @@ class BlobTable:
         return record if record.is_file(file.size, file.mtime_ns, file.inode) else None
 
     def path(self, digest: Digest) -> Path:
-        """Where the blob's file lies, or would."""
+        """Return where the blob's file lies, or would."""
         record = self.records.get(digest)
         public = record is not None and record.public
         file = self.files.look(digest, public=public)
         return self.files.path(digest, public=public if file is None else file.public)
 
     def acquire(self, digest: Digest) -> SharedFile | None:
-        """The blob's bytes to read, None when they are not here; `release` it after use."""
+        """Return the blob's bytes to read, None when they are not here; `release` it after use."""
         record = self.held(digest)
         if record is None:
             return None
@@ -94,7 +94,7 @@ class BlobTable:
                 self.files.remove(digest)
 
     def evict(self, digests: Sequence[Digest]) -> list[Path]:
-        """Their blobs are no hits from now on; the files that are returned are the caller's to remove."""
+        """Return their blobs are no hits from now on; the files that are returned are the caller's to remove."""
         paths = []
         for digest in digests:
             self.evicted += 1
@@ -128,7 +128,7 @@ class BlobTable:
         return placed
 
     def publish(self, digest: Digest, placed: BlobFile, *, now: float) -> BlobRecord:
-        """The blob is a hit from now on, as long as its file is the one that was placed."""
+        """Return the blob is a hit from now on, as long as its file is the one that was placed."""
         record = self.records.get(digest, BlobRecord())._replace(
             size=placed.size,
             held=True,
@@ -192,7 +192,7 @@ class BlobTable:
             self.put(digest, record)
 
     def proven(self) -> dict[Digest, Proof]:
-        """What proves each held blob."""
+        """Return what proves each held blob."""
         return {
             digest: Proof(record.size or 0, record.mtime_ns, record.inode)
             for digest, record in self.records.items()

@@ -89,7 +89,7 @@ class Index:
 
     @classmethod
     def open(cls, folder: Path) -> tuple["Index", Contents, Members]:
-        """The index and what it holds. One that is not sound, or of another version, begins again with nothing.
+        """Return the index and what it holds. One that is not sound, or of another version, begins again with nothing.
 
         Raises StoreError if another process has it locked.
         """
@@ -124,7 +124,7 @@ class Index:
             raise self._unsound(error) from error
 
     def load_members(self) -> Members:
-        """StoreError."""
+        """Raise StoreError."""
         try:
             return rows.read_members(self.cache._sql)
         except rows.UNSOUND as error:

@@ -163,7 +163,9 @@ class Ingest:
         return size, present
 
     def takes(self, size: int) -> int:
-        """How much of the disk a recording of so many bytes may take. Raises StoreUnwritable if no file is so long."""
+        """Return how much of the disk a recording of so many bytes may take. Raises StoreUnwritable if no file is
+        so long.
+        """
         if self._largest is not None and size > self._largest:
             raise StoreUnwritable(f"recording {self.digest}: {size} bytes are more than a file of its disk may have")
         return 2 * size if self._fills_gaps and size > IN_ORDER else size
@@ -379,7 +381,7 @@ class Ingest:
 
 
 def partials(store: Path) -> dict[Digest, tuple[int, float]]:
-    """What recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
+    """Return what recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
     found = {}
     for path in (store / INGEST).glob(f"*{PARTIAL}"):
         with contextlib.suppress(InvalidRequest, FileNotFoundError):
@@ -388,7 +390,7 @@ def partials(store: Path) -> dict[Digest, tuple[int, float]]:
 
 
 def quarantined(store: Path) -> dict[Path, tuple[int, float]]:
-    """The same of the bytes that did not hash to their name."""
+    """Return the same of the bytes that did not hash to their name."""
     return {path: _taken(path) for path in (store / QUARANTINE).glob("sha256-*")}
 
 

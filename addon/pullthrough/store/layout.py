@@ -135,7 +135,7 @@ def _check_mode(path: Path, status: os.stat_result, forbidden: int, mend: str) -
 
 
 def read_marker(folder: Path) -> int:
-    """The format of the store in `folder`. Raises StoreError if it is none, or one that we do not know."""
+    """Return the format of the store in `folder`. Raises StoreError if it is none, or one that we do not know."""
     try:
         text = (folder / MARKER).read_text()
     except OSError as error:
@@ -164,7 +164,7 @@ def write_marker(folder: Path) -> None:
 
 
 def take_lock(folder: Path, *, writable: bool = True) -> contextlib.ExitStack:
-    """The lock of the one daemon, until it is closed. Raises StoreError if another process has it.
+    """Return the lock of the one daemon, until it is closed. Raises StoreError if another process has it.
 
     The folder is locked beside the file, which somebody may remove. The file says who has the lock, and is all there
     is on systems that lock no folders; where nothing can be written the folder is all there is.
@@ -192,7 +192,9 @@ def take_lock(folder: Path, *, writable: bool = True) -> contextlib.ExitStack:
 
 
 def load_secret(folder: Path, *, writable: bool = True) -> bytes:
-    """What signs capabilities; made where there is none, and lasting as long as this process on a disk that is full."""
+    """Return what signs capabilities; made where there is none, and lasting as long as this process on a disk that
+    is full.
+    """
     path = folder / _SECRET
     if not path.exists():
         if not writable:
@@ -205,7 +207,7 @@ def load_secret(folder: Path, *, writable: bool = True) -> bytes:
 
 
 def load_pins(folder: Path) -> set[str]:
-    """The patterns of models that stay, a line each. Raises StoreError if the file cannot be read."""
+    """Return the patterns of models that stay, a line each. Raises StoreError if the file cannot be read."""
     try:
         text = (folder / PINS).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -221,7 +223,7 @@ def save_pins(folder: Path, pins: Collection[str]) -> None:
 
 
 def folds_case(folder: Path) -> bool:
-    """Whether the disk takes two names for one that differ in capitals alone."""
+    """Return whether the disk takes two names for one that differ in capitals alone."""
     return (folder / MARKER.upper()).exists()
 
 

@@ -29,7 +29,7 @@ class Ledger:
         """By the HMAC of a signed address, the blob and when the address expires (Unix seconds)."""
 
     def keeps(self, name: Name, pins: Iterable[str]) -> bool:
-        """Whether the model is pinned, here or by the option's `pins`."""
+        """Return whether the model is pinned, here or by the option's `pins`."""
         return name.is_among((*pins, *self.pins))
 
     def pin(self, pattern: str) -> None:

@@ -108,7 +108,7 @@ class ModelFiles:
         self._ask(name, _State(body, denied=True))
 
     def is_pending(self, name: Name) -> bool:
-        """Whether the file is not yet as it was last said to be."""
+        """Return whether the file is not yet as it was last said to be."""
         return name in self._pending
 
     def flush(self) -> None:
@@ -208,7 +208,7 @@ class ModelFiles:
     # --- reading
 
     def of(self, host: str, repository: str) -> dict[Name, Document]:
-        """What the files say of the repository. Raises OSError if the disk refuses."""
+        """Return what the files say of the repository. Raises OSError if the disk refuses."""
         found: dict[Name, Document] = {}
         for root in ROOTS:  # what is in both is private
             for folder in self._folders(host, repository):
@@ -216,7 +216,7 @@ class ModelFiles:
         return found
 
     def walk(self) -> Iterator[tuple[tuple[str, str], dict[Name, Document]]]:
-        """The same of each repository, with its (host, repository). Raises OSError if the disk refuses."""
+        """Yield the same of each repository, with its (host, repository). Raises OSError if the disk refuses."""
         places: dict[tuple[str, str], None] = {}
         for root in ROOTS:
             for tree in (MANIFESTS, NAMED_DOCUMENTS, OTHER_NAMES):
@@ -244,7 +244,7 @@ class ModelFiles:
     # --- paths
 
     def _paths(self, name: Name) -> list[str]:
-        """Where the name's file is to be, and where else another disk may have had it."""
+        """Return where the name's file is to be, and where else another disk may have had it."""
         other = _other_path(name)
         usual = _usual_path(name)
         if usual is None:
@@ -252,7 +252,7 @@ class ModelFiles:
         return [other, usual] if self._folds_case and usual != usual.lower() else [usual, other]
 
     def _folders(self, host: str, repository: str) -> list[str]:
-        """The folders with a repository's files."""
+        """Return the folders with a repository's files."""
         folders = [str(PurePosixPath(_other_path(Name(host, repository, "x"))).parent)]
         for takes_lists in (False, True):
             usual = _usual_path(Name(host, repository, "x", takes_lists))
@@ -262,7 +262,7 @@ class ModelFiles:
 
 
 def _walk(root: Path, folder: PurePosixPath) -> Iterator[str]:
-    """The paths below `root` of the files in the folder; no link is followed."""
+    """Yield the paths below `root` of the files in the folder; no link is followed."""
     try:
         with os.scandir(root / folder) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
@@ -276,7 +276,7 @@ def _walk(root: Path, folder: PurePosixPath) -> Iterator[str]:
 
 
 def _usual_path(name: Name) -> str | None:
-    """Its path in Ollama's folders, None where they have none for it."""
+    """Return its path in Ollama's folders, None where they have none for it."""
     try:
         path = document_path(name) if name.takes_lists else manifest_path(name)
     except TransferRefused:
@@ -292,7 +292,7 @@ def _other_path(name: Name) -> str:
 
 
 def _parse(path: str) -> Name | None:
-    """The name whose file lies there; None where none can."""
+    """Return the name whose file lies there; None where none can."""
     tree, _, rest = path.partition("/")
     if tree != OTHER_NAMES:
         name = parse_manifest_path(path)

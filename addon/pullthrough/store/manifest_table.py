@@ -62,11 +62,11 @@ class ManifestTable:
             self._index.put_manifest(name, self._records[name])
 
     def of(self, place: tuple[str, str]) -> Iterator[tuple[Name, ManifestRecord]]:
-        """The manifests of the (host, repository)."""
+        """Yield the manifests of the (host, repository)."""
         return ((name, self._records[name]) for name in self._names.get(place, ()))
 
     def denied(self, place: tuple[str, str]) -> list[ManifestRecord]:
-        """Those that are denied of the (host, repository)."""
+        """Return those that are denied of the (host, repository)."""
         return [self._records[name] for name in self._denied.get(place, ())]
 
     def put(self, name: Name, record: ManifestRecord) -> None:
@@ -91,7 +91,7 @@ class ManifestTable:
         self.take_in(Digest(record.digest))
 
     def is_same(self, known: ManifestRecord, record: ManifestRecord) -> bool:
-        """Whether `known` is what `put` would make of the record."""
+        """Return whether `known` is what `put` would make of the record."""
         if not record.is_list:
             return known == record
         for child in record.children:
@@ -138,7 +138,7 @@ class ManifestTable:
                 self._index.put_manifest(name, record)
 
     def _find(self, digest: Digest) -> ManifestRecord | None:
-        """The manifest that is this blob, as it is stored by name or held as a file. A list is none."""
+        """Return the manifest that is this blob, as it is stored by name or held as a file. A list is none."""
         if digest.hex not in self._bodies:
             return self._read(digest)
         body = next(record.body for record in self._records.values() if record.digest == digest.hex)

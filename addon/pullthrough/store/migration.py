@@ -56,7 +56,7 @@ def migrate(folder: Path, found: int) -> None:
 
 
 def _read(folder: Path) -> tuple[Contents, set[str]]:
-    """What the index of that time says, and the pins in it; nothing where it is not sound."""
+    """Return what the index of that time says, and the pins in it; nothing where it is not sound."""
     try:
         with contextlib.closing(sqlite3.connect(folder / DATABASE)) as connection, connection:
             rows.rename_aliases(connection.execute)

@@ -81,14 +81,14 @@ def conclude(facts: Facts, *, index_given: bool = False) -> Place:
 
 
 def local_folder(folder: Path, index_dir: Path | None) -> Path:
-    """Where index and lock of the store are, if they are not in it."""
+    """Return where index and lock of the store are, if they are not in it."""
     store = folder.resolve()
     key = hashlib.sha256(os.fsencode(store)).hexdigest()[:12]
     return (index_dir or paths.default_index()) / f"{store.name}-{key}"
 
 
 def index_folder(folder: Path, index_dir: Path | None) -> Path:
-    """Where the index of a store that is there is found."""
+    """Return where the index of a store that is there is found."""
     inside, local = folder / INDEX, local_folder(folder, index_dir) / INDEX
     is_local = index_dir is not None or (any(local.glob("*.db")) and not any(inside.glob("*.db")))
     return local if is_local else inside
@@ -108,7 +108,7 @@ def look_at(folder: Path, *, index_given: bool) -> Place:
 
 
 def prepare_index(folder: Path, at: Path, place: Place, undo: contextlib.ExitStack) -> Path:
-    """The folder of the index below `at`, with what an earlier place of it holds. Raises OSError."""
+    """Return the folder of the index below `at`, with what an earlier place of it holds. Raises OSError."""
     former, index = folder / INDEX, at / INDEX
     if place.unwritable and not place.index_elsewhere:
         index = Path(undo.enter_context(TemporaryFolder()), INDEX)
@@ -130,7 +130,7 @@ def lock_store(folder: Path, index_dir: Path | None, place: Place, undo: context
 
 
 def _make_local(folder: Path, index_dir: Path | None) -> Path:
-    """The folder for index and lock, made where it is missing. Raises StoreError if it cannot be used."""
+    """Return the folder for index and lock, made where it is missing. Raises StoreError if it cannot be used."""
     local = local_folder(folder, index_dir)
     mend = f"name a folder on a disk of this machine with {PREFIX}index_dir"
     try:

@@ -37,7 +37,9 @@ class Proof(NamedTuple):
     """0 where it is of another disk."""
 
     def proves(self, size: int, mtime_ns: int, inode: int) -> bool:
-        """Whether these are of the file that was verified; times of a copy may have been cut by what carried it."""
+        """Return whether these are of the file that was verified; times of a copy may have been cut by what carried
+        it.
+        """
         if size != self.size or self.inode not in (inode, 0):
             return False
         units = (1,) if self.inode else _UNITS
@@ -64,7 +66,7 @@ class Proofs:
             self._read()
 
     def find(self, digest: Digest) -> Proof | None:
-        """What proves the blob, as far as that was known before `tidy`."""
+        """Return what proves the blob, as far as that was known before `tidy`."""
         with self._lock:
             return self._read().get(digest)
 

@@ -112,7 +112,7 @@ class Reconciliation:
 
 
 def record_of(document: Document, known: ManifestRecord | None) -> ManifestRecord | None:
-    """What the file says, with what is known besides; None if it is no manifest."""
+    """Return what the file says, with what is known besides; None if it is no manifest."""
     record = ManifestRecord.parse(document.body, type_of(document.body), now=0.0)
     if record is None:
         return None

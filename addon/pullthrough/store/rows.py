@@ -87,7 +87,7 @@ Addresses = dict[str, tuple[Digest, float]]
 
 
 def look(folder: Path) -> Contents:
-    """What the index in `folder` holds at this moment, whoever writes to it. Nothing is made, locked or changed.
+    """Return what the index in `folder` holds at this moment, whoever writes to it. Nothing is made, locked or changed.
 
     StoreError where there is no sound index.
     """
@@ -124,7 +124,7 @@ def rename_aliases(sql: Sql) -> None:
 
 
 def read(sql: Sql) -> Contents:
-    """All but the members. UNSOUND."""
+    """Return all but the members. UNSOUND."""
     keys, rows = _texts(sql(_MOST, _range("blob")))
     if not set(map(len, keys)) <= {DIGEST_LETTERS} or not set(map(len, rows)) <= {len(BlobRecord._fields)}:
         raise StoreError("expected digests with six facts each, got others")
@@ -149,7 +149,7 @@ def read(sql: Sql) -> Contents:
 
 
 def read_pins(sql: Sql) -> set[str]:
-    """The pins of an index of version 1, whose rows `pin <pattern>` were. UNSOUND."""
+    """Return the pins of an index of version 1, whose rows `pin <pattern>` were. UNSOUND."""
     return {pattern for pattern, _ in sql(_ROWS, _range("pin"))}
 
 
@@ -223,7 +223,7 @@ def child_key(digest: Digest) -> str:
 
 
 def manifest_value(record: ManifestRecord) -> str:
-    """Its bytes are a row of their own."""
+    """Return its bytes are a row of their own."""
     facts = record._asdict() | {"body": record.digest}
     del facts["digest"]
     return json.dumps(facts | {_SUM: _sum(facts)})

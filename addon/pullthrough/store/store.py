@@ -157,24 +157,24 @@ class Store:
         return self._blobs.evicted_bytes
 
     def blob(self, digest: Digest) -> BlobRecord | None:
-        """What is known of `digest`, whether or not its bytes are here."""
+        """Return what is known of `digest`, whether or not its bytes are here."""
         return self._blobs.find(digest)
 
     def is_public(self, digest: Digest) -> bool:
-        """Whether an anonymous request for it has succeeded upstream, and none was refused since."""
+        """Return whether an anonymous request for it has succeeded upstream, and none was refused since."""
         record = self._blobs.find(digest)
         return record is not None and record.public
 
     def held(self, digest: Digest) -> BlobRecord | None:
-        """The record of a blob whose verified file is still the one that was verified, else None."""
+        """Return the record of a blob whose verified file is still the one that was verified, else None."""
         return self._blobs.held(digest)
 
     def blob_path(self, digest: Digest) -> Path:
-        """Where its file lies, or would."""
+        """Return where its file lies, or would."""
         return self._blobs.path(digest)
 
     def open_blob(self, digest: Digest) -> SharedFile | None:
-        """The blob's bytes to read, None when they are not here; `release` it after use."""
+        """Return the blob's bytes to read, None when they are not here; `release` it after use."""
         return self._blobs.acquire(digest)
 
     def disown(self, digest: Digest) -> None:
@@ -182,23 +182,25 @@ class Store:
         self._blobs.disown(digest)
 
     def evict(self, digests: Sequence[Digest]) -> list[Path]:
-        """Their blobs are no hits from now on; the files that are returned are the caller's to remove."""
+        """Return their blobs are no hits from now on; the files that are returned are the caller's to remove."""
         return self._blobs.evict(digests)
 
     def open_blobs(self) -> frozenset[Digest]:
-        """Those that somebody reads now."""
+        """Return those that somebody reads now."""
         return frozenset(self._blobs.open)
 
     def is_open(self, digest: Digest) -> bool:
-        """Whether somebody reads the blob."""
+        """Return whether somebody reads the blob."""
         return digest in self._blobs.open
 
     def partials(self) -> dict[Digest, tuple[int, float]]:
-        """What recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
+        """Return what recordings, running or left, take of the disk: bytes, and when they last changed (Unix
+        seconds).
+        """
         return partials(self.folder)
 
     def quarantined(self) -> dict[Path, tuple[int, float]]:
-        """The same of the bytes that did not hash to their name."""
+        """Return the same of the bytes that did not hash to their name."""
         return quarantined(self.folder)
 
     def remove_files(self, paths: Iterable[Path]) -> None:
@@ -212,7 +214,7 @@ class Store:
                 _log.warning("removing %s: %s", path, error)
 
     def ingest(self, digest: Digest) -> Ingest:
-        """The ingest of `digest`: a new one, or the partial that an earlier recording left."""
+        """Return the ingest of `digest`: a new one, or the partial that an earlier recording left."""
         return Ingest(self.folder / "ingest", digest, self.blob_path(digest), self.disk.in_order, self.disk.largest)
 
     def place(self, digest: Digest, verified: Path) -> BlobFile:
@@ -223,7 +225,7 @@ class Store:
         return self._blobs.place(digest, verified)
 
     def publish(self, digest: Digest, placed: BlobFile, *, now: float) -> BlobRecord:
-        """The blob is a hit from now on, as long as its file is the one that was placed."""
+        """Return the blob is a hit from now on, as long as its file is the one that was placed."""
         record = self._blobs.publish(digest, placed, now=now)
         self._manifests.take_in(digest)
         return record
@@ -243,7 +245,7 @@ class Store:
     # --- membership and visibility
 
     def is_member(self, host: str, repository: str, digest: Digest) -> bool:
-        """A stored manifest of the repository lists it, or upstream granted it there to an anonymous request."""
+        """Return a stored manifest of the repository lists it, or upstream granted it there to an anonymous request."""
         granted = self._granted(_place(host, repository))
         return digest in granted or any(record.lists(digest) for record in self.manifests_of(host, repository).values())
 
@@ -264,7 +266,7 @@ class Store:
             self._index.put_members(*place, granted)
 
     def _granted(self, place: tuple[str, str]) -> set[str]:
-        """The digests of the repository; taken apart when they are asked for first, because most never are."""
+        """Return the digests of the repository; taken apart when they are asked for first, because most never are."""
         granted = self._members.get(place, "")
         if isinstance(granted, str):
             granted = self._members[place] = set(granted.split())
@@ -280,11 +282,11 @@ class Store:
             self.confirm_public(name.host, name.repository, digest)
 
     def is_denied(self, host: str, repository: str) -> bool:
-        """Whether upstream has refused an anonymous request in this repository, and granted none since."""
+        """Return whether upstream has refused an anonymous request in this repository, and granted none since."""
         return bool(self.refused(host, repository))
 
     def refused(self, host: str, repository: str) -> list[ManifestRecord]:
-        """The manifests of the repository that upstream has refused to an anonymous request."""
+        """Return the manifests of the repository that upstream has refused to an anonymous request."""
         self._survey.look(_place(host, repository))
         return self._manifests.denied(_place(host, repository))
 
@@ -323,7 +325,7 @@ class Store:
         return self.manifests().get(name)
 
     def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
-        """The manifest of the repository whose bytes have this digest, whatever it was asked for by."""
+        """Return the manifest of the repository whose bytes have this digest, whatever it was asked for by."""
         records = self.manifests_of(host, repository).values()
         return next((record for record in records if record.digest == digest.hex), None)
 
@@ -351,21 +353,21 @@ class Store:
         self._manifests.touch(name if name in self.manifests() else name.twin, now, by_client=by_client)
 
     def manifests_of(self, host: str, repository: str, *, private: bool = False) -> dict[Name, ManifestRecord]:
-        """The repository's manifests; those that are private by now only if asked for."""
+        """Return the repository's manifests; those that are private by now only if asked for."""
         self._survey.look(_place(host, repository))
         found = self._manifests.of(_place(host, repository))
         return {name: record for name, record in found if private or not record.denied}
 
     def manifests(self) -> Mapping[Name, ManifestRecord]:
-        """All stored manifests, those that are private by now too."""
+        """Return all stored manifests, those that are private by now too."""
         return self._manifests.records
 
     def children(self) -> Mapping[Digest, ManifestRecord]:
-        """The manifests that stored lists refer to, as far as their bytes have come."""
+        """Return the manifests that stored lists refer to, as far as their bytes have come."""
         return self._manifests.children
 
     def read_manifest(self, digest: Digest) -> ManifestRecord | None:
-        """The manifest that a held blob is; None where it is none, or not here."""
+        """Return the manifest that a held blob is; None where it is none, or not here."""
         known = self._blobs.find(digest)
         if known is None or (known.size or 0) > LONGEST or (file := self.open_blob(digest)) is None:
             return None
@@ -381,11 +383,13 @@ class Store:
     # --- all of it
 
     def known_blobs(self) -> dict[Digest, BlobRecord]:
-        """All that is known of blobs, held or not; a copy that costs a millisecond for 60,000, as it hashes nothing."""
+        """Return all that is known of blobs, held or not; a copy that costs a millisecond for 60,000, as it hashes
+        nothing.
+        """
         return dict(self._blobs.records)
 
     def blobs(self) -> dict[Digest, BlobRecord]:
-        """All held blobs; walks all that are known."""
+        """Return all held blobs; walks all that are known."""
         return {digest: record for digest, record in self._blobs.records.items() if record.held}
 
 

@@ -62,6 +62,6 @@ class Usage:
         self._changed.add(day)
 
     def take(self) -> dict[int, Totals]:
-        """The days that have changed since the last call."""
+        """Return the days that have changed since the last call."""
         changed, self._changed = self._changed, set()
         return {day: self.days[day] for day in changed}

@@ -147,7 +147,7 @@ class Upstream:
         return self._down_until.get(host, 0.0)
 
     def is_up(self, host: str) -> bool:
-        """Whether the registry does not count as down."""
+        """Return whether the registry does not count as down."""
         return self.down_until(host) <= time.monotonic()
 
     def mark_down(self, host: str, seconds: float) -> None:
@@ -158,7 +158,7 @@ class Upstream:
         self._near.add((host, port))
 
     def slot(self, source: Source) -> asyncio.Semaphore:
-        """One of the places that all recordings share towards the source's host; first come, first served."""
+        """Return one of the places that all recordings share towards the source's host; first come, first served."""
         return self._slots[source.host]
 
     # --- control plane
@@ -166,7 +166,7 @@ class Upstream:
     async def ask(
         self, method: str, host: str, target: str, headers: Mapping[str, str], *, timeout_s: float
     ) -> Response:
-        """One exchange with a registry; redirects are handed on, not followed.
+        """Return one exchange with a registry; redirects are handed on, not followed.
 
         NotTheRegistry if the answer has not the shape of a registry's; the other errors are those of `converse`.
         """
@@ -176,7 +176,7 @@ class Upstream:
     async def converse(
         self, method: str, host: str, target: str, headers: Mapping[str, str], *, timeout_s: float
     ) -> Response:
-        """The same, whoever has answered: for what has no shape to tell a registry by.
+        """Return the same, whoever has answered: for what has no shape to tell a registry by.
 
         UpstreamUnreachable, UpstreamTimeout or UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no usable
         answer.
@@ -244,7 +244,7 @@ class Upstream:
             raise UnexpectedResponse(f"expected 200, a redirect or a refusal, got {response.status}")
 
     async def _refusal(self, response: aiohttp.ClientResponse) -> Response:
-        """An answer of 400 and above, with as much of its body as is needed to tell whose it is."""
+        """Return an answer of 400 and above, with as much of its body as is needed to tell whose it is."""
         body = b""
         try:
             async with asyncio.timeout(STALL_TIMEOUT_S):
@@ -257,7 +257,8 @@ class Upstream:
     async def _patiently[T: (Response, aiohttp.ClientResponse)](
         self, host: str, once: Callable[[], Awaitable[T]], timeout_s: float
     ) -> T:
-        """An answer of the registry; connections that fail and 5xx are tried again, as clients do not (HEAD, manifest).
+        """Return an answer of the registry; connections that fail and 5xx are tried again, as clients do not (HEAD,
+        manifest).
 
         The limit is for all tries together.
         """
@@ -286,7 +287,7 @@ class Upstream:
 
     @staticmethod
     def source_at(host: str, target: str, location: str) -> Source:
-        """The source that an answer to `target` points to; `location` may be relative."""
+        """Return the source that an answer to `target` points to; `location` may be relative."""
         return Source(f"https://{host}{target}").moved(location)
 
     # --- data plane
@@ -294,7 +295,7 @@ class Upstream:
     async def open_range(
         self, source: Source, start: int, stop: int, *, expected_length: int | None, validator: str | None
     ) -> DataStream:
-        """A checked response to a GET of `[start, stop)`.
+        """Return a checked response to a GET of `[start, stop)`.
 
         The stream may be the whole blob from byte 0, when the source ignores Range. SourceExpired if the address is
         no longer good; LengthContradicted if the blob has not the length that was expected, or none of those that the
@@ -321,7 +322,7 @@ class Upstream:
         return stream
 
     async def _follow(self, source: Source, headers: dict[str, str]) -> tuple[DataResponse, Source]:
-        """The response behind all redirects, and where it came from."""
+        """Return the response behind all redirects, and where it came from."""
         for _ in range(MAX_HOPS + 1):
             response = await self._fetch(source, headers)
             location = response.headers.get("Location")
@@ -332,7 +333,7 @@ class Upstream:
         raise UnexpectedResponse(f"expected at most {MAX_HOPS} redirects, got more")
 
     def _reach(self, url: str) -> str:
-        """The address with the host replaced where `upstream` says so; AddressRefused for what we never ask."""
+        """Return the address with the host replaced where `upstream` says so; AddressRefused for what we never ask."""
         parsed = URL(url, encoded=True)
         host, port = (parsed.host or "").rstrip("."), parsed.port or 0
         endpoint = self._settings.upstream.get(host)
@@ -360,7 +361,7 @@ class Upstream:
         return {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
 
     async def _fetch(self, source: Source, headers: Mapping[str, str]) -> DataResponse:
-        """A response to a GET whose body is read by threads."""
+        """Return a response to a GET whose body is read by threads."""
         there = URL(self._reach(source.url), encoded=True)
         self._check(there)
         if there.host is None or there.port is None:

@@ -9,7 +9,7 @@ from pullthrough.core.errors import UnexpectedResponse
 
 
 def decode(body: bytes, coding: str, *, limit: int) -> bytes:
-    """The body without its content coding: at most `limit` bytes."""
+    """Return the body without its content coding: at most `limit` bytes."""
     match coding.strip().lower():
         case "" | "identity":
             return body
@@ -20,7 +20,7 @@ def decode(body: bytes, coding: str, *, limit: int) -> bytes:
 
 
 def _inflate(body: bytes, limit: int) -> bytes:
-    """All members of a gzip stream (RFC 1952 section 2.2); nothing is nothing, as in the answer to HEAD."""
+    """Return all members of a gzip stream (RFC 1952 section 2.2); nothing is nothing, as in the answer to HEAD."""
     decoded = b""
     while body:
         inflater = zlib.decompressobj(31)

@@ -90,7 +90,7 @@ class DataResponse:
         self._caller.pause(seconds)
 
     def take(self, buffer: memoryview) -> int | None:
-        """Read what is there; 0 at the end of the connection, None if nothing has come. OSError if it fails."""
+        """Read what is there; 0 at the end of the connection, None if nothing has come. Raises OSError if it fails."""
         if self._body:
             count = min(len(self._body), len(buffer))
             buffer[:count] = self._body[:count]
@@ -105,7 +105,7 @@ class DataResponse:
         return self._line.wait(self._ask.silent_s if timeout_s is None else timeout_s)
 
     def text(self, limit: int) -> bytes:
-        """The body, however it is framed, of an answer that is no blob's; b"" if it is longer than `limit`.
+        """Return the body, however it is framed, of an answer that is no blob's; b"" if it is longer than `limit`.
 
         UpstreamError if it does not come to its end.
         """
@@ -153,7 +153,7 @@ class DataClient:
         self._closed = False
 
     def get(self, ask: Ask, caller: Caller) -> DataResponse:
-        """The response's head, on a kept connection or a new one. Blocks until `caller` is stopped.
+        """Return the response's head, on a kept connection or a new one. Blocks until `caller` is stopped.
 
         UpstreamUnreachable, UpstreamTimeout, UnexpectedResponse or AddressRefused.
         """
@@ -266,7 +266,7 @@ class Getting:
         return await self.crew.run_or_leave(lambda: self._client.get(ask, caller), caller.stop, DataResponse.close)
 
     async def knock(self, endpoint: Endpoint) -> None:
-        """Connect, and hang up. UpstreamUnreachable, UpstreamTimeout or AddressRefused."""
+        """Connect, and hang up. Raises UpstreamUnreachable, UpstreamTimeout or AddressRefused."""
         caller = Caller()
         line = await self.crew.run_or_leave(lambda: self._dialer.dial(endpoint, caller), caller.stop, Dialed.close)
         line.close()
@@ -283,7 +283,7 @@ class Getting:
 
 
 def _request(connection: h11.Connection, ask: Ask, line: Dialed) -> bytes:
-    """The request's head. UnexpectedResponse if it is about something that cannot be asked for."""
+    """Return the request's head. Raises UnexpectedResponse if it is about something that cannot be asked for."""
     target = ask.target if line.proxy is None else f"{ask.endpoint.scheme}://{ask.host}{ask.target}"
     fields = {"Host": ask.host, **ask.headers, **(line.proxy.fields if line.proxy is not None else {})}
     try:

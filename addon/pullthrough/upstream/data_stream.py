@@ -48,13 +48,15 @@ class Source:
         return URL(self.url, encoded=True).host or ""
 
     def moved(self, location: str) -> Self:
-        """Where a Location leads that an answer of this source has: with its credentials only within its origin."""
+        """Return where a Location leads that an answer of this source has: with its credentials only within its
+        origin.
+        """
         there = join(self.url, location)
         return replace(self, url=there, headers=self.headers if _origin(there) == _origin(self.url) else {})
 
 
 def join(base: str, location: str) -> str:
-    """Where a Location leads. UnexpectedResponse if it is no address; it may be signed, so it is not quoted."""
+    """Return where a Location leads. UnexpectedResponse if it is no address; it may be signed, so it is not quoted."""
     try:
         return str(URL(base, encoded=True).join(URL(location, encoded=True)))
     except ValueError:
@@ -122,10 +124,10 @@ class DataStream(ABC):
 
     @abstractmethod
     def batches(self) -> AsyncGenerator[bytes]:
-        """The body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
+        """Yield the body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
 
     async def first(self, count: int) -> bytes:
-        """The first `count` bytes, or all if there are fewer; the rest is given up. Raises as `batches`."""
+        """Return the first `count` bytes, or all if there are fewer; the rest is given up. Raises as `batches`."""
         found = b""
         async with contextlib.aclosing(self.batches()) as batches:
             while len(found) < count and (data := await anext(batches, b"")):
@@ -251,7 +253,7 @@ def closing_on_error(response: aiohttp.ClientResponse | DataResponse) -> Iterato
 
 
 async def body_of(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """The whole body. UnexpectedResponse if it is longer than `limit`; a refusal is cut there."""
+    """Return the whole body. Raises UnexpectedResponse if it is longer than `limit`; a refusal is cut there."""
     found = bytearray()
     while data := await response.content.readany():
         found += data
@@ -263,7 +265,7 @@ async def body_of(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 def translate(error: BaseException) -> UpstreamError:
-    """Our error for the client library's; without addresses, which may be signed."""
+    """Return our error for the client library's; without addresses, which may be signed."""
     if isinstance(error, TimeoutError):
         return UpstreamTimeout("no answer in time")
     if isinstance(error, aiohttp.ClientHttpProxyError):

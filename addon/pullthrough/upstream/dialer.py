@@ -67,7 +67,7 @@ class Caller:
         self.check()
 
     def watch(self, sock: socket.socket | None) -> None:
-        """Shut this socket down when stopped. UpstreamUnreachable if that has happened."""
+        """Shut this socket down when stopped. Raises UpstreamUnreachable if that has happened."""
         self._sock = sock
         self.check()
 
@@ -90,7 +90,7 @@ class Dialed:
         self._layer = layer
 
     def take(self, buffer: memoryview) -> int | None:
-        """Read what is there; 0 at the end, None if nothing has come. OSError if the connection fails."""
+        """Read what is there; 0 at the end, None if nothing has come. Raises OSError if the connection fails."""
         return self._layer.read_into(buffer)
 
     def wait(self, timeout_s: float) -> bool:
@@ -98,17 +98,17 @@ class Dialed:
         return _wait(self.sock, self._layer.wants or selectors.EVENT_READ, timeout_s)
 
     def read_into(self, buffer: memoryview, timeout_s: float = SILENT_S) -> int:
-        """Read at least a byte; 0 at the end. OSError if the connection fails, TimeoutError among them."""
+        """Read at least a byte; 0 at the end. Raises OSError if the connection fails, TimeoutError among them."""
         return _until(self.sock, self._layer, lambda: self._layer.read_into(buffer), timeout_s)
 
     def read(self) -> bytes:
-        """Return what has come, b"" at the end. UpstreamError if the connection fails."""
+        """Return what has come, b"" at the end. Raises UpstreamError if the connection fails."""
         buffer = bytearray(READ)
         with translated():
             return bytes(memoryview(buffer)[: self.read_into(memoryview(buffer))])
 
     def write(self, data: bytes) -> None:
-        """Send all of it. UpstreamError if the connection fails."""
+        """Send all of it. Raises UpstreamError if the connection fails."""
         with translated():
             _send(self.sock, self._layer, data)
 
@@ -133,7 +133,7 @@ class Dialer:
         self._loop = loop
 
     def dial(self, endpoint: Endpoint, caller: Caller | None = None) -> Dialed:
-        """A connection to the endpoint. UpstreamUnreachable, UpstreamTimeout, or AddressRefused."""
+        """Return a connection to the endpoint. UpstreamUnreachable, UpstreamTimeout, or AddressRefused."""
         proxy = self._parents.of(endpoint.scheme, endpoint.host, endpoint.port)
         first = Endpoint(proxy.scheme, proxy.host, proxy.port) if proxy is not None else endpoint
         caller = caller or Caller()
@@ -161,7 +161,9 @@ class Dialer:
         return Dialed(sock, layer, proxy)
 
     def _connect(self, host: str, port: int, caller: Caller) -> socket.socket:
-        """A socket that is connected to one of the name's addresses; each is given a second before the next joins."""
+        """Return a socket that is connected to one of the name's addresses; each is given a second before the next
+        joins.
+        """
         try:
             entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
@@ -240,7 +242,7 @@ def translated(endpoint: Endpoint | None = None) -> Iterator[None]:
 
 
 def _until(sock: socket.socket, layer: Layer, once: Callable[[], int | None], timeout_s: float) -> int:
-    """What `once` returns when it need not wait any more; TimeoutError if nothing happens for that long."""
+    """Return what `once` returns when it need not wait any more; TimeoutError if nothing happens for that long."""
     while (result := once()) is None:
         if not _wait(sock, layer.wants, timeout_s):
             raise TimeoutError
@@ -256,7 +258,7 @@ def _send(sock: socket.socket, layer: Layer, data: bytes | None) -> None:
 
 
 def _alternating(entries: Sequence[_Entry]) -> list[_Entry]:
-    """The addresses as they were found, the families in turns (RFC 8305 section 4)."""
+    """Return the addresses as they were found, the families in turns (RFC 8305 section 4)."""
     first = [entry for entry in entries if entry[0] == entries[0][0]]
     others = [entry for entry in entries if entry[0] != entries[0][0]]
     return [entry for pair in itertools.zip_longest(first, others) for entry in pair if entry is not None]

@@ -70,7 +70,7 @@ class Impostors:
         return [f"something else answers in the place of {host}: {trouble.what}" for host, trouble in self.seen.items()]
 
     def judged(self, host: str, response: Response, *, head: bool = False) -> Response:
-        """The response, if it is the registry's own word. NotTheRegistry otherwise.
+        """Return the response, if it is the registry's own word. NotTheRegistry otherwise.
 
         429 and 5xx mean the same whoever says them: not now. What comes with them is the registry's or is left out.
         What a HEAD gets instead of a registry's yes or no is not remembered: a GET will tell.
@@ -128,6 +128,6 @@ class Impostors:
             _log.warning(said, host, what, extra=SHOWN)
 
     def _stays(self, host: str, location: str) -> bool:
-        """Whether a redirect leads to the registry again, or to another one that is configured."""
+        """Return whether a redirect leads to the registry again, or to another one that is configured."""
         there = URL(join(f"https://{host}", location), encoded=True)
         return there.scheme == "https" and there.host in (host, *self._registries)

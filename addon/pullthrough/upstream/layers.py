@@ -20,10 +20,10 @@ class Layer(Protocol):
     wants: int
 
     def read_into(self, buffer: memoryview) -> int | None:
-        """Read what is there; 0 at the end. OSError if the connection fails."""
+        """Read what is there; 0 at the end. Raises OSError if the connection fails."""
 
     def write(self, data: memoryview) -> int | None:
-        """Send what can be sent at once; says how much. OSError if the connection fails."""
+        """Send what can be sent at once; says how much. Raises OSError if the connection fails."""
 
 
 class Plain:
@@ -86,7 +86,7 @@ class Tls:
         return self._do(lambda: self.sock.send(data))
 
     def handshake(self) -> int | None:
-        """Go on with the handshake; 0 once it is done. OSError if it fails."""
+        """Go on with the handshake; 0 once it is done. Raises OSError if it fails."""
         return self._do(self._handshake)
 
     def _handshake(self) -> int:
@@ -125,7 +125,7 @@ class InnerTls:
         return self._do(lambda: self._tls.write(data)) if self._flush() else None
 
     def handshake(self) -> int | None:
-        """Go on with the handshake; 0 once it is done. OSError if it fails."""
+        """Go on with the handshake; 0 once it is done. Raises OSError if it fails."""
         return self._do(self._handshake)
 
     def _handshake(self) -> int:

@@ -18,17 +18,19 @@ _PLAIN: Final = frozenset({404, 412})
 
 
 def media_type(headers: Mapping[str, str]) -> str:
-    """The media type that a response claims, in lower case and without parameters; "" where there is none."""
+    """Return the media type that a response claims, in lower case and without parameters; "" where there is none."""
     return headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
 
 def is_page(headers: Mapping[str, str]) -> bool:
-    """Whether the response is for a browser. No registry sends HTML, and a challenge is never the registry's."""
+    """Return whether the response is for a browser. No registry sends HTML, and a challenge is never the registry's."""
     return media_type(headers) in ("text/html", "application/xhtml+xml") or "cf-mitigated" in headers
 
 
 def is_refusal(status: int, headers: Mapping[str, str], body: bytes, *, head: bool = False) -> bool:
-    """Whether a response of 400 and above has the shape of a registry's. One to a HEAD has only its fields to show."""
+    """Return whether a response of 400 and above has the shape of a registry's. One to a HEAD has only its fields
+    to show.
+    """
     if is_page(headers):
         return False
     if "WWW-Authenticate" in headers:

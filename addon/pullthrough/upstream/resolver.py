@@ -42,7 +42,7 @@ class AddressRules:
         self._near = near
 
     def check(self, host: str, port: int, addresses: Sequence[str]) -> None:
-        """AddressRefused if the name has led to an address that we never connect to. From any thread."""
+        """Raise AddressRefused if the name has led to an address that we never connect to. From any thread."""
         if (host, port) in self._named.addresses:
             return
         if not self._policy.is_exempt(host, port) and (host, port) not in self._near:

@@ -38,7 +38,7 @@ class Extent:
 
 
 def check_data(status: int, headers: Mapping[str, str], *, asked: tuple[int, int] | None, length: int | None) -> Extent:
-    """What a response to a GET of `[asked)` (None: of the whole) carries.
+    """Return what a response to a GET of `[asked)` (None: of the whole) carries.
 
     `headers` finds names in any case; `length` is the complete length where it is known. SourceExpired,
     UpstreamRefused (429, 5xx) or UnexpectedResponse otherwise.
@@ -94,5 +94,5 @@ def check_length(length: int, sizes: Collection[int]) -> None:
 
 
 def relayable(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The fields of an upstream answer that a client may need."""
+    """Return the fields of an upstream answer that a client may need."""
     return [(name, headers[name]) for name in _RELAYED if name in headers]

@@ -22,8 +22,8 @@ from pullthrough.core.errors import UpstreamTimeout
 from pullthrough.library.eviction import Evictor
 from pullthrough.library.listing import JSON
 from pullthrough.monitoring.health import Health
-from pullthrough.monitoring.lookout import Lookout
 from pullthrough.monitoring.metrics import Metrics
+from pullthrough.monitoring.probes import Probes
 from pullthrough.monitoring.status_page import SHARE
 from pullthrough.recording.counters import Ending
 from pullthrough.recording.pulls import Counts
@@ -68,7 +68,7 @@ class Daemon:
 
     async def scrape(self) -> dict[tuple[str, ...], float]:
         """Our samples by name and values of labels."""
-        self.health.open(Lookout(self.reachability, {}))
+        self.health.open(Probes(self.reachability, {}))
         body, _ = await self.metrics.expose("")
         families = parse_text(body.decode())
         samples = [sample for family in families for sample in family.samples if sample.name.startswith("ollama")]

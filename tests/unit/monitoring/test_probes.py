@@ -1,4 +1,4 @@
-"""lookout: what nobody has asked for a while is looked at, what has been asked is not, and nothing while offline."""
+"""probes: what nobody has asked for a while is looked at, what has been asked is not, and nothing while offline."""
 
 import asyncio
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 from pullthrough.config.options import parse_settings
 from pullthrough.config.settings import R2_HOST
 from pullthrough.core.errors import UpstreamUnreachable
-from pullthrough.monitoring.lookout import Look, Lookout, looks_at
+from pullthrough.monitoring.probes import Look, Probes, looks_at
 from pullthrough.upstream.client import Upstream
 from pullthrough.upstream.reachability import OBJECT_STORE, Reachability, State
 
@@ -28,7 +28,7 @@ class Servers:
         self.is_up = True
         self.looked = asyncio.Event()
         names = (REGISTRY, R2_HOST)
-        self.lookout = Lookout(self.reachability, {name: self._look(name) for name in names}, every_s=EVERY_S)
+        self.probes = Probes(self.reachability, {name: self._look(name) for name in names}, every_s=EVERY_S)
 
     def _look(self, name: str) -> Look:
         async def look() -> None:
@@ -57,14 +57,14 @@ def test_a_quiet_server_is_looked_at() -> None:
 
     async def main() -> None:
         servers = Servers()
-        servers.lookout.open()
+        servers.probes.open()
         for is_up, expected in ((True, State.UP), (False, State.DOWN), (True, State.UP)):
             servers.is_up = is_up
             async with asyncio.timeout(20):
                 while state(servers.reachability) is not expected:
                     await servers.seen()
                     await asyncio.sleep(0)
-        await servers.lookout.close()
+        await servers.probes.close()
 
     asyncio.run(main())
 
@@ -74,12 +74,12 @@ def test_a_busy_server_is_left_alone() -> None:
 
     async def main() -> Counter[str]:
         servers = Servers()
-        servers.lookout.open()
+        servers.probes.open()
         async with asyncio.timeout(20):
             while servers.looks[R2_HOST] < 4:
                 servers.reachability.answered(REGISTRY)
                 await asyncio.sleep(EVERY_S / 20)
-        await servers.lookout.close()
+        await servers.probes.close()
         return servers.looks
 
     assert asyncio.run(main())[REGISTRY] == 0
@@ -90,14 +90,14 @@ def test_whoever_asks_first_has_it_looked_at() -> None:
 
     async def main() -> None:
         servers = Servers()
-        servers.lookout._every_s = 3600.0
-        servers.lookout.open()
-        both = await asyncio.gather(servers.lookout.services(), servers.lookout.services())
-        for services in (*both, await servers.lookout.services()):
+        servers.probes._every_s = 3600.0
+        servers.probes.open()
+        both = await asyncio.gather(servers.probes.services(), servers.probes.services())
+        for services in (*both, await servers.probes.services()):
             known = {service.host: service.state for service in services}
             assert (known[REGISTRY], known[R2_HOST]) == (State.UP, State.UP)
         assert servers.looks == {REGISTRY: 1, R2_HOST: 1}
-        await servers.lookout.close()
+        await servers.probes.close()
 
     asyncio.run(main())
 

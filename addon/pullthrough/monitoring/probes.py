@@ -31,7 +31,7 @@ LOOK_S: Final = 20.0
 Look = Callable[[], Awaitable[object]]
 
 
-class Lookout:
+class Probes:
     """Looks from `open` until `close`."""
 
     def __init__(self, reachability: Reachability, looks: Mapping[str, Look], *, every_s: float = EVERY_S) -> None:
