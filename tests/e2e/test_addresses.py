@@ -135,6 +135,7 @@ def test_restart_between_probe_and_parts(origin: Origin, start_proxy: StartProxy
     assert not any("X-Amz" in line for line in proxy.output)
 
 
+@pytest.mark.long
 def test_an_address_that_has_expired_upstream(origin: Origin, start_proxy: StartProxy) -> None:
     """Those who come back do not notice: the recording obtains another one."""
     proxy = start_proxy()
@@ -169,9 +170,9 @@ def test_private_models(origin: Origin, start_proxy: StartProxy) -> None:
 
 HURRIED: Final = """
 from pullthrough.registry import freshness
-from pullthrough.upstream import upstream
+from pullthrough.upstream import client
 freshness.REVALIDATE_TIMEOUT_S = 1.0
-upstream.STALL_TIMEOUT_S = 2.0
+client.STALL_TIMEOUT_S = 2.0
 """
 """The registry is waited for as ever, but not for three and ten seconds."""
 
@@ -192,6 +193,7 @@ def test_a_registry_that_hangs_once(origin: Origin, start_proxy: StartProxy, tmp
         each.gate.open()
 
 
+@pytest.mark.long
 def test_without_the_registry(origin: Origin, start_proxy: StartProxy) -> None:
     """A remembered address, else ours; who is known to bypass is told what to do where neither helps."""
     proxy = start_proxy()
@@ -315,7 +317,7 @@ def read_heads(proxy: Proxy, models: list[Model], size: int) -> int:
     return size * len(models)
 
 
-@pytest.mark.parametrize("finish", ["auto", "always"])
+@pytest.mark.parametrize("finish", ["auto", pytest.param("always", marks=pytest.mark.long)])
 def test_a_head_costs_a_head(origin: Origin, start_proxy: StartProxy, finish: str) -> None:
     """Neither the rest of the layer nor the next layers, whatever `finish` says; upstream and on the disk."""
     proxy = start_proxy(ollama_cache_finish=finish)

@@ -138,6 +138,7 @@ def test_disk_that_fills_up_before_a_pull_shows(
     proxy.wait_for_line("No space left on device")
 
 
+@pytest.mark.long
 def test_what_is_being_recorded_counts(
     origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def test_store_that_vanishes(
         assert report.retries == report.stalls == 0
 
 
+@pytest.mark.long
 def test_file_that_cannot_be_read(origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient) -> None:
     """A stored blob turns out to be unreadable in the middle of a hit: it is recorded anew for the client's retry."""
     proxy = start_proxy()

@@ -87,6 +87,7 @@ def test_small_blobs_take_few_requests(origin: Origin, proxy: Proxy, new_client:
     assert origin.counters.cdn_requests <= 3 * count
 
 
+@pytest.mark.long
 def test_one_stream_is_faster_than_direct(origin: Origin, proxy: Proxy, tmp_path: Path) -> None:
     """A client with one connection gets what several connections of the cache bring."""
     size = 12 * MB

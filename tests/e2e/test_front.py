@@ -404,7 +404,7 @@ GO: Final = "Go-http-client/1.1"
 @pytest.mark.parametrize(
     ("agent", "ending"),
     [
-        (GO, "fin"),
+        pytest.param(GO, "fin", marks=pytest.mark.long),
         pytest.param("ollama/0.41.0 (amd64 linux) Go/go1.27", "fin", marks=pytest.mark.long),
         pytest.param("Python-urllib/3.12", "rst", marks=pytest.mark.long),
         ("", "rst"),

@@ -159,6 +159,7 @@ def test_both_classes(origin: Origin, start_proxy: Callable[..., Proxy], clients
     assert told(proxy, "stats")["blobs"] == 0
 
 
+@pytest.mark.long
 def test_offline_with_one_class(origin: Origin, proxy: Proxy, clients: Callable[..., A2Client]) -> None:
     """Who takes lists is served the manifest that others got; not the other way round."""
     first, second = add_list(origin, "library/onlyplain"), add_list(origin, "library/onlylist")
@@ -214,6 +215,7 @@ def test_a_list_turns_private(origin: Origin, proxy: Proxy, clients: Callable[..
         assert [get(connection, target)[0] for target in targets] == [502] * 3
 
 
+@pytest.mark.long
 def test_warm(origin: Origin, start_proxy: Callable[..., Proxy], clients: Callable[..., A2Client]) -> None:
     """What both classes need is recorded, and nothing of the children that most clients do not choose."""
     model = add_list(origin, "library/warmed")
@@ -270,6 +272,7 @@ def test_the_plain_manifest_is_a_child(
         assert (head.status, head.header("Content-Length")) == (200, str(len(model.children[0])))
 
 
+@pytest.mark.long
 def test_a_registry_of_two_names(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
     """One blob, one model, whichever name it was pulled by."""
     model = add_list(origin, "library/twice")

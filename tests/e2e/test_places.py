@@ -74,7 +74,7 @@ def poor_fat(folder: Path, size: int) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("new_disk", "size"),
     [
-        pytest.param(exfat, 96 * MB, id="exFAT 96 MB"),
+        pytest.param(exfat, 96 * MB, id="exFAT 96 MB", marks=pytest.mark.long),
         pytest.param(exfat, 1 << 30, id="exFAT 1 GiB", marks=[pytest.mark.long, pytest.mark.timeout(600)]),
     ],
 )
@@ -122,7 +122,7 @@ def in_namespace(commands: str) -> list[str | Path]:
     return [*unshare, "sh", "-ec", f'{commands}; exec "$@"', "sh", *PROGRAM]
 
 
-@pytest.mark.parametrize("disk", ["read-only", "full"])
+@pytest.mark.parametrize("disk", [pytest.param("read-only", marks=pytest.mark.long), "full"])
 def test_a_disk_that_takes_nothing_at_start(
     origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path, disk: str
 ) -> None:

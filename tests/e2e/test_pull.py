@@ -60,6 +60,7 @@ def test_cold_warm_offline_restarted(origin: Origin, start_proxy: Callable[..., 
     assert_complete(restarted, model)
 
 
+@pytest.mark.long
 def test_stale_manifest_is_served_while_upstream_is_down(
     origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient
 ) -> None:
@@ -146,6 +147,7 @@ def test_eight_cold_clients_cost_one(origin: Origin, proxy: Proxy, new_client: N
     assert origin.counters.cdn_bytes_by_digest[model.layer] <= size * 1.01
 
 
+@pytest.mark.long
 def test_touching_the_script_breaks_nothing(
     origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient
 ) -> None:
@@ -162,6 +164,7 @@ def test_touching_the_script_breaks_nothing(
     assert sum("Loading script" in line for line in proxy.output) == 1
 
 
+@pytest.mark.long
 def test_upstream_rate(origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient) -> None:
     """What comes in is limited; what is stored is not, and nobody has to try twice."""
     proxy = start_proxy(ollama_cache_upstream_rate="2MB")
@@ -176,7 +179,7 @@ def test_upstream_rate(origin: Origin, start_proxy: Callable[..., Proxy], new_cl
     assert new_client(proxy).pull(model.name).transfer_s < report.transfer_s
 
 
-@pytest.mark.parametrize("prefetch", [True, False])
+@pytest.mark.parametrize("prefetch", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_layers_behind_are_recorded_ahead(
     origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, prefetch: bool
 ) -> None:

@@ -37,7 +37,7 @@ def without_index_and_proofs(proxy: Proxy) -> None:
         os.utime(path, (1, 1))
 
 
-@pytest.mark.parametrize("end", ["stopped", "killed"])
+@pytest.mark.parametrize("end", [pytest.param("stopped", marks=pytest.mark.long), "killed"])
 @pytest.mark.parametrize(
     "lose",
     [

@@ -23,7 +23,7 @@ CLIENTS = 5
 SETTLE_S = 45.0
 """Longer than a recording that everybody has left stays open."""
 
-BRIEF_S = 8.0
+BRIEF_S = 4.0
 
 
 def open_files(proxy: Proxy) -> int:

@@ -219,7 +219,7 @@ for part in PARTS:
 @pytest.mark.parametrize(
     ("name", "parts", "message"),
     [
-        ("client_connected", "ConnectionHooks", "client_connected: a stranger: expected a refusal"),
+        more("client_connected", "ConnectionHooks", "client_connected: a stranger: expected a refusal"),
         more("client_connected", "ClientLimits", "an endless head"),
         (
             "http_connect",

@@ -66,6 +66,7 @@ def test_a_client_that_vanishes(origin: Origin, proxy: Proxy, farewell: str) -> 
         assert get(other, address)[2] == blob.read(0, 40 * MB)
 
 
+@pytest.mark.long
 def test_slow_clients_cost_little_memory(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
     """Twenty clients that read one byte and wait hold up nobody and pile up nothing."""
     proxy = start_proxy()
