@@ -43,6 +43,8 @@ TO_OLDER_CLIENT: Final = {
 
 def _bound(path: Path) -> socket.socket:
     """Return a socket that only our own user can ask."""
+    if sys.platform == "win32":
+        raise OSError("Python has no Unix sockets on Windows")
     with contextlib.ExitStack() as undo:
         sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         sock.bind(os.fspath(path))

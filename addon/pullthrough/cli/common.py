@@ -60,7 +60,7 @@ def _running_store(running: Sequence[Running], own: Path) -> Path:
             f"several caches run here: {'; '.join(map(str, found))}; say with --dir which store is meant"
         )
     (cache,) = found
-    if not cache.is_ours and os.name == "posix":
+    if not cache.is_ours and sys.platform != "win32":
         if os.geteuid() != 0:
             raise ControlError(
                 f"the cache that runs here is not this user's ({cache}): run this as {cache.user} or root"

@@ -59,7 +59,7 @@ def announce(chosen: Path | None, *, store: Path, certs: Path, page: str) -> Pat
     if not _is_safe(folder):
         raise PermissionError(f"{folder} is another user's, or others can write to it")
     for path, running in _notes(folder):
-        if running is None and path.stat().st_uid == os.geteuid():
+        if running is None and (sys.platform == "win32" or path.stat().st_uid == os.geteuid()):
             path.unlink(missing_ok=True)
     made = Running(str(store), str(certs), page, os.getpid(), psutil.Process().create_time(), _boot())
     path = folder / f"{made.pid}.json"
