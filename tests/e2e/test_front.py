@@ -696,6 +696,11 @@ def test_a_browser_at_the_proxy_s_port(shared: tuple[Origin, Proxy]) -> None:
             response = connection.getresponse()
             got.append((response.status, response.headers["Location"], len(response.read()) > 0))
     assert got == [(307, page, False), (502, None, True)]
+    # One with a body is no browser's: it would be held, whatever its size.
+    with contextlib.closing(http.client.HTTPConnection(ADDRESS, proxy.port, timeout=20)) as connection:
+        connection.request("GET", "/", body=b"x" * 100, headers={"Accept": "text/html"})
+        with pytest.raises(ConnectionError):
+            connection.getresponse()
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(page, timeout=20) as response:
         assert b"<title>ollama-cache</title>" in response.read()
 

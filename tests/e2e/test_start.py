@@ -101,6 +101,14 @@ def test_a_program_with_a_window(tmp_path: Path) -> None:
     assert "start the cache by `ollama-cache run` or `mitmdump -s`" in message
 
 
+def test_a_word_that_is_no_option(tmp_path: Path) -> None:
+    """mitmdump takes it, and all that follows, for a filter: what was meant would silently not be in force."""
+    code, output = run_until_exit(tmp_path, program=(*PROGRAM, "ollama_cache_max_size=200GB"))
+    assert code == 1
+    assert "ollama-cache: expected options, got 'ollama_cache_max_size=200GB" in output
+    assert "ollama-cache ready" not in output
+
+
 def test_lines_come_as_they_are_written(tmp_path: Path) -> None:
     """Into a pipe or file too, where Python would keep them; the last one says that it has stopped.
 

@@ -54,7 +54,8 @@ def _running_store(running: Sequence[Running], own: Path) -> Path:
     ours = [cache for cache in running if cache.is_ours]
     if not running or any(cache.store == str(own) for cache in ours):
         return own
-    found = ours or running
+    # Anybody may leave a note in a folder that all share: what it names is followed by its own user alone.
+    found = ours or [cache for cache in running if cache.is_vouched_for] or running
     if len(found) > 1:
         raise ControlError(
             f"several caches run here: {'; '.join(map(str, found))}; say with --dir which store is meant"
@@ -63,7 +64,12 @@ def _running_store(running: Sequence[Running], own: Path) -> Path:
     if not cache.is_ours and sys.platform != "win32":
         if os.geteuid() != 0:
             raise ControlError(
-                f"the cache that runs here is not this user's ({cache}): run this as {cache.user} or root"
+                f"the cache that runs here is not this user's ({cache}): run this as "
+                f"{' or '.join(dict.fromkeys((cache.user, 'root')))}"
+            )
+        if not cache.is_vouched_for:
+            raise ControlError(
+                f"the cache that runs here is not this user's ({cache}): if it is meant, say so with --dir"
             )
         _say_once(f"about the cache that runs here: {cache}")
     return Path(cache.store)

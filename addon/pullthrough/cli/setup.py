@@ -108,7 +108,8 @@ def connect(
     typer.echo(f"To be run on the client; `connect --undo --for {kind}` prints what takes it back:", err=True)
     typer.echo(line)
     if not given and (others := sorted(filter(_is_reachable, own_addresses() - {host}))):
-        typer.echo(f"For --address, this machine also has {', '.join(others)}", err=True)
+        named = ", ".join(f"[{each}]" if ":" in each else each for each in others)
+        typer.echo(f"For --address, this machine also has {named}", err=True)
     return None
 
 

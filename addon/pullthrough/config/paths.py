@@ -50,7 +50,10 @@ def own_program() -> str:
     found = shutil.which("ollama-cache")
     if not beside.exists() or (found is not None and Path(found).resolve() == beside.resolve()):
         return "ollama-cache"
-    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
+    here = Path.cwd()
+    # From the root folder, or from its own, the shorter form would name something else.
+    is_short = beside.is_relative_to(here) and here not in (Path(here.anchor), beside.parent)
+    return str(beside.relative_to(here)) if is_short else str(beside)
 
 
 def _has_key(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pullthrough.config import paths
@@ -30,7 +30,9 @@ class Choices:
         Raises:
             SettingsError: one cannot be understood.
         """
-        return parse_settings(self.texts, dir=paths.default_store(), certs=paths.default_certs(), sources=self.sources)
+        made = parse_settings(self.texts, dir=paths.default_store(), certs=paths.default_certs(), sources=self.sources)
+        # Who reads of a folder, in a message or a note, may be in another one.
+        return replace(made, dir=made.dir.absolute(), certs=made.certs.absolute())
 
     def rows(self) -> list[dict[str, str]]:
         """Return {name, value, source} of each option; those that depend on the machine as they are on it.
@@ -78,8 +80,7 @@ def config_file(command_line: Mapping[str, str], environment: Mapping[str, str])
         return _read(Path(named).expanduser())
     for path in config_places(given.get("dir", "")):
         if path.exists():
-            _check_owner(path)
-            return _read(path)
+            return _read(path, owned=True)
     return None
 
 
@@ -94,21 +95,22 @@ def new_config_file(named: str, store: str) -> Path:
     return Path(named).expanduser() if named else config_places(store)[0]
 
 
-def _read(path: Path) -> ConfigFile:
+def _read(path: Path, *, owned: bool = False) -> ConfigFile:
     try:
-        return parse_config(path, path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            if owned:
+                _check_owner(path, os.fstat(file.fileno()))
+            return parse_config(path, file.read())
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: expected a configuration file, got: {error}") from None
 
 
-def _check_owner(path: Path) -> None:
+def _check_owner(path: Path, state: os.stat_result) -> None:
     """Refuse a file that somebody else could have put there: a store may lie in a folder that all share."""
     if sys.platform == "win32":
         return
-    try:
-        state = path.stat()
-    except OSError as error:
-        raise SettingsError(f"{path}: expected a configuration file, got: {error}") from None
+    if path.is_symlink() and path.lstat().st_uid not in (0, os.geteuid()):
+        raise SettingsError(f"{path}: expected a file of this user or root, got another user's link")
     if state.st_uid not in (0, os.geteuid()):
         raise SettingsError(
             f"{path}: expected a file of this user or root, got one of user {state.st_uid}; if it is to count, "

@@ -66,5 +66,8 @@ def examine(settings: Settings) -> list[Finding]:
 
 
 def _parse(line: str) -> Finding:
-    grave, what, why, mend = line.split("\t")
+    try:
+        grave, what, why, mend = line.split("\t", 3)
+    except ValueError:
+        raise CacheError(f"expected a finding of four fields from the script, got {line!r}") from None
     return Finding(what, why, mend, grave == "yes")

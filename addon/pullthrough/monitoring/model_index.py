@@ -11,6 +11,8 @@ from typing import Final, NamedTuple
 from pullthrough.core.records import Name
 from pullthrough.library.listing import View, is_whole, size_of
 
+LONGEST: Final = 200
+"""Characters of a search that count."""
 PAGE: Final = 50
 """Models on one page."""
 
@@ -88,7 +90,7 @@ class ModelIndex:
 
     def page(self, text: str = "", order: Order = Order.PULLED, number: int = 1) -> Page:
         """Return a page of the models whose names contain each word of `text`; beyond the last page, the last one."""
-        words = text.casefold().split()
+        words = set(text[:LONGEST].casefold().split())
         found = self._orders[order]
         if words:
             texts = self._texts

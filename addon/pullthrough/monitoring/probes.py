@@ -82,6 +82,9 @@ class Probes:
                     await self._looks[name]()
             except (CacheError, TimeoutError) as error:
                 _log.debug("a look at %s: %s", name, error)  # which has been noted
+            except Exception:
+                # What is told of this server would stay as it is for ever if the looks ended.
+                _log.exception("a look at %s failed; it is tried again", name)
             self._wanted[name].clear()
             pause_s = self._every_s
 

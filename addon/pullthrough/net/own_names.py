@@ -32,4 +32,4 @@ def is_ours(host: str | None, names: AbstractSet[str]) -> bool:
             ipaddress.ip_address(name)
     except ValueError:
         return False
-    return "@" not in host
+    return not set(host) & set("@/?#\\")

@@ -31,6 +31,7 @@ SET: Final = {
     "keep_host_header": True,
 }
 _TEXT: Final[Any] = Optional[str]  # noqa: UP045 -- mitmproxy tells types by how they are written
+MAX_PORT: Final = 65_535
 REFUSED: Final = {"ssl_insecure": "the certificates of registries are always verified"} | dict.fromkeys(
     ("emudhra", "emudhra_old"), "it signs with the leaked key of a public authority"
 )
@@ -42,6 +43,14 @@ def check_refused() -> None:
     for name, reason in REFUSED.items():
         if name in ctx.options and getattr(ctx.options, name):
             raise SettingsError(f"option {name}: must be off ({reason}); remove it and start again")
+    # mitmdump takes every word that is no option, and all that follows it, for a filter of what it shows.
+    if "dumper_filter" in ctx.options and (words := ctx.options.dumper_filter):
+        raise SettingsError(
+            f"expected options, got {words!r}, and nothing behind it counts; an option of the cache is written "
+            "--set ollama_cache_NAME=VALUE"
+        )
+    if (port := ctx.options.listen_port) is not None and not 0 <= port <= MAX_PORT:
+        raise SettingsError(f"option listen_port: expected 0 to {MAX_PORT}, got {port}")
 
 
 def declare(loader: addonmanager.Loader) -> None:

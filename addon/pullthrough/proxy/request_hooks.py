@@ -68,7 +68,9 @@ class RequestHooks:
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         """Let bodies flow: only requests that we may answer are held until they are complete."""
         try:
-            if self._settings is not None and (page := front_page(flow.request, self._settings, own_ports)):
+            # A body would be held whole behind an answer of ours: such a request goes the way of all others.
+            settings = self._settings if not has_body(flow.request) else None
+            if settings is not None and (page := front_page(flow.request, settings, own_ports)):
                 flow.response = http.Response.make(307, b"", {"Location": page, "Cache-Control": "no-store"})
                 return
             if self._connection_hooks.is_ours(flow.request.host):

@@ -131,6 +131,9 @@ class OwnerFile:
             if (found := self._read()) is None:
                 if self._create(temporary):
                     return None
+                if time.monotonic() - changed > STALE_S:
+                    raise OSError(f"{self._path}: expected a file or none, got what can be neither read nor made")
+                time.sleep(0.1)
                 continue
             holder, content = found
             if content != seen:

@@ -10,7 +10,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,8 @@ SYSTEM: Final = Path("/run/ollama-cache" if Path("/run").is_dir() else "/var/run
 SHARED: Final = Path("/tmp")  # noqa: S108 -- a folder in it counts only for the user whose number it has
 """Where everybody may have a folder that all can find: XDG_RUNTIME_DIR is hidden from others."""
 _PREFIX: Final = "ollama-cache-"
+LONGEST: Final = 65_536
+"""Bytes of a note."""
 _AGE_S: Final = 2.0  # what a process's start may differ by between two readings
 
 
@@ -36,6 +38,8 @@ class Running:
     started: float
     boot: str
     user: str = ""
+    is_vouched_for: bool = False
+    """Whether only root or the user who asks could have left the note where it is."""
 
     @property
     def is_ours(self) -> bool:
@@ -76,7 +80,8 @@ def running_caches(chosen: Path | None) -> list[Running]:
     """Return the caches that run here, those of the user who asks first."""
     if sys.platform == "win32":
         return []
-    folders = [chosen] if chosen is not None else [SYSTEM, *filter(_is_safe, SHARED.glob(f"{_PREFIX}*")), own_folder()]
+    usual = [SYSTEM, *SHARED.glob(f"{_PREFIX}*"), own_folder()]
+    folders = [chosen] if chosen is not None else list(filter(_is_safe, usual))
     found = {running.pid: running for folder in dict.fromkeys(folders) for _, running in _notes(folder) if running}
     return sorted(found.values(), key=lambda running: (not running.is_ours, running.pid))
 
@@ -93,14 +98,34 @@ def own_folder() -> Path:
 def _notes(folder: Path) -> Iterator[tuple[Path, Running | None]]:
     """Yield each note, and the cache if it runs."""
     for path in sorted(folder.glob("*.json")):
-        # It may be gone, another's, or half of something.
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            owner = path.lstat().st_uid
-            made = Running(**json.loads(path.read_text(encoding="utf-8")))
-            yield path, _alive(made, owner)
+        # It may be gone, half of something, or made by somebody to do harm.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            text, owner = _read(path)
+            yield path, _alive(_parse(text), owner, is_vouched_for=folder.parent != SHARED)
 
 
-def _alive(made: Running, owner: int) -> Running | None:
+def _read(path: Path) -> tuple[bytes, int]:
+    """Return a note and its owner, of a regular file alone. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode) or state.st_uid != path.parent.stat().st_uid:
+            raise PermissionError(f"{path} is no note")
+        return file.read(LONGEST), state.st_uid
+
+
+def _parse(text: bytes) -> Running:
+    """Raise ValueError, TypeError or RecursionError unless it is a note whose texts can be shown."""
+    fields = json.loads(text)
+    texts = [fields.get(name, "") for name in ("store", "certs", "page", "boot", "user")]
+    if not all(isinstance(each, str) and each.isprintable() for each in texts):
+        raise ValueError("expected printable texts")
+    if not isinstance(fields["pid"], int) or not isinstance(fields["started"], float | int):
+        raise ValueError("expected numbers")
+    return Running(**fields)
+
+
+def _alive(made: Running, owner: int, *, is_vouched_for: bool) -> Running | None:
     if made.boot != _boot():
         return None
     try:
@@ -108,8 +133,8 @@ def _alive(made: Running, owner: int) -> Running | None:
         is_it = abs(process.create_time() - made.started) < _AGE_S
         if not is_it or (sys.platform != "win32" and process.uids().effective != owner):
             return None
-        return Running(**{**asdict(made), "user": process.username()})
-    except psutil.Error:
+        return replace(made, user=process.username(), is_vouched_for=is_vouched_for)
+    except (psutil.Error, OverflowError):
         return None
 
 

@@ -13,6 +13,7 @@ import ssl
 import stat
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -526,20 +527,24 @@ def test_the_cache_that_runs_is_meant() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="users are POSIX")
 def test_the_cache_of_another_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root is told whose it is about; anybody else, as whom to ask."""
+    """Root is told whose it is about, and follows no note that anybody could have left; others are told whom to ask."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(
         ControlError, match=r"not this user's \(process 7 of user me, store /srv\): run this as me or root"
     ):
         _running_store([cache("/srv", "me")], Path("/own"))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(common, "running_caches", lambda chosen: [cache("/nonexistent/srv", "me")])
+    stranger, vouched = cache("/theirs", "me"), replace(cache("/nonexistent/srv", "me"), is_vouched_for=True)
+    with pytest.raises(ControlError, match="if it is meant, say so with --dir"):
+        _running_store([stranger], Path("/own"))
+    monkeypatch.setattr(common, "running_caches", lambda chosen: [stranger, vouched])
     result = run("connect")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[0] == (
         "ollama-cache: about the cache that runs here: process 7 of user me, store /nonexistent/srv"
     )
     assert "no cache runs on /nonexistent/srv" in result.stderr
+    assert _running_store([stranger, vouched], Path("/own")) == Path("/nonexistent/srv")
 
 
 def test_permission_denied_is_not_no_cache(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from pullthrough.net.own_names import is_ours, own_names
         pytest.param("evil.example", False, id="a stranger's name"),
         pytest.param("box.evil.example", False, id="a name below a stranger's"),
         pytest.param("localhost.evil.example:9200", False, id="a name that begins like ours"),
+        pytest.param("127.0.0.1#.evil.example", False, id="an address before a fragment"),
+        pytest.param("127.0.0.1/evil.example", False, id="an address before a path"),
         pytest.param("127.1", False, id="half an address"),
         pytest.param("0x7f000001", False, id="an address as a number"),
         pytest.param("evil.example@10.0.0.1", False, id="a user"),

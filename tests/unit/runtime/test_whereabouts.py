@@ -108,3 +108,25 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", f"{tmp_path}/made:{tmp_path}/other")
     assert own_folder() == tmp_path / "made"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"[" * 100_000, id="deep"),
+        pytest.param(b"[]", id="a list"),
+        pytest.param(b'{"store": ["x"], "certs": "", "page": "", "pid": 1, "started": 1, "boot": ""}', id="no text"),
+        pytest.param(
+            b'{"store": "\\u001b]0;x\\u0007", "certs": "", "page": "", "pid": 1, "started": 1, "boot": ""}', id="escape"
+        ),
+        pytest.param(None, id="fifo"),
+    ],
+)
+def test_a_note_that_means_harm(tmp_path: Path, content: bytes | None) -> None:
+    """It is passed over: no wait, no traceback, nothing of it on a terminal."""
+    path = tmp_path / "0.json"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    assert running_caches(tmp_path) == []

@@ -2,7 +2,7 @@
 # Find out why the Ollama of this machine does not pull through an ollama-cache, and name the command that mends it.
 # Nothing is changed.
 #
-#   curl -fsS http://CACHE:@@{port}/doctor.sh | sudo sh
+#   curl -fsS http://CACHE:@@{port}/doctor.sh | sh
 #
 # Without root the settings of the service stand for the environment of a daemon that belongs to another user.
 # With --fields each finding is one line: yes or no for a fault that stops it now, what, why and mend, between tabs.
