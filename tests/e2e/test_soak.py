@@ -42,7 +42,7 @@ def tasks(proxy: Proxy) -> list[str]:
     proxy.wait_for_line("*" * 40, count=2)
     dump = "\n".join(proxy.output)
     section = dump[dump.rindex("\nTasks\n") :]
-    assert "re-mint leaves" in section, section
+    assert "renew leaves" in section, section
     ours = re.compile(r"\b(?:begin|hash|flush|fetch|close|relay|obtain source|collapsed)\b")
     return [line for line in section.splitlines() if ours.search(line)]
 
