@@ -150,7 +150,7 @@ def test_verbs(fleet: Fleet, new_client: NewClient) -> None:
 
     unlisted = hashlib.sha256(b"unlisted").hexdigest()
     obstore.put(fleet.objects, f"blobs/sha256/{unlisted[:2]}/{unlisted}", b"unlisted")
-    assert run(fleet.a, "prune", "--tier", "--age", "0", "--dry-run")[1].startswith("would remove 1 blobs and ")
+    assert run(fleet.a, "prune", "--tier", "--age", "0", "--dry-run")[1].startswith("would remove 1 blob and ")
     assert run(fleet.a, "prune", "--tier", "--age", "0")[0] == 0
     assert lease not in fleet.listing() and blob_key(kept.layer) in fleet.listing()
     assert not any(unlisted in key for key in fleet.listing())

@@ -46,6 +46,8 @@ class Fleet:
             "ollama_cache_object_store": f"s3://{s3.BUCKET}/fleet",
             "ollama_cache_fleet_secret_file": self.secret,
             "ollama_cache_listen": f"127.0.0.1:{free_port()}",
+            # Where this runs in a container, a cache does not guess at its address.
+            "ollama_cache_advertise": "127.0.0.1",
             "ollama_cache_front": "",
         }
         cache = Proxy(folder, self.origin, env=self.server.environment, **(fleet | options))
