@@ -339,7 +339,7 @@ of_trust() {
         own=$(variable SSL_CERT_FILE "$environment")
         folders=$(variable SSL_CERT_DIR "$environment")
         # A daemon in a container has its own.
-        [ -n "$root" ] || ! [ -r "/proc/$pid/root/etc" ] || root=/proc/$pid/root
+        [ -n "$root" ] || ! [ -r "/proc/$pid/root"/etc ] || root=/proc/$pid/root
         [ -z "$own" ] || of_list || return
     fi
     folders=$root${folders:-/etc/ssl/certs:$root/etc/pki/tls/certs}
