@@ -284,9 +284,15 @@ def _(client: Client) -> None:
 
 @plants("SSL_CERT_FILE is not for the daemon's user")
 def _(client: Client) -> None:
+    of_nobody(client)
+    client.shell = {"SUDO_UID": str(NOBODY)}
+    client.machine.write("/ca.pem", client.cache.ca_file.read_text(), mode=0o600)
+
+
+def of_nobody(client: Client) -> None:
+    """The daemon is a process of that user, whom the doctor believes by SUDO_UID alone."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to be somebody else")
-    client.machine.write("/ca.pem", client.cache.ca_file.read_text(), mode=0o600)
     # Up to the folder of the test, which is pytest's, nobody else may look.
     for folder in (client.machine.folder, *client.machine.folder.parents[:3]):
         folder.chmod(0o755)
@@ -787,6 +793,51 @@ def test_without_root(client: Client) -> None:
     assert (done.returncode, done.stdout) == (0, "") and "sudo shows more" in done.stderr
     del client.machine.configured["HTTPS_PROXY"]
     assert "the daemon has no HTTPS_PROXY" in client.machine.run(client.daemon).stdout
+
+
+def test_stranger(client: Client) -> None:
+    """Root believes no process that anybody could have called `ollama serve`, whatever its environment says."""
+    of_nobody(client)
+    client.goes_to("http://evil.example:8080")
+    (found,) = client.findings()
+    assert found.what == "no Ollama daemon was found" and "which is not believed" in found.why
+    assert "evil" not in str(found)
+
+
+def test_other_program(client: Client) -> None:
+    """Neither does it believe a program that was begun by a link of that name, as a set-user-ID one can be."""
+    program = client.machine.folder / "bin/ollama"
+    program.unlink()
+    program.symlink_to(Path("/bin/sh").resolve())
+    (found,) = client.findings()
+    assert found.what == "no Ollama daemon was found" and "which is not believed" in found.why
+
+
+@pytest.mark.parametrize("path", ["/ca.pem", SYSTEM_LIST, ANCHOR])
+def test_fifo(client: Client, path: str) -> None:
+    """A FIFO in the place of a file is not read: it would keep its reader waiting for ever."""
+    if path != "/ca.pem":
+        client.trusts_as_its_system()
+    (client.machine.root / path[1:]).unlink()
+    os.mkfifo(client.machine.root / path[1:])
+    expected = {"/ca.pem": ["SSL_CERT_FILE cannot be read"], SYSTEM_LIST: ["the daemon does not trust the cache"]}
+    assert [finding.what for finding in client.findings()] == expected.get(path, [])
+
+
+def test_hints_are_quoted(client: Client) -> None:
+    """What was read cannot become a command of whoever copies a hint, nor steer the terminal; no key is given away."""
+    of_nobody(client)
+    client.shell = {"SUDO_UID": str(NOBODY)}
+    path = "/it's $(touch here);\x1b[2J.pem"
+    client.set(SSL_CERT_FILE=client.machine.write(path, client.cache.ca_file.read_text(), mode=0o600))
+    (found,) = client.findings()
+    assert found.mend.startswith("sudo chmod a+r '/it'\\''s $(touch here);[2J.pem' && ")
+    client.machine.write(path, "-----BEGIN CERTIFICATE-----\n-----BEGIN PRIVATE KEY-----\n", mode=0o600)
+    (found,) = client.findings()
+    assert "private key" in found.why and "chmod" not in found.mend
+    client.goes_to("https://a;b:1")
+    (found,) = client.findings()
+    assert found.mend.startswith("HTTPS_PROXY='http://a;b:1': ")
 
 
 @pytest.mark.parametrize(("accepted", "expected"), [(True, []), (False, ["the daemon does not trust the cache"])])

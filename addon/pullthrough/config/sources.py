@@ -4,6 +4,7 @@ Invariant: every place is held to the same names and grammar, and each option kn
 """
 
 import os
+import shlex
 import stat
 import sys
 from collections.abc import Mapping
@@ -97,7 +98,9 @@ def new_config_file(named: str, store: str) -> Path:
 
 def _read(path: Path, *, owned: bool = False) -> ConfigFile:
     try:
-        with path.open(encoding="utf-8") as file:
+        # A FIFO that somebody left in a usual place would keep the start waiting.
+        flags = os.O_RDONLY | (getattr(os, "O_NONBLOCK", 0) if owned else 0)
+        with open(path, encoding="utf-8", opener=lambda name, _: os.open(name, flags)) as file:
             if owned:
                 _check_owner(path, os.fstat(file.fileno()))
             return parse_config(path, file.read())
@@ -109,12 +112,15 @@ def _check_owner(path: Path, state: os.stat_result) -> None:
     """Refuse a file that somebody else could have put there: a store may lie in a folder that all share."""
     if sys.platform == "win32":
         return
+    if not stat.S_ISREG(state.st_mode):
+        raise SettingsError(f"{path}: expected a configuration file, got something that is no file; move it away")
     if path.is_symlink() and path.lstat().st_uid not in (0, os.geteuid()):
         raise SettingsError(f"{path}: expected a file of this user or root, got another user's link")
     if state.st_uid not in (0, os.geteuid()):
         raise SettingsError(
             f"{path}: expected a file of this user or root, got one of user {state.st_uid}; if it is to count, "
-            f"name it: OLLAMA_CACHE_CONFIG={path}"
+            f"name it: OLLAMA_CACHE_CONFIG={shlex.quote(str(path))}"
         )
     if state.st_mode & stat.S_IWOTH:
-        raise SettingsError(f"{path}: expected a file that only its owner can write; run `chmod o-w {path}`")
+        mend = f"chmod o-w {shlex.quote(str(path))}"
+        raise SettingsError(f"{path}: expected a file that only its owner can write; run `{mend}`")

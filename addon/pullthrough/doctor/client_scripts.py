@@ -44,7 +44,11 @@ def scripts(settings: Settings) -> Mapping[str, SetupDocument]:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Run the script of this system here. Raises CacheError if it does not come to an end that it knows."""
+    """Run the script of this system here.
+
+    Raises:
+        CacheError: it does not come to an end that it knows, or to none in time.
+    """
     windows = sys.platform == "win32"
     name, shell = ("doctor.ps1", "powershell") if windows else ("doctor.sh", "sh")
     program = shutil.which(shell)
@@ -56,9 +60,19 @@ def examine(settings: Settings) -> list[Finding]:
         words = [str(file), "--fields"]
         if windows:
             words = ["-NoProfile", "-ExecutionPolicy", "Bypass", "-File", str(file), "-Fields"]
-        done = subprocess.run(  # noqa: S603
-            [program, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE_S, check=False
-        )
+        try:
+            done = subprocess.run(  # noqa: S603
+                [program, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE_S, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            said = (error.stderr or b"").decode(errors="replace").strip()
+            raise CacheError(
+                f"{name} has not come to an end in {_PATIENCE_S:.0f} s: something that it asks or reads hangs, as a "
+                f"disk on the network or a name server may{f' ({said})' if said else ''}; `sh -x` in front of what "
+                "the cache gives at /doctor.sh shows where"
+            ) from None
+        except OSError as error:
+            raise CacheError(f"{shell} cannot be run: {error}") from error
     if done.returncode not in (0, 1):
         raise CacheError(f"{name} ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()}")
     sys.stderr.write(done.stderr.decode(errors="replace"))

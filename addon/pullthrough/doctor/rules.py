@@ -5,6 +5,7 @@ each fact is a value that says "" or True where all is well.
 """
 
 import math
+import shlex
 from dataclasses import dataclass
 from typing import Final
 
@@ -168,7 +169,7 @@ def _of_ports(facts: ServerFacts) -> list[Finding]:
             return []  # whether it runs is not told to us
         if facts.elsewhere:
             why = f"nobody serves this one, and {', '.join(facts.elsewhere)} is served"
-            mend = f"ollama-cache doctor --dir {facts.elsewhere[0]}, or ollama-cache run for this one too"
+            mend = f"ollama-cache doctor --dir {shlex.quote(facts.elsewhere[0])}, or ollama-cache run for this one too"
             return [Finding("the cache that runs has another store", why, mend)]
         if leg.issuer.startswith(ISSUER):
             why = f"a cache of another store has {leg.address}, and signs as {leg.issuer}"

@@ -16,6 +16,7 @@ import ipaddress
 import os
 import re
 import secrets
+import shlex
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -277,7 +278,8 @@ def _read_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, list[x509.Certifi
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         # Windows has no such bits; there the access list of the user's own folder protects the key.
         if sys.platform != "win32" and mode & 0o077:
-            raise AuthorityError(f"{path}: expected mode 0600 (a private key), got {mode:04o}; run `chmod 600 {path}`")
+            mend = f"chmod 600 {shlex.quote(str(path))}"
+            raise AuthorityError(f"{path}: expected mode 0600 (a private key), got {mode:04o}; run `{mend}`")
         raw = file.read()
         key = serialization.load_pem_private_key(raw, password=None)
         if not isinstance(key, ec.EllipticCurvePrivateKey):

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import secrets
+import shlex
 import stat
 import sys
 from collections.abc import Collection
@@ -130,7 +131,7 @@ def _check_mode(path: Path, status: os.stat_result, forbidden: int, mend: str) -
     if is_open and not file_system.lacks_modes(path):
         raise StoreError(
             f"{path}: other users of this machine may {'write to' if forbidden == 0o002 else 'use'} it "
-            f"(mode {stat.S_IMODE(status.st_mode):04o}): {mend} {path}"
+            f"(mode {stat.S_IMODE(status.st_mode):04o}): {mend} {shlex.quote(str(path))}"
         )
 
 

@@ -73,6 +73,21 @@ def test_a_file_that_others_can_write(places: tuple[Path, Path]) -> None:
         choices({}, {})
 
 
+@pytest.mark.skipif(os.name != "posix", reason="file modes and FIFOs are POSIX")
+def test_what_is_read_beside_a_store(tmp_path: Path) -> None:
+    """A FIFO keeps nobody waiting, and no name of a folder becomes a command of whoever copies the hint."""
+    folder = tmp_path / "a;b"
+    folder.mkdir()
+    os.mkfifo(folder / "config.toml")
+    with pytest.raises(SettingsError, match="got something that is no file"):
+        choices({"dir": str(folder / "store")}, {})
+    (folder / "config.toml").unlink()
+    (folder / "config.toml").touch()
+    (folder / "config.toml").chmod(0o666)
+    with pytest.raises(SettingsError, match=r"run `chmod o-w '.*a;b/config.toml'`"):
+        choices({"dir": str(folder / "store")}, {})
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give a file away")
 def test_a_file_of_somebody_else(tmp_path: Path) -> None:
     """A store may lie where all can put files; one that is named on purpose counts."""

@@ -12,6 +12,8 @@ import pytest
 
 from pullthrough.config.options import parse_settings
 from pullthrough.config.settings import R2_HOST
+from pullthrough.core.errors import CacheError
+from pullthrough.doctor import client_scripts
 from pullthrough.doctor.client_scripts import SCRIPTS, scripts
 
 FOLDERS: Final = {"dir": Path("/store"), "certs": Path("/certs")}
@@ -52,6 +54,18 @@ def test_shell(checker: tuple[str, ...], tmp_path: Path) -> None:
     script.write_bytes(scripts(parse_settings({}, **FOLDERS))["/doctor.sh"].body)
     done = subprocess.run([*checker, script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
+def test_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hangs ends in words, with what the script had to say until then."""
+    shell = tmp_path / "sh"
+    shell.write_text("#!/bin/sh\necho so far >&2\nexec sleep 30\n")
+    shell.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(client_scripts, "_PATIENCE_S", 0.5)
+    with pytest.raises(CacheError, match=r"doctor.sh has not come to an end .*\(so far\)"):
+        client_scripts.examine(parse_settings({}, **FOLDERS))
 
 
 def test_refusal(tmp_path: Path) -> None:

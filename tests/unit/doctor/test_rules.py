@@ -47,6 +47,13 @@ BOUNDS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
+def test_paths_are_quoted() -> None:
+    """A folder's name is no command of whoever copies the hint."""
+    stopped = replace(WELL, running=False, elsewhere=("/srv/a;b",), leg=Leg(address=CACHE, reached="refused"))
+    (found,) = of_server(stopped)
+    assert "ollama-cache doctor --dir '/srv/a;b'," in found.mend
+
+
 def test_bounds_are_well() -> None:
     """At the edge of each bound nothing is wrong; a daemon that tells no descriptors has enough."""
     assert of_server(WELL) == of_server(replace(WELL, skew_s=SKEW_S, descriptors=0)) == []

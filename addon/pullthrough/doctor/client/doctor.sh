@@ -4,7 +4,8 @@
 #
 #   curl -fsS http://CACHE:@@{port}/doctor.sh | sh
 #
-# Without root the settings of the service stand for the environment of a daemon that belongs to another user.
+# Without root the settings of the service stand for the environment of a daemon that belongs to another user. A process
+# of a user who is none of `trusted` below is never taken for the daemon, whatever it is called: it could say anything.
 # With --fields each finding is one line: yes or no for a fault that stops it now, what, why and mend, between tabs.
 # DOCTOR_ROOT is a folder that stands for / where the daemon's files are read.
 set -u
@@ -17,6 +18,7 @@ hosts='@@{hosts}' # the registry first
 plain_port='@@{port}'
 first_past='@@{first}' last_past='@@{last}' # the versions of Ollama that download past every proxy
 patience=5                                  # seconds for a connection
+limit=$((3 * patience))                     # seconds for any program that is run
 drop_ins=/etc/systemd/system/ollama.service.d
 # Where scripts and people add certificates, and where Go looks for the system's list (crypto/x509/root_linux.go).
 anchors='/usr/local/share/ca-certificates /etc/pki/ca-trust/source/anchors /etc/pki/trust/anchors
@@ -39,11 +41,23 @@ noted() {
     tell no "$@"
 }
 tell() {
+    # What others have written, as an environment or a server's answer, could steer a terminal otherwise.
+    for field in "$@"; do
+        shift
+        set -- "$@" "$(printf %s "$field" | tr -d '\000-\037\177')"
+    done
     if [ -n "$fields" ]; then
         printf '%s\t%s\t%s\t%s\n' "$@"
     else
         printf '%s: %s\n    %s\n' "$2" "$3" "$4"
     fi
+}
+# quoted TEXT: as one word for a shell, in quotes where it needs them.
+quoted() {
+    case $1 in
+        *[!A-Za-z0-9_./:@%+,=-]* | '') printf "'%s'" "$(printf %s "$1" | sed "s/'/'\\\\''/g")" ;;
+        *) printf %s "$1" ;;
+    esac
 }
 finish() {
     [ -n "$fields" ] || [ $((faults + notes)) -gt 0 ] || echo "nothing is wrong"
@@ -51,27 +65,72 @@ finish() {
     exit
 }
 
+# limited COMMAND: an end for what a file, a disk or a server could hold up for ever.
+if timeout 1 true 2>/dev/null; then
+    limited() { timeout "$limit" "$@"; }
+elif command -v perl >/dev/null; then
+    limited() { perl -e 'alarm shift; exec @ARGV' "$limit" "$@"; }
+else
+    limited() { "$@"; }
+fi
+# is_file PATH: whether it is one that we may read. A FIFO in its place would keep its reader waiting.
+is_file() { [ -f "$1" ] && [ -r "$1" ]; }
+
 # --- the daemon
 
-# daemon: the process id of the first `ollama serve`, if any.
-daemon() {
+# trusted: the users whose processes are believed: root, whoever asks, and those who may be the service's.
+trusted() {
+    printf '0 '
+    id -u
+    [ "$(id -u)" -ne 0 ] || case ${SUDO_UID-} in '' | *[!0-9]*) ;; *) echo "$SUDO_UID" ;; esac
+    for user in ollama $(limited systemctl show ollama.service --property User --value 2>/dev/null); do
+        id -u -- "$user"
+    done 2>/dev/null
+}
+
+# is_trusted PID: whether it runs for trusted users alone. Its folder in /proc would say root of any that hides itself,
+# and of a program with the set-user-ID bit the effective user is not the one who began it.
+is_trusted() {
+    ids=$(sed -n 's/^Uid:[[:space:]]*//p' "/proc/$1/status")
+    [ -n "$ids" ] || return
+    for id in $ids; do
+        case " $users " in *" $id "*) ;; *) return 1 ;; esac
+    done
+    # Not to be seen is the program of a process that has nothing else to be seen.
+    program=$(readlink "/proc/$1/exe") || return 0
+    program=${program%' (deleted)'}
+    [ "${program##*/}" = ollama ]
+}
+
+# find_daemon: pid, that of the first `ollama serve`, and stranger, one that is not believed; empty where there is none.
+find_daemon() {
+    pid='' stranger=''
+    users=$(trusted | tr '\n' ' ')
+    if ! [ -d /proc/self ]; then
+        users=$(printf %s "${users% }" | tr ' ' ',')
+        pid=$(pgrep -u "$users" -U "$users" -f 'ollama serve' | head -n 1)
+        return
+    fi
     for folder in /proc/[0-9]*; do
         read -r name <"$folder/comm" || continue
         [ "$name" = ollama ] || continue
-        case " $(tr '\0' ' ' <"$folder/cmdline") " in
+        if ! is_trusted "${folder#/proc/}"; then
+            stranger=${folder#/proc/}
+            continue
+        fi
+        case " $(limited tr '\0' ' ' <"$folder/cmdline") " in
             *" serve "*)
-                echo "${folder#/proc/}"
+                pid=${folder#/proc/}
                 return
                 ;;
         esac
     done 2>/dev/null
-    [ -d /proc/self ] || pgrep -f 'ollama serve' | head -n 1
 }
 
 # environment_of PID: its variables, one in a line; a failure where we may not look.
 environment_of() {
     if [ -d /proc/self ]; then
-        tr '\0' '\n' <"/proc/$1/environ"
+        limited tr '\0' '\n' <"/proc/$1/environ"
     else
         # macOS shows them behind the command.
         ps -Eww -o command= -p "$1" | tr ' ' '\n' | grep '^[A-Za-z_]*='
@@ -81,10 +140,10 @@ environment_of() {
 # service: the variables that the service manager would give the daemon.
 service() {
     if command -v systemctl >/dev/null; then
-        systemctl show ollama.service --property Environment --value | tr ' ' '\n' | tr -d '"'
+        limited systemctl show ollama.service --property Environment --value | tr ' ' '\n' | tr -d '"'
     elif command -v launchctl >/dev/null; then
         for name in HTTPS_PROXY https_proxy HTTP_PROXY NO_PROXY OLLAMA_HOST; do
-            value=$(launchctl getenv "$name") && [ -n "$value" ] && echo "$name=$value"
+            value=$(limited launchctl getenv "$name") && [ -n "$value" ] && echo "$name=$value"
         done
     fi 2>/dev/null
 }
@@ -153,7 +212,7 @@ passed() {
 
 # ask OPTIONS: a question to the registry that changes nothing, with what curl says of the way.
 ask() {
-    https_proxy=$proxy curl -q -sS -v -m "$((2 * patience))" --connect-timeout "$patience" -o /dev/null "$@" \
+    https_proxy=$proxy limited curl -q -sS -v -m "$((2 * patience))" --connect-timeout "$patience" -o /dev/null "$@" \
         "https://$registry/v2/" 2>&1
 }
 says() { printf '%s\n' "$said" | grep -qi "$1"; }
@@ -169,7 +228,7 @@ trusts() {
         # The system decides, by keychains that curl need not look at.
         chain=$(mktemp)
         ask -k -w '%{certs}' | sed -n '/BEGIN CERT/,/END CERT/p' >"$chain"
-        security verify-cert -c "$chain" -p ssl -s "$registry" 2>&1
+        limited security verify-cert -c "$chain" -p ssl -s "$registry" 2>&1
         status=$?
         rm -f "$chain"
         return $status
@@ -197,9 +256,9 @@ seconds_ahead() {
 # addresses: those that the system gives the registry's name.
 addresses() {
     if command -v getent >/dev/null; then
-        getent ahosts "$registry" | awk '{ print $1 }'
+        limited getent ahosts "$registry" | awk '{ print $1 }'
     elif command -v dscacheutil >/dev/null; then
-        dscacheutil -q host -a name "$registry" | sed -n 's/^ipv\{0,1\}6\{0,1\}_\{0,1\}address: //p'
+        limited dscacheutil -q host -a name "$registry" | sed -n 's/^ipv\{0,1\}6\{0,1\}_\{0,1\}address: //p'
     fi 2>/dev/null | sort -u
 }
 is_private() {
@@ -239,6 +298,14 @@ of_names() {
     esac
 }
 
+# has_drop_in: whether there is one that sets HTTPS_PROXY.
+has_drop_in() {
+    for file in "$root$drop_ins"/*.conf; do
+        is_file "$file" && limited grep -qs 'HTTPS_PROXY=' "$file" && return
+    done
+    return 1
+}
+
 # of_absence: no HTTPS_PROXY, which is right where the cache is the gateway, or the name leads to it.
 of_absence() {
     of_names
@@ -251,7 +318,7 @@ of_absence() {
     what="the daemon has no HTTPS_PROXY"
     if [ -n "$(variable HTTPS_PROXY "$configured")" ]; then
         found "$what" "its service is to have it, but the process was started before" "$restart"
-    elif grep -qs 'HTTPS_PROXY=' "$root$drop_ins"/*.conf; then
+    elif has_drop_in; then
         found "$what" "systemd has not loaded what is in $drop_ins" "sudo systemctl daemon-reload && $restart"
     elif [ -n "$(variable HTTP_PROXY "$environment")" ]; then
         found "$what" "HTTP_PROXY does not count for a registry, which is asked by https" "$connect"
@@ -319,17 +386,23 @@ of_list() {
     if [ ! -e "$root$own" ]; then
         found "$what" "$own: there is no such file" "$connect"
         return 1
+    elif [ ! -f "$root$own" ]; then
+        found "$what" "$own: it is no file" "$connect"
+        return 1
+    elif is_file "$root$own" && ! limited grep -qs 'BEGIN .*CERTIFICATE' "$root$own"; then
+        found "$what" "$own: there is no certificate in it" "$connect"
+        return 1
+    elif is_file "$root$own" && limited grep -qs 'BEGIN .*PRIVATE KEY' "$root$own"; then
+        found "$what" "$own: there is a private key in it, which is not to be a list of certificates" "$connect"
+        return 1
     fi
     case "$user $(ls -ldL "$root$own")" in
         root* | "$user "???????r* | "$user "*" $user "*) ;;
         *)
-            found "$what" "$own: the daemon's user $user may not" "sudo chmod a+r $own && $restart"
+            found "$what" "$own: the daemon's user $user may not" "sudo chmod a+r $(quoted "$own") && $restart"
             return 1
             ;;
     esac
-    grep -qs 'BEGIN .*CERTIFICATE' "$root$own" && return
-    found "$what" "$own: there is no certificate in it" "$connect"
-    return 1
 }
 
 of_trust() {
@@ -345,7 +418,7 @@ of_trust() {
     folders=$root${folders:-/etc/ssl/certs:$root/etc/pki/tls/certs}
     list=/dev/null
     for file in ${own:-$lists}; do
-        [ -r "$root$file" ] && list=$root$file && break
+        is_file "$root$file" && list=$root$file && break
     done
     ours=$(for folder in $anchors; do ls "$root$folder"/ollama-cache*; done 2>/dev/null)
     if reason=$(trusts); then
@@ -374,7 +447,8 @@ of_trust() {
     if [ -z "$own" ] && [ -n "$ours" ]; then
         why="it trusts an authority of an ollama-cache, and not this one, which is newer or another cache's"
         for file in $ours; do
-            grep -qsF "$(sed -n 2p "$file")" "$list" && continue
+            is_file "$file" || continue
+            limited grep -qsF -e "$(limited sed -n 2p "$file")" "$list" && continue
             take_over=update-ca-certificates
             command -v "$take_over" >/dev/null || take_over=update-ca-trust
             found "$what" "${file#"$root"} is not among the system's certificates yet" "sudo $take_over && $restart"
@@ -416,7 +490,7 @@ command -v systemctl >/dev/null && restart='sudo systemctl restart ollama'
 
 configured=$(service)
 environment=$configured
-pid=$(daemon)
+find_daemon
 if [ -n "$pid" ]; then
     environment=$(environment_of "$pid") || {
         echo "ollama-cache: process $pid is another user's; sudo shows more than what its service is to have" >&2
@@ -425,7 +499,9 @@ if [ -n "$pid" ]; then
 fi
 version=$(version_of_daemon)
 if [ -z "$pid$version" ]; then
-    found "no Ollama daemon was found" "no process \`ollama serve\` runs" "sudo systemctl start ollama"
+    why="no process \`ollama serve\` runs"
+    [ -z "$stranger" ] || why="$why but $stranger, which is not believed: it is not of root, ollama, the service's user or yours"
+    found "no Ollama daemon was found" "$why" "sudo systemctl start ollama"
     finish
 elif [ -z "$pid" ]; then
     found "the Ollama daemon cannot be looked at" "it answers, but its process is in a container or another user's" \
@@ -452,7 +528,7 @@ case $proxy in
     http://*) ;;
     https://*)
         found "HTTPS_PROXY begins with https://" "the way to the cache itself is plain HTTP; TLS towards it fails" \
-            "HTTPS_PROXY=http://$address: $connect"
+            "HTTPS_PROXY=$(quoted "http://$address"): $connect"
         finish
         ;;
     *://*)
