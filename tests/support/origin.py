@@ -842,7 +842,7 @@ class Origin:
         self.rate_per_connection = self.rate_total = None
         self.gzip_manifests = self.redirects_head = False
         self.chunk_size = 8 * _MIB
-        self.accepted = {GOOD_TOKEN}
+        self.token, self.accepted = GOOD_TOKEN, {GOOD_TOKEN}
         self.redirects_uploads = False
         self.url_lifetime_s, self.clock_skew_s = _URL_LIFETIME_S, 0.0
         if not self.is_running:

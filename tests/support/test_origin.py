@@ -1,4 +1,4 @@
-"""The test support itself: the emulated client straight against the fake origin, without the product."""
+"""The origin misbehaves as it is told, and the emulated Ollama 0.34 pulls as the real one: without the product."""
 
 import gzip
 import hashlib
@@ -34,7 +34,8 @@ from tests.support.origin import (
     Sparse,
     Synthetic,
 )
-from tests.support.proxy import PROGRAM, PeakRss, Proxy, StartFailed, run_until_exit
+
+pytestmark = pytest.mark.emulators
 
 BLOB = b"0123456789abcdef"
 CONFIG = b'{"model_format":"gguf"}'
@@ -43,11 +44,19 @@ WEIGHTS = Synthetic(200_003, seed=1)
 """16 parts of 12 500 bytes and one of 3."""
 
 
-@pytest.fixture
-def origin(tmp_path: Path) -> Iterator[Origin]:
-    """A running origin."""
-    with Origin(tmp_path / "origin") as running:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Origin]:
+    """The origin behind `origin`."""
+    with Origin(tmp_path_factory.mktemp("origin")) as running:
         yield running
+
+
+@pytest.fixture
+def origin(shared: Origin) -> Iterator[Origin]:
+    """A running origin; nothing of the test before is still going on."""
+    yield shared
+    shared.counters.wait_for(lambda counters: counters.cdn_connections_open == 0)
+    shared.restore()
 
 
 @pytest.fixture
@@ -89,25 +98,6 @@ def part_ranges(client: A2Client, digest: str) -> list[str | None]:
     """The ranges a pull asked the CDN for, in the order they were answered."""
     hexadecimal = digest.removeprefix("sha256:")
     return [exchange.range for exchange in client.requests if f"/{hexadecimal}/data" in exchange.url]
-
-
-# --- content
-
-
-@pytest.mark.parametrize("source", [Synthetic(5 << 20, seed=3), Sparse(3_000_000)], ids=["synthetic", "sparse"])
-def test_computed_content_reads_alike_in_any_pieces(source: Synthetic | Sparse) -> None:
-    """A range of computed content equals the slice of the whole, and the digest is that of the whole."""
-    whole = source.read(0, source.size)
-    assert len(whole) == source.size
-    assert source.sha256() == hashlib.sha256(whole).hexdigest()
-    for start, stop in [(0, 1), (1_048_575, 1_048_577), (999_999, 2_500_001), (source.size - 1, source.size)]:
-        assert source.read(start, stop) == whole[start:stop]
-
-
-def test_every_synthetic_block_differs() -> None:
-    """No two blocks of one seed are equal, and seeds differ."""
-    blocks = [Synthetic(64 << 20, seed=seed).read(i << 20, (i + 1) << 20) for seed in (1, 2) for i in range(64)]
-    assert len(set(blocks)) == len(blocks)
 
 
 # --- a pull as it should be
@@ -164,16 +154,6 @@ def test_pull_sends_the_fields_of_the_real_client(origin: Origin, client: A2Clie
         ("GET", (("Host", REGISTRY_HOST), ("User-Agent", agent), ("Accept-Encoding", "gzip"))),
         ("GET", (("Host", R2_HOST), ("User-Agent", "Go-http-client/1.1"), ("Range", "bytes=0-15"))),
     ]
-
-
-def test_second_pull_asks_for_the_manifest_only(origin: Origin, client: A2Client) -> None:
-    """Blobs whose files exist are not asked for again."""
-    publish(origin)
-    client.pull(MODEL)
-    origin.reset_counters()
-    assert client.pull(MODEL).digests == ()
-    assert origin.counters.registry_requests == {("GET", "manifest"): 1}
-    assert origin.counters.cdn_bytes == 0
 
 
 def test_parts_are_a_sixteenth_within_bounds(origin: Origin, tmp_path: Path) -> None:
@@ -287,14 +267,6 @@ def test_abort_before_the_first_byte(origin: Origin, client: A2Client) -> None:
     thread.join(10)
     gate.wait_empty()
     assert [str(error) for error in errors] == ["context canceled"]
-
-
-def test_progress_is_reported(origin: Origin, tmp_path: Path) -> None:
-    """on_progress ends at the number of bytes received."""
-    seen: list[int] = []
-    publish(origin)
-    report = make_client(origin, tmp_path / "client", on_progress=seen.append).pull(MODEL)
-    assert max(seen) == report.bytes == WEIGHTS.size + len(CONFIG)
 
 
 # --- what the real client does not forgive
@@ -446,6 +418,15 @@ def test_gap_is_measured(origin: Origin, client: A2Client) -> None:
     report = client.pull(MODEL)
     opener.join()
     assert report.max_gap_s >= 0.3
+
+
+def test_time_is_not_scaled_away(origin: Origin, tmp_path: Path) -> None:
+    """The back-off of a part doubles, in units the test chooses."""
+    digest = publish(origin, BLOB)
+    origin.faults.append(Fault(Mode.STATUS, digest=digest, times=3, body=b"oops"))
+    started = time.monotonic()
+    make_client(origin, tmp_path / "client", backoff_unit_s=0.02).pull(MODEL)
+    assert time.monotonic() - started >= 0.02 * (1 + 2 + 4)
 
 
 # --- the origin on the wire
@@ -774,7 +755,12 @@ def test_registry_can_be_in_trouble_alone(origin: Origin) -> None:
     hang = Fault(Mode.HANG, where="registry", digest=digest, method="GET")
     origin.faults += [busy, hang]
     with open_registry(origin) as connection:
-        opener = threading.Thread(target=lambda: (hang.gate.wait_held(), hang.gate.open()))
+
+        def open_when_held() -> None:
+            hang.gate.wait_held()
+            hang.gate.open()
+
+        opener = threading.Thread(target=open_when_held)
         opener.start()
         response = connection.request("GET", blob)
         opener.join()
@@ -967,70 +953,3 @@ def test_bytes_after_a_response_are_refused(answer: Callable[[bytes], Connection
     assert not connection.is_reusable
     with pytest.raises(ProtocolError, match="between two responses"):
         connection.request("GET", "/")
-
-
-# --- proxy
-
-ANSWERING = """
-import logging
-from mitmproxy import ctx, http
-
-class Answering:
-    def load(self, loader):
-        for name in ("ollama_cache_dir", "ollama_cache_certs", "ollama_cache_upstream"):
-            loader.add_option(name, str, "", "an option")
-
-    def running(self):
-        logging.info("ollama-cache ready")
-
-    def request(self, flow):
-        flow.response = http.Response.make(200, flow.request.pretty_url.encode())
-
-addons = [Answering()]
-"""
-
-
-def test_proxy_runs_an_addon(origin: Origin, tmp_path: Path) -> None:
-    """A process is started, asked through CONNECT and in absolute form, restarted on its port, stopped."""
-    script = tmp_path / "answering.py"
-    script.write_text(ANSWERING)
-    options: dict[str, Any] = {"confdir": tmp_path / "conf", "connection_strategy": "lazy"}
-    with Proxy(tmp_path / "proxy", origin, program=(PROGRAM[0], "-s", script), **options) as proxy:
-        port = proxy.port
-        with PeakRss(proxy) as peak:
-            cafile = tmp_path / "conf" / "mitmproxy-ca-cert.pem"
-            with connect(proxy.url, REGISTRY_HOST, 443, cafile, alpn=["http/1.1"]) as connection:
-                assert connection.request("GET", "/v2/").read() == b"https://registry.ollama.ai/v2/"
-            with connect(proxy.url, REGISTRY_HOST, 80, None) as connection:
-                assert connection.request("GET", "/v2/").read() == b"http://registry.ollama.ai/v2/"
-        assert 10 < peak.start_mib <= peak.mib
-        proxy.restart()
-        assert (proxy.port, proxy.is_running) == (port, True)
-    assert (proxy.is_running, proxy.returncode) == (False, 0)
-    assert "ollama-cache ready" in "\n".join(proxy.output)
-
-
-def test_failed_start_shows_the_output(tmp_path: Path) -> None:
-    """A process that ends instead of getting ready fails the start, with its output in the message."""
-    proxy = Proxy(tmp_path / "proxy", program=["sh", "-c", "echo no store today; exit 3"])
-    with pytest.raises(StartFailed, match=r"return code 3, output:\nno store today"):
-        proxy.start()
-    assert not proxy.is_running
-
-
-def test_refused_start_is_run_until_it_exits(tmp_path: Path) -> None:
-    """A script that cannot be loaded ends mitmdump with 1 and the reason."""
-    script = tmp_path / "broken.py"
-    script.write_text("raise RuntimeError('no store today')\n")
-    code, output = run_until_exit(tmp_path, program=(PROGRAM[0], "-s", script))
-    assert code == 1
-    assert "no store today" in output
-
-
-def test_time_is_not_scaled_away(origin: Origin, tmp_path: Path) -> None:
-    """The back-off of a part doubles, in units the test chooses."""
-    digest = publish(origin, BLOB)
-    origin.faults.append(Fault(Mode.STATUS, digest=digest, times=3, body=b"oops"))
-    started = time.monotonic()
-    make_client(origin, tmp_path / "client", backoff_unit_s=0.02).pull(MODEL)
-    assert time.monotonic() - started >= 0.02 * (1 + 2 + 4)
