@@ -18,6 +18,8 @@ POINTER: Final = "control.path"
 """A file that says where the socket is, when the store's own path is too long for one."""
 ADDRESS: Final = "/v1/"
 """What the path of every command begins with."""
+LONGEST: Final = 16 << 20
+"""Bytes of a request's body: as many as name all blobs of the largest manifest."""
 LINES: Final = "application/x-ndjson"
 """The content type of progress and what came of it."""
 

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from aiohttp import hdrs, web
 
-from pullthrough.admin.client import ADDRESS, LINES, POINTER, SOCKET
+from pullthrough.admin.client import ADDRESS, LINES, LONGEST, POINTER, SOCKET
 from pullthrough.admin.command import Arguments, Command, Job, Look
 from pullthrough.core.errors import CacheError, InvalidRequest
 
@@ -152,7 +152,7 @@ async def _arguments(request: web.BaseRequest) -> Arguments:
     """Return those of the query or the body. Raises InvalidRequest, HTTPRequestEntityTooLarge."""
     if request.method == hdrs.METH_GET:
         return Arguments(dict(request.query))
-    body = await request.read()
+    body = await request.clone(client_max_size=LONGEST).read()
     try:
         values = json.loads(body or b"{}")
     except ValueError:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from itertools import batched
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from pullthrough.library.verifier import Defect
 
 app = Verbs()
+
+_AT_ONCE: Final = 500
+"""Findings that the running cache is told of in one request: with the longest names they still fit."""
 
 
 @app.command(rich_help_panel=MODELS)
@@ -87,16 +91,16 @@ def verify(
 
 def _mend(settings: Settings, findings: list["Defect"]) -> list[str]:
     """Return what was done about each."""
-    if not findings:
-        return []
-    try:
-        done: list[str] = ask(settings.dir, "mend", {"findings": [finding.fields() for finding in findings]})
-    except NoDaemon:
-        from pullthrough.library.verifier import mend
-        from pullthrough.store.store import Store
+    done: list[str] = []
+    for some in batched(findings, _AT_ONCE, strict=False):
+        try:
+            done += ask(settings.dir, "mend", {"findings": [finding.fields() for finding in some]})
+        except NoDaemon:
+            from pullthrough.library.verifier import mend
+            from pullthrough.store.store import Store
 
-        with closing(Store.open(settings.dir, settings.index_dir)) as store:
-            return [mend(store, finding, now=time.time()) for finding in findings]
+            with closing(Store.open(settings.dir, settings.index_dir)) as store:
+                done += [mend(store, finding, now=time.time()) for finding in some]
     return done
 
 

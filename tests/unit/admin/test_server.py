@@ -89,7 +89,7 @@ def test_result_and_progress(tmp_path: Path) -> None:
 
     async def talk(_: ControlServer) -> None:
         seen: list[object] = []
-        arguments = {"steps": 3, "text": "x" * 500_000}
+        arguments = {"steps": 3, "text": "x" * 5_000_000}
         assert await asyncio.to_thread(ask, tmp_path, "echo", arguments) == arguments
         assert await asyncio.to_thread(ask, tmp_path, "count", arguments, on_progress=seen.append) == arguments
         assert seen == [{"step": 0}, {"step": 1}, {"step": 2}]
@@ -127,7 +127,7 @@ def test_errors_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         ("POST", "/v1/echo", b"[]", 400, "the body of a request is a JSON object of arguments, not b'[]'"),
         ("POST", "/v1/count", b'{"fail": 1}', 400, "argument fail: expected true or false, got 1"),
         ("POST", "/v1/count", b'{"fail": true}', 404, "expected a stored model, got 'x'"),
-        ("POST", "/v1/echo", b" " * 2_000_000, 413, "Maximum request body size 1048576 exceeded."),
+        ("POST", "/v1/echo", b" " * 17_000_000, 413, "Maximum request body size 16777216 exceeded."),
         ("GET", "/v1/refuse", None, 405, "/v1/refuse is asked by POST, not by GET"),
         ("PUT", "/v1/echo", b"{}", 405, "/v1/echo is asked by GET or POST, not by PUT"),
         ("GET", "/echo", None, 404, "there is no /echo at the control socket of this cache, only /v1/echo"),

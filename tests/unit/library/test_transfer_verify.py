@@ -7,14 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from pullthrough.admin.client import LONGEST
 from pullthrough.cli import app as cli
+from pullthrough.cli import transfer
+from pullthrough.config.options import parse_settings
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreError, TransferRefused
 from pullthrough.library.verifier import JOURNAL, Defect, Problem, check, mend
@@ -292,6 +296,21 @@ def test_ctrl_c(folder: Path) -> None:
     huge.unlink()
     report = check(folder, (), now=time.time())
     assert (report.remembered, report.checked, report.findings) == (3, 0, [])
+
+
+def test_many_findings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of however many, with names as long as they come, no request is larger than the running cache takes."""
+    found = [Defect(Problem.DAMAGED, "\udcff" * 255, "a file that can be read", "x" * 4096) for _ in range(1201)]
+    told: list[int] = []
+
+    def ask(_: Path, command: str, arguments: Mapping[str, Any]) -> list[str]:
+        assert command == "mend" and len(json.dumps(arguments)) < LONGEST
+        told.append(len(arguments["findings"]))
+        return [str(len(told))] * told[-1]
+
+    monkeypatch.setattr(transfer, "ask", ask)
+    done = transfer._mend(parse_settings({}, dir=folder, certs=folder), found)
+    assert len(done) == sum(told) == 1201 and done[-1] == str(len(told))
 
 
 def test_no_store(tmp_path: Path) -> None:
