@@ -29,6 +29,11 @@ class Intervals:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(list(zip(self._starts, self._stops, strict=True)))
 
+    @property
+    def count(self) -> int:
+        """How many intervals there are."""
+        return len(self._starts)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Intervals):
             return NotImplemented

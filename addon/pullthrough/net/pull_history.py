@@ -1,9 +1,11 @@
 """Each pull as one thing: who, which model, how much from where, and how long, whatever number of requests it took.
 
 A pull begins with the model's manifest and ends when all of its blobs have gone to the client. A client that has some
-of them already does not ask for those: then it has ended once nothing was asked for in QUIET_S.
+of them already does not ask for those: then it has ended once nothing was asked for in QUIET_S. Of one that goes on for
+LONGEST_S the rest is told as another one.
 
-Invariant: all requests of one address for one model at a time are one pull; memory is bounded whatever clients do. What
+Invariant: all requests of one address for one model at a time are one pull; memory is bounded whatever clients do, by
+OPEN and KEPT: the pull that was begun first ends where there is no room. What
 is noted here may name private models: who shows it leaves those out. Pure state: `now` is a parameter, Unix seconds.
 """
 
@@ -18,8 +20,11 @@ from pullthrough.core.intervals import Intervals
 from pullthrough.core.records import Name
 
 QUIET_S: Final = 30.0
+LONGEST_S: Final = 24 * 3600.0
 OPEN: Final = 1000
 """Pulls that are followed at a time."""
+KEPT: Final = 200_000
+"""Digests, and pieces of blobs that have no neighbour yet, of all of these together; some 100 bytes each."""
 RECENT: Final = 50
 """Pulls that are remembered once they have ended."""
 
@@ -89,6 +94,8 @@ class Following:
     """Those that have gone to the client."""
     reading: int = 0
     """Requests that are being answered."""
+    kept: int = 0
+    """What counts towards KEPT."""
     from_cache: int = 0
     from_upstream: int = 0
 
@@ -112,10 +119,12 @@ class Following:
 class PullHistory:
     """The pulls of all clients."""
 
-    def __init__(self, on_end: Callable[[Pull], None] = lambda _: None, *, limit: int = OPEN) -> None:
+    def __init__(self, on_end: Callable[[Pull], None] = lambda _: None, *, limit: int = OPEN, kept: int = KEPT) -> None:
         """`on_end` is told of each pull that has ended."""
         self._on_end = on_end
         self._limit = limit
+        self._most_kept = kept
+        self._kept = 0
         self._open: dict[tuple[str, Name], Following] = {}
         """By (client, name), the one that was begun first first."""
         self.recent: deque[Pull] = deque(maxlen=RECENT)
@@ -137,7 +146,9 @@ class PullHistory:
         if pull is None:
             pull = self._begin(client, name.model, now)
         pull.last = now
-        pull.wanted += [digests for digests in map(frozenset, wanted) if digests not in pull.wanted]
+        more = [digests for digests in map(frozenset, wanted) if digests not in pull.wanted]
+        pull.wanted += more
+        self._keep(pull, sum(map(len, more)))
 
     def begin(
         self,
@@ -159,9 +170,11 @@ class PullHistory:
             pull = self._open.get((client, name.model)) or self._begin(client, name.model, now)
         pull = pull or next(self._of(client), None)
         if pull is not None:
+            is_new = digest not in pull.blobs
             pull.blobs.setdefault(digest, _Blob(size))
             pull.reading += 1
             pull.last = now
+            self._keep(pull, is_new)
         return pull
 
     def end(self, pull: Following, digest: Digest, start: int, sent: int, *, cached: bool, now: float) -> None:
@@ -169,6 +182,7 @@ class PullHistory:
         pull.reading -= 1
         pull.last = now
         blob = pull.blobs[digest]
+        before = blob.sent.count
         blob.sent.add(start, start + sent)
         if blob.is_whole:
             pull.whole.add(digest)
@@ -178,11 +192,13 @@ class PullHistory:
             pull.from_upstream += sent
         if pull.is_complete:
             self._finish(pull)
+        else:
+            self._keep(pull, blob.sent.count - before)
 
     def expire(self, *, now: float) -> None:
-        """End the pulls of which nothing was asked for in QUIET_S."""
+        """End the pulls of which nothing was asked for in QUIET_S, and those that have gone on for LONGEST_S."""
         for pull in list(self._open.values()):
-            if not pull.reading and now > pull.last + QUIET_S:
+            if (not pull.reading and now > pull.last + QUIET_S) or now > pull.began + LONGEST_S:
                 self._finish(pull)
 
     def close(self) -> None:
@@ -200,10 +216,22 @@ class PullHistory:
         pull = self._open[client, name] = Following(client, name, now, now)
         return pull
 
+    def _keep(self, pull: Following, more: int) -> None:
+        """Note that so much more is kept of a pull, and end those that were begun first if that is too much."""
+        if self._is_open(pull):
+            pull.kept += more
+            self._kept += more
+            while self._kept > self._most_kept:
+                self._finish(next(iter(self._open.values())))
+
+    def _is_open(self, pull: Following) -> bool:
+        return self._open.get((pull.client, pull.name)) is pull
+
     def _finish(self, pull: Following) -> None:
-        if self._open.get((pull.client, pull.name)) is not pull:
+        if not self._is_open(pull):
             return
         del self._open[pull.client, pull.name]
+        self._kept -= pull.kept
         # Who asks for a manifest alone looks whether there is anything new.
         if pull.from_cache or pull.from_upstream:
             told = pull.tell(is_running=False)

@@ -94,7 +94,8 @@ class Pulls:
             self._redirected[key] = _Redirected(now, bypasses, is_counted=counted)
         pull = self._redirected[key]
         pull.last, pull.bypasses = now, bypasses
-        pull.digests.add(digest)
+        if len(pull.digests) < self._limit:
+            pull.digests.add(digest)
         self._redirected.move_to_end(key)
         if len(self._redirected) > self._limit:
             self._redirected.popitem(last=False)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pullthrough.core.digest import Digest
 from pullthrough.core.records import Name
-from pullthrough.net.pull_history import QUIET_S, RECENT, Pull, PullHistory
+from pullthrough.net.pull_history import LONGEST_S, QUIET_S, RECENT, Pull, PullHistory
 
 A, B, C = Digest("a" * 64), Digest("b" * 64), Digest("c" * 64)
 NAME = Name.parse("llama3.2")
@@ -16,10 +16,10 @@ SIZE = {A: 16_000, B: 10, C: 500}
 class History:
     """A history, and what it has told."""
 
-    def __init__(self, *, limit: int = 1000) -> None:
+    def __init__(self, *, limit: int = 1000, kept: int = 1000) -> None:
         self.told: list[Pull] = []
         self.now = 1000.0
-        self.inner = PullHistory(self.told.append, limit=limit)
+        self.inner = PullHistory(self.told.append, limit=limit, kept=kept)
 
     def ask(self, *wanted: Sequence[Digest], client: str = "c", name: Name = NAME) -> None:
         self.inner.ask(client, name, wanted, now=self.now)
@@ -130,3 +130,44 @@ def test_memory_is_bounded() -> None:
     history.inner.close()
     assert len(history.told) == RECENT + 10
     assert len(history.inner.recent) == RECENT and history.inner.recent[0].client == f"c{RECENT + 9}"
+
+
+def test_odd_ranges_are_bounded() -> None:
+    """A client that reads every other byte, of many blobs by many manifests, is kept of no more than is allowed."""
+    history = History(kept=50)
+    history.ask([B], client="other")
+    history.send(B, 0, 1, client="other")
+    history.ask([A, C])
+    for start in range(0, 16_000, 2):
+        history.send(A, start, 1, found=NAME)
+    assert [pull.client for pull in history.told[:2]] == ["other", "c"]
+    assert sum(pull.from_cache for pull in history.told if pull.client == "c") > 7900
+    assert all(pull.kept <= 50 for pull in history.inner._open.values())
+    for number in range(100):
+        history.ask([Digest(f"{number:064x}")], name=NAME._replace(reference=f"sha256:{number:064x}"))
+    assert sum(pull.kept for pull in history.inner._open.values()) <= 50
+    history.inner.close()
+    assert history.inner._kept == 0
+
+
+def test_what_is_sent_in_order_takes_no_room() -> None:
+    """A large blob in thousands of pieces, each behind the one before or not far from it, ends nothing."""
+    history = History(kept=50)
+    history.ask([A, B])
+    for start in range(0, 16_000, 20):
+        history.send(A, start + 10, 10)
+        history.send(A, start, 10)
+    assert history.told == []
+    history.send(B)
+    assert [pull.is_whole for pull in history.told] == [True]
+
+
+def test_a_client_that_never_stops_asking() -> None:
+    """It is told of all the same, once a day."""
+    history = History()
+    history.ask([A, B])
+    for _ in range(int(LONGEST_S / 20) + 1):
+        history.send(A, 0, 10, seconds=20)
+        history.inner.expire(now=history.now)
+    (pull,) = history.told
+    assert LONGEST_S <= pull.seconds <= LONGEST_S + 20

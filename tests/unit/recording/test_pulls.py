@@ -134,6 +134,9 @@ def test_memory_is_bounded() -> None:
     """Clients that come and go are forgotten, the oldest first."""
     pulls = Pulls(limit=2)
     for number in range(5):
+        pulls.redirect("one", PLACE, Digest(f"{number:064x}"), bypasses=True, now=0.0)
+    assert len(pulls._redirected["one", PLACE].digests) == 2
+    for number in range(5):
         pulls.ask(str(number), PLACE, A)
         pulls.redirect(str(number), PLACE, A, bypasses=True, now=0.0)
     assert [pulls.place(str(number), A) for number in range(5)] == [None, None, None, PLACE, PLACE]
