@@ -71,13 +71,15 @@ DESCRIPTORS: Final = 65_536
 class Proxy(Protocol):
     """The proxy that the cache lives in, which is handed in: see `proxy.frontend`."""
 
+    def expect(self, limits: ConnectionLimits) -> None:
+        """Let no more clients than these connect, whether they wait for `open` or are served."""
+
     async def open(
         self,
         settings: Settings,
         registry: Registry,
         upstream: Upstream,
         delivery: Delivery,
-        limits: ConnectionLimits,
         requests: RequestLog,
         parents: ParentProxies,
     ) -> None:
@@ -148,6 +150,7 @@ class Daemon:
             # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
             gc.freeze()
             self._limits = ConnectionLimits(most_connections(platform.allow_descriptors(DESCRIPTORS)))
+            proxy.expect(self._limits)
             self._blob_server = BlobServer(settings)
             stack.callback(self._blob_server.release)
             self._leaves = Leaves(self._rollover, settings.intercepted, Path(self._folder), self._show)
@@ -209,7 +212,7 @@ class Daemon:
         # Its ports are open already: who comes there waits until the proxy is open, too, which admits them.
         stack.push_async_callback(self._blob_server.close)
         stack.callback(self._proxy.close)
-        await self._proxy.open(settings, registry, upstream, delivery, self._limits, requests, self._parents)
+        await self._proxy.open(settings, registry, upstream, delivery, requests, self._parents)
         maintenance = Maintenance(store, settings.pins, recorder.running)
         shared = None
         if fleet is not None:

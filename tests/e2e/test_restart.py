@@ -18,7 +18,9 @@ from tests.support.proxy import Proxy, free_port, patched
 SLOW_START = """
 import asyncio
 from pathlib import Path
+from pullthrough import daemon
 from pullthrough.proxy import frontend
+daemon.most_connections = lambda _: 2
 check_hooks = frontend.check_hooks
 async def wait(hooks):
     while not Path(GATE).exists():
@@ -29,7 +31,10 @@ frontend.check_hooks = wait
 
 
 def test_a_client_that_comes_early(origin: Origin, tmp_path: Path) -> None:
-    """The port listens before the cache is open: a client is kept until it is, and then served, not turned away."""
+    """The port listens before the cache is open: a client is kept until it is, and then served, not turned away.
+
+    Those who wait count as others do: of more than there may be, the one that has waited longest goes.
+    """
     gate, folder = tmp_path / "gate", tmp_path / "proxy"
     folder.mkdir()
     proxy = Proxy(folder, origin, program=patched(folder, SLOW_START.replace("GATE", repr(str(gate)))))
@@ -38,7 +43,10 @@ def test_a_client_that_comes_early(origin: Origin, tmp_path: Path) -> None:
         starting = pool.submit(proxy.start)
         try:
             proxy.wait_for_line("proxy listening at")
-            with socket.create_connection(("127.0.0.1", proxy.port), 0.3) as early:
+            address = ("127.0.0.1", proxy.port)
+            with socket.create_connection(address, 20) as one_too_many, socket.create_connection(address, 0.3) as early:
+                with socket.create_connection(address):
+                    assert one_too_many.recv(1) == b""
                 early.sendall(f"CONNECT {REGISTRY_HOST}:443 HTTP/1.1\r\nHost: {REGISTRY_HOST}:443\r\n\r\n".encode())
                 with pytest.raises(TimeoutError):
                     early.recv(1)

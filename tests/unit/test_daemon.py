@@ -35,6 +35,9 @@ class FakeProxy:
     def __init__(self) -> None:
         self.shown: list[str] = []
 
+    def expect(self, limits: Any) -> None:
+        pass
+
     async def open(self, *_: Any) -> None:
         return
 

@@ -157,6 +157,8 @@ class ClientLimits:
 
     def __init__(self) -> None:
         self._limits = ConnectionLimits(0)
+        self._waiting: dict[str, Slot] = {}
+        """The places of clients that have come before they can be admitted."""
         self._of_client: dict[str, ClientLimit] = {}
         self._most = 0
         """Connections at once, since memory was last released."""
@@ -165,6 +167,19 @@ class ClientLimits:
         """From now on connections count towards these."""
         self._limits = limits
         _lengthen_queues()
+
+    def hold(self, client: connection.Client, limits: ConnectionLimits) -> None:
+        """Take a place of these for a client that waits to be admitted; without one it is refused."""
+        if client.transport_protocol == "tcp" and (slot := self._take(client, limits)) is not None:
+            self._waiting[client.id] = slot
+
+    def _take(self, client: connection.Client, limits: ConnectionLimits) -> Slot | None:
+        streams = ctx.master.addons.get("proxyserver").connections[client.id].transports[client]
+        slot = limits.take(client.peername[0], streams.writer.close)
+        if slot is None:
+            client.error = "too many connections"
+            _log.warning("refused client %s: too many connections of its address, or of all", client.peername[0])
+        return slot
 
     def free(self, client: connection.Client) -> None:
         """The connection is a tunnel from now on."""
@@ -196,19 +211,21 @@ class ClientLimits:
 
     def client_connected(self, client: connection.Client) -> None:
         """Take a place for a client that has been admitted, and mitmproxy's reader from it."""
+        slot = self._waiting.pop(client.id, None)
         if client.error or client.transport_protocol != "tcp":
+            if slot is not None:
+                slot.release()
+            return
+        slot = slot or self._take(client, self._limits)
+        if slot is None:
             return
         handler = ctx.master.addons.get("proxyserver").connections[client.id]
-        streams = handler.transports[client]
-        slot = self._limits.take(client.peername[0], streams.writer.close)
-        if slot is None:
-            client.error = "too many connections"
-            _log.warning("refused client %s: too many connections of its address, or of all", client.peername[0])
-            return
-        streams.reader = self._of_client[client.id] = ClientLimit(handler, slot)
+        handler.transports[client].reader = self._of_client[client.id] = ClientLimit(handler, slot)
         self._most = max(self._most, len(self._limits))
 
     def client_disconnected(self, client: connection.Client) -> None:
+        if (slot := self._waiting.pop(client.id, None)) is not None:
+            slot.release()
         if (client_limit := self._of_client.pop(client.id, None)) is not None:
             client_limit.close()
             self._release(client_limit.slot)

@@ -79,6 +79,7 @@ class ConnectionHooks:
         self.stranger: connection.Client | None = None
         """One that is turned away then."""
         self._opened = asyncio.Event()
+        self._limits = ConnectionLimits(0)
         self.parent = UpstreamProxy()
         self.client_limits = ClientLimits()
         self.addons = [self.parent, self.client_limits]
@@ -90,18 +91,21 @@ class ConnectionHooks:
         self._legs = AddressPolicy(frozenset(), tunnels=True)
         self.client_limits.open(ConnectionLimits(1))
 
+    def expect(self, limits: ConnectionLimits) -> None:
+        """Let no more clients than these wait until the cache is open; later on they are for those that are served."""
+        self._limits = limits
+
     def prepare(
         self,
         settings: Settings,
         parents: ParentProxies,
         loop: LoopGuard,
-        limits: ConnectionLimits,
         loopback: tuple[str, int],
     ) -> None:
         """From now on it is known what the settings say; `loopback` is where flows are re-pointed."""
         self._loopback = loopback
         self.parent.open(parents, loop)
-        self.client_limits.open(limits)
+        self.client_limits.open(self._limits)
         self._intercepted = settings.intercepted
         self._upstream = settings.upstream
         self._legs = AddressPolicy(settings.named_hosts, tunnels=settings.tunnel is Tunnel.ANY)
@@ -196,8 +200,11 @@ class ConnectionHooks:
         """Admit a client or not; one that comes before the cache is open waits until it is."""
         if client is self.trial:
             return
-        if client is not self.stranger:
+        if client is not self.stranger and not self._opened.is_set():
             # mitmproxy listens before it has called any addon's `running`.
+            self.client_limits.hold(client, self._limits)
+            if client.error:
+                return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(OPENING_S):
                     await self._opened.wait()

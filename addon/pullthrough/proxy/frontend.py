@@ -36,13 +36,16 @@ class Frontend:
         self.addons = [self._connections, self._requests]
         """What mitmproxy is to call."""
 
+    def expect(self, limits: ConnectionLimits) -> None:
+        """Let no more clients than these connect, whether they wait for `open` or are served."""
+        self._connections.expect(limits)
+
     async def open(
         self,
         settings: Settings,
         registry: Registry,
         upstream: Upstream,
         delivery: Delivery,
-        limits: ConnectionLimits,
         requests: RequestLog,
         parents: ParentProxies,
     ) -> None:
@@ -50,7 +53,7 @@ class Frontend:
         remove_idle()
         await check_hooks(self._connections)
         await self._takeover.open(delivery, settings.blob_host)
-        self._connections.prepare(settings, parents, upstream.loop, limits, delivery.loopback.address)
+        self._connections.prepare(settings, parents, upstream.loop, delivery.loopback.address)
         self._requests.open(settings, registry, upstream.loop, requests, delivery.loopback)
         self._connections.open()
 
