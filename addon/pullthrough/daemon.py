@@ -47,10 +47,10 @@ from pullthrough.pki.client_setup import clients_page, guide
 from pullthrough.pki.earlier import note_authorities
 from pullthrough.pki.leaves import Leaves
 from pullthrough.pki.rollover import Rollover
+from pullthrough.recording.plan import Line
 from pullthrough.recording.pulls import Counts
 from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.recorder import Recorder
-from pullthrough.recording.workroom import Workroom
 from pullthrough.registry.factory import build_registry
 from pullthrough.registry.service import Registry
 from pullthrough.runtime import platform, whereabouts
@@ -175,17 +175,9 @@ class Daemon:
         threads, lag = Threads(), LoopLag()
         fleet = Membership(*self._fleet, store, upstream, threads) if self._fleet is not None else None
         evictor = Evictor(store, threads, max_size=settings.max_size, min_free=settings.min_free, pins=settings.pins)
-        room = Workroom(
-            store,
-            evictor,
-            upstream,
-            threads,
-            connections=settings.upstream_connections,
-            finish=settings.finish,
-            rate_limit=RateLimit(settings.upstream_rate),
-            fleet=(fleet.tier, fleet.leases) if fleet is not None else None,
-        )
-        recorder = Recorder(room)
+        line = Line(settings.upstream_connections, RateLimit(settings.upstream_rate))
+        near = (fleet.tier, fleet.leases) if fleet is not None else None
+        recorder = Recorder(store, evictor, upstream, threads, line, settings.finish, near)
         side = build_registry(settings, store, upstream, recorder, fleet.tier if fleet is not None else None)
         registry, pulls = side.registry, side.pulls.counts
         requests.on_sent = lambda client, count: side.clients.send(client, count, now=time.time())

@@ -27,13 +27,13 @@ NUMBERS: Final = count()
 
 IMPATIENT: Final = """
 import socket
-from pullthrough.recording import retry_policy, recording, blob_source
+from pullthrough.recording import retry_policy, recording
 from pullthrough.registry import freshness, grants
 from pullthrough.upstream import client
 freshness.DOWN_S = 0.0
 grants.PAUSES_S = client.PAUSES_S = ()
-blob_source.MAX_LIES = 0
-blob_source.FIRST_S = 0.05
+retry_policy.MAX_LIES = 0
+retry_policy.FIRST_S = 0.05
 retry_policy.MAX_UNEXPECTED = 4
 retry_policy.BACKOFF_S = 0.001
 retry_policy.BACKOFF_LIMIT_S = 0.01

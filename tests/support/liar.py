@@ -24,11 +24,11 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.manifest_json import DOCKER_TYPE
 from pullthrough.core.routes import canonical_path
 from pullthrough.library.eviction import Evictor
-from pullthrough.recording import blob_source, recording, retry_policy
+from pullthrough.recording import recording, retry_policy
+from pullthrough.recording.plan import Line
 from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.reader import FileSpan, Memory, Reader
 from pullthrough.recording.recorder import Recorder
-from pullthrough.recording.workroom import Workroom
 from pullthrough.registry import grants
 from pullthrough.registry.factory import build_registry
 from pullthrough.registry.grants import Grants
@@ -194,7 +194,7 @@ class Cache:
                 return body
             problem = str(answer.status)
             recording = self.recorder.find(model.digest)
-            if recording is not None and recording.size is not None and recording.assembly.complete:
+            if recording is not None and recording.size == recording.present:
                 # All of it is here, and about to be found wrong; a client's next try comes later than that.
                 await recording.over.wait()
         raise AssertionError(f"expected {model.repository} to be pullable, got {problem}")
@@ -237,8 +237,8 @@ async def cache(folder: Path) -> AsyncIterator[Cache]:
         for module, name, value in (
             (grants, "PAUSES_S", ()),
             (client, "PAUSES_S", ()),
-            (blob_source, "MAX_LIES", 0),
-            (blob_source, "FIRST_S", 0.05),
+            (retry_policy, "MAX_LIES", 0),
+            (retry_policy, "FIRST_S", 0.05),
             (retry_policy, "MAX_UNEXPECTED", 4),
             (retry_policy, "BACKOFF_S", 0.001),
             (retry_policy, "BACKOFF_LIMIT_S", 0.01),
@@ -250,7 +250,7 @@ async def cache(folder: Path) -> AsyncIterator[Cache]:
         upstream = Upstream(settings)
         await upstream.open()
         evictor = Evictor(store, threads, max_size=None, min_free=0)
-        recorder = Recorder(Workroom(store, evictor, upstream, threads, 4, settings.finish, RateLimit(None)))
+        recorder = Recorder(store, evictor, upstream, threads, Line(4, RateLimit(None)), settings.finish)
         side = build_registry(settings, store, upstream, recorder)
         try:
             yield Cache(origin, store, upstream, recorder, side.registry, side.grants)

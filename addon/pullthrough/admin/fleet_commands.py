@@ -20,7 +20,7 @@ from pullthrough.fleet.tier import Tier
 from pullthrough.fleet.uploader import Uploader
 from pullthrough.library.listing import JSON
 from pullthrough.library.maintenance import Maintenance
-from pullthrough.recording.counters import Counters
+from pullthrough.recording.plan import Counters
 from pullthrough.registry.warm import Warmer, in_words
 from pullthrough.store.store import Store
 

@@ -23,9 +23,9 @@ from pullthrough.core.errors import UpstreamError
 from pullthrough.core.records import by_model
 from pullthrough.library.listing import JSON
 from pullthrough.monitoring.health import Disk, Health
-from pullthrough.recording.counters import Ending
 from pullthrough.recording.pulls import Counts
 from pullthrough.recording.recorder import Recorder
+from pullthrough.recording.states import ENDINGS
 from pullthrough.runtime.loop_lag import LoopLag
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import Upstream
@@ -101,7 +101,7 @@ class Metrics(Collector):
     def _upstreams(self) -> Iterator[Metric]:
         counters = self._recorder.counters
         yield _gauge("recordings", "Blobs that are being recorded.", len(self._recorder.recordings()))
-        ended = (((result,), counters.ended[result]) for result in Ending)
+        ended = (((result,), counters.ended[result]) for result in ENDINGS)
         yield _counters("recordings_ended", "Recordings by how they ended.", ended, "result")
         errors = (((_snake(kind.__name__),), self._upstream.errors[kind]) for kind in _kinds())
         yield _counters("upstream_errors", "What upstream did wrong, by kind.", errors, "kind")

@@ -9,7 +9,7 @@ from typing import Final
 
 from pullthrough.core.access_log import RequestLog
 from pullthrough.net.pull_history import PullHistory
-from pullthrough.recording.counters import Counters
+from pullthrough.recording.plan import Counters
 from pullthrough.recording.pulls import Pulls
 from pullthrough.store.ledger import Ledger
 from pullthrough.store.usage import Usage

@@ -5,36 +5,22 @@ one of them that fails is let go at once.
 """
 
 import asyncio
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from pullthrough.core.errors import (
-    LengthContradicted,
-    SourceExpired,
-    UnexpectedResponse,
-    UpstreamError,
-    UpstreamRefused,
-    UpstreamTimeout,
-)
+from pullthrough.core.errors import LengthContradicted, SourceExpired, UpstreamError, UpstreamTimeout
 from pullthrough.fleet.nearby_sources import NearbySources
-from pullthrough.recording.retry_policy import backoff_s
+from pullthrough.recording.retry_policy import FIRST_TRY_S, FirstTries, lets_go
 from pullthrough.runtime.clock import steady
 from pullthrough.upstream.client import Upstream
 from pullthrough.upstream.data_stream import DataStream, Source
 
 _log = logging.getLogger(__name__)
 
-FIRST_S: Final = 15.0
-FIRST_TRY_S: Final = 4.0
-SILENT_S: Final = 2.5
-"""So long without a byte on any connection: a source of the fleet's is let go. Clients wait 5 s for one."""
 MAX_CONTRADICTIONS: Final = 3
 """How often upstream tells one and the same other length, before what is here is what is wrong."""
-MAX_LIES: Final = 4
-"""How often a wrong answer is asked for again: a source that lies does not get better by asking."""
 
 Obtain = Callable[[], Awaitable[Source]]
 
@@ -115,10 +101,10 @@ class BlobSource:
         """Return the first response: at most so many bytes from the start as `size` says of the host; it tells the
         length.
 
-        Clients have not been answered yet, and wait 30 s for that: what fails is tried again for FIRST_S.
+        Raises what nothing speaks for another try after.
         """
-        deadline = steady() + FIRST_S
-        for tries in itertools.count():
+        tries = FirstTries(steady())
+        while True:
             source: Source | None = None
             try:
                 async with asyncio.timeout(FIRST_TRY_S):
@@ -130,16 +116,12 @@ class BlobSource:
                 problem = error
             if source is not None:
                 # One of the fleet may be just asking upstream itself: it has one try more.
-                self.failed(source, problem, silent_s=FIRST_TRY_S * tries)
-            peace_s = problem.retry_after_s if isinstance(problem, UpstreamRefused) else 0.0
-            settled = isinstance(problem, UpstreamRefused) and 400 <= problem.status_hint < 429
-            lies = isinstance(problem, UnexpectedResponse) and tries >= MAX_LIES
-            pause_s = max(peace_s, min(1.0, backoff_s(tries + 1)))
-            if settled or lies or steady() + pause_s > deadline:
+                self.failed(source, problem, silent_s=FIRST_TRY_S * tries.count)
+            pause_s = tries.fail(problem, steady())
+            if pause_s is None:
                 raise problem
             _log.info("first response: %s; trying again", problem)
             await asyncio.sleep(pause_s)
-        raise AssertionError
 
     async def open(self, source: Source, start: int, stop: int, *, length: int | None) -> DataStream:
         """Return a response with `[start, stop)`, or with the whole where the source ignores Range."""
@@ -166,11 +148,8 @@ class BlobSource:
         return len(self._told) == 1 and self._told[told] >= MAX_CONTRADICTIONS
 
     def failed(self, source: Source, error: UpstreamError, *, silent_s: float) -> None:
-        """`source` did not bring all that it was asked for, and nothing at all for `silent_s`.
-
-        Upstream's is tried again, the fleet's is let go; but not for one connection that is slow among others.
-        """
-        if source.near and (silent_s >= SILENT_S or not isinstance(error, UpstreamTimeout)):
+        """`source` did not bring all that it was asked for, and nothing at all for `silent_s`."""
+        if source.near and lets_go(error, silent_s):
             self._drop(source)
 
     def mistrust(self) -> None:

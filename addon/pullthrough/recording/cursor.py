@@ -10,6 +10,7 @@ from typing import Final, Protocol
 from pullthrough.core.digest import Digest
 from pullthrough.core.humanize import count_text
 from pullthrough.recording.assembly import Assembly
+from pullthrough.recording.slicing import Demand
 from pullthrough.runtime.clock import steady
 from pullthrough.runtime.shared_file import SharedFile
 
@@ -22,7 +23,6 @@ HUNGRY_S: Final = 4.0
 class Feed(Protocol):
     """What a place needs of its recording."""
 
-    assembly: Assembly
     digest: Digest
 
     @property
@@ -32,32 +32,28 @@ class Feed(Protocol):
     def check(self) -> None:
         """Raise what the recording has failed of, if it has."""
 
-    def wake(self) -> None:
-        """Put free connections to work."""
-
-    def rescue(self, position: int) -> None:
-        """A reader waits for this byte: whoever should bring it and does not is relieved of it."""
+    def miss(self, position: int) -> None:
+        """See to it that somebody brings this byte: a reader waits for it."""
 
     def detach(self, cursor: "Cursor") -> None:
         """The reader has gone."""
 
 
-class Cursor:
+class Cursor(Demand):
     """One reader's place in a recording."""
 
-    def __init__(self, feed: Feed, file: SharedFile, start: int, stop: int) -> None:
-        self.position = start
-        self.stop = stop
-        self.fed = steady()
-        self.waiter: asyncio.Future[None] | None = None
-        self._told = False
-        self._feed = feed
+    def __init__(self, feed: Feed, assembly: Assembly, file: SharedFile, start: int, stop: int) -> None:
+        super().__init__(start, stop, steady())
         self.file = file
+        self._assembly = assembly
+        self._feed = feed
+        self._waiter: asyncio.Future[None] | None = None
+        self._told = False
 
     @property
     def present(self) -> int:
         """How far bytes are present from `position`."""
-        assembly = self._feed.assembly
+        assembly = self._assembly
         return min(assembly.present.stop_at(self.position), max(assembly.shown, self.position))
 
     async def wait(self, timeout_s: float) -> int:
@@ -68,17 +64,15 @@ class Cursor:
         if (present := self.present) > self.position or self.position >= self.stop:
             return present
         self._feed.check()
-        self.waiter = asyncio.get_running_loop().create_future()
-        # Nobody may be fetching: connections end when all that was wanted has been claimed.
-        self._feed.wake()
-        self._feed.rescue(self.position)
+        self._waiter = asyncio.get_running_loop().create_future()
+        self._feed.miss(self.position)
         try:
             async with asyncio.timeout(timeout_s):
-                await self.waiter
+                await self._waiter
         except TimeoutError:
             pass
         finally:
-            self.waiter = None
+            self._waiter = None
         if (hungry := steady() - self.fed) > HUNGRY_S and not self._told:
             self._told = True
             _log.warning(
@@ -90,16 +84,17 @@ class Cursor:
         return self.present
 
     def advance(self, position: int) -> None:
-        """The bytes up to `position` have been handed out."""
+        """Note that the bytes up to `position` have been handed out."""
         self.position = position
         self.fed = steady()
         self._told = False
 
     def rouse(self) -> None:
         """Let `wait` look again."""
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def close(self) -> None:
+        """Let go of the recording and its file."""
         self._feed.detach(self)
         self.file.release()

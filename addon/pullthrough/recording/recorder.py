@@ -6,19 +6,44 @@ Invariant: there is at most one recording per digest, whoever asks.
 import asyncio
 from collections.abc import KeysView
 
+from pullthrough.config.settings import Finish
 from pullthrough.core.digest import Digest
+from pullthrough.core.errors import CacheError
+from pullthrough.core.records import ManifestRecord
+from pullthrough.fleet.lease_holder import LeaseHolder
+from pullthrough.fleet.nearby_sources import NearbySources
+from pullthrough.fleet.tier import Tier
+from pullthrough.library.eviction import Evictor
 from pullthrough.recording.blob_source import BlobSource, Obtain
+from pullthrough.recording.plan import Line
 from pullthrough.recording.recording import Recording
-from pullthrough.recording.workroom import Workroom
+from pullthrough.recording.room import Disk, Room
+from pullthrough.runtime.executors import Threads
+from pullthrough.store.store import Store
+from pullthrough.upstream.client import Upstream
 from pullthrough.upstream.data_stream import DataStream, Source
 
 
 class Recorder:
     """All recordings of the daemon."""
 
-    def __init__(self, room: Workroom) -> None:
-        self.counters = room.counters
-        self._room = room
+    def __init__(
+        self,
+        store: Store,
+        evictor: Evictor,
+        upstream: Upstream,
+        threads: Threads,
+        line: Line,
+        finish: Finish,
+        fleet: tuple[Tier, LeaseHolder] | None = None,
+    ) -> None:
+        self.counters = line.counters
+        self._store = store
+        self._disk = Disk(store, evictor, threads)
+        self._upstream = upstream
+        self._line = line
+        self._finish = finish
+        self._fleet = fleet
         self._recordings: dict[Digest, Recording] = {}
         self._closing: dict[Digest, Recording] = {}
 
@@ -53,8 +78,12 @@ class Recorder:
         """
         recording = self._recordings.get(digest)
         if recording is None:
-            blob_source = BlobSource(self._room.upstream, obtain, source, self._room.nearby(digest))
-            recording = Recording(self._room, digest, blob_source, on_end=self._ended, wanted=wanted, look=look)
+            nearby = NearbySources(*self._fleet, self._store, digest) if self._fleet is not None else None
+            blob_source = BlobSource(self._upstream, obtain, source, nearby)
+            room = Room(self._disk, digest)
+            recording = Recording(
+                digest, blob_source, room, self._line, self._finish, on_end=self._ended, wanted=wanted, look=look
+            )
             # Registered before it starts: the loop runs new tasks eagerly, and the next caller must find it.
             self._recordings[digest] = recording
             recording.start(stream, after=self._closing.get(digest))
@@ -66,6 +95,28 @@ class Recorder:
         if stream is not None:
             stream.close()
         return recording
+
+    async def open_unasked(self, digest: Digest, obtain: Obtain) -> Recording | None:
+        """Return the recording of a blob that no client has asked for yet, for everybody; None where it is here.
+
+        `obtain` gets a source as an anonymous request does: then the blob is public by upstream's word. Raises
+        UpstreamError if upstream gives it to nobody.
+        """
+        if self._store.held(digest) is None:
+            return self.open(digest, obtain=obtain, wanted=True)
+        known = self._store.blob(digest)
+        if known is None or not known.public:
+            await obtain()
+        return None
+
+    async def read_manifest(self, digest: Digest, obtain: Obtain) -> ManifestRecord:
+        """Return the manifest that a blob is, recorded as `open_unasked` does. Raises CacheError if it is none."""
+        if (recording := await self.open_unasked(digest, obtain)) is not None:
+            await recording.over.wait()
+        record = self._store.read_manifest(digest)
+        if record is None:
+            raise CacheError(f"expected {digest} to be a manifest, as a list says, got none; the cache's log has more")
+        return record
 
     def _ended(self, recording: Recording) -> None:
         if self._recordings.get(recording.digest) is recording:

@@ -8,15 +8,13 @@ all windows of a blob together hold at most WINDOW bytes, and whoever falls out 
 import asyncio
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Final
 
 from pullthrough.core.errors import UpstreamError
 from pullthrough.recording.blob_source import BlobSource
-from pullthrough.recording.counters import Counters
-from pullthrough.recording.rate_limit import RateLimit
+from pullthrough.recording.plan import Line
 from pullthrough.recording.retry_policy import Patience, backoff_s
 from pullthrough.runtime.clock import steady
 
@@ -30,10 +28,9 @@ AHEAD: Final = 512 << 10
 class Relays:
     """The responses that pass one blob of `size` bytes through."""
 
-    def __init__(self, blob_source: BlobSource, counters: Counters, rate_limit: RateLimit, size: int) -> None:
+    def __init__(self, blob_source: BlobSource, line: Line, size: int) -> None:
         self.blob_source = blob_source
-        self.counters = counters
-        self.rate_limit = rate_limit
+        self.line = line
         self.size = size
         self.lines: list[_Line] = []
 
@@ -125,7 +122,7 @@ class _Line:
                     offset = stream.start
                     with contextlib.closing(stream):
                         async for data in stream.batches():
-                            relays.counters.take(stream, len(data))
+                            relays.line.counters.take(len(data), near=stream.near)
                             # Of a source that ignores Range only the interval is handed on.
                             piece = data[max(0, position - offset) : max(0, self._stop - offset)]
                             offset += len(data)
@@ -135,13 +132,13 @@ class _Line:
                                 patience.hear(steady())
                             if position >= self._stop:
                                 return
-                            await asyncio.sleep(relays.rate_limit.spend(len(data), live=True, now=time.monotonic()))
+                            await asyncio.sleep(relays.line.rate_limit.spend(len(data), live=True, now=steady()))
             except UpstreamError as error:
                 now = steady()
                 silent = now - patience.heard
                 if source is not None:
                     relays.blob_source.failed(source, error, silent_s=silent)
-                relays.counters.retries += 1
+                relays.line.counters.retries += 1
                 if patience.fail(error, now):
                     raise
                 _log.info("passing through: %s; trying again (%.1f s without a byte)", error, silent)

@@ -1,5 +1,5 @@
-"""How long to go on with a source that fails, how soon to try again, which connection counts as silent, and what is
-known of ranges and rates.
+"""How long to go on with a source that fails, how soon to try again, which connection counts as silent, and how
+fast hosts are.
 
 The one place for back-off and failure: whoever fetches notes what it hears and what goes wrong, and is told what
 follows.
@@ -9,10 +9,9 @@ time. Pure state: `now` is a parameter, in seconds of any steady clock.
 """
 
 from collections import deque
-from enum import StrEnum
 from typing import Final
 
-from pullthrough.core.errors import UnexpectedResponse, UpstreamError, UpstreamRefused
+from pullthrough.core.errors import UnexpectedResponse, UpstreamError, UpstreamRefused, UpstreamTimeout
 
 GIVE_UP_S: Final = 60.0
 """Without one byte of progress for this long a recording fails; Ollama's own six tries take 63 s."""
@@ -33,30 +32,16 @@ FAR_BELOW: Final = 1 / 8
 """A connection that delivers less than this part of what connections usually do counts as silent, too: a line that
 drops packets leaves single connections at a hundredth of the others for many seconds."""
 
+FIRST_S: Final = 15.0
+FIRST_TRY_S: Final = 4.0
+FIRST_BACKOFF_S: Final = 1.0
+MAX_LIES: Final = 4
+"""How often a wrong first answer is asked for again: a source that lies does not get better by asking."""
+NEAR_SILENT_S: Final = 2.5
+"""So long without a byte on any connection: a source of the fleet's is let go. Clients wait 5 s for one."""
+
 _STEP_S: Final = 0.25
 _REMEMBERED_S: Final = 8 * SILENT_S + 1.0
-
-
-class Ranges(StrEnum):
-    """What is known of whether the source serves ranges."""
-
-    UNKNOWN = "unknown"
-    """The whole was asked for, and comes: another connection tries a range."""
-    YES = "yes"
-    """As far as is known: every recording but such a one begins so."""
-    NO = "no"
-    """It answers with the whole, from its first byte: that is fetched over one connection."""
-
-
-LEARN: Final = {
-    # What is known, and whether the answer to a range was the whole: what is known then.
-    (Ranges.UNKNOWN, False): Ranges.YES,
-    (Ranges.UNKNOWN, True): Ranges.NO,
-    (Ranges.YES, False): Ranges.YES,
-    (Ranges.YES, True): Ranges.NO,
-    (Ranges.NO, False): Ranges.NO,
-    (Ranges.NO, True): Ranges.NO,
-}
 
 
 class Patience:
@@ -95,9 +80,49 @@ class Patience:
         return max(0.0, self._quiet_until - now)
 
 
+class Backoff:
+    """Of one connection, which tries again and again."""
+
+    def __init__(self) -> None:
+        self._tries = 0
+        self._failed_at = 0.0
+
+    def fail(self, heard: float, now: float) -> float:
+        """Return how long to wait before the next try, where any connection has `heard` a byte then."""
+        self._tries = 1 if heard > self._failed_at else self._tries + 1
+        self._failed_at = now
+        return backoff_s(self._tries)
+
+
 def backoff_s(tries: int) -> float:
     """Return how long to wait after so many tries in vain; callers that are many take a random part of it."""
     return min(BACKOFF_LIMIT_S, BACKOFF_S * 2.0 ** min(max(tries - 1, 0), 10))
+
+
+class FirstTries:
+    """Tries to get a first response: clients have not been answered yet, and wait 30 s for that."""
+
+    def __init__(self, now: float) -> None:
+        self._until = now + FIRST_S
+        self.count = 0
+        """In vain."""
+
+    def fail(self, error: UpstreamError, now: float) -> float | None:
+        """Return how long to wait before the next try; None where nothing speaks for one."""
+        self.count += 1
+        peace_s = error.retry_after_s if isinstance(error, UpstreamRefused) else 0.0
+        is_settled = isinstance(error, UpstreamRefused) and 400 <= error.status_hint < 429
+        is_lie = isinstance(error, UnexpectedResponse) and self.count > MAX_LIES
+        pause_s = max(peace_s, min(FIRST_BACKOFF_S, backoff_s(self.count)))
+        return None if is_settled or is_lie or now + pause_s > self._until else pause_s
+
+
+def lets_go(error: UpstreamError, silent_s: float) -> bool:
+    """Return whether a source of the fleet's that has failed so is done without, with no byte from it for `silent_s`.
+
+    Not for one connection that is slow among others. Upstream's is tried again.
+    """
+    return silent_s >= NEAR_SILENT_S or not isinstance(error, UpstreamTimeout)
 
 
 class Pace:

@@ -37,7 +37,7 @@ LEAST_SLICE_S = 0.1
 """A slice that takes less costs more in requests than another connection gains: small blobs are one slice or two."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Demand:
     """A reader that will need `[position, stop)` and got its last byte at `fed` (seconds, same clock as `now`)."""
 

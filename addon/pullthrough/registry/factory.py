@@ -12,7 +12,6 @@ from pullthrough.net.client_table import ClientTable
 from pullthrough.net.pull_history import PullHistory
 from pullthrough.recording.pulls import Place, Pulls
 from pullthrough.recording.recorder import Recorder
-from pullthrough.recording.unattended import Ahead
 from pullthrough.registry.blob_content import BlobContent
 from pullthrough.registry.blobs import Blobs
 from pullthrough.registry.grants import Grants
@@ -76,7 +75,6 @@ def build_registry(
         clients=clients,
         history=history,
     )
-    ahead = Ahead(settings, store, recorder, grants.public_source)
-    refresher = Refresher(settings, store, upstream, ahead, manifests)
-    warmer = Warmer(settings, store, ahead, manifests)
+    refresher = Refresher(settings, store, upstream, recorder, grants.public, manifests)
+    warmer = Warmer(settings, store, recorder, grants.public, manifests)
     return RegistrySide(registry, grants, pulls, clients, history, redirects, prefetcher, refresher, warmer)

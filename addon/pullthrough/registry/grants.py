@@ -239,6 +239,11 @@ class Grants:
                 problem = error
         raise problem
 
+    def public(self, place: tuple[str, str], digest: Digest) -> Callable[[], Awaitable[Source]]:
+        """Obtains a source from (host, repository), as everybody gets it."""
+        host, repository = place
+        return lambda: self.public_source(self._settings.asked(host), repository, digest)
+
     async def public_source(self, host: str, repository: str, digest: Digest) -> Source:
         """Return a source from this repository, as everybody gets it. Raises UpstreamError if it gives none."""
         pair = BlobRoute(repository, digest)

@@ -8,7 +8,7 @@ are here whole, or pinned, are looked at; one at a time.
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final
 
@@ -17,7 +17,9 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError
 from pullthrough.core.manifest_json import children_of, parse, preferred
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.recording.unattended import Ahead
+from pullthrough.recording.blob_source import Obtain
+from pullthrough.recording.pulls import Place
+from pullthrough.recording.recorder import Recorder
 from pullthrough.registry.freshness import DOWN_S, Heard
 from pullthrough.registry.manifests import Manifests
 from pullthrough.store.store import Store
@@ -40,13 +42,16 @@ class Refresher:
         settings: Settings,
         store: Store,
         upstream: Upstream,
-        ahead: Ahead,
+        recorder: Recorder,
+        public: Callable[[Place, Digest], Obtain],
         manifests: Manifests,
     ) -> None:
+        """`public` says how a blob's source is obtained from a place, as everybody gets it."""
         self._settings = settings
         self._store = store
         self._upstream = upstream
-        self._ahead = ahead
+        self._recorder = recorder
+        self._public = public
         self._manifests = manifests
         self._tried: dict[Name, float] = {}
         self._task: asyncio.Task[None] | None = None
@@ -135,11 +140,13 @@ class Refresher:
         for child in chosen:
             wanted += [layer.digest for layer in child.layers]
             if child.digest is not None:
-                wanted += (await self._ahead.child(*name.place, child.digest)).digests
+                obtain = self._public(name.place, child.digest)
+                wanted += (await self._recorder.read_manifest(child.digest, obtain)).digests
         return wanted
 
     async def _record(self, name: Name, digest: Digest) -> bool:
         """Return whether the blob is here and public in the end."""
-        if (recording := await self._ahead.begin(name.host, name.repository, digest)) is not None:
+        recording = await self._recorder.open_unasked(digest, self._public(name.place, digest))
+        if recording is not None:
             await recording.over.wait()
         return self._store.held(digest) is not None

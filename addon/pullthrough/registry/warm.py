@@ -14,7 +14,9 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError, InvalidRequest, UpstreamError, UpstreamRefused
 from pullthrough.core.manifest_json import children_of, preferred
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.recording.unattended import Ahead
+from pullthrough.recording.blob_source import Obtain
+from pullthrough.recording.pulls import Place
+from pullthrough.recording.recorder import Recorder
 from pullthrough.registry.manifests import Manifests
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import DEADLINE_S
@@ -39,12 +41,15 @@ class Warmer:
         self,
         settings: Settings,
         store: Store,
-        ahead: Ahead,
+        recorder: Recorder,
+        public: Callable[[Place, Digest], Obtain],
         manifests: Manifests,
     ) -> None:
+        """`public` says how a blob's source is obtained from a place, as everybody gets it."""
         self._settings = settings
         self._store = store
-        self._ahead = ahead
+        self._recorder = recorder
+        self._public = public
         self._manifests = manifests
 
     async def warm(self, text: str, tell: Tell, *, dry_run: bool) -> dict[str, Any]:
@@ -87,7 +92,7 @@ class Warmer:
         if manifest is None and dry_run:
             return {}
         if manifest is None:
-            manifest = await self._ahead.child(*name.place, child.digest)
+            manifest = await self._recorder.read_manifest(child.digest, self._public(name.place, child.digest))
             brought.add(child.digest)
         return {child.digest: len(manifest.body), **(await self._wanted(name, manifest, brought, dry_run=dry_run))}
 
@@ -114,9 +119,10 @@ class Warmer:
 
     async def _record(self, name: Name, digest: Digest, size: int, tell: Tell) -> None:
         progress = {"model": name.typed, "layer": digest.short, "size": size}
-        if (recording := await self._ahead.begin(name.host, name.repository, digest)) is not None:
+        recording = await self._recorder.open_unasked(digest, self._public(name.place, digest))
+        if recording is not None:
             while not recording.over.is_set():
-                await tell({**progress, "done": recording.assembly.present.size if recording.size is not None else 0})
+                await tell({**progress, "done": recording.present})
                 try:
                     async with asyncio.timeout(TOLD_EVERY_S):
                         await recording.over.wait()

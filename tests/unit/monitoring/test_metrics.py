@@ -25,11 +25,11 @@ from pullthrough.monitoring.health import Health
 from pullthrough.monitoring.metrics import Metrics
 from pullthrough.monitoring.probes import Probes
 from pullthrough.monitoring.status_page import SHARE
-from pullthrough.recording.counters import Ending
+from pullthrough.recording.plan import Line
 from pullthrough.recording.pulls import Counts
 from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.recorder import Recorder
-from pullthrough.recording.workroom import Workroom
+from pullthrough.recording.states import Event
 from pullthrough.runtime.executors import Threads
 from pullthrough.runtime.loop_lag import LoopLag
 from pullthrough.store.store import Store
@@ -45,8 +45,8 @@ class Daemon:
         self.settings = parse_settings({"max_size": "1GB"}, dir=folder, certs=folder)
         self.upstream = Upstream(self.settings)
         evictor = Evictor(store, threads, max_size=None, min_free=0)
-        room = Workroom(store, evictor, self.upstream, threads, 16, self.settings.finish, RateLimit(None))
-        self.recorder = Recorder(room)
+        line = Line(16, RateLimit(None))
+        self.recorder = Recorder(store, evictor, self.upstream, threads, line, self.settings.finish)
         self.requests = RequestLog()
         self.health = Health(store.folder, lambda: {"CA": END})
         self.reachability = self.upstream.reachability
@@ -98,7 +98,7 @@ def test_numbers(tmp_path: Path) -> None:
         counters = daemon.recorder.counters
         counters.upstream_bytes, counters.retries, counters.mismatches, counters.restarts = 5, 4, 3, 2
         counters.near_bytes = 8
-        counters.ended[Ending.STORED] += 1
+        counters.ended[Event.STORED] += 1
         daemon.upstream.errors[UpstreamTimeout] += 6
         daemon.reachability.failed("registry.ollama.ai", "connection refused")
         daemon.reachability.answered(R2_HOST)

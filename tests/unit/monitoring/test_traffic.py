@@ -7,7 +7,7 @@ from pullthrough.core.access_log import RequestLog
 from pullthrough.core.cache_status import CacheStatus, Outcome
 from pullthrough.monitoring.traffic import Traffic
 from pullthrough.net.pull_history import PullHistory
-from pullthrough.recording.counters import Counters
+from pullthrough.recording.plan import Counters
 from pullthrough.recording.pulls import Pulls
 from pullthrough.store.store import Store
 

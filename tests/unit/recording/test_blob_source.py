@@ -8,7 +8,8 @@ import pytest
 
 from pullthrough.core.errors import SourceExpired, UpstreamError, UpstreamTimeout, UpstreamUnreachable
 from pullthrough.fleet.nearby_sources import NearbySources
-from pullthrough.recording.blob_source import SILENT_S, BlobSource
+from pullthrough.recording.blob_source import BlobSource
+from pullthrough.recording.retry_policy import NEAR_SILENT_S
 from pullthrough.upstream.client import Upstream
 from pullthrough.upstream.data_stream import Source
 
@@ -96,7 +97,7 @@ def test_unknown_blob_is_asked_for_upstream_first() -> None:
     ("error", "silent_s", "kept"),
     [
         pytest.param(UpstreamTimeout("slow"), 0.0, True, id="one-slow-connection-among-others"),
-        pytest.param(UpstreamTimeout("silent"), SILENT_S, False, id="silent"),
+        pytest.param(UpstreamTimeout("silent"), NEAR_SILENT_S, False, id="silent"),
         pytest.param(UpstreamUnreachable("reset"), 0.0, False, id="reset"),
     ],
 )

@@ -6,16 +6,15 @@ from typing import Any, cast
 
 import pytest
 
+from pullthrough.config.settings import Finish
 from pullthrough.core.errors import UpstreamUnreachable
-from pullthrough.recording import fetcher as module
-from pullthrough.recording import retry_policy
+from pullthrough.recording import plan, retry_policy, slicing
 from pullthrough.recording.assembly import Assembly
 from pullthrough.recording.blob_source import BlobSource
 from pullthrough.recording.blob_writer import BlobWriter
-from pullthrough.recording.counters import Counters
 from pullthrough.recording.fetcher import Fetcher
-from pullthrough.recording.retry_policy import Rates
-from pullthrough.recording.slicing import Slice
+from pullthrough.recording.plan import Interest, Line, Plan
+from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.upstream.data_stream import DataStream, Source
 
 SIZE, LIMIT, PIECE = 1000, 100, 60
@@ -57,18 +56,9 @@ class World:
         self._ignores_range = ignores_range
         self._fails = fails
         self._slot = asyncio.Semaphore(16)
-        self.fetcher = Fetcher(
-            "test",
-            self.assembly,
-            cast(BlobSource, self),
-            cast(BlobWriter, self),
-            Counters(),
-            Rates(),
-            connections=4,
-            choose=self._choose,
-            spend=None,
-            fail=lambda error: pytest.fail(str(error)),
-        )
+        interest = Interest([], Finish.ALWAYS, is_wanted=True, is_pulled=True)
+        self.plan = Plan(self.assembly, interest, Line(4, RateLimit(None)), host="", now=0.0)
+        self.fetcher = Fetcher("test", self.plan, cast(BlobSource, self), cast(BlobWriter, self))
 
     # --- the supply
 
@@ -91,10 +81,6 @@ class World:
         """Upstream's is tried again."""
 
     # --- the recording, and its sealer
-
-    def _choose(self, _: float | None) -> Slice | None:
-        free = self.assembly.next_free(0, SIZE)
-        return Slice(free[0], min(free[1], free[0] + LIMIT)) if free is not None else None
 
     async def write(self, offset: int, data: memoryview) -> None:
         self.written[offset : offset + len(data)] = data
@@ -131,14 +117,17 @@ def play(*, ignores_range: bool, present: int, fails: bool = False) -> tuple[int
         await taking
         await world.fetcher.stop()
         assert bytes(world.written) == DATA
-        return world.fetcher.fetched
+        return world.plan.fetched
 
     return asyncio.run(scenario()), first.given
 
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_SLICE", LIMIT)
+    monkeypatch.setattr(plan, "MAX_SLICE", LIMIT)
+    monkeypatch.setattr(plan, "MIN_SLICE", 1)
+    monkeypatch.setattr(slicing, "MIN_SLICE", 1)
+    monkeypatch.setattr(slicing, "PROBE_SLICE", LIMIT)
     monkeypatch.setattr(retry_policy, "BACKOFF_S", 0.0)
 
 

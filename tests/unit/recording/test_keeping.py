@@ -183,15 +183,16 @@ def test_what_a_moved_tag_needs(
     names = {digest_of(runner): runner for runner in ("ggml", "mlx", "llamacpp", "odd")}
     recorded: list[str] = []
 
-    async def child(host: str, repository: str, digest: Digest) -> ManifestRecord:
-        assert (host, repository) == NAME.place
+    async def read_manifest(digest: Digest, obtain: Any) -> ManifestRecord:
+        assert obtain == (NAME.place, digest)
         recorded.append(names[digest])
         return plain(f"{names[digest]} of")
 
     children = {digest_of(runner): plain(runner) for runner in known}
     settings = parse_settings({}, dir=tmp_path, certs=tmp_path)
     folder = cast(Any, SimpleNamespace(children=lambda: children))
-    refresher = Refresher(settings, folder, cast(Any, None), cast(Any, SimpleNamespace(child=child)), cast(Any, None))
+    recorder, nobody = cast(Any, SimpleNamespace(read_manifest=read_manifest)), cast(Any, None)
+    refresher = Refresher(settings, folder, nobody, recorder, lambda place, digest: cast(Any, (place, digest)), nobody)
     found = asyncio.run(refresher._wanted(NAME, stored, moved))
     assert found == [digest_of(each) for each in wanted]
     assert recorded == [each.removesuffix(" of") for each in wanted if each.endswith(" of")]
@@ -201,7 +202,7 @@ def test_the_refresher(store: Store, tmp_path: Path) -> None:
     """A pinned model is looked at however long ago it was pulled, until the pin is taken back."""
     settings = parse_settings({}, dir=tmp_path, certs=tmp_path)
     nobody = cast(Any, None)
-    refresher = Refresher(settings, store, nobody, nobody, nobody)
+    refresher = Refresher(settings, store, nobody, nobody, nobody, nobody)
     now = 1e9
     assert list(refresher._due(10, now)) == []
     store.ledger.pin("llama3.2:latest")

@@ -10,9 +10,9 @@ from typing import Any, cast
 from pullthrough.config.settings import Finish
 from pullthrough.core.digest import Digest
 from pullthrough.library.eviction import Evictor
+from pullthrough.recording.plan import Line
 from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.recorder import Recorder
-from pullthrough.recording.workroom import Workroom
 from pullthrough.runtime.executors import Threads
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import Upstream
@@ -57,7 +57,7 @@ def play(folder: Path, scenario: Callable[[Store, Recorder], Coroutine[Any, Any,
     async def run() -> None:
         evictor = Evictor(store, threads, max_size=None, min_free=0)
         upstream = cast(Upstream, FakeUpstream())
-        recorder = Recorder(Workroom(store, evictor, upstream, threads, 4, Finish.AUTO, RateLimit(None)))
+        recorder = Recorder(store, evictor, upstream, threads, Line(4, RateLimit(None)), Finish.AUTO)
         try:
             await scenario(store, recorder)
         finally:

@@ -12,7 +12,7 @@ from pullthrough.core.errors import UnexpectedResponse, UpstreamUnreachable
 from pullthrough.recording import relay as module
 from pullthrough.recording import retry_policy
 from pullthrough.recording.blob_source import BlobSource
-from pullthrough.recording.counters import Counters
+from pullthrough.recording.plan import Line
 from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.relay import Relay, Relays
 
@@ -81,7 +81,7 @@ def on_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 
 
 def relays(blob_source: FakeSupply) -> Relays:
-    return Relays(cast(BlobSource, blob_source), Counters(), RateLimit(None), SIZE)
+    return Relays(cast(BlobSource, blob_source), Line(4, RateLimit(None)), SIZE)
 
 
 async def drain(relay: Relay, stop: int | None = None) -> None:

@@ -6,14 +6,12 @@ from pullthrough.core.errors import UnexpectedResponse, UpstreamRefused, Upstrea
 from pullthrough.recording.retry_policy import (
     BACKOFF_LIMIT_S,
     GIVE_UP_S,
-    LEARN,
     MAX_UNEXPECTED,
     RATE_LASTS_S,
     RETRY_AFTER_LIMIT_S,
     SILENT_S,
     Pace,
     Patience,
-    Ranges,
     Rates,
     backoff_s,
 )
@@ -49,13 +47,6 @@ def test_upstream_is_left_alone_as_long_as_it_wishes(wish: str, granted: float) 
     patience.fail(UpstreamRefused(429, [("Retry-After", wish)]), NOW)
     assert patience.quiet_s(NOW) == granted
     assert patience.quiet_s(NOW + granted) == 0
-
-
-def test_whether_ranges_are_served() -> None:
-    """One answer with the whole settles it for a recording; every state knows what either answer means."""
-    assert set(LEARN) == {(known, whole) for known in Ranges for whole in (False, True)}
-    assert all(LEARN[known, True] is Ranges.NO for known in Ranges)
-    assert [LEARN[known, False] for known in Ranges] == [Ranges.YES, Ranges.YES, Ranges.NO]
 
 
 def test_back_off_doubles_up_to_a_limit() -> None:
