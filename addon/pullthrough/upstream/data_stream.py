@@ -149,6 +149,8 @@ class LoopStream(DataStream):
     async def batches(self) -> AsyncGenerator[bytes]:
         content = self._response.content
         left = self.stop - self.start
+        if not left:
+            return  # what follows may be the text of a 416, by which an empty blob shows
         with self._errors.counted():
             try:
                 while left:
@@ -180,7 +182,8 @@ class ThreadStream(DataStream):
         self._crew = crew
         self._left = self.stop - self.start
         if not self._left:
-            response.finish()
+            # What follows may be the text of a 416, by which an empty blob shows.
+            response.close()
 
     def close(self) -> None:
         self._response.close()

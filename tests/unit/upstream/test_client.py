@@ -592,6 +592,7 @@ async def test_a_registry_that_has_the_bytes() -> None:
         pytest.param(part(0, 1), (0, 1, 16), id="a registry that knows Range"),
         pytest.param(reply(200, BLOB), (0, 16, 16), id="one that does not"),
         pytest.param(reply(416, b"", ("Content-Range", "bytes */0")), (0, 0, 0), id="an empty blob"),
+        pytest.param(reply(416, b"<Error/>", ("Content-Range", "bytes */0")), (0, 0, 0), id="an empty blob, with a text"),
     ],
 )
 @on_loop
@@ -601,8 +602,8 @@ async def test_a_registry_that_has_the_bytes_is_asked_for_few(answer: bytes, ext
         at.registry.answers[BLOB_TARGET] = answer
         source, stream = await at.upstream.obtain(HOST, REPOSITORY, DIGEST, {}, asked=(0, 1), timeout_s=20.0)
         assert stream is not None
-        with closing(stream):
-            assert (stream.start, stream.stop, stream.length) == extent
+        assert (stream.start, stream.stop, stream.length) == extent
+        assert await read(stream) == BLOB[: extent[1]]
         assert source.url == f"https://{HOST}{BLOB_TARGET}"
         assert [seen.headers["range"] for seen in at.registry.seen] == ["bytes=0-0"]
 
@@ -738,12 +739,17 @@ async def test_a_source_that_ignores_range() -> None:
 
 @on_loop
 async def test_an_empty_blob() -> None:
-    """No range of it can be satisfied: 416 says so, and there is nothing to read. Another blob is never empty."""
+    """No range of it can be satisfied: 416 says so, and there is nothing to read. Another blob is never empty.
+
+    The text that comes with a 416 is nobody's, not even that of the next answer.
+    """
     async with world() as at:
-        at.cdn.answers[DATA_TARGET] = reply(416, b"", ("Content-Range", "bytes */0"))
+        refusal = reply(416, b"<Error/>", ("Content-Range", "bytes */0"))
+        at.cdn.answers[DATA_TARGET] = [refusal, part(4, 8), refusal]
         stream = await at.open(0, 8, source=Source(SIGNED, sizes=frozenset({0})), length=None)
         assert (stream.start, stream.stop, stream.length) == (0, 0, 0)
         assert await read(stream) == b""
+        assert await read(await at.open()) == b"4567"
         with refused(LengthContradicted, "got 0$"):
             await at.open(0, 8, length=None)
 
