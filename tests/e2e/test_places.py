@@ -8,16 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import MB, add_model, unique
+from tests.e2e.conftest import MB, add_model, canonical, get, to_cdn, unique
 from tests.e2e.test_pull import assert_complete
 from tests.support.a2 import A2Client
 from tests.support.origin import Origin
@@ -73,6 +75,27 @@ def poor_fat(folder: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", mounted], check=True)
 
 
+@contextmanager
+def asking(proxy: Proxy, address: str) -> Iterator[list[float]]:
+    """Ask for the first bytes of a blob again and again; how many seconds each answer took."""
+    over, waited = threading.Event(), []
+
+    def ask() -> None:
+        while not over.wait(0.2):
+            began = time.monotonic()
+            with to_cdn(proxy) as connection:
+                assert get(connection, address, Range="bytes=0-999")[0] == 206
+            waited.append(time.monotonic() - began)
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        try:
+            yield waited
+        finally:
+            over.set()
+            asked.result()
+
+
 @pytest.mark.parametrize(
     ("new_disk", "size"),
     [
@@ -88,16 +111,22 @@ def test_a_disk_that_fills_gaps(
     new_disk: Callable[[Path, int], AbstractContextManager[Path]],
     size: int,
 ) -> None:
-    """16 parts of a blob come at once, none of them waits for zeros to be written, and the blob is a hit afterwards."""
+    """16 parts of a blob come at once, none of them waits for zeros to be written, and the blob is a hit afterwards.
+
+    Whoever asks for some bytes meanwhile gets them in time, until the blob is whole and while it is put in order.
+    """
     with new_disk(tmp_path, 3 * size) as disk:
         proxy = start_proxy(ollama_cache_dir=disk / "store")
         model = add_model(origin, unique(size))
         client = new_client(proxy, min_part=size // 16, max_part=size // 16)
-        report = client.pull(model.name)
-        assert_complete(client, model)
+        with asking(proxy, canonical(proxy, model)) as waited:
+            report = client.pull(model.name)
+            assert_complete(client, model)
+            line = proxy.wait_for_line(model.recorded, timeout_s=20 + size / (5 * MB))  # it is put in order
+        print(f"longest wait {max(waited):.1f} s of {len(waited)}; {line}")
         assert report.retries == report.stalls == 0
+        assert max(waited) < 10
         assert origin.counters.cdn_bytes_by_digest[model.layer] <= size * 1.02
-        proxy.wait_for_line(model.recorded, timeout_s=20 + size / (5 * MB))  # it is put in order
         lines = "".join(proxy.output)
         assert "fills gaps with zeros" in lines
         assert "has waited" not in lines

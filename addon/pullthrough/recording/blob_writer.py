@@ -33,6 +33,8 @@ HELD_BACK: Final = 1 << 20
 """Bytes at the end of a blob found without proof that nobody gets before its digest is right."""
 FLUSH_S: Final = 2.0
 FLUSH_BYTES: Final = 256 << 20
+FLUSH_TIME_S: Final = 1.0
+"""So long a flush may take: some disks do nothing else meanwhile, and whoever reads or writes there waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class BlobWriter:
         self._much = asyncio.Event()
         # What an earlier daemon has written may not be durable yet.
         self._unflushed = assembly.present.size
+        self.flush_bytes = ingest.stretch
+        """After so many bytes what is written is made durable."""
         self._unhashed = 0
         self._journal = asyncio.Lock()
 
@@ -88,7 +92,7 @@ class BlobWriter:
             self._unhashed = self._assembly.size - self._assembly.hashed
         self._grown.set()
         self._unflushed += stop - start
-        if self._unflushed >= FLUSH_BYTES:
+        if self._unflushed >= self.flush_bytes:
             self._much.set()
         self._on_landed(start, stop)
 
@@ -98,7 +102,7 @@ class BlobWriter:
         await self._threads.disk(self._ingest.mark, present)
 
     async def keep_flushed(self) -> None:
-        """Make what is written durable, every FLUSH_S seconds or FLUSH_BYTES bytes, for ever."""
+        """Make what is written durable, every FLUSH_S seconds or as soon as that takes FLUSH_TIME_S, for ever."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH_S):
@@ -110,8 +114,11 @@ class BlobWriter:
         self._much.clear()
         async with self._journal:
             if self._unflushed:
-                self._unflushed = 0
+                count, self._unflushed = self._unflushed, 0
+                began = time.monotonic()
                 await self._threads.disk(self._ingest.flush, self._assembly.present.copy())
+                rate = count / max(time.monotonic() - began, 1e-3)
+                self.flush_bytes = min(FLUSH_BYTES, max(self._ingest.stretch, int(rate * FLUSH_TIME_S)))
 
     async def abandon(self) -> None:
         """Make what is written durable, and give back the room for what is not, unless all is."""

@@ -38,7 +38,8 @@ SMALL: Final = 8 << 20
 """Smaller blobs come in few writes: the file system finds them one place by itself."""
 _SLACK: Final = 1 << 20
 STRETCH: Final = 64 << 20
-"""Bytes that are put in order at once."""
+"""Bytes that any disk makes durable in a moment."""
+SLOW_STRETCH: Final = 8 << 20  # sticks and cards, by drivers that do one thing at a time
 
 PARTIAL: Final = ".partial"
 JOURNAL: Final = ".journal"
@@ -68,6 +69,8 @@ class Ingest:
         """
         self.digest = digest
         self._fills_gaps = fills_gaps
+        self.stretch = SLOW_STRETCH if fills_gaps else STRETCH
+        """How many bytes the disk makes durable in a moment."""
         self._largest = largest
         self.in_place = False
         """The bytes lie among the blobs already, and are only to be verified."""
@@ -90,10 +93,9 @@ class Ingest:
     @staticmethod
     def sweep(folder: Path, *, oldest: float) -> None:
         """Remove what no recording goes on with: halves, temporaries, and what was last written before `oldest`."""
-        for path in [*folder.glob(".sha256-*"), *folder.glob(".manifest-*"), *folder.glob(".verified.*")]:
-            path.unlink()
-        for path in folder.glob(f"*{WHOLE}"):
-            path.unlink()
+        for pattern in (".sha256-*", ".manifest-*", ".verified.*", f"*{WHOLE}"):
+            for path in folder.glob(pattern):
+                path.unlink()
         file_system.sweep(folder)
         for name in {path.stem for path in folder.glob("sha256-*")}:
             pair = [folder / f"{name}{JOURNAL}", folder / f"{name}{PARTIAL}"]
@@ -217,21 +219,20 @@ class Ingest:
                 raise StoreUnwritable(f"recording {self.digest}: {error}") from error
 
     def arrange(self, position: int) -> int:
-        """Put so many bytes more in order as take a moment, from `position`; returns up to where all is in order.
+        """Put a stretch more in order, durably, from `position`; returns up to where all is in order.
 
         Then `finished_path` is the whole file. All its bytes must be here.
         """
         assert self.file is not None
         if self.file.windows is None or self.file.windows.in_order:
             return self.file.size
-        stop = min(position + STRETCH, self.file.size)
+        stop = min(position + self.stretch, self.file.size)
         try:
             flags = os.O_WRONLY | os.O_CREAT | (0 if position else os.O_TRUNC)
             descriptor = platform.open_descriptor(self._whole_path, flags)
             try:
                 self.file.copy(descriptor, position, stop)
-                if stop == self.file.size:
-                    platform.sync_data(descriptor)
+                platform.sync_data(descriptor)  # all at the end would keep the disk from everybody for long
             finally:
                 os.close(descriptor)
         except OSError as error:

@@ -5,12 +5,14 @@ import hashlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pullthrough.core.digest import Digest
+from pullthrough.core.intervals import Intervals
 from pullthrough.recording.assembly import Assembly
 from pullthrough.recording.blob_writer import BlobWriter
 from pullthrough.runtime.executors import Threads
@@ -81,6 +83,32 @@ def test_what_was_found_is_hashed_behind_what_comes(store: Store) -> None:
     asyncio.run(main())
     threads.close()
     assert threads.visits == [("found", 0, 16), ("new", 16, 40), ("new", 40, 48)]
+
+
+def test_a_slow_disk_is_flushed_often(store: Store, threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes at once as it makes durable in a second, within bounds: it may do nothing else meanwhile."""
+    now, speed = [0.0], [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    async def main() -> None:
+        ingest = store.ingest(Digest("0" * 64))
+        ingest.stretch = 8 << 20
+        ingest.begin(1 << 30)
+        blob_writer = BlobWriter(store, threads, ingest, Assembly(1 << 30))
+        count, position = blob_writer.flush_bytes, 0
+
+        def flush(_present: Intervals) -> None:
+            now[0] += count / speed[0]
+
+        monkeypatch.setattr(ingest, "flush", flush)
+        for speed[0], expected in ((100e6, int(100e6)), (5e6, 8 << 20), (1e9, 256 << 20)):
+            blob_writer.landed(position, position + count)
+            await blob_writer.flush()
+            position, count = position + count, blob_writer.flush_bytes
+            assert abs(count - expected) <= 1
+        ingest.close()
+
+    asyncio.run(main())
 
 
 def test_bytes_of_another_version_are_not_found(store: Store) -> None:

@@ -592,7 +592,9 @@ async def test_a_registry_that_has_the_bytes() -> None:
         pytest.param(part(0, 1), (0, 1, 16), id="a registry that knows Range"),
         pytest.param(reply(200, BLOB), (0, 16, 16), id="one that does not"),
         pytest.param(reply(416, b"", ("Content-Range", "bytes */0")), (0, 0, 0), id="an empty blob"),
-        pytest.param(reply(416, b"<Error/>", ("Content-Range", "bytes */0")), (0, 0, 0), id="an empty blob, with a text"),
+        pytest.param(
+            reply(416, b"<Error/>", ("Content-Range", "bytes */0")), (0, 0, 0), id="an empty blob, with a text"
+        ),
     ],
 )
 @on_loop
