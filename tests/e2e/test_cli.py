@@ -199,7 +199,8 @@ def test_import_and_verify_beside_the_daemon(
     assert origin.counters.cdn_bytes == fetched
 
     path = blob_file(proxy.store, Digest.parse(model.layer).file_name)
-    path.write_bytes(b"x" + path.read_bytes()[1:])
+    stored = path.read_bytes()
+    path.write_bytes(bytes([stored[0] ^ 1]) + stored[1:])
     done = cli(proxy, "verify", model.name)
     assert done.returncode == 1
     assert "damaged: " in done.stdout and "; quarantined as " in done.stdout

@@ -31,7 +31,6 @@ from pullthrough.core.errors import CacheError, NoDaemon, StoreError
 from pullthrough.core.humanize import ago_text, columns, count_text, size_text
 from pullthrough.library.listing import Order, View, beyond_models, beyond_text, chosen, detail, listing, statistics
 from pullthrough.runtime.gc_pause import gc_paused
-from pullthrough.upstream.reachability import Service
 
 app = Verbs()
 
@@ -218,6 +217,8 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
     if beyond := beyond_text(found):
         facts.insert(3, ("held", beyond))
     if "services" in found:
+        from pullthrough.upstream.reachability import Service
+
         facts.append(("fetching", found["fetching"]))
         services = (Service(**service) for service in found["services"])
         facts += [(service.role, str(service).removeprefix(f"{service.role} ")) for service in services]

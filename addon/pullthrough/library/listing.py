@@ -123,7 +123,7 @@ def chosen(rows: Iterable[JSON], pattern: str = "", order: Order = Order.PULLED)
 
     By name from A to Z, by size the biggest first, by pull the last one first.
     """
-    found = [row for row in rows if _is_meant(row, pattern)]
+    found = [row for row in rows if not pattern or _is_meant(row, pattern)]
     if order is Order.NAME:
         return sorted(found, key=lambda row: row["name"])
     return sorted(found, key=lambda row: (-(row[order] or 0), row["name"]))

@@ -18,7 +18,6 @@ from pullthrough.store.layout import check_marker, folds_case, load_pins
 from pullthrough.store.manifest_files import ModelFiles
 from pullthrough.store.places import index_folder
 from pullthrough.store.proofs import Proofs
-from pullthrough.store.reconciliation import record_of
 from pullthrough.store.rows import Contents, look
 from pullthrough.store.usage import Totals
 
@@ -101,7 +100,7 @@ def _read_files(folder: Path) -> Contents:
                 record = record._replace(mtime_ns=file.mtime_ns, inode=file.inode)
             blobs[file.digest] = record
         with closing(ModelFiles(folder, folds_case=folds_case(folder))) as files:
-            found = {name: record_of(document, None) for _, each in files.walk() for name, document in each.items()}
+            found = {name: document.record(None) for _, each in files.walk() for name, document in each.items()}
     except OSError as error:
         raise StoreError(f"store {folder}: expected files that can be read, got: {error}") from error
     manifests = {name: record for name, record in found.items() if record is not None}

@@ -25,7 +25,8 @@ from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
 from pullthrough.core.errors import TransferRefused
-from pullthrough.core.records import Name
+from pullthrough.core.manifest_json import type_of
+from pullthrough.core.records import ManifestRecord, Name
 from pullthrough.core.routes import ManifestRoute, parse_registry_target
 from pullthrough.runtime import platform
 from pullthrough.store.blob_files import PRIVATE, PUBLIC, ROOTS
@@ -62,6 +63,17 @@ class Document(NamedTuple):
     """It lies below `private/`."""
     changed: float
     """When it was written, Unix seconds."""
+
+    def record(self, known: ManifestRecord | None) -> ManifestRecord | None:
+        """Return what the file says, with what is known besides; None if it is no manifest."""
+        record = ManifestRecord.parse(self.body, type_of(self.body), now=0.0)
+        if record is None:
+            return None
+        if known is None or known.digest != record.digest:
+            return record._replace(denied=self.denied, brought=self.changed)
+        return known._replace(
+            denied=self.denied, listed=record.listed, claimed=record.claimed, references=record.references
+        )
 
 
 @dataclass(frozen=True, slots=True)

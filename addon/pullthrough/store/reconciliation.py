@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 
 from pullthrough.core.errors import StoreUnwritable
-from pullthrough.core.manifest_json import type_of
-from pullthrough.core.records import ManifestRecord, Name
+from pullthrough.core.records import Name
 from pullthrough.store.blob_table import BlobTable
 from pullthrough.store.manifest_files import Document, ModelFiles
 from pullthrough.store.manifest_table import ManifestTable
@@ -101,7 +100,7 @@ class Reconciliation:
             if self._files.is_pending(name):
                 continue
             known = table.records.get(name)
-            record = record_of(document, known)
+            record = document.record(known)
             if record is None:
                 _log.warning("the file of %s is no manifest; it is recorded anew when asked for", name)
                 if known is not None:
@@ -109,15 +108,3 @@ class Reconciliation:
             elif known is None or not table.is_same(known, record):
                 table.put(name, record)
                 self._changed()
-
-
-def record_of(document: Document, known: ManifestRecord | None) -> ManifestRecord | None:
-    """Return what the file says, with what is known besides; None if it is no manifest."""
-    record = ManifestRecord.parse(document.body, type_of(document.body), now=0.0)
-    if record is None:
-        return None
-    if known is None or known.digest != record.digest:
-        return record._replace(denied=document.denied, brought=document.changed)
-    return known._replace(
-        denied=document.denied, listed=record.listed, claimed=record.claimed, references=record.references
-    )

@@ -344,13 +344,53 @@ def test_random_damage(filled: Path, tmp_path: Path) -> None:
         shutil.rmtree(folder.parent)
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A closed store of ten thousand models."""
+    folder = tmp_path_factory.mktemp("many") / "store"
+    fill_many(folder, models=10_000, layers=7, day=1.0)
+    return folder
+
+
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_ten_thousand_models(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="what children have used is told by POSIX")
+@pytest.mark.parametrize("words", [["ls"], ["stats"], ["prune", "--dry-run", "--all"]], ids=" ".join)
+def test_a_look_at_ten_thousand_models(many: Path, tmp_path: Path, words: list[str]) -> None:
+    """Takes less than a second without a daemon, the interpreter's start included.
+
+    Counted is the best of three: others use this machine too. The byte code is there, as after any installation.
+    """
+    import resource
+
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
+    program = [sys.executable, "-c", "from pullthrough.cli import main; main()", *words, "--dir", many]
+    taken = []
+    for _ in range(4):
+        before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        done = subprocess.run(program, env=environment, capture_output=True, check=True)
+        assert len(done.stdout) > 100
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        taken.append((used, time.monotonic() - began))
+    used, wall = map(min, zip(*taken[1:], strict=True))
+    print(f"{' '.join(words)}: {wall:.2f} s, {used:.2f} s of them on a core")
+    assert used < 1
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_ten_thousand_models(many: Path) -> None:
     """Opened in a second with its index; without one, served at once and rebuilt in a minute, with the loop free."""
-    folder = tmp_path / "store"
-    fill_many(folder, models=10_000, layers=7, day=1.0)
+    folder = many
     name = Name(DEFAULT_HOST, "library/m7777", "latest")
+    opens = []
+    for _ in range(3):  # the best of three counts: others use this machine too
+        began = time.monotonic()
+        with closing(Store.open(folder)):
+            opens.append(time.monotonic() - began)
+    assert min(opens) < 2  # one second on an idle machine
     for is_lost in (False, True):
         if is_lost:
             without_index(folder)
@@ -371,7 +411,6 @@ def test_ten_thousand_models(tmp_path: Path) -> None:
         print(
             f"opened {opened_s:.2f} s, first hit {served_s:.2f} s, settled {settled_s:.1f} s, pause {max(pauses):.3f} s"
         )
-        assert opened_s < 2  # one second on an idle machine
         assert served_s < 3
         assert settled_s < 60
         assert max(pauses) < 0.5
