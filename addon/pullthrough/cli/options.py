@@ -16,7 +16,7 @@ from pullthrough.cli.help_text import LOOKING, Verbs, term_lines
 from pullthrough.config import paths
 from pullthrough.config.config_file import template
 from pullthrough.config.options import GROUPS, environment_texts
-from pullthrough.config.sources import new_config_file
+from pullthrough.config.sources import DEFAULT, new_config_file
 from pullthrough.core.errors import NoDaemon
 from pullthrough.core.humanize import columns
 
@@ -59,19 +59,32 @@ def config(
 
 
 def _write(given: Path | None) -> None:
-    """Make the file; one that is there may hold what somebody has chosen."""
+    """Make the file, where the cache that runs looks for it, else one that is started from here.
+
+    One that is there may hold what somebody has chosen.
+    """
     with refusals():
-        said = environment_texts(os.environ)
-        store = str(given.expanduser()) if given is not None else said.get("dir", "")
-        path = new_config_file(said.get("config", ""), store)
-        defaults = {"dir": store or str(paths.default_store()), "certs": str(paths.default_certs())}
+        try:
+            rows = {row["name"]: row for row in ask(folder_of(given), "config", {})}
+        except NoDaemon:
+            rows = {}
+            said = environment_texts(os.environ)
+            store = str(given.expanduser()) if given is not None else said.get("dir", "")
+            named, defaults = said.get("config", ""), {}
+        else:
+            named = rows["config"]["value"]
+            store = "" if rows["dir"]["source"] == DEFAULT else rows["dir"]["value"]
+            defaults = {name: rows[name]["value"] for name in ("dir", "certs")}
+        path = new_config_file(named, store)
+        own = {"dir": store or str(paths.default_store()), "certs": str(paths.default_certs())}
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(template(defaults))
+                file.write(template(own | defaults))
         except FileExistsError:
             fail(f"expected no {path} yet, got one, which is left as it is; edit it, or move it away first")
-    print_lines([f"wrote {path}; it changes nothing until a line loses its #"])
+    restart = ", and the cache that runs is started again" if rows else ""
+    print_lines([f"wrote {path}; it changes nothing until a line loses its #{restart}"])
 
 
 def run_help(width: int) -> list[str]:

@@ -28,6 +28,7 @@ from pullthrough.cli.common import (
     settings_in_force,
 )
 from pullthrough.cli.help_text import LOOKING, SETTING_UP, Verbs
+from pullthrough.config.parsers import is_address
 from pullthrough.config.settings import PROXY_PORT, Endpoint
 from pullthrough.core.errors import NoDaemon
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 app = Verbs()
 
+_USUAL: Final = Endpoint("http", "", PROXY_PORT)
+"""Where the proxy of a cache is that was started without a word about it."""
 _ADDRESS: Final = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9._-]+))(?::(?P<port>\d{1,5}))?")
 
 
@@ -68,6 +71,7 @@ def connect(
 ) -> None:
     """Print the command that sets up a client, to be run there."""
     # Cryptography takes longer to load than most verbs to run.
+    from pullthrough.net.address_policy import local_ports
     from pullthrough.pki.authority import has_authority
     from pullthrough.pki.client_setup import SYSTEMS, UNDO, clients_host, clients_origin, command, documents
     from pullthrough.pki.rollover import Rollover
@@ -75,23 +79,31 @@ def connect(
 
     if undo:
         return print_json({"for": kind, "undo": UNDO[kind]}) if json else print_lines([UNDO[kind]])
-    given = _ADDRESS.fullmatch(address)
+    given = _ADDRESS.fullmatch(f"[{address}]" if ":" in address and is_address(address) else address)
     if address and given is None:
         raise typer.BadParameter(f"expected a host or host:port, got {address!r}")
+    if given and given["port"] and not 0 < int(given["port"]) < 65536:
+        raise typer.BadParameter(f"expected a port from 1 to 65535, got {given['port']}")
     with refusals():
-        settings, is_running = settings_in_force(dir), runs(dir)
-        if not is_running and not has_authority(settings.certs):
+        settings, running = settings_in_force(dir), _running_proxy(dir)
+        if running is None and not has_authority(settings.certs):
             fail(
                 f"no cache runs on {folder_of(dir)}, and there is no authority in {settings.certs} that a client could "
                 "trust: start the cache with `ollama-cache run`"
             )
         rollover = Rollover.load(settings.certs, settings.intercepted, now=datetime.now(UTC))
-    if not is_running:
+    if running is None:
         typer.echo(f"No cache runs on {folder_of(dir)}: start it before this is used on a client.", err=True)
+    elif local := local_ports(running, settings):
+        typer.echo(
+            f"The cache listens for this machine alone at {', '.join(local)}, and no client can connect to it: start "
+            "it with --listen-host 0.0.0.0, and with listen=:9200",
+            err=True,
+        )
     host = (given["v6"] or given["host"]) if given else clients_host(settings)
     if not given and settings.advertise is None and not _is_reachable(host):
         fail(f"clients cannot reach {host}, the only address that was found: name another with --address or advertise")
-    proxy = Endpoint("http", host, int(given["port"]) if given and given["port"] else _proxy_port(dir))
+    proxy = Endpoint("http", host, int(given["port"]) if given and given["port"] else (running or _USUAL).port)
     made = documents(rollover.certificates, rollover.permitted, proxy.origin)
     if kind not in SYSTEMS:
         document = made[f"/connect/{kind}.yaml"].body.decode()
@@ -141,21 +153,12 @@ def doctor(
     raise typer.Exit(int(any(finding.grave for finding in findings)))
 
 
-def runs(given: Path | None) -> bool:
-    """Return whether a cache runs on the store."""
+def _running_proxy(given: Path | None) -> Endpoint | None:
+    """Return where the proxy of the cache that runs on the store listens; None if none runs."""
     try:
-        ask(folder_of(given), "proxy", {})
+        return Endpoint("http", **ask(folder_of(given), "proxy", {}))
     except NoDaemon:
-        return False
-    return True
-
-
-def _proxy_port(given: Path | None) -> int:
-    """That of the cache that runs."""
-    try:
-        return int(ask(folder_of(given), "proxy", {})["port"])
-    except NoDaemon:
-        return PROXY_PORT
+        return None
 
 
 def _server_facts(given: Path | None) -> "ServerFacts":
@@ -167,7 +170,7 @@ def _server_facts(given: Path | None) -> "ServerFacts":
     from pullthrough.runtime.platform import own_addresses
     from pullthrough.upstream.client import Upstream
 
-    settings, proxy, running = settings_in_force(given), Endpoint("http", "", PROXY_PORT), True
+    settings, proxy, running = settings_in_force(given), _running_proxy(given) or _USUAL, True
 
     async def look() -> Outlook:
         upstream = Upstream(settings, own_addresses=own_addresses, parents=ParentProxies.parse(os.environ))
@@ -178,7 +181,6 @@ def _server_facts(given: Path | None) -> "ServerFacts":
             await upstream.close()
 
     try:
-        proxy = Endpoint("http", **ask(folder_of(given), "proxy", {}))
         outlook = Outlook(**ask(folder_of(given), "look-out", {}))
     except NoDaemon:
         running, outlook = sys.platform == "win32", asyncio.run(look())

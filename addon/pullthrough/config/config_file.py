@@ -1,7 +1,8 @@
 """The configuration file: TOML with the names of the options as its keys.
 
 Invariant: a key that is no option, and a value that no option can have, stop with the line, and with nothing of the
-value: it may be a secret in the wrong place.
+value: it may be a secret in the wrong place. Of a value that is of the right type and not what its option takes,
+`options.shown` decides what may be quoted.
 """
 
 import json
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pullthrough.config.near_misses import closest
-from pullthrough.config.options import GROUPS, OPTIONS, REMOVED
+from pullthrough.config.near_misses import hint
+from pullthrough.config.options import GROUPS, OPTIONS, REMOVED, shown
 from pullthrough.config.settings import PREFIX
 from pullthrough.core.errors import SettingsError
 
+_QUOTED: Final = re.compile(r"""(['"]).*\1""")
 _HEAD: Final = """\
 # What ollama-cache does, unless the command line (--set ollama_cache_NAME=VALUE) or the environment
 # (OLLAMA_CACHE_NAME) says otherwise. A line counts once its # is removed; the values here are the defaults.
@@ -46,7 +48,11 @@ def parse_config(path: Path, text: str) -> ConfigFile:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"{path}: expected TOML, got a mistake: {error}") from None
+        # Names of keys and characters are quoted in it.
+        mistake = _QUOTED.sub("...", str(error))
+        raise SettingsError(f"{path}: expected TOML, got a mistake: {mistake}") from None
+    except (ValueError, RecursionError):
+        raise SettingsError(f"{path}: expected TOML, got a number of too many digits, or lists too deep") from None
     known = {option.name for option in OPTIONS} - {"config"}
     texts, lines = {}, {}
     for key, value in table.items():
@@ -55,9 +61,10 @@ def parse_config(path: Path, text: str) -> ConfigFile:
         if key in REMOVED:
             raise SettingsError(f"{place}: option {key} was removed: {REMOVED[key]}")
         if key not in known:
-            name = closest(key.removeprefix(PREFIX), known)
-            hint = f"did you mean {name}?" if name else f"expected one of {', '.join(sorted(known))}"
-            raise SettingsError(f"{place}: unknown option {key}; {hint}")
+            otherwise = f"expected one of {', '.join(sorted(known))}"
+            mend = hint(key.removeprefix(PREFIX), known, spelt=str, otherwise=otherwise)
+            name = shown(key) if key.isprintable() else ascii(key)
+            raise SettingsError(f"{place}: unknown option {name}; {mend}")
         try:
             texts[key] = _text_of(value)
         except ValueError as error:

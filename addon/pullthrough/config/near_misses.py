@@ -4,7 +4,7 @@ Invariant: a name that Ollama, mitmproxy or Kubernetes gives a meaning of its ow
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from difflib import SequenceMatcher, get_close_matches
 from typing import Final
 
@@ -17,11 +17,32 @@ _SHORT: Final = 5
 """A bare name of fewer letters, such as `dir`, counts only as it stands."""
 _SERVICE: Final = re.compile(r"SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
 """What Kubernetes puts into the environment for a Service called ollama-cache, behind `OLLAMA_CACHE_`."""
+_SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://\S+")
+"""The value of `OLLAMA_CACHE_PORT` there, which others set, too."""
+_SAME: Final = dict.fromkeys(("store", "folder", "path", "data", "data_dir", "home"), "dir") | {"size": "max_size"}
+"""Other words for our options."""
+_OF_MITMDUMP: Final = {
+    "port": "the proxy's port is mitmdump's own option, --listen-port PORT; that of the pages is in listen",
+    "listen_port": "it is mitmdump's own option: --listen-port PORT",
+    "host": "the proxy's address is mitmdump's own option, --listen-host ADDRESS; that of the pages is in listen",
+    "listen_host": "it is mitmdump's own option: --listen-host ADDRESS",
+    "mode": "it is mitmdump's own option: --mode MODE",
+}
+"""What is no option of ours, and may be thought one."""
+
+
+def hint(name: str, known: Collection[str], *, spelt: Callable[[str], str], otherwise: str) -> str:
+    """Return what to do about an unknown name: the option that was meant, as `spelt` writes it, else `otherwise`."""
+    if elsewhere := _OF_MITMDUMP.get(_plain(name)):
+        return elsewhere
+    found = closest(name, known)
+    return f"did you mean {spelt(found)}?" if found else otherwise
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that this one is a misspelling of."""
-    return next(iter(get_close_matches(_plain(name), known, n=1, cutoff=0.6)), None)
+    plain = _plain(name)
+    return _SAME.get(plain) or next(iter(get_close_matches(plain, known, n=1, cutoff=0.6)), None)
 
 
 def meant(name: str, known: Collection[str]) -> str | None:
@@ -37,14 +58,14 @@ def meant(name: str, known: Collection[str]) -> str | None:
     return found[0].removeprefix(PREFIX) if found else None
 
 
-def unknown_variables(names: Iterable[str], known: Collection[str]) -> Iterator[tuple[str, str | None]]:
-    """Yield each variable of the environment that is meant for us and names no option, and the option it may mean."""
+def unknown_variables(environ: Mapping[str, str], known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield each variable of the environment that is meant for us and names no option, and the name it may mean."""
     variables = {f"{ENVIRONMENT}{option.upper()}" for option in known}
-    for name in sorted(set(names) - variables):
+    for name in sorted(environ.keys() - variables):
         if name.startswith(ENVIRONMENT):
             rest = name.removeprefix(ENVIRONMENT)
-            if not _SERVICE.fullmatch(rest):
-                yield name, closest(rest, known)
+            if not _SERVICE.fullmatch(rest) or (rest == "PORT" and not _SERVICE_URL.fullmatch(environ[name])):
+                yield name, rest
             continue
         plain = _plain(name)
         for option in known:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pullthrough.config.near_misses import closest, meant, unknown_variables
+from pullthrough.config.near_misses import hint, meant, unknown_variables
 from pullthrough.config.parsers import (
     parse_advertise,
     parse_clients,
@@ -258,11 +258,14 @@ def environment_texts(environ: Mapping[str, str]) -> dict[str, str]:
         if environ.get(f"{ENVIRONMENT}{name.upper()}"):
             raise _removed(name)
     removed = {f"{ENVIRONMENT}{name.upper()}" for name in REMOVED}
-    for variable, option in unknown_variables(environ.keys() - removed, known):
-        hint = (
-            f"did you mean {ENVIRONMENT}{option.upper()}?" if option else "`ollama-cache run --help` lists the options"
+    for variable, name in unknown_variables({key: environ[key] for key in environ.keys() - removed}, known):
+        mend = hint(
+            name,
+            known,
+            spelt=lambda option: f"{ENVIRONMENT}{option.upper()}",
+            otherwise="`ollama-cache run --help` lists the options",
         )
-        raise SettingsError(f"unknown variable {variable} in the environment; {hint}")
+        raise SettingsError(f"unknown variable {variable} in the environment; {mend}")
     return {name: text for name in known if (text := environ.get(f"{ENVIRONMENT}{name.upper()}"))}
 
 
@@ -304,9 +307,9 @@ def _removed(name: str) -> SettingsError:
 
 def _unknown(name: str) -> SettingsError:
     known = [option.name for option in OPTIONS]
-    found = closest(name, known)
-    hint = f"did you mean {PREFIX}{found}?" if found else f"expected one of {', '.join(sorted(known))} after {PREFIX!r}"
-    return SettingsError(f"unknown option {PREFIX}{name}; {hint}")
+    otherwise = f"expected one of {', '.join(sorted(known))} after {PREFIX!r}"
+    mend = hint(name, known, spelt=lambda option: f"{PREFIX}{option}", otherwise=otherwise)
+    return SettingsError(f"unknown option {PREFIX}{name}; {mend}")
 
 
 def parse_settings(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pullthrough.config.quantities import parse_duration, parse_size
 from pullthrough.config.settings import Endpoint, Lifetimes, Network
@@ -25,6 +25,22 @@ def parse_host(text: str) -> str:
     if is_address(host):
         raise ValueError("a host name, not an address (the CA signs names only)")
     return host
+
+
+def _split(text: str, expected: str) -> SplitResult:
+    """Return the parts of a URL. Raises ValueError, which quotes nothing of it."""
+    try:
+        return urlsplit(text)
+    except ValueError:
+        raise ValueError(expected) from None
+
+
+def port_of(split: SplitResult) -> int | None:
+    """Return the port of a URL, if it has one. Raises ValueError, which quotes nothing of it."""
+    try:
+        return split.port
+    except ValueError:
+        raise ValueError("a port from 1 to 65535") from None
 
 
 def is_address(text: str) -> bool:
@@ -46,12 +62,12 @@ def parse_upstream(text: str) -> Mapping[str, Endpoint]:
         name, equals, url = part.partition("=")
         if not equals:
             raise ValueError("host=url[,host=url]")
-        split = urlsplit(url)
+        split = _split(url, "host=url where url is http(s)://name[:port] without a path")
         if split.scheme not in ("http", "https") or not split.hostname or split.path not in ("", "/"):
             raise ValueError("host=url where url is http(s)://name[:port] without a path")
         if split.query or split.fragment or split.username is not None:
             raise ValueError("host=url where url has no query, fragment or user")
-        port = split.port or (443 if split.scheme == "https" else 80)
+        port = port_of(split) or (443 if split.scheme == "https" else 80)
         result[parse_host(name)] = Endpoint(split.scheme, split.hostname, port)
     return MappingProxyType(result)
 
@@ -65,7 +81,8 @@ def parse_clients(text: str) -> tuple[Network | str, ...]:
         try:
             result.append(ipaddress.ip_network(part))
         except ValueError as error:
-            raise ValueError(f"CIDR networks or the words private, local, any ({error})") from error
+            bits = "; behind the slash of a network no bits are set" if "host bits" in str(error) else ""
+            raise ValueError(f"CIDR networks or the words private, local, any{bits}") from None
     return tuple(result)
 
 
@@ -74,25 +91,26 @@ def parse_listen(text: str) -> tuple[tuple[str, int], ...]:
         return ()
     result = []
     for part in (piece.strip() for piece in text.split(",")):
-        split = urlsplit(f"//{part}")
-        # `port` raises ValueError beyond 65535.
-        if not (split.hostname or part.startswith(":")) or split.netloc != part or "@" in part or not split.port:
+        split = _split(f"//{part}", "off or [host]:port, with an IPv6 address in brackets")
+        port = port_of(split)
+        if not (split.hostname or part.startswith(":")) or split.netloc != part or "@" in part or not port:
             raise ValueError("off or [host]:port[,[host]:port], with an IPv6 address in brackets")
         host = split.hostname or ""
-        result.append((host if not host or is_address(host) else parse_host(host), split.port))
+        result.append((host if not host or is_address(host) else parse_host(host), port))
     return tuple(dict.fromkeys(result))
 
 
 def parse_advertise(text: str) -> Endpoint | None:
     if not text.strip():
         return None
-    split = urlsplit(text.strip() if "://" in text else f"//{text.strip()}", scheme="http")
-    # `port` raises ValueError beyond 65535.
-    plain = split.scheme == "http" and split.path in ("", "/") and not split.query and not split.fragment
-    if not plain or not split.hostname or "@" in split.netloc or split.port == 0:
-        raise ValueError("host, host:port or http://host[:port], with an IPv6 address in brackets")
+    expected = "host, host:port or http://host[:port], with an IPv6 address in brackets"
+    split = _split(text.strip() if "://" in text else f"//{text.strip()}", expected)
+    port = port_of(split)
+    plain = split.scheme in ("", "http") and split.path in ("", "/") and not split.query and not split.fragment
+    if not plain or not split.hostname or "@" in split.netloc or port == 0:
+        raise ValueError(expected)
     host = split.hostname if is_address(split.hostname) else parse_host(split.hostname)
-    return Endpoint("http", host, split.port or (80 if "://" in text else 0))
+    return Endpoint("http", host, port or (80 if "://" in text else 0))
 
 
 def parse_front(text: str) -> Mapping[int, str] | None:
@@ -111,9 +129,10 @@ def parse_front(text: str) -> Mapping[int, str] | None:
 def parse_object_store(text: str) -> str | None:
     if not text.strip():
         return None
-    split = urlsplit(text.strip())
+    expected = "a URL such as s3://bucket/prefix, without credentials (those come from the environment)"
+    split = _split(text.strip(), expected)
     if not split.scheme or not split.netloc or "@" in split.netloc or split.query or split.fragment:
-        raise ValueError("a URL such as s3://bucket/prefix, without credentials (those come from the environment)")
+        raise ValueError(expected)
     return text.strip()
 
 
@@ -196,7 +215,10 @@ def parse_word[T: StrEnum](words: type[T]) -> Callable[[str], T]:
 def parse_folder(text: str) -> Path:
     if not text.strip() or "\0" in text:
         raise ValueError("a folder")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("a folder; `~` or `~NAME` in front stands for a home that is not known here") from None
 
 
 def parse_file(text: str) -> Path | None:

@@ -10,12 +10,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from pullthrough.config import paths
 from pullthrough.config.config_file import ConfigFile, parse_config
-from pullthrough.config.options import OPTIONS, environment_texts, parse_settings
+from pullthrough.config.options import OPTIONS, environment_texts, parse_settings, shown
+from pullthrough.config.parsers import parse_folder
 from pullthrough.config.settings import Settings
 from pullthrough.core.errors import SettingsError
+
+DEFAULT: Final = "default"
+"""The source of what nobody chose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ class Choices:
             {
                 "name": option.name,
                 "value": own.get(option.name) or self.texts.get(option.name) or option.default,
-                "source": self.sources.get(option.name, "default"),
+                "source": self.sources.get(option.name, DEFAULT),
             }
             for option in OPTIONS
         ]
@@ -78,7 +83,7 @@ def config_file(command_line: Mapping[str, str], environment: Mapping[str, str])
     """
     given = {**environment, **command_line}
     if named := given.get("config"):
-        return _read(Path(named).expanduser())
+        return _read(_expanded(named))
     for path in config_places(given.get("dir", "")):
         if path.exists():
             return _read(path, owned=True)
@@ -87,13 +92,21 @@ def config_file(command_line: Mapping[str, str], environment: Mapping[str, str])
 
 def config_places(store: str) -> tuple[Path, ...]:
     """Return where the file may lie: beside the store, where one was chosen, then the user's and the system's place."""
-    beside = (paths.config_beside(Path(store).expanduser()),) if store else ()
+    beside = (paths.config_beside(_expanded(store)),) if store else ()
     return (*beside, *paths.default_configs())
 
 
 def new_config_file(named: str, store: str) -> Path:
     """Return where a new one is to be: as named, else beside a store that was chosen, else in the user's place."""
-    return Path(named).expanduser() if named else config_places(store)[0]
+    return _expanded(named) if named else config_places(store)[0]
+
+
+def _expanded(text: str) -> Path:
+    """Return the path with the home folder in place of `~`. Raises SettingsError."""
+    try:
+        return parse_folder(text)
+    except ValueError as error:
+        raise SettingsError(f"expected {error}, got {shown(text)!r}") from None
 
 
 def _read(path: Path, *, owned: bool = False) -> ConfigFile:
@@ -104,8 +117,10 @@ def _read(path: Path, *, owned: bool = False) -> ConfigFile:
             if owned:
                 _check_owner(path, os.fstat(file.fileno()))
             return parse_config(path, file.read())
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: expected a configuration file, got: {error}") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: expected TOML in UTF-8, got something else at byte {error.start}") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: expected a configuration file, got: {error.strerror}") from None
 
 
 def _check_owner(path: Path, state: os.stat_result) -> None:

@@ -33,7 +33,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import AuthorityError, CacheError, StoreError
 from pullthrough.core.manifest_json import DOCKER_TYPE
 from pullthrough.doctor.rules import Leg, ServerFacts
-from pullthrough.net.address_policy import is_loopback
+from pullthrough.net.address_policy import local_ports
 from pullthrough.pki.authority import CERTIFICATE_NAME, KEY_NAME
 from pullthrough.pki.rollover import Rollover
 from pullthrough.runtime.platform import own_addresses
@@ -145,7 +145,7 @@ def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: 
         leg=try_leg(proxy, settings.registries[0]),
         port=_port_problem(door, rollover) if door else "",
         taken=door is not None and not _reach(door),
-        local=_local(proxy, settings) if running else (),
+        local=local_ports(proxy, settings) if running else (),
         advertised=_advertised_problem(settings) if running else "",
         refused=out.refused,
         descriptors=out.descriptors,
@@ -271,15 +271,6 @@ def _index_problem(folder: Path) -> str:
 
 def _elsewhere(settings: Settings) -> tuple[str, ...]:
     return tuple(cache.store for cache in running_caches(settings.runtime_dir) if cache.store != str(settings.dir))
-
-
-def _local(proxy: Endpoint, settings: Settings) -> tuple[str, ...]:
-    """Return the ports that listen on loopback alone."""
-    ports = {port: [host for host, each in settings.listeners if each == port] for _, port in settings.listeners}
-    ports[proxy.port] = [*ports.get(proxy.port, ()), proxy.host]
-    return tuple(
-        f"port {port} ({', '.join(sorted(hosts))})" for port, hosts in ports.items() if all(map(is_loopback, hosts))
-    )
 
 
 def _advertised_problem(settings: Settings) -> str:

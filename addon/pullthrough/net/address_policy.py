@@ -8,6 +8,7 @@ import ipaddress
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from pullthrough.config.settings import Endpoint, Settings
 from pullthrough.core.errors import AddressRefused, LoopDetected
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -40,6 +41,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def local_ports(proxy: Endpoint, settings: Settings) -> tuple[str, ...]:
+    """Return the ports that listen on loopback alone, for people; `proxy` is where the proxy listens."""
+    ports = {port: [host for host, each in settings.listeners if each == port] for _, port in settings.listeners}
+    ports[proxy.port] = [*ports.get(proxy.port, ()), proxy.host]
+    return tuple(
+        f"port {port} ({', '.join(sorted(hosts))})" for port, hosts in ports.items() if all(map(is_loopback, hosts))
+    )
 
 
 def check_address(text: str, *, own: Collection[str] = ()) -> None:

@@ -499,6 +499,24 @@ def test_config_file_is_written_where_it_is_read(run: Run, tmp_path: Path) -> No
     assert not store.exists()
 
 
+def test_config_file_of_the_cache_that_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written where that cache looks for it, whatever this shell's options are."""
+    rows = {"dir": (str(tmp_path / "theirs/store"), "command line"), "certs": ("/their/certs", "default")}
+    rows["config"] = ("", "default")
+
+    def answer(*_: object) -> object:
+        return [{"name": name, "value": value, "source": source} for name, (value, source) in rows.items()]
+
+    monkeypatch.setattr("pullthrough.cli.options.ask", answer)
+    path = tmp_path / "theirs/config.toml"
+    result = run("config", "--init")
+    assert result.exit_code == 0 and str(path) in result.stdout and "is started again" in result.stdout
+    assert '# certs = "/their/certs"' in path.read_text()
+    rows["config"] = (str(tmp_path / "own.toml"), "environment")
+    assert run("config", "--init").exit_code == 0
+    assert (tmp_path / "own.toml").exists()
+
+
 def test_config_stops_at_a_mistake(run: Run, tmp_path: Path) -> None:
     """As the cache would, with the line."""
     path = tmp_path / "own.toml"

@@ -37,6 +37,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 ADDRESSES: Final = {
     "given": ("--address 10.9.8.7", {}, "10.9.8.7:9200", "10.9.8.7:8080"),
     "given with a port": ("--address cache.lan:3128", {}, "cache.lan:9200", "cache.lan:3128"),
+    "IPv6 without brackets": ("--address fd00::2", {}, "[fd00::2]:9200", "[fd00::2]:8080"),
     "IPv6": ("--address [fd00::1]:3128", {}, "[fd00::1]:9200", "[fd00::1]:3128"),
     "advertised": ("", {"OLLAMA_CACHE_ADVERTISE": "cache.lan:9300"}, "cache.lan:9300", "cache.lan:8080"),
     "own": ("", {}, "10.0.0.1:9200", "10.0.0.1:8080"),
@@ -59,6 +60,8 @@ def test_address(run: Run, line: str, env: dict[str, str], server: str, proxy: s
     [
         pytest.param("", {"OLLAMA_CACHE_LISTEN": "off"}, "got ollama_cache_listen=off", id="no port"),
         pytest.param("--address a;reboot", {}, "expected a host or host:port, got 'a;reboot'", id="not an address"),
+        pytest.param("--address cache.lan:65536", {}, "expected a port from 1 to 65535, got 65536", id="port too high"),
+        pytest.param("--address cache.lan:0", {}, "expected a port from 1 to 65535, got 0", id="port 0"),
         pytest.param("--address http://a", {}, "got 'http://a'", id="a URL"),
         pytest.param("--for amiga", {}, "'amiga'", id="unknown system"),
     ],
@@ -78,6 +81,34 @@ def test_no_address(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "clients cannot reach 127.0.0.1" in result.stderr and "--address" in result.stderr
     assert "http://10.9.8.7:9200" in run("connect", "--address", "10.9.8.7").stdout
     assert "http://cache.lan:9200" in run("connect", env={"OLLAMA_CACHE_ADVERTISE": "cache.lan"}).stdout
+
+
+@pytest.mark.parametrize(
+    ("host", "listen", "told"),
+    [
+        ("127.0.0.1", ":9200", "at port 8080 (127.0.0.1), and"),
+        ("", "127.0.0.1:9200", "at port 9200 (127.0.0.1), and"),
+        ("", ":9200", ""),
+    ],
+)
+def test_a_cache_for_its_own_machine(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, listen: str, told: str
+) -> None:
+    """Whoever prints a line for a client is told that none can connect."""
+
+    def answer(_: Path, command: str, __: object) -> object:
+        rows = {"dir": str(tmp_path / "store"), "certs": str(tmp_path / "certs"), "listen": listen}
+        return {
+            "proxy": {"host": host, "port": 8080},
+            "config": [{"name": name, "value": value, "source": ""} for name, value in rows.items()],
+        }[command]
+
+    for module in ("common", "setup"):
+        monkeypatch.setattr(f"pullthrough.cli.{module}.ask", answer)
+    result = run("connect")
+    assert result.exit_code == 0 and "http://10.0.0.1:" in result.stdout
+    assert told in result.stderr
+    assert ("for this machine alone" in result.stderr) is bool(told)
 
 
 def test_json(run: Run) -> None:

@@ -61,13 +61,25 @@ def test_mistakes(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["max_sise = 'hunter2'", "hf_token = 'hunter2'", "dir = {password = 'hunter2'}", "dir = hunter2"]
+    "text",
+    [
+        "max_sise = 'hunter2'",
+        "hf_token = 'hunter2'",
+        "dir = {password = 'hunter2'}",
+        "dir = hunter2",
+        "dir = {hunter2 = 1, hunter2 = 2}",
+        "[hunter2]\n[hunter2]",
+        "dir = 'hunter2",
+        "dir = 'a' hunter2",
+        "max_size = 1" + "0" * 5000,
+        "dir = " + "[" * 100_000,
+    ],
 )
 def test_no_value_is_shown(text: str) -> None:
     """It may be a secret in the wrong place."""
     with pytest.raises(SettingsError) as refused:
         parse_config(PATH, text)
-    assert "hunter2" not in str(refused.value)
+    assert "hunter2" not in str(refused.value) and "000" not in str(refused.value)
 
 
 def test_template() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pullthrough.config.near_misses import closest, meant, unknown_variables
+from pullthrough.config.near_misses import closest, hint, meant, unknown_variables
 from pullthrough.config.options import OPTIONS
 
 KNOWN = [option.name for option in OPTIONS]
@@ -49,13 +49,21 @@ def test_variables_of_others() -> None:
     """Ollama's own, those that Kubernetes makes of a Service called ollama-cache, and any without our name."""
     names = [f"OLLAMA_{name}" for name in OLLAMA.split()] + [f"OLLAMA_CACHE_{name}" for name in KUBERNETES.split()]
     names += ["DIR", "XDG_CACHE_DIR", "PIP_CACHE_DIR", "CACHE_DIR", "LOG_LEVEL", "OLLAMA_CACHE_DIR"]
-    assert list(unknown_variables(names, KNOWN)) == []
+    assert list(unknown_variables(dict.fromkeys(names, "tcp://10.96.0.7:8080"), KNOWN)) == []
+
+
+@pytest.mark.parametrize("value", ["3128", ":3128", "", "http://x"])
+def test_a_port_that_is_not_of_kubernetes(value: str) -> None:
+    """It is meant for us, and the message says which option of whom it is."""
+    assert list(unknown_variables({"OLLAMA_CACHE_PORT": value}, KNOWN)) == [("OLLAMA_CACHE_PORT", "PORT")]
+    assert "--listen-port PORT" in hint("PORT", KNOWN, spelt=str, otherwise="")
 
 
 @pytest.mark.parametrize(
     ("name", "option"),
     [
         ("OLLAMA_CACHE_MAXSIZE", "max_size"),
+        ("OLLAMA_CACHE_STORE", "dir"),
         ("OLLAMA_CACHE_QQQ", None),
         ("OLLAMA_CACHE_", None),
         ("ollama_cache_dir", "dir"),
@@ -66,7 +74,8 @@ def test_variables_of_others() -> None:
 )
 def test_variables_meant_for_us(name: str, option: str | None) -> None:
     """With the prefix each one, with a misspelt prefix those that end like an option."""
-    assert list(unknown_variables(["PATH", name], KNOWN)) == [(name, option)]
+    ((variable, meant_by),) = unknown_variables({"PATH": "/bin", name: "x"}, KNOWN)
+    assert (variable, closest(meant_by, KNOWN)) == (name, option)
 
 
 def test_closest() -> None:

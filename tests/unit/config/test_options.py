@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pullthrough.config.options import OPTIONS, check_foreign, environment_texts, parse_settings, shown
+from pullthrough.config.options import OPTIONS, Option, check_foreign, environment_texts, parse_settings, shown
 from pullthrough.config.settings import R2_HOST, Endpoint, Finish, Lifetimes, Log, Settings, Tunnel, Withdrawn
 from pullthrough.core.errors import SettingsError
 
@@ -276,6 +276,32 @@ def test_what_may_be_a_secret_is_not_shown(text: str, secret: str) -> None:
     with pytest.raises(SettingsError) as refused:
         parse(upstream_connections=text)
     assert secret not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "around", ["{}", "cache:{}", "[{}", "http://[{}", "x=http://y:{}", "~{}/x", "10.0.0.0/{}", "5m,{}"]
+)
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_what_was_expected_quotes_nothing(option: Option, around: str) -> None:
+    """Whatever refuses a text has words of its own: what is quoted goes through `shown`."""
+    secret = "q7Jm2Zp0Xv9LkT4sWb8NcR1d"
+    said = ""
+    try:
+        option.parse(around.format(secret))
+    except ValueError as error:
+        said = str(error)
+    assert secret.lower() not in said.lower()
+
+
+def test_ports_beyond_the_last() -> None:
+    """Said in our words."""
+    for name, text in (
+        ("listen", ":99999"),
+        ("advertise", "x:99999"),
+        ("upstream", "registry.ollama.ai=http://x:99999"),
+    ):
+        with pytest.raises(SettingsError, match=rf"{name}: expected a port from 1 to 65535, got '{text}'"):
+            parse(**{name: text})
 
 
 @pytest.mark.parametrize("text", ["/srv/models/2026-11/Store", "sometimes", "registry.ollama.ai=ftp://mirror", R2_HOST])

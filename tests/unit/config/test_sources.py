@@ -73,6 +73,16 @@ def test_a_file_that_others_can_write(places: tuple[Path, Path]) -> None:
         choices({}, {})
 
 
+def test_no_file_of_text(tmp_path: Path) -> None:
+    """No byte of it is shown, and a home folder that is not known is no traceback."""
+    (tmp_path / "config.toml").write_bytes(b"dir = '\xe9'")
+    with pytest.raises(SettingsError, match=r"expected TOML in UTF-8, got something else at byte 7$"):
+        choices({"config": str(tmp_path / "config.toml")}, {})
+    for name in ("config", "dir"):
+        with pytest.raises(SettingsError, match=r"expected a folder; .*a home that is not known here, got '~nobody-of"):
+            choices({name: "~nobody-of-this-name/x"}, {})
+
+
 @pytest.mark.skipif(os.name != "posix", reason="file modes and FIFOs are POSIX")
 def test_what_is_read_beside_a_store(tmp_path: Path) -> None:
     """A FIFO keeps nobody waiting, and no name of a folder becomes a command of whoever copies the hint."""

@@ -8,7 +8,8 @@ import pytest
 
 from pullthrough.config.options import parse_settings
 from pullthrough.config.settings import Endpoint
-from pullthrough.doctor.probe_server import _advertised_problem, _index_problem, _local, _owner
+from pullthrough.doctor.probe_server import _advertised_problem, _index_problem, _owner
+from pullthrough.net.address_policy import local_ports
 from pullthrough.store.index import DATABASE, Index
 
 FOLDERS: Final = {"dir": Path("/store"), "certs": Path("/certs")}
@@ -61,7 +62,7 @@ def test_what_is_absent_is_well(tmp_path: Path) -> None:
 )
 def test_local(proxy: str, texts: dict[str, str], local: tuple[str, ...]) -> None:
     """A port is of this machine alone where each of its addresses is."""
-    assert _local(Endpoint("http", proxy, 8080), parse_settings(texts, **FOLDERS)) == local
+    assert local_ports(Endpoint("http", proxy, 8080), parse_settings(texts, **FOLDERS)) == local
 
 
 def test_advertised() -> None:
