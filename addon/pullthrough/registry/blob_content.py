@@ -1,8 +1,8 @@
 """Answer a request for a blob's bytes: ranges, preconditions, and a reader of what is stored or being recorded.
 
-Invariant: whether this caller may have the bytes was decided before, or is told by the address itself: a capability of
-ours, or a signed address that was handed out here. Upstream pays for a blob what its readers ask for, until one of them
-shows that it pulls it. Sends nothing: an answer carries a reader.
+Invariant: whether this caller may have the bytes was decided before, or follows from the address itself: a capability
+of ours, or a signed address that was handed out here. Only the bytes that readers ask for are fetched, until one of
+them shows that it pulls the blob. Sends nothing: an answer carries a reader.
 """
 
 import logging
@@ -55,7 +55,7 @@ class BlobContent:
         on_pull: Callable[[Place, Digest], None],
         tier: Tier | None = None,
     ) -> None:
-        """`on_pull` is told where a client has asked for a blob that it has shown to pull."""
+        """`on_pull` is called with the place of a blob once a client has shown that it pulls it."""
         self._store = store
         self._recorder = recorder
         self._grants = grants
@@ -66,17 +66,17 @@ class BlobContent:
         self._tier = tier
 
     async def canonical(self, request: Request, route: CanonicalRoute) -> Answer | None:
-        """Answer at a canonical address; None where it is none of ours."""
+        """Answer a request at a canonical address; None if the address is not ours."""
         granted = self._granted(route)
         if granted is not None:
             return await self.read(request, route.digest, offload=granted.offload)
         if capability.is_claimed(route.query):
-            # The blob host would refuse it as well, with a text, and would have been shown it.
+            # The blob host would refuse it too, but with a text, and would have seen the capability.
             return Answer(403, CacheStatus(Outcome.BYPASS))
         return None
 
     def _granted(self, route: CanonicalRoute) -> capability.Capability | None:
-        """Return the capability that the query is: one of ours, or of our fleet's, which is good for what is public."""
+        """Return the capability in the query: one of ours, or one of our fleet's, which is valid for public blobs."""
         now = lasting()
         if granted := capability.verify(route.query, route.digest, secret=self._store.secret, now=now):
             return granted
@@ -89,9 +89,9 @@ class BlobContent:
     async def read(
         self, request: Request, digest: Digest, *, offload: bool = False, handed_out: HandedOut | None = None
     ) -> Answer:
-        """Return the bytes that are asked for; whether this caller may have them was decided before.
+        """Return the requested bytes; whether this caller may have them was decided before.
 
-        `handed_out` is the signed address that they were asked for at; with `offload` they may be elsewhere.
+        `handed_out` is the signed address of the request; with `offload` the bytes may be served elsewhere.
         """
         file = self._store.open_blob(digest)
         if file is not None:
@@ -114,10 +114,10 @@ class BlobContent:
         )
 
     async def _is_verified(self, recording: Recording, size: int) -> bool:
-        """Wait until all of a small blob has come and has the digest; False where it cannot be kept.
+        """Wait until a small blob has arrived and matches its digest; False if it cannot be stored.
 
-        So a page of the right length never reaches a client, nor a body that ends short. Raises what the recording
-        fails of.
+        So neither a web page of the right length nor a truncated body ever reaches a client. Raises the recording's
+        error.
         """
         recording.pull()
         reader = Reader(0, size, recording=recording)
@@ -136,9 +136,9 @@ class BlobContent:
         return self._store.held(recording.digest) is not None
 
     def recording(self, digest: Digest, handed_out: HandedOut | None = None, *, look: int = 0) -> Recording:
-        """Return the recording of the blob: the one that runs, or one from any repository that has it in public.
+        """Return the recording of the blob: the running one, or a new one from any repository that has it publicly.
 
-        Of a new one the first `look` bytes are surely wanted.
+        For a new one, the first `look` bytes are certainly wanted.
         """
         if found := self._recorder.find(digest):
             return found
@@ -151,7 +151,7 @@ class BlobContent:
         )
 
     async def record(self, digest: Digest, grant: Grant) -> int:
-        """Return the size of a blob that was granted; it is being recorded if it is not here. Raises CacheError."""
+        """Return the size of a granted blob; if it is not stored, a recording is started. Raises CacheError."""
         if (held := self._store.held(digest)) is not None and held.size is not None:
             if grant.stream is not None:
                 grant.stream.close()
@@ -173,7 +173,7 @@ class BlobContent:
         recording: Recording | None = None,
         offload: bool = False,
     ) -> Answer:
-        """Of a blob of `size` bytes what the request selects; `recording` is None for a stored one."""
+        """Answer with what the request selects of a blob of `size` bytes; `recording` is None for a stored one."""
         entity_tag = f'"{digest}"'
         hit = recording is None
         cache = CacheStatus(Outcome.HIT) if hit else CacheStatus(Outcome.PARTIAL, stored=True, collapsed=True)
@@ -205,12 +205,12 @@ class BlobContent:
             body.on_close = self._note(request.client, digest, size, body)
             if self._pulls.begin(request.client, digest, start, stop, size):
                 self._follow(request, digest, recording)
-        # x/transfer compares a blob's speed with the median of the last ones, counted from the head: a blob that comes
-        # as fast as the line would be too slow after a few hits (x/transfer/download.go, v0.14.0 to today).
+        # x/transfer compares a blob's speed with the median of the last ones, counted from the head: after a few hits,
+        # a blob that arrives at the speed of the line looks too slow (x/transfer/download.go, v0.14.0 to today).
         return Answer(status, cache, tuple(headers), body, stop - start, held=request.is_transfer and not hit)
 
     def _note(self, client: str, digest: Digest, size: int, reader: Reader) -> Callable[[], None]:
-        """Note that the client is about to be sent bytes; what is to be called when they have been."""
+        """Note that bytes are about to be sent to the client; return the function to call when that has ended."""
         pull = self._history.begin(client, digest, size, lambda: self._find_model(digest), now=time.time())
         record = self._store.blob(digest)
         cached = record is not None and record.held and pull is not None and record.recorded <= pull.began
@@ -227,7 +227,7 @@ class BlobContent:
         return next((name for name, record in self._store.manifests().items() if record.lists(digest)), None)
 
     def _follow(self, request: Request, digest: Digest, recording: Recording | None) -> None:
-        """The client pulls the blob: record all of it, and the layers that come next."""
+        """Record all of a blob that a client pulls, and the layers that come next."""
         if recording is not None:
             recording.pull()
         if (place := self._pulls.place(request.client, digest)) is not None:
@@ -235,7 +235,7 @@ class BlobContent:
 
 
 def _wanted_from_start(request: Request) -> int:
-    """Return how many bytes from the start of a blob of unknown size the request surely wants."""
+    """Return how many bytes from the start of a blob of unknown size the request certainly wants."""
     if request.method != "GET":
         return 0
     match parse_range(request.headers.get("range"), _ANY_SIZE):

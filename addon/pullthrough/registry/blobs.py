@@ -1,8 +1,8 @@
 """Answer requests for a repository's blobs: whether there is one, how big it is, and where its bytes are.
 
-Invariant: nobody learns of a blob, and nobody is sent to its bytes, but by `access.decide` or upstream's word for this
-very caller. A blob route answers with a status and no text, which a client would write into the model, with one
-exception (`_hopeless`). Gives bytes only to clients that no redirect would lead to another host name.
+Invariant: a caller learns of a blob, or is sent to its bytes, only if `Grants` allows it or upstream has said yes to
+this very caller. A blob route answers with a status and no text, which a client would write into the model, with one
+exception (`_hopeless`). Gives bytes itself only to clients that no redirect could lead to another host name.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ class Blobs:
         return await self._get_blob(request, route)
 
     async def _head_blob(self, request: Request, route: BlobRoute) -> Answer:
-        # A push asks the same HEAD and skips the upload when the answer is 200: then only upstream's word counts.
+        # A push sends the same HEAD and skips the upload if the answer is 200: then only upstream's answer counts.
         pushes = request.authorization is not None or request.is_transfer
         known = self._grants.holds(request, route)
         size = self._size(route.digest) if known else None
@@ -104,8 +104,8 @@ class Blobs:
         return _head(route.digest, size, CacheStatus(Outcome.REQUEST if pushes else Outcome.MISS, forward_status=200))
 
     async def _ask_size(self, request: Request, route: BlobRoute) -> int:
-        """Return the size as upstream's HEAD tells it, asked anonymously first. UpstreamRefused where upstream says
-        no.
+        """Return the size from upstream's answer to HEAD, asking anonymously first. Raises UpstreamRefused if it
+        refuses.
         """
         target = f"/v2/{route.repository}/blobs/{route.digest}"
         for authorization, headers in attempts(request):
@@ -117,7 +117,7 @@ class Blobs:
                 # That a blob exists is no grant of its bytes: only a GET confirms the pair.
                 return self._grants.told(request.host, route, int(length))
             if response.status == 200 or response.status in REDIRECTS | HEAD_UNKNOWN:
-                # Registries that redirect HEAD too, do not know it, or do not tell the size: the source itself tells.
+                # Some registries redirect HEAD too, do not support it, or omit the size: then the source itself tells.
                 return await self._open(request, route)
             if response.status not in DENIED:
                 break
@@ -145,17 +145,17 @@ class Blobs:
             offload = await self._offload.offers(request, route.digest)
             location = self._canonical_url(request, route.digest, size, offload=offload)
             return Answer(307, cache, (("Location", location),))
-        # The next best: Ollama since v0.3.10 takes the bytes if a Location says where to ask for the parts, which it
-        # does without its token.
+        # The next best: Ollama since v0.3.10 takes the bytes if a Location says where to ask for the parts; it sends no
+        # token there.
         answer = await self._content.read(request, route.digest)
         return replace(answer, headers=(*answer.headers, ("Location", self._canonical_target(route.digest, size))))
 
     async def _redirect(self, request: Request, route: BlobRoute, cache: CacheStatus, *, held: bool) -> Answer | None:
-        """Return the redirect to the registry's own address; None where ours must do."""
+        """Return a redirect to the registry's own address; None if ours must do."""
         place = (request.host, route.repository)
         near = self._tier is not None and self._grants.holds(request, route)
         try:
-            # An address that the client has not made anything of may be no good any more.
+            # An address that the client did not use may no longer be valid.
             fresh = self._pulls.is_waiting(request.client, place, route.digest)
             location = await self._redirects.location(request, route, held=held or near, fresh=fresh)
         except (UpstreamUnreachable, UpstreamTimeout) as error:
@@ -171,22 +171,22 @@ class Blobs:
         return Answer(307, replace(cache, outcome=outcome, stored=False, detail=detail), (("Location", location),))
 
     async def _known_size(self, request: Request, route: BlobRoute | ChunksumsRoute) -> int | None:
-        """Return the size of a blob that this caller may have and that is here, or is being recorded; else None."""
+        """Return the size of a blob that is stored or being recorded, if this caller may have it; else None."""
         if not self._grants.holds(request, route):
             return None
         if (held := self._store.held(route.digest)) is not None:
             return held.size
         record = self._store.blob(route.digest)
         if record is not None and record.held:
-            # It is here without proof: the recording verifies it, and asks nobody.
+            # The file is here but unverified: the recording verifies it without asking upstream.
             return await self._content.recording(route.digest).ready()
         recording = self._recorder.find(route.digest)
         return await recording.ready() if recording is not None else None
 
     async def _open(self, request: Request, route: BlobRoute) -> int:
-        """Return the blob's size, once upstream has granted it to this caller; it is being recorded if it is not here.
+        """Return the blob's size once upstream has granted it to this caller; if it is not stored, record it.
 
-        What everybody may have upstream need not be asked for where it may be nearer.
+        Upstream is not asked about a public blob that a nearer source may have.
         """
         record = self._store.blob(route.digest)
         if self._tier is not None and record is not None and record.public and self._grants.holds(request, route):
@@ -212,9 +212,9 @@ class Blobs:
     # --- chunk sums
 
     async def chunksums(self, request: Request, route: ChunksumsRoute) -> Answer:
-        """Upstream's list with our address for its; one chunk of all where upstream cannot be asked.
+        """Answer with upstream's list under our address; with a single chunk if upstream cannot be asked.
 
-        The list is asked for each time: it is small, and with many chunks a client resumes in the middle.
+        The list is requested each time: it is small, and with many chunks a client can resume in the middle.
         """
         try:
             body, size, cache = await self._ask_chunksums(request, route)
@@ -228,9 +228,9 @@ class Blobs:
         return Answer(200, cache, headers, body, len(body))
 
     async def _ask_chunksums(self, request: Request, route: ChunksumsRoute) -> tuple[bytes, int, CacheStatus]:
-        """Upstream's list and the size it covers; the blob is being recorded if it is not here.
+        """Return upstream's list and the size it covers; if the blob is not stored, record it.
 
-        UpstreamRefused where upstream says no.
+        Raises UpstreamRefused if upstream refuses.
         """
         target = f"/v2/{route.repository}/chunksums/{route.digest}"
         for authorization, headers in attempts(request):
@@ -258,9 +258,9 @@ def _head(digest: Digest, size: int, cache: CacheStatus) -> Answer:
 
 
 def _hopeless(request: Request, why: str) -> Answer:
-    """Tell an Ollama that fetches past every proxy why that cannot succeed: it shows the text and writes nothing.
+    """Tell an Ollama that downloads past every proxy why that cannot succeed: it shows the text and writes nothing.
 
-    This is the one exception from the rule that a blob route answers without text.
+    This is the one exception to the rule that a blob route answers without text.
     """
     version = ".".join(map(str, request.version or ()))
     message = (

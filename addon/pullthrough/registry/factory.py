@@ -1,6 +1,6 @@
 """Build the parts that answer in a registry's place, each from those before it.
 
-Invariant: nothing is begun here; what works by itself is opened and closed by whoever has it built.
+Invariant: nothing is started here; the caller opens and closes the parts that run in the background.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from pullthrough.upstream.client import Upstream
 
 @dataclass(frozen=True, slots=True)
 class RegistrySide:
-    """What answers clients in the registry's place, and what is done for them beforehand."""
+    """The parts that answer clients in the registry's place, and those that fetch ahead for them."""
 
     registry: Registry
     grants: Grants
@@ -47,7 +47,7 @@ class RegistrySide:
 def build_registry(
     settings: Settings, store: Store, upstream: Upstream, recorder: Recorder, tier: Tier | None = None
 ) -> RegistrySide:
-    """Build the registry of one daemon; nothing of it runs before it is asked or opened."""
+    """Build the registry of one daemon; nothing runs before it is called or opened."""
     pulls, clients, history = Pulls(log_lost), ClientTable(), PullHistory(log_pull)
     addresses = SignedUrls(store.secret, store.ledger, store.is_public)
     manifests = Manifests(settings, store, upstream, tier)

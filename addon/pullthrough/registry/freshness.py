@@ -1,4 +1,4 @@
-"""What to do for a manifest request: before upstream is asked, and after it was heard.
+"""What to do for a manifest request: before upstream is asked, and after it has answered.
 
 Invariant: a decision depends on the arguments alone; all times are Unix seconds and `now` is a parameter. (RFC 9111
 section 4 has the terms.)
@@ -14,7 +14,7 @@ REVALIDATE_TIMEOUT_S = 3.0
 """How long a client waits for upstream while a stored copy could be served."""
 
 DOWN_S = 30.0
-"""How long upstream is not asked again after it failed to answer, where a stored copy exists."""
+"""How long upstream is left alone after it failed to answer, where a stored copy exists."""
 
 
 class Freshness(Enum):
@@ -25,20 +25,20 @@ class Freshness(Enum):
     SERVE_STALE = auto()
     """The stored copy is stale, and upstream is known to be unreachable."""
     REVALIDATE = auto()
-    """Ask upstream whether the stored copy is still the one; it is served if upstream fails to answer in time."""
+    """Ask upstream whether the stored copy is current; serve it if upstream does not answer in time."""
     FETCH = auto()
-    """Only upstream's whole answer will do: nothing is stored, or this caller may not be granted what is."""
+    """Only a full answer from upstream will do: nothing is stored, or this caller may not have it."""
 
 
 class Heard(Enum):
-    """What upstream said to one manifest request."""
+    """Upstream's answer to one manifest request."""
 
     NOTHING = auto()
-    """No answer of the registry's: unreachable, too late, not HTTP, or somebody else's."""
+    """No answer from the registry: unreachable, too late, not HTTP, or from something else in its place."""
     MANIFEST = auto()
     """200 with a manifest: the stored one again, or another."""
     SOMETHING = auto()
-    """200 with another document than is known here."""
+    """200 with something other than the manifest that was asked for."""
     GONE = auto()
     """404."""
     DENIED = auto()
@@ -53,7 +53,7 @@ class Verdict(Enum):
     """What the client gets, and what becomes of the stored copy."""
 
     ADOPT = auto()
-    """Upstream's manifest, which is the stored one from now on."""
+    """Upstream's manifest, which replaces the stored copy."""
     SERVE_STALE = auto()
     """The stored copy, as it is."""
     RELAY = auto()
@@ -63,7 +63,7 @@ class Verdict(Enum):
     RELAY_AND_DROP = auto()
     """Upstream's answer; the stored copy is forgotten."""
     FAIL = auto()
-    """An error: nothing is stored and nothing was heard."""
+    """An error: nothing is stored and upstream did not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,10 @@ def decide(
     offline: bool,
     version: Version | None = None,
 ) -> Freshness:
-    """Return what to do before upstream is asked; `down_until` is when it may be asked again (0 when it is not down).
+    """Return what to do before upstream is asked; `down_until` is when it may be asked again (0 if it is up).
 
-    `version` is the caller's, None where it tells none. The registry refuses some models to old versions (412,
-    ollama#12826): one that is older than any it was granted to is not served unasked.
+    `version` is the caller's, None if it sends none. The registry refuses some models to old versions (412,
+    ollama#12826): a version older than any that was granted the model is not served without asking.
     """
     if stored is None:
         return Freshness.FETCH
@@ -100,8 +100,7 @@ def decide(
 
 
 def conclude(heard: Heard, *, stored: bool, withdrawn: Withdrawn) -> Verdict:
-    """Return what follows from upstream's answer to an anonymous request; `stored` is whether there is a copy to fall
-    back on.
+    """Return what follows from upstream's answer to an anonymous request; `stored` is whether there is a stored copy.
 
     A refusal of this one caller (412) changes nothing for others; a refusal of everybody does.
     """

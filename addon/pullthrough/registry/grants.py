@@ -1,10 +1,10 @@
-"""Ask a registry for a blob in a caller's name, and remember to whom it said yes.
+"""Ask a registry for a blob with a caller's credentials, and remember whom it granted the blob.
 
-Invariant: a yes is a redirect to the blob host's own address of that digest, or bytes that agree with what is known
-of it: a random piece of the held bytes, else the size that the repository's manifests claim. Where nothing is known
-the yes counts once all bytes have come and have the digest. Any other redirect proves nothing until such bytes have
-come from behind it: it may lead to a login page, or to where the caller is refused. What an anonymous request got is
-public; what took credentials counts for those credentials, which stay in memory.
+Invariant: a yes is a redirect to the blob host's own address of that digest, or bytes that agree with what is known of
+it: a random piece of the stored bytes, else the size that the repository's manifests claim. Where nothing is known the
+yes counts once all bytes have arrived and match the digest. Any other redirect proves nothing until such bytes have
+come from behind it: it may lead to a login page, or to a server that refuses the caller. What an anonymous request got
+is public; what took credentials is granted to those credentials, which stay in memory.
 """
 
 import asyncio
@@ -47,25 +47,25 @@ Pair = BlobRoute | ChunksumsRoute
 
 
 MOST_LIKELY: Final = 10_000
-"""Of how many blobs the place is remembered."""
+"""For how many blobs the place is remembered."""
 PIECE: Final = 4 << 10
-"""Bytes of a held blob that an answer is compared with."""
+"""How many stored bytes an answer is compared with."""
 
 
 class Word(Enum):
-    """What an answer says of the blob that was asked for."""
+    """What an answer says about the requested blob."""
 
     PROVEN = auto()
     """The registry has named it, or its bytes or length agree with what is known."""
     LIKELY = auto()
-    """Nothing contradicts it, as nothing is known of the blob."""
+    """Nothing contradicts it, because nothing is known about the blob."""
     HANDED_ON = auto()
-    """It is a redirect that nobody has looked behind."""
+    """It is a redirect that has not been followed."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A registry's answer, as far as it goes."""
+    """A registry's answer, as far as it has been followed."""
 
     source: Source
     stream: DataStream | None
@@ -75,7 +75,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What is held of a blob at `start`, and at its beginning for sources that ignore Range."""
+    """Stored bytes of a blob at `start`, and at its beginning for sources that ignore Range."""
 
     start: int
     data: bytes
@@ -83,11 +83,11 @@ class _Piece:
 
     @property
     def interval(self) -> tuple[int, int]:
-        """What is asked for; of an empty blob its first byte, which there is not."""
+        """The interval to request; for an empty blob its first byte, which does not exist."""
         return self.start, self.start + max(1, len(self.data))
 
     async def agrees(self, stream: DataStream) -> bool:
-        """Return whether the stream brings the same bytes; it is read as far as that takes, and closed."""
+        """Return whether the stream has the same bytes; it is read as far as necessary, and closed."""
         expected = self.data if stream.start == self.start else self.first
         return await stream.first(len(expected)) == expected
 
@@ -100,7 +100,7 @@ class Grant:
     stream: DataStream | None
     """The blob from byte 0, as far as it goes, where the yes brought bytes; of a held blob a piece, and closed."""
     again: Callable[[], Awaitable[Source]]
-    """Asks for a source again, with the same right."""
+    """Asks for a source again, for the same caller."""
     location: str | None = None
     """Where the registry has redirected to; None where it gave the bytes itself."""
     public: bool = True
@@ -116,14 +116,14 @@ class Grants:
         self._upstream = upstream
         self._vouchers = client_acl.Vouchers()
         self._seen: set[str] = set()
-        """Hosts that clients are sent to, and that have given a blob: a login page is never handed on."""
+        """Redirect targets that have delivered a blob: clients are never sent to a login page."""
         self._likely: dict[Digest, tuple[str, str]] = {}
-        """(host, repository) that seems to have the blob, of which nothing is known yet."""
+        """(host, repository) that seems to have a blob about which nothing is known yet."""
 
     # --- what is known
 
     def holds(self, request: Request, pair: Pair) -> bool:
-        """Return whether this caller may have the blob without a word of the registry's."""
+        """Return whether this caller may have the blob without asking the registry."""
         record = self._store.blob(pair.digest)
         vouched = self._vouchers.holds(
             client_acl.credential_key(request.authorization),
@@ -142,13 +142,13 @@ class Grants:
         return record is not None and record.public and self._store.is_member(host, pair.repository, pair.digest)
 
     def moment(self, host: str, pair: Pair) -> Moment:
-        """Return what `confirm` is to be told of when the registry was asked."""
+        """Return the moment to pass to `confirm`: take it before the registry is asked."""
         return self._store.moment(host, pair.repository)
 
     def confirm(self, host: str, pair: Pair, authorization: str | None, *, since: Moment) -> None:
-        """The registry has granted the blob's bytes to the holder of `authorization`; without one, to everybody.
+        """Record that the registry granted the blob to the holder of `authorization`; without one, to everybody.
 
-        A yes to everybody that a refusal has overtaken meanwhile confirms nothing.
+        A public grant that a refusal has overtaken meanwhile confirms nothing.
         """
         if authorization is None:
             if not since.is_over:
@@ -156,11 +156,11 @@ class Grants:
             return
         key = client_acl.credential_key(authorization)
         self._vouchers.add(key, host, pair.repository, pair.digest, now=time.monotonic())
-        # It was asked for because the anonymous request was refused, with whatever status.
+        # The credentials were used because the anonymous request was refused, with whatever status.
         self._deny(host, pair.repository)
 
     def refuse(self, host: str, pair: Pair, authorization: str | None, status: int) -> None:
-        """The registry has refused the blob to the holder of `authorization`."""
+        """Record that the registry refused the blob to the holder of `authorization`."""
         if authorization is None and status in PRIVATE:
             self._deny(host, pair.repository)
 
@@ -179,11 +179,12 @@ class Grants:
         stop: int | None = None,
         hands_on: Callable[[str], bool] = lambda _location: False,
     ) -> Grant:
-        """Return the registry's yes to this caller, asked anonymously first. Raises UpstreamRefused where it says no.
+        """Return the registry's grant to this caller, asking anonymously first. Raises UpstreamRefused where it
+        refuses.
 
-        `look` bytes are asked for from behind a redirect that proves nothing by itself. One that the caller is merely
-        handed, by `hands_on`, is looked behind until its host has given a blob. Of bytes that the registry gives itself
-        no more than `stop` are wanted.
+        `look` bytes are requested from behind a redirect that proves nothing by itself. With `hands_on` the caller is
+        only sent there: such a redirect is followed until its host has delivered a blob. If the registry gives the
+        bytes itself, no more than `stop` are wanted.
         """
         refusal: UpstreamRefused | None = None
         asked = (0, stop) if stop is not None else None
@@ -200,7 +201,7 @@ class Grants:
             again = self.again(request, pair, authorization)
             confirm = partial(self.confirm, request.host, pair, authorization, since=since)
             if authorization is not None and found.word is Word.LIKELY:
-                # It counts for this caller alone.
+                # The grant is for this caller alone.
                 found = replace(found, word=Word.PROVEN)
             source = self._settle(request.host, pair, found, confirm)
             return Grant(source, found.stream, again, found.location, public=authorization is None)
@@ -208,7 +209,7 @@ class Grants:
         raise refusal
 
     def again(self, request: Request, pair: Pair, authorization: str | None) -> Callable[[], Awaitable[Source]]:
-        """Obtains a source for what has been granted: in public where that is possible, else as this caller."""
+        """Return a function that obtains a source for a granted blob: anonymously if possible, else as this caller."""
 
         async def obtain() -> Source:
             try:
@@ -222,7 +223,7 @@ class Grants:
         return obtain
 
     async def source(self, digest: Digest) -> Source:
-        """Return a source for a public blob, from any repository that has it. UpstreamError if none gives one."""
+        """Return a source for a public blob, from any repository that has it. Raises UpstreamError if there is none."""
         problem: UpstreamError = UpstreamUnreachable(f"no repository is known that holds {digest.short} in public")
         record = self._store.blob(digest)
         likely = [self._likely[digest]] if digest in self._likely else []
@@ -245,7 +246,7 @@ class Grants:
         return lambda: self.public_source(self._settings.asked(host), repository, digest)
 
     async def public_source(self, host: str, repository: str, digest: Digest) -> Source:
-        """Return a source from this repository, as everybody gets it. Raises UpstreamError if it gives none."""
+        """Return a source from this repository, obtained anonymously. Raises UpstreamError if it gives none."""
         pair = BlobRoute(repository, digest)
         since = self.moment(host, pair)
         try:
@@ -266,7 +267,7 @@ class Grants:
         return replace(source, sizes=sizes_in(self._store, host, repository, digest))
 
     def _settle(self, host: str, pair: Pair, found: _Found, confirm: Callable[[], None]) -> Source:
-        """Confirm the grant now where that is proven, else once the blob has come from there and has its digest."""
+        """Confirm the grant now if it is proven, else once the blob has arrived from there and matches its digest."""
         if found.word is Word.PROVEN:
             confirm()
         if found.word is not Word.LIKELY:
@@ -278,9 +279,7 @@ class Grants:
         return replace(found.source, proves=confirm)
 
     def told(self, host: str, pair: Pair, length: int) -> int:
-        """Return the length that an answer has told, which grants nothing. Disagreement if the blob cannot be so
-        long.
-        """
+        """Return the claimed length, which grants nothing. Raises Disagreement if the blob cannot have it."""
         try:
             check_length(length, sizes_in(self._store, host, pair.repository, pair.digest))
         except LengthContradicted as error:
@@ -293,10 +292,10 @@ class Grants:
     def sums(
         self, host: str, pair: Pair, authorization: str | None, source: Source, size: int, *, since: Moment
     ) -> Source:
-        """Return the registry has named `source`, with chunk sums that cover `size` bytes, to this caller.
+        """Settle the grant of `source`, which the registry named to this caller with sums that cover `size` bytes.
 
-        No byte has come: the registry's word is an address of the blob host's own, or sums of a length that is known.
-        Disagreement where it is another.
+        No byte has arrived: the proof is an address on the blob host, or sums of a known length. Raises Disagreement
+        where the length is another.
         """
         sizes = sizes_in(self._store, host, pair.repository, pair.digest)
         self.told(host, pair, size)
@@ -315,9 +314,9 @@ class Grants:
         asked: tuple[int, int] | None = None,
         hands_on: Callable[[str], bool] = lambda _location: False,
     ) -> _Found:
-        """Return where the blob is to be had, and what proves that it is. Disagreement where something else is there.
+        """Return where the blob is, and what proves it. Raises Disagreement where something else is there.
 
-        Of a blob that is not here the registry is `asked` for an interval, or for the whole, to be recorded.
+        A blob that is not stored is requested whole, or as the interval `asked`, to be recorded.
         """
         held = await self._piece(pair.digest)
         wanted = held.interval if held is not None else asked
@@ -347,7 +346,7 @@ class Grants:
         return _Found(source, stream, location, Word.PROVEN if held is not None or sizes else Word.LIKELY)
 
     async def _piece(self, digest: Digest) -> _Piece | None:
-        """Return a piece of the held blob at random; None where it is not here, or cannot be read."""
+        """Return a random piece of the stored blob; None where it is not stored, or cannot be read."""
         file = self._store.open_blob(digest)
         if file is None:
             return None
@@ -363,17 +362,13 @@ class Grants:
         return _Piece(start, data, first)
 
     def _names(self, source: Source, digest: Digest) -> bool:
-        """Return whether the source is the blob host's own address of the digest: the registry's word that these
-        are it.
-        """
+        """Return whether the source is the blob host's own address for the digest, which is proof by itself."""
         url = URL(source.url, encoded=True)
         route = parse_canonical_target(url.raw_path_qs)
         return url.host == self._settings.blob_host and route is not None and route.digest == digest
 
     async def _look(self, host: str, source: Source, interval: tuple[int, int]) -> DataStream:
-        """Return the source's bytes of this interval; a refusal on the way to them is the registry's if it has that
-        shape.
-        """
+        """Return the source's bytes in this interval; a refusal on the way counts if it has a registry's shape."""
         for pause_s in (*PAUSES_S, None):
             try:
                 return await self._upstream.open_range(source, *interval, expected_length=None, validator=None)
@@ -393,8 +388,10 @@ class Grants:
 
 
 def attempts(request: Request) -> Iterator[tuple[str | None, dict[str, str]]]:
-    """(Authorization, fields to send) of each try: Authorization does not make a model private, client2 sends it
-    always, so the anonymous try comes first."""
+    """Yield (Authorization, fields to send) for each try, the anonymous one first.
+
+    Authorization does not make a model private: client2 always sends it.
+    """
     yield None, request.forwarded
     if request.authorization is not None:
         yield request.authorization, request.forwarded | {"Authorization": request.authorization}

@@ -1,8 +1,8 @@
 """Answer manifest requests: from the store while fresh, else from upstream, stale when upstream cannot answer.
 
 Invariant: bytes are upstream's, untouched (a model's ID is their hash); only what an anonymous request got is stored,
-and refusals (401, 403, 404, 412) never are. Clients that accept manifest lists (Ollama since 0.40) and others get
-what upstream says to their kind; a list never goes to one that does not accept it.
+and refusals (401, 403, 404, 412) never are. Clients that accept manifest lists (Ollama since 0.40) and clients that do
+not each get upstream's answer to their kind; a list never goes to a client that does not accept it.
 """
 
 import asyncio
@@ -39,11 +39,11 @@ from pullthrough.upstream.response_checks import relayable
 _log = logging.getLogger(__name__)
 
 HEAD_TIMEOUT_S: Final = 1.5
-"""How long a HEAD waits for upstream while a stored copy could be served: Ollama's look for a list ends after 2 s, and
-a failure is taken for a no."""
+"""How long a HEAD waits for upstream while a stored copy could be served: Ollama's check for a list ends after 2 s, and
+it takes a failure for a no."""
 
 ABSURD: Final = (2, 0, 0)
-"""No Ollama is as new as this (0.40 in 2026-11): the cache does not ask in the name of one that claims to be."""
+"""No Ollama is this new (0.40 in 2026-11): the cache does not ask with the User-Agent of a client that claims to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,14 @@ class Manifests:
 
     @property
     def newest_agent(self) -> str:
-        """The User-Agent of the newest Ollama that has asked: what the cache asks with by itself."""
+        """The User-Agent of the newest Ollama that has asked: the cache's own requests use it."""
         known = (record.oldest for record in self._store.manifests().values())
         version = max((item for item in known if item is not None and item < ABSURD), default=None)
         stored = f"ollama/{'.'.join(map(str, version))}" if version else ""
         return max(self._newest, stored, key=_rank)
 
     def stored(self, request: Request, repository: str, digest: Digest) -> Answer | None:
-        """Return the stored manifest with these bytes, None if there is none: what a digest names does not change."""
+        """Return the stored manifest with this digest, None if there is none: what a digest names does not change."""
         record = self._store.manifest_by_digest(request.host, repository, digest)
         if record is None or (record.is_list and not request.takes_lists):
             return None
@@ -89,7 +89,7 @@ class Manifests:
         return _manifest_answer(request, record, CacheStatus(Outcome.HIT))
 
     async def answer(self, request: Request, route: ManifestRoute) -> Answer:
-        """As the policy above says; `route.reference` may be a tag or a digest."""
+        """Answer as the policy above says; `route.reference` may be a tag or a digest."""
         if route.digest is not None and (answer := self.stored(request, route.repository, route.digest)):
             return answer
         self._newest = max(self._newest, request.agent, key=_rank)
@@ -128,7 +128,7 @@ class Manifests:
                 reply, collapsed, adopted = await self._fetch(
                     request,
                     name,
-                    # What another kind of client got is looked at by one GET: a HEAD would be a round trip more.
+                    # A copy from the other kind of client is checked by one GET: a HEAD would be one round trip more.
                     record if plan is Freshness.REVALIDATE and record is self._store.manifest(name) else None,
                     has_copy=record is not None,
                 )
@@ -156,9 +156,9 @@ class Manifests:
         return _relay(request, name, reply.response, cache)
 
     def _copy(self, name: Name) -> ManifestRecord | None:
-        """Return what is stored for such a client, unless upstream has refused it to an anonymous request.
+        """Return what is stored for this kind of client, unless upstream has refused it to an anonymous request.
 
-        A manifest that the other kind of client got will do, but is never fresh; a list will not.
+        A plain manifest that the other kind of client got will do, but is never fresh; a list will not.
         """
         record, other = self._store.manifest(name), self._store.manifest(name.twin)
         if record is not None and not record.denied:
@@ -168,7 +168,7 @@ class Manifests:
         return other._replace(confirmed=-math.inf)
 
     async def _adopt(self, name: Name) -> None:
-        """Take over what another cache of the fleet has recorded, unless the repository is known to be private."""
+        """Adopt what another cache of the fleet has recorded, unless the repository is known to be private."""
         assert self._tier is not None
         asked = self._store.moment(name.host, name.repository)
         if asked.count or self._store.is_denied(name.host, name.repository):
@@ -188,7 +188,7 @@ class Manifests:
         """(upstream's reply, collapsed, whether an anonymous request got it and it was adopted).
 
         Authorization does not make a model private (client2 sends it always), so the anonymous try comes first;
-        only what it was denied is asked for in the caller's name, and never stored.
+        only what that is denied is requested with the caller's credentials, and never stored.
         """
         timeout_s = freshness.REVALIDATE_TIMEOUT_S if has_copy else DEADLINE_S
 
@@ -224,7 +224,7 @@ class Manifests:
         is_ready: Callable[[ManifestRecord], Awaitable[bool]] | None = None,
         timeout_s: float,
     ) -> Reply:
-        """Ask upstream, as anybody may, by this User-Agent, and let the store follow what it says.
+        """Ask upstream anonymously with this User-Agent, and update the store from the answer.
 
         A manifest for which nothing `is_ready` yet is not adopted. Other arguments as for `hear`.
         """
@@ -245,9 +245,10 @@ class Manifests:
         authorization: str | None = None,
         timeout_s: float,
     ) -> Reply:
-        """Ask upstream, and change nothing. HEAD may `confirm` a record by its digest; else it takes a GET.
+        """Ask upstream without changing the store. A HEAD may `confirm` a record by its digest; otherwise a GET is
+        sent.
 
-        `host` is the registry's name that a client has used: upstream's challenge is for that one.
+        `host` is the name of the registry that the client used: upstream's challenge is for that name.
         """
         host = host or self._settings.asked(name.host)
         target = f"/v2/{name.repository}/manifests/{name.reference}"
@@ -275,9 +276,9 @@ class Manifests:
             return _nothing(UpstreamTimeout("no answer in time"))
 
     def _conclude(self, name: Name, reply: Reply, agent: str, asked: Moment) -> None:
-        """Let the store follow what upstream said to an anonymous request by this User-Agent.
+        """Update the store from upstream's answer to an anonymous request with this User-Agent.
 
-        `asked` is when that was: a refusal that has overtaken a yes prevails.
+        `asked` is when the request was sent: a refusal that has overtaken a yes prevails.
         """
         if reply.heard is Heard.MANIFEST and asked.is_over:
             return
@@ -297,7 +298,7 @@ class Manifests:
         elif verdict is Verdict.RELAY_AND_DENY:
             self._deny(name)
         elif verdict is Verdict.RELAY_AND_DROP and name.takes_lists:
-            # Such a client would take a plain manifest too: there is nothing for anybody.
+            # A client that takes lists would take a plain manifest too: there is nothing for any client.
             _log.warning("%s: withdrawn upstream (404): dropped", name)
             self._store.drop_model(name)
         elif verdict is Verdict.RELAY_AND_DROP and stored is not None:
@@ -306,7 +307,7 @@ class Manifests:
 
 
 def _rank(agent: str) -> tuple[int, ...]:
-    """Return what makes an Ollama newer than another one; least of all is one that nobody can have."""
+    """Return the sort key for an Ollama's version; versions that cannot exist yet sort lowest."""
     version = version_of(agent)
     return version if version is not None and version < ABSURD else ()
 
@@ -359,14 +360,14 @@ def _digest(response: Response) -> str:
 
 def _confirms(head: Response, record: ManifestRecord) -> bool:
     """Return whether upstream's answer to a HEAD says that the record is what a GET would bring."""
-    # A digest could be that of another representation than the one that was asked for.
+    # The digest could be that of the other representation.
     media_type = head.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     other = DOCKER_TYPE if record.is_list else LIST_TYPE
     return head.status == 200 and _digest(head) == record.digest and media_type != other
 
 
 def _manifest_answer(request: Request, record: ManifestRecord, cache: CacheStatus) -> Answer:
-    # Ollama's look for a list believes the type alone (0.40), whatever GET has told.
+    # Ollama's check for a list goes by the media type alone (0.40), whatever a GET said.
     media_type = LIST_TYPE if record.is_list and request.method == "HEAD" else record.content_type
     headers = [("Content-Type", media_type), ("Vary", "Accept")]
     if request.method == "HEAD":

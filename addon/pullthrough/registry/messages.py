@@ -30,7 +30,7 @@ have a client of their own (transfer/redirect.go), which may know no proxy and r
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What of a client's request decides the answer; header names in lower case."""
+    """The parts of a client's request that decide the answer; header names in lower case."""
 
     method: str
     scheme: str
@@ -38,13 +38,13 @@ class Request:
     target: str
     headers: Mapping[str, str]
     blobs: str | None = None
-    """The origin under which this client finds canonical addresses; "" for the one it asks, None for the blob host."""
+    """The origin of this client's canonical addresses; "" for the one it asked, None for the blob host."""
     inline: bool = False
-    """The registry's own address of a blob is to give the bytes, as no redirect would lead to another host name."""
+    """The registry's own blob address must give the bytes itself, as no redirect could lead to another host name."""
     client: str = ""
-    """The address that it comes from."""
+    """The client's address."""
     tunnelled: bool = False
-    """It came through CONNECT: the client has us for its proxy, and may fetch a blob's parts past it."""
+    """It came through CONNECT: the client uses us as its proxy, and may still fetch a blob's parts past us."""
 
     @property
     def authorization(self) -> str | None:
@@ -52,17 +52,17 @@ class Request:
 
     @property
     def agent(self) -> str:
-        """User-Agent, "" where there is none that could be sent on."""
+        """User-Agent; "" where there is none that could be forwarded."""
         return self._sendable("user-agent")
 
     @property
     def is_transfer(self) -> bool:
-        """Whether x/transfer asks, which pulls and pushes models of tensors (v0.14.0 to today)."""
+        """Whether the client is x/transfer, which pulls and pushes tensor models (v0.14.0 to today)."""
         return self.agent.startswith(_TRANSFER_AGENT)
 
     @property
     def version(self) -> Version | None:
-        """The Ollama that asks; None as `version_of` says."""
+        """The client's Ollama version; None as `version_of` says."""
         return version_of(self.agent)
 
     @property
@@ -72,20 +72,21 @@ class Request:
 
     @property
     def follows_any_redirect(self) -> bool:
-        """Whether an Ollama asks that is known to fetch parts as it asks, wherever it is redirected."""
+        """Whether the client is an Ollama known to fetch parts the way it asks, wherever it is redirected."""
         return self.version is not None and self.version <= LAST_PROXYING
 
     @property
     def may_bypass(self) -> bool:
-        """Whether what the answer leads to may be asked for past this proxy.
+        """Whether the client may fetch what the answer leads to past this proxy.
 
-        Unknown clients count as new. x/transfer has one client for both hops, so it is past the proxy or here.
+        Unknown clients count as new. x/transfer uses one HTTP client for both hops, so both go past the proxy or both
+        come here.
         """
         return self.tunnelled and not self.is_transfer and not self.follows_any_redirect
 
     @property
     def is_known_to_bypass(self) -> bool:
-        """Whether it is: for what the client and the operator are told, never for what is done."""
+        """Whether the client is known to do so: for messages to the client and the operator, never for decisions."""
         first, last = BYPASSING
         return self.may_bypass and self.version is not None and first <= self.version <= last
 
@@ -98,17 +99,17 @@ class Request:
 
     @property
     def trail(self) -> str:
-        """CDN-Loop: the caches that the request has been through, "" where there is none that could be sent on."""
+        """CDN-Loop: the caches that the request has been through; "" where there is none that could be forwarded."""
         return self._sendable("cdn-loop")
 
     @property
     def forwarded(self) -> dict[str, str]:
-        """What upstream may know of the client: its version (some models are gated by it), and its way to us."""
+        """What upstream may learn about the client: its version (some models require one), and its path to us."""
         fields = {"User-Agent": self.agent, CDN_LOOP: self.trail}
         return {name: value for name, value in fields.items() if value}
 
     def _sendable(self, name: str) -> str:
-        """Return the field without which a request is sent that cannot be sent with it (RFC 9110 section 5.5)."""
+        """Return the field's value if it can be forwarded (RFC 9110 section 5.5), else ""."""
         value = self.headers.get(name, "")
         return value if value.replace("\t", " ").isprintable() else ""
 
@@ -123,11 +124,11 @@ class Answer:
     body: bytes | Reader = b""
     length: int = 0
     held: bool = False
-    """Whether the head waits until the reader can give all bytes at once."""
+    """Whether the head is held back until the reader can give all bytes at once."""
 
 
 def failure(error: CacheError, digest: Digest | None = None) -> Answer:
-    """Return a status and no body: an Ollama client writes whatever body comes into the model file."""
+    """Return a status without a body: an Ollama client writes any body into the model file."""
     headers = error.headers if isinstance(error, UpstreamRefused) else ()
     kept = tuple((name, value) for name, value in headers if name.lower() != "content-type")
     forwarded = error.status_hint if isinstance(error, UpstreamRefused) else None
@@ -143,7 +144,7 @@ def explained(status: int, code: str, message: str, cache: CacheStatus) -> Answe
 
 
 async def gathered(answer: Answer, is_gone: Callable[[], bool]) -> Answer:
-    """Return a held answer, once all of its bytes are here or the client has gone; any other one at once."""
+    """Return a held answer once all its bytes are here or the client has gone; any other answer at once."""
     if not answer.held or not isinstance(answer.body, Reader):
         return answer
     reader = answer.body

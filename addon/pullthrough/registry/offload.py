@@ -23,11 +23,11 @@ from pullthrough.store.store import Store
 _log = logging.getLogger(__name__)
 
 WORTHWHILE: Final = 8 << 20
-"""Bytes of a response; below, another connection costs more than it saves."""
+"""The smallest response that is sent there: below, another connection costs more than it saves."""
 
 
 class Offload:
-    """Decides which parts the object store serves."""
+    """The decision which parts the object store serves."""
 
     def __init__(self, store: Store, tier: Tier | None) -> None:
         """`tier` is the fleet's object store; None where parts are served here."""
@@ -36,16 +36,16 @@ class Offload:
         self._returns = RedirectFailures(_log_return)
 
     async def offers(self, request: Request, digest: Digest) -> bool:
-        """Return whether the address that this request is answered with may lead on to the object store."""
+        """Return whether the address given to this client may lead on to the object store."""
         if self._tier is None or not request.follows_any_redirect or not self._is_public(digest):
             return False
         return await self._tier.prepare(digest)
 
     def location(self, request: Request, digest: Digest, start: int, stop: int) -> str | None:
-        """Return where to send a GET of `[start, stop)` at an address that was offered; None to answer it here."""
+        """Return where to redirect a GET of `[start, stop)` at an offered address; None to answer it here."""
         if self._tier is None or stop - start < WORTHWHILE or not self._is_public(digest):
             return None
-        # A cache that has us for its parent asks in slices of its own.
+        # A cache that uses us as its parent asks for slices of its own.
         if request.is_transfer or CDN_LOOP.lower() in request.headers:
             return None
         address = self._tier.address(digest)

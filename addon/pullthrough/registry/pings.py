@@ -1,7 +1,7 @@
-"""Answer what clients ask a registry to learn whether it is there: `GET` and `HEAD` of `/` and `/v2/`.
+"""Answer the requests by which clients check that a registry is there: `GET` and `HEAD` of `/` and `/v2/`.
 
-While the registry is away they hear what it said last to somebody without credentials, so that a client whose models
-are all here does not turn back at the door (OCI distribution-spec, "Determining Support").
+While the registry is unreachable they get its last answer to an anonymous request, so that a client whose models are
+all here does not give up at the first step (OCI distribution-spec, "Determining Support").
 
 Invariant: only an answer in a registry's shape is given or remembered: an ordinary status, no page, a small body, and
 fields that mean the same to everybody. Remembered in memory only, one answer for each registry, target and method.
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 TARGETS: Final = frozenset({"/", "/v2/"})
 ORDINARY: Final = frozenset({200, 401, 404})
-"""What a registry says when all is well. Ollama's has no `/v2/` of its own, which is 404; others ask for a token."""
+"""A registry's statuses when all is well. Ollama's has no `/v2/` and answers 404; others ask for a token."""
 LONGEST_BODY: Final = 64 << 10
 _NOT_NOW: Final = 429
 
@@ -39,11 +39,12 @@ class Greeting:
     headers: tuple[tuple[str, str], ...]
     body: bytes
     length: int
-    """Its Content-Length, also where no body came."""
+    """Its Content-Length, even if there was no body."""
 
     @classmethod
     def of(cls, response: Response) -> "Greeting | None":
-        """Return what may be given to anybody who asks the same; None for what is not a registry's ordinary answer."""
+        """Return the part that may be given to anyone who asks the same; None if this is not a registry's ordinary
+        answer."""
         fields = response.headers
         if response.status not in ORDINARY or is_page(fields) or len(response.body) > LONGEST_BODY:
             return None
@@ -53,24 +54,24 @@ class Greeting:
 
 
 class LastGreetings:
-    """What each registry said last."""
+    """Each registry's last answers."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, str, str], Greeting] = {}
 
     def remember(self, host: str, target: str, method: str, greeting: Greeting) -> None:
-        """Keep this answer of the registry until it gives another one."""
+        """Remember this answer until the registry gives another one."""
         self._last[host, target, method] = greeting
 
     def find(self, host: str, target: str, method: str) -> Greeting | None:
-        """Return the last answer; what GET was told will do for HEAD."""
+        """Return the last answer; the answer to a GET will do for a HEAD."""
         return self._last.get((host, target, method)) or (
             self._last.get((host, target, "GET")) if method == "HEAD" else None
         )
 
 
 class Pings:
-    """The answers of all registries to those who ask whether they are there."""
+    """The answers of all registries to clients that check whether they are there."""
 
     def __init__(self, settings: Settings, upstream: Upstream) -> None:
         self._settings = settings
@@ -78,9 +79,9 @@ class Pings:
         self._last = LastGreetings()
 
     async def answer(self, request: Request) -> Answer | None:
-        """Return the answer, None where the request is to be passed on: upstream has something else to say.
+        """Return the answer; None if the request must be passed through, as upstream's answer is of another kind.
 
-        Requests that are not encrypted are passed on too: a registry answers them with a redirect, if at all.
+        Unencrypted requests are passed through too: a registry answers them with a redirect, if at all.
         """
         host, target, method = request.host, request.target, request.method
         if target not in TARGETS or request.scheme != "https" or host not in self._settings.registries:
@@ -96,7 +97,7 @@ class Pings:
             async with asyncio.timeout(timeout_s):
                 response = await self._upstream.converse(method, host, target, headers, timeout_s=timeout_s)
         except UnexpectedResponse:
-            # Too much of it, or in a coding that is not ours to undo.
+            # Too long, or in a content coding that we do not decode.
             return None
         except UpstreamError as error:
             return self._away(request, known, error)

@@ -1,9 +1,9 @@
 """Record the layers that a client will ask for next: an Ollama pulls the layers of a manifest one after another.
 
 Invariant: only public manifests are followed, one blob at a time per manifest, and never a model of tensors, whose
-blobs either pass by (x/transfer ignores HTTPS_PROXY) or are asked for many at a time. Of a list one child is
-followed, the one that the client pulls: where several list the blob and go on differently, nobody knows which that
-is. What fails is left to the client's own request.
+blobs either go past the proxy (x/transfer ignores HTTPS_PROXY) or are requested many at a time. Of a list only the
+child that the client pulls is followed; where several children list the blob and continue differently, that cannot be
+known. A failure is left to the client's own request.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from pullthrough.upstream.data_stream import Source
 
 
 class Prefetcher:
-    """The layers to come, of all manifests that are being pulled."""
+    """The next layers of all manifests that are being pulled."""
 
     def __init__(
         self,
@@ -30,17 +30,17 @@ class Prefetcher:
         source: Callable[[Digest], Awaitable[Source]],
         known: Callable[[Digest], Source | None] = lambda _digest: None,
     ) -> None:
-        """`source` obtains a public blob's source from the registry; `known` is one that has been obtained already."""
+        """`source` obtains a public blob's source from the registry; `known` returns one that was obtained before."""
         self._known = known
         self._store = store
         self._recorder = recorder
         self._source = source
         self._tasks: dict[tuple[str, str, str], asyncio.Task[None]] = {}
         self._whole: dict[tuple[str, str, str], Moment] = {}
-        """The models of which nothing was left to record, and when, by the changes of the store."""
+        """The models that were complete, and the store's change number at that time."""
 
     def follow(self, host: str, repository: str, digest: Digest) -> None:
-        """A client has asked for this blob: record what its manifest lists behind it."""
+        """Record what the manifest lists after this blob, which a client has asked for."""
         place = (canonical(host), repository)
         for name, records in by_model(self._store.manifests_of(*place)).items():
             model = (*place, name.reference)
@@ -82,7 +82,7 @@ class Prefetcher:
         self._tasks.pop(key, None)
 
     async def close(self) -> None:
-        """Follow nothing any more; what has begun is the recorder's."""
+        """Stop following; recordings that run belong to the recorder."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()

@@ -1,6 +1,6 @@
 """Which clients do not reach where they were redirected.
 
-A client that retries the same part did not reach the redirect target; one that is served there is never heard of again.
+A client that retries the same part here did not reach the redirect target; one that reached it does not come back.
 
 Invariant: a client that came back is not redirected for SETTLED_S. Pure state: `now` is a parameter, in seconds of any
 steady clock.
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 RETURN_S: Final = 120.0
-"""How long after a redirect a request for the same part is a return: a dial takes Go 30 s to give up."""
+"""How long after a redirect a request for the same part counts as a return: Go gives up dialling after 30 s."""
 SETTLED_S: Final = 3600.0
 PARTS: Final = 64
-"""What is remembered of one client: as many as an Ollama of v0.3.6 had in flight."""
+"""How many parts are remembered per client: as many as an Ollama v0.3.6 had in flight."""
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class _Client:
 
 
 class RedirectFailures:
-    """What is known of each client address."""
+    """What is known about each client address."""
 
     def __init__(self, on_return: Callable[[str], None] = lambda _client: None, *, limit: int = 10_000) -> None:
         """`on_return` is called with each client that came back; beyond `limit` clients the oldest are forgotten."""
@@ -34,7 +34,7 @@ class RedirectFailures:
         self._clients: dict[str, _Client] = {}
 
     def permits(self, client: str, part: Hashable, *, now: float) -> bool:
-        """Return whether the client's request for `part` is to be redirected; then it counts as sent."""
+        """Return whether to redirect the client's request for `part`; if so, the part counts as redirected."""
         known = self._clients.pop(client, None) or _Client()
         self._clients[client] = known
         if len(self._clients) > self._limit:

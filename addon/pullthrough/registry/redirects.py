@@ -1,12 +1,13 @@
-"""Where a client is sent for a blob's bytes when it may ask for them past this proxy: to the registry's own address.
+"""Where a client that may fetch a blob's bytes past this proxy is sent: to the registry's own address.
 
-Such an address is right both ways. A client that fetches parts past every proxy reaches the real object store by it;
-one that has us for its proxy there too comes back here, where the address is recognised. So nobody needs to know which
-of the two a client is.
+Such an address works both ways. A client that fetches parts past every proxy reaches the real object store with it; one
+that uses us as its proxy there too comes back here, where the address is recognised. So there is no need to know which
+kind a client is.
 
-Invariant: an address is handed out exactly as the registry gave it, and only to who may have it; what was got with a
-caller's credentials is that caller's alone. The registry is asked once for all who wait, and not at all while an
-address has half a day left. Sends no bytes, and starts no recording but where a registry answers a client with bytes.
+Invariant: an address is handed out exactly as the registry gave it, and only to callers who may have it; one obtained
+with a caller's credentials is given to that caller alone. The registry is asked once for all who wait, and not at all
+while an address has half a day left. Sends no bytes, and starts a recording only where a registry answers with the
+bytes themselves.
 """
 
 import asyncio
@@ -36,23 +37,23 @@ from pullthrough.upstream.impostors import TOO_MANY_REQUESTS
 _log = logging.getLogger(__name__)
 
 SHARED_S: Final = 12 * 3600.0
-"""What an address must have left to be handed out without asking: a client cannot refresh it within a pull."""
+"""The lifetime an address must have left to be handed out without asking: a client cannot refresh it during a pull."""
 
 LAST_S: Final = 600.0
-"""What it must have left where the registry does not answer."""
+"""The lifetime it must have left when the registry does not answer."""
 
 PATIENCE_S: Final = 15.0
-"""How long the registry is waited for where only its own address will do: less than the whole answer may take, so that
-a remembered one, or a word of why there is none, still reaches the client."""
+"""How long to wait for the registry where only its own address will do: less than the whole answer may take, so that a
+remembered address, or the reason why there is none, still reaches the client."""
 
 UNDATED_S: Final = 600.0
-"""How long an address is good that does not say so: hf.co's tokens live exactly that."""
+"""The assumed lifetime of an address that states none: hf.co's tokens live exactly this long."""
 
 AHEAD: Final = 16
-"""Addresses that are obtained ahead for one manifest."""
+"""How many addresses are obtained ahead for one manifest."""
 AHEAD_AT_ONCE: Final = 4
 QUIET_S: Final = 600.0
-"""How long nothing is asked ahead of a registry that has answered 429, or with what does not last."""
+"""How long no addresses are obtained ahead from a registry that answered 429, or with short-lived addresses."""
 
 Key = tuple[str, str, Digest, bytes]
 
@@ -68,7 +69,7 @@ class Redirects:
         addresses: SignedUrls,
         record: Callable[[Digest, Grant], Awaitable[object]],
     ) -> None:
-        """`record` begins to record what a registry answers with itself."""
+        """`record` starts a recording where a registry answers with the bytes themselves."""
         self._settings = settings
         self._upstream = upstream
         self._grants = grants
@@ -81,15 +82,14 @@ class Redirects:
         self._warned: set[str] = set()
 
     async def location(self, request: Request, pair: Pair, *, held: bool, fresh: bool = False) -> str | None:
-        """Return the registry's own address of the blob; None where there is none, and ours must do.
+        """Return the registry's own address of the blob; None if there is none, and ours must do.
 
-        With `fresh` a remembered one will not do while the registry answers. `held` says that this caller may have the
-        blob and that its size is known here. Raises UpstreamError where the registry gives neither an address nor, were
-        it `held`, a reason to hand out ours.
+        With `fresh`, a remembered one will not do while the registry answers. `held` says that this caller may have the
+        blob and that its size is known. Raises UpstreamError if the registry gives no address and ours cannot be used.
         """
         if not fresh and (address := self._shared(request, pair, left_s=SHARED_S)):
             return address
-        # Ours is no use to a client that is known to bypass: it waits for the registry as long as it can.
+        # Ours is useless to a client that is known to bypass us: it waits for the registry as long as it can.
         has_other = held and not request.is_known_to_bypass
         try:
             if not self._upstream.is_up(request.host) and (has_other or self._shared(request, pair, left_s=LAST_S)):
@@ -101,7 +101,7 @@ class Redirects:
         except UpstreamError as error:
             problem = error
         if isinstance(problem, UpstreamRefused) and problem.status_hint in DENIED:
-            # Withdrawn (404) is not refused: what is stored is served on.
+            # Withdrawn (404) does not mean refused: the stored blob is still served.
             if problem.status_hint in PRIVATE or not held:
                 raise problem
         elif isinstance(problem, UpstreamTimeout | UpstreamUnreachable) and held and not self._settings.offline:
@@ -113,7 +113,7 @@ class Redirects:
         raise problem
 
     def prepare(self, request: Request, repository: str, digests: Iterable[Digest]) -> None:
-        """Obtain the addresses of a public manifest's layers in the background: the client asks for them next."""
+        """Obtain the addresses of a public manifest's layers in the background: the client asks for these next."""
         place = (request.host, repository)
         now = lasting()
         missing = [each for each in digests if self._addresses.shared(each, left_s=SHARED_S, now=now) is None]
@@ -128,7 +128,7 @@ class Redirects:
             task.add_done_callback(lambda _: self._ahead.pop(place, None))
 
     async def close(self) -> None:
-        """Obtain nothing ahead any more."""
+        """Stop obtaining addresses ahead."""
         tasks = list(self._ahead.values())
         for task in tasks:
             task.cancel()
@@ -147,7 +147,7 @@ class Redirects:
                 try:
                     await self._obtain(request, BlobRoute(repository, digest), ahead=True)
                     if self._addresses.shared(digest, left_s=SHARED_S, now=lasting()) is None:
-                        # Nothing that lasts is to be had there.
+                        # This registry gives only short-lived addresses.
                         over.set()
                         self._quiet_until[request.host] = time.monotonic() + QUIET_S
                 except UpstreamError as error:
@@ -159,7 +159,7 @@ class Redirects:
         await asyncio.gather(*map(obtain, digests))
 
     def _shared(self, request: Request, pair: Pair, *, left_s: float) -> str | None:
-        """Return an address that is remembered of a blob which everybody may have."""
+        """Return a remembered address of a public blob."""
         if not self._grants.is_public(request.host, pair):
             return None
         return self._addresses.shared(pair.digest, left_s=left_s, now=lasting())
@@ -170,7 +170,7 @@ class Redirects:
         return address
 
     async def _ask(self, request: Request, pair: Pair, *, ahead: bool) -> str | None:
-        """Ask the registry once, and remember what it says for all. Nothing is recorded that is asked for `ahead`."""
+        """Ask the registry once, and share its answer. A request `ahead` of the client records nothing."""
         stop = 1 if ahead else None
         grant = await self._grants.obtain(request, pair, look=1, stop=stop, hands_on=self._is_foreign)
         location = grant.location
@@ -194,9 +194,9 @@ class Redirects:
         return location
 
     def _is_foreign(self, location: str) -> bool:
-        """Return whether it leads where nothing is intercepted: to a name that clients may be redirected to.
+        """Return whether it leads to a host that is not intercepted, by a name that clients accept in a redirect.
 
-        A plain or numeric address is that of a cache further up, or of a mirror on the LAN, and refused by clients.
+        A plain http or numeric address belongs to a parent cache or a mirror on the LAN, and clients refuse it.
         """
         there = URL(location, encoded=True)
         host = (there.host or "").lower()
@@ -205,17 +205,17 @@ class Redirects:
         return there.scheme == "https" and is_name and not is_ours
 
     def _is_recognisable(self, registry: str, location: str, expires: float | None) -> bool:
-        """Return whether a request for it comes here, if it is made by way of this proxy, and is answered if it is
-        not.
+        """Return whether a request for it would come back here through this proxy, and would be answered if sent
+        directly.
         """
         there = URL(location, encoded=True)
         host = (there.host or "").lower()
         if there.scheme != "https" or there.port != 443 or host == registry:
             return False
-        # Without a signature of the object store's it is another cache's own, which the real blob host would refuse.
+        # Without the object store's signature it is another cache's address, which the real blob host would refuse.
         if host == self._settings.blob_host:
             return expires is not None
-        # What has no query is asked for like any address of that registry.
+        # An address without a query is requested like any other of that registry.
         return host in self._settings.intercepted and bool(there.raw_query_string)
 
     def _warn(self, registry: str, location: str) -> None:

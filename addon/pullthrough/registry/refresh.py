@@ -1,8 +1,8 @@
 """Look at stored tags in the background, and record what has changed before the tag moves.
 
-Invariant: a tag is adopted only once every blob of its new manifest is here (of a list: of the children that were
-here before, by runner), so who pulls it meanwhile gets the old model whole and from the LAN. Only public models that
-are here whole, or pinned, are looked at; one at a time.
+Invariant: a tag is adopted only once every blob of its new manifest is here (of a list: of the children that were here
+before, by runner), so a client that pulls it meanwhile gets the old model, complete and from the LAN. Only public
+models that are complete here, or pinned, are checked, one at a time.
 """
 
 import asyncio
@@ -28,10 +28,10 @@ from pullthrough.upstream.client import DEADLINE_S, Upstream
 _log = logging.getLogger(__name__)
 
 IN_USE_S: Final = 30 * 86400.0
-"""A model that nobody has pulled for so long is left as it is, unless it is pinned."""
+"""A model that nobody has pulled for this long is not refreshed, unless it is pinned."""
 
 LOOKS_PER_INTERVAL: Final = 20
-"""How often in one interval it is seen who is due: a tag is at most this fraction of it late."""
+"""How many times per interval due tags are looked for: a tag is late by at most this fraction of the interval."""
 
 
 class Refresher:
@@ -57,12 +57,12 @@ class Refresher:
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
-        """Begin, if the settings say so."""
+        """Start refreshing, if the settings ask for it."""
         if self._settings.refresh is not None and not self._settings.offline:
             self._task = asyncio.get_running_loop().create_task(self._run(self._settings.refresh), name="refresh")
 
     async def close(self) -> None:
-        """Look at nothing any more; what is being recorded is the recorder's."""
+        """Stop refreshing; recordings that run belong to the recorder."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -83,7 +83,7 @@ class Refresher:
             looked = max(record.confirmed, self._tried.get(name, 0.0))
             if record.denied or ":" in name.reference or now - looked < interval_s:
                 continue
-            # Last, because it asks the disk for each blob.
+            # Last, because it checks the disk for each blob.
             if self._store.ledger.keeps(name, self._settings.pins) or (
                 now - record.used < IN_USE_S and self._is_whole(record)
             ):
@@ -96,7 +96,7 @@ class Refresher:
         return bool(needed) and all(digest in known or self._store.held(digest) is not None for digest in needed)
 
     async def refresh(self, name: Name) -> None:
-        """Look at one tag, and let it move once all that is new is here."""
+        """Check one tag, and move it once everything new is stored."""
         stored, host = self._store.manifest(name), self._settings.asked(name.host)
         if stored is None or self._upstream.down_until(host) > time.monotonic():
             return
@@ -112,7 +112,7 @@ class Refresher:
             _log.info("refresh of %s: %s", name, reply.cause)
 
     async def _bring(self, name: Name, stored: ManifestRecord, found: ManifestRecord) -> bool:
-        """Record what clients of the stored manifest need of the one that was found; whether all of it is here."""
+        """Record what clients of the stored manifest need of the new one; return whether all of it is here."""
         if found.body == stored.body:
             return True
         _log.info("refresh of %s: it has moved; recording what is new", name)

@@ -1,8 +1,8 @@
 """Answer a request as the registry and its CDN would: status, headers, and bytes or a reader. Begin reading here.
 
 Invariant: what a client sees has the shape of the real registry (same hosts, a 307, the same bytes); a reader is
-given out only where `access.decide`, a valid capability or a signed address that was handed out here grants it; None
-means "not ours: pass it through".
+returned only where `Grants`, a valid capability or a signed address that was handed out here allows it; None means "not
+ours: pass it through".
 """
 
 import asyncio
@@ -115,7 +115,7 @@ class Registry:
             return failure(UpstreamTimeout("no answer in time"), route.digest)
 
     def _route(self, request: Request) -> Route | CanonicalRoute | HandedOut | None:
-        """Return what the request names, of what may be answered here."""
+        """Return the route of the request, if it may be answered here."""
         # Clients that reach the cache by a registry's name alone ask for canonical addresses under it too.
         canonical = parse_canonical_target(request.target)
         if canonical is not None and capability.is_claimed(canonical.query):
@@ -127,7 +127,7 @@ class Registry:
         return canonical
 
     def _note(self, request: Request, route: ManifestRoute, answer: Answer) -> None:
-        """Remember who asked for a manifest, and what was pulled by that."""
+        """Remember who asked for a manifest, and what that client pulls."""
         client, now = request.client, time.time()
         self._clients.ask(client, request.way, request.version, bypasses=request.is_known_to_bypass, now=now)
         if request.method == "GET" and answer.status == 200:
@@ -136,7 +136,7 @@ class Registry:
             self._history.ask(client, name, self._wanted(name, answer), now=now)
 
     def _wanted(self, name: Name, answer: Answer) -> list[list[Digest]]:
-        """Return the blobs that a client asks for which was given this manifest; of a list, those of each child."""
+        """Return the blobs that a client will ask for after this manifest; for a list, those of each child."""
         record = self._store.manifest(name)
         if record is None or record.body != answer.body:
             # Of the other representation, or private.
@@ -161,7 +161,7 @@ class Registry:
 
 
 def log_lost(client: str, place: Place, bypasses: bool) -> None:
-    """Say that a client did not come for what it was sent to the registry's own address of."""
+    """Log that a client never came for a blob that it was redirected to at the registry's own address."""
     model = f"{place[0]}/{place[1]}"
     if bypasses:
         _log.warning(

@@ -1,7 +1,7 @@
 """The registry's own signed addresses of blobs, as they were handed out to clients, and their recognition.
 
-A signed address is a bearer right. The addresses themselves stay in memory, for those that an anonymous request got
-too; on disk there is an HMAC of each, so that a client which was sent there goes on after a restart.
+A signed address is a bearer credential. The addresses themselves stay in memory, if an anonymous request got them too;
+on disk there is an HMAC of each, so that a client which was sent there goes on after a restart.
 
 Invariant: an address is recognised only if this store has handed out exactly it, to the byte; one that took a caller's
 credentials is never given to another caller. Times are Unix seconds, and `now` is a parameter.
@@ -20,14 +20,14 @@ from pullthrough.store.ledger import Ledger
 from pullthrough.upstream.data_stream import Source
 
 LIMIT: Final = 20_000
-"""Addresses that are recognised: those of a thousand models, twice a day for a week."""
+"""How many addresses are recognised: those of a thousand models, twice a day for a week."""
 
 GRACE_S: Final = 24 * 3600.0
-"""How long a blob's address is recognised beyond its own end while the blob is public: a pull may be longer under way
-than a day."""
+"""How long an expired address is still recognised while its blob is public: a pull may take longer than a day."""
 
 RECORDABLE_S: Final = 60.0
-"""What an address must have left for a recording to begin with it; it obtains another one when that has expired."""
+"""The lifetime an address must have left for a recording to begin with it; the recording obtains another when it
+expires."""
 
 Obtain = Callable[[], Awaitable[Source]]
 
@@ -38,13 +38,13 @@ class HandedOut:
 
     digest: Digest
     source: Source
-    """The address itself: what has proven to be ours may be recorded from."""
+    """The address itself: once recognised as ours, a recording may use it."""
     obtain: Obtain | None
-    """Asks the registry for another one, with the same right; None after a restart."""
+    """Asks the registry for another address, for the same caller; None after a restart."""
 
 
 class SignedUrls:
-    """Those of one store."""
+    """The addresses handed out by one store."""
 
     def __init__(
         self, secret: bytes, ledger: Ledger, is_public: Callable[[Digest], bool], *, limit: int = LIMIT
@@ -62,7 +62,7 @@ class SignedUrls:
         """(address, when it expires, its HMAC) of blobs that an anonymous request got."""
 
     def add(self, digest: Digest, address: str, *, expires: float, public: bool, obtain: Obtain, now: float) -> None:
-        """Recognise the address from now on; if it is `public`, others may be given it too."""
+        """Recognise the address from now on; a `public` one may be given to other callers too."""
         key = self._key(URL(address, encoded=True))
         self._ledger.put_address(key, digest, expires)
         self._obtain[key] = obtain
@@ -71,12 +71,12 @@ class SignedUrls:
         self._forget(now)
 
     def shared(self, digest: Digest, *, left_s: float, now: float) -> str | None:
-        """Return an address that anybody may have who may have the blob, good for `left_s` more seconds."""
+        """Return an address for any caller who may have the blob, valid for at least `left_s` more seconds."""
         address, expires, _ = self._shared.get(digest, ("", 0.0, ""))
         return address if expires - now >= left_s else None
 
     def source(self, digest: Digest, *, now: float) -> Source | None:
-        """Return a source of the blob that has been obtained already, for a recording that begins."""
+        """Return a source of the blob that was obtained before, for a recording that begins."""
         address = self.shared(digest, left_s=RECORDABLE_S, now=now)
         return Source(address) if address is not None else None
 
@@ -95,12 +95,12 @@ class SignedUrls:
         return HandedOut(digest, Source(str(address)), self._obtain.get(key))
 
     def _key(self, address: URL) -> str:
-        """Return the HMAC of host and target: what of an address reaches the server that it names."""
+        """Return the HMAC of host and target: the part of an address that reaches the server."""
         message = f"signed address {(address.host or '').lower()}{address.raw_path_qs}"
         return hmac.new(self._secret, message.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
 
     def _forget(self, now: float) -> None:
-        """Forget what has expired, and the oldest beyond the limit."""
+        """Forget expired addresses, and the oldest beyond the limit."""
         known = self._ledger.addresses
         while known:
             key, (digest, expires) = next(iter(known.items()))
@@ -108,6 +108,6 @@ class SignedUrls:
                 return
             self._ledger.drop_address(key)
             self._obtain.pop(key, None)
-            # What would not be recognised is handed out no more.
+            # An address that would not be recognised is not handed out again.
             if self._shared.get(digest, ("", 0.0, ""))[2] == key:
                 del self._shared[digest]

@@ -1,7 +1,7 @@
 """Record models before anybody asks for them, for clients that take manifest lists and for those that do not.
 
-Invariant: a blob comes in through its one recording, like a client's, and a tag is stored only as upstream gives it
-to everybody. One model and one blob at a time, in the manifest's order.
+Invariant: a blob comes in through its one recording, as for a client, and a tag is stored only as upstream gives it to
+everybody. One model and one blob at a time, in the manifest's order.
 """
 
 import asyncio
@@ -24,18 +24,18 @@ from pullthrough.upstream.client import DEADLINE_S
 TOLD_EVERY_S: Final = 0.25
 
 Tell = Callable[[Mapping[str, Any]], Awaitable[None]]
-"""Send a progress object to whoever has asked."""
+"""Send a progress object to the caller."""
 
 
 def in_words(error: CacheError) -> str:
-    """Say why a model was not recorded; that there is none, as `ollama pull` does (server/images.go)."""
+    """Say why a model was not recorded; a missing model in the words of `ollama pull` (server/images.go)."""
     if isinstance(error, UpstreamRefused) and error.status_hint == 404:
         return "pull model manifest: file does not exist (the registry answered 404)"
     return str(error)
 
 
 class Warmer:
-    """Recordings that nobody waits for but the terminal."""
+    """Recordings that only the command line waits for."""
 
     def __init__(
         self,
@@ -53,7 +53,8 @@ class Warmer:
         self._manifests = manifests
 
     async def warm(self, text: str, tell: Tell, *, dry_run: bool) -> dict[str, Any]:
-        """Record one model; {model, size, missing}: bytes of it, and of what was not here. CacheError if it fails.
+        """Record one model; return {model, size, missing}: its bytes, and those that were not here. CacheError if it
+        fails.
 
         Progress: {model, layer, size, done} for each blob, in bytes.
         """
