@@ -1,6 +1,7 @@
 """The packages hold: what the import contracts of pyproject.toml cannot say. `lint-imports` checks those."""
 
 import ast
+import functools
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,11 +32,12 @@ def contracts() -> list[dict[str, object]]:
     return found
 
 
-def pure() -> set[str]:
+@functools.cache
+def pure() -> frozenset[str]:
     """The modules and packages that know no world outside, by their contract."""
     (found,) = (each["source_modules"] for each in contracts() if str(each["name"]).startswith("Values and policy"))
     assert isinstance(found, list)
-    return set(found)
+    return frozenset(found)
 
 
 def name_of(path: Path) -> str:
