@@ -22,8 +22,8 @@ from pullthrough.store.store import Store
 
 _log = logging.getLogger(__name__)
 
-HASH_PIECE: Final = 1 << 20
-"""What fits a core's cache between the reading and the hashing."""
+HASH_PIECE: Final = 256 << 10
+"""What stays in a core's cache between the reading and the hashing."""
 # What one visit to the thread may hash: each visit waits for the event loop twice, and on a busy machine that costs
 # more than the hashing itself.
 HASH_STRETCH: Final = 64 << 20
@@ -148,11 +148,13 @@ class BlobWriter:
         file, assembly = self._ingest.file, self._assembly
         begun = assembly.versions.now()
 
+        buffer = memoryview(bytearray(min(HASH_PIECE, assembly.size)))
+
         def update(start: int, stop: int) -> int:
             offset = start
-            while offset < stop and (data := file.read(offset, min(offset + HASH_PIECE, stop))):
-                hasher.update(data)
-                offset += len(data)
+            while offset < stop and (count := file.read_into(buffer[: stop - offset], offset)):
+                hasher.update(buffer[:count])
+                offset += count
             return offset
 
         while assembly.hashed < assembly.size:

@@ -47,6 +47,11 @@ class SharedFile:
         place, end = self.locate(start, stop)
         return platform.read_at(self.descriptor, place, end - start)
 
+    def read_into(self, buffer: memoryview, start: int) -> int:
+        """Read into `buffer` from `start`, and say how much; 0 at the end. May block on the disk."""
+        place, end = self.locate(start, start + len(buffer))
+        return platform.read_into(self.descriptor, buffer[: end - start], place)
+
     def copy(self, target: int, start: int, stop: int) -> None:
         """Put the bytes of `[start, stop)` where they belong in another open file. Raises OSError."""
         while start < stop:

@@ -64,11 +64,12 @@ class Tls:
     def read_into(self, buffer: memoryview) -> int | None:
         if self._problem is not None:
             raise self._problem
-        # A call returns one record, of 16 KiB at most: what there is of them is read in one go.
-        filled, receive = 0, self.sock.recv_into
+        # A call returns one record, of 16 KiB at most: what there is of them is read in one go. The standard library
+        # counts what the buffer holds, which takes longer than the record, unless it is told.
+        filled, size, receive = 0, len(buffer), self.sock.recv_into
         try:
             with _TURN:
-                while filled < len(buffer) and (count := receive(buffer[filled:])):
+                while filled < size and (count := receive(buffer[filled:], size - filled)):
                     filled += count
         except ssl.SSLWantReadError:
             self.wants = selectors.EVENT_READ

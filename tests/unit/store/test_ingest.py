@@ -363,6 +363,13 @@ def test_a_file_grows_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ingest = grow(tmp_path, offsets[20:], fresh=False)
     assert ingest.file is not None
     assert ingest.file.read(39 << 20, GAPS) == bytes([39]) * (1 << 20)
+    buffer, position = memoryview(bytearray(3 << 20)), 0
+    whole = b"".join(bytes([number]) * (1 << 20) for number in range(40))
+    while position < GAPS:
+        count = ingest.file.read_into(buffer[: GAPS - position], position)
+        assert count
+        assert buffer[:count] == whole[position : position + count]
+        position += count
     sizes: list[int] = []
     monkeypatch.setattr(platform, "sync_data", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
     position = 0
