@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
@@ -419,6 +420,8 @@ def test_ten_thousand_models(many: Path) -> None:
 async def settle_beside(store: Store) -> list[float]:
     """For how long the event loop was busy at a time while the store was compared."""
     pauses = []
+    gc.collect()
+    gc.freeze()  # as the daemon does
 
     async def tick() -> None:
         while True:
@@ -429,6 +432,7 @@ async def settle_beside(store: Store) -> list[float]:
     task = asyncio.get_running_loop().create_task(tick(), name="tick")
     await store.settle()
     task.cancel()
+    gc.unfreeze()
     return pauses
 
 
