@@ -1,12 +1,14 @@
-"""The files of manifests: each is upstream's bytes, at a path that says which name they are stored under.
+"""The files of manifests, each upstream's bytes at a path that says which name they are stored under; and of grants.
 
     manifests/<host>/<namespace>/<model>/<tag>      for clients that take no lists; as Ollama keeps its models
     manifests-v2/<host>/<namespace>/<model>/<tag>   for those that do; a copy of the document, as Ollama 0.40 reads it
     other-names/<host/repository>/@<reference>      what Ollama's folders have no place for, percent-encoded in lower
                                                     case, cut at `+/+` where it is long; `.lists` as the second
+    grants/<host/repository>.txt                    which blobs upstream has granted there, a digest on each line, as
+                                                    far as no stored manifest of the repository lists them
 
-They lie below `public/`, or below `private/` while upstream refuses them to an anonymous request. On a disk that
-folds case, names with capitals are other names.
+They lie below `public/`, or below `private/` while upstream refuses them to an anonymous request; grants always do. On
+a disk that folds case, names with capitals are other names.
 
 Invariant: a file is there whole or not at all, the newest state of a name is the one that is written, and what is
 hidden is out of `public/` when `hide` returns. Folders without a file are removed: Ollama stops at them.
@@ -18,12 +20,13 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
+from pullthrough.core.digest import Digest
 from pullthrough.core.errors import TransferRefused
 from pullthrough.core.manifest_json import type_of
 from pullthrough.core.records import ManifestRecord, Name
@@ -42,6 +45,7 @@ from pullthrough.store.ollama_dir import (
 _log = logging.getLogger(__name__)
 
 OTHER_NAMES: Final = "other-names"
+GRANTS: Final = "grants"
 TEMPORARY: Final = ".manifest-"
 """What a file on its way begins with, in `ingest/`."""
 
@@ -51,8 +55,13 @@ _FOR_OLLAMA: Final = re.compile(
 """Paths that every version of Ollama reads as a name (types/model/name.go)."""
 _NOWHERE: Final = re.compile(r"(^|/)((con|prn|aux|nul|com\d|lpt\d)(\.[^/]*)?|[^/]*\.)(/|$)", re.IGNORECASE)
 """What Windows takes for a device, or loses the end of."""
+_GRANT: Final = re.compile(r"^sha256:([0-9a-f]{64})$", re.MULTILINE)
 _PIECE: Final = 120
 _LISTS: Final = ".lists"
+_TEXT: Final = ".txt"
+
+Place = tuple[str, str]
+"""(host, repository)."""
 
 
 class Document(NamedTuple):
@@ -78,10 +87,13 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What is to be written: `body` None for no file."""
+    """What is to be written; `make` returns None for no file, and is called by the thread that writes."""
 
-    body: bytes | None
+    make: Callable[[], bytes | None]
     denied: bool = False
+
+
+_NOTHING: Final = _State(lambda: None)
 
 
 class ModelFiles:
@@ -93,7 +105,7 @@ class ModelFiles:
         self._folder = folder
         self._folds_case = folds_case
         self._lock = threading.Lock()
-        self._pending: dict[Name, _State] = {}
+        self._pending: dict[Name | Place, _State] = {}
         self._unsynced: set[Path] = set()
         self._is_asked = False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ollama-cache-files")
@@ -102,11 +114,25 @@ class ModelFiles:
 
     def put(self, name: Name, body: bytes, *, denied: bool) -> None:
         """Write the name's file, soon."""
-        self._ask(name, _State(body, denied))
+        self._ask(name, _State(lambda: body, denied))
 
     def remove(self, name: Name) -> None:
         """Remove the name's file, soon."""
-        self._ask(name, _State(None))
+        self._ask(name, _NOTHING)
+
+    def put_grants(self, place: Place, digests: Callable[[], Iterable[str]]) -> None:
+        """Write the repository's grants, soon; `digests` is called by another thread."""
+        self._ask(
+            place, _State(lambda: "".join(f"{each}\n" for each in sorted(digests())).encode() or None, denied=True)
+        )
+
+    def drop_grants(self, place: Place) -> None:
+        """Remove the repository's grants now."""
+        with self._lock, contextlib.suppress(FileNotFoundError):
+            path = self._folder / PRIVATE / _grants_path(place)
+            path.unlink()
+            self._unsynced.add(path.parent)
+        self._ask(place, _NOTHING)
 
     def hide(self, name: Name, body: bytes) -> None:
         """Let the name's file be among the private ones: it has left `public/` when this returns."""
@@ -117,11 +143,11 @@ class ModelFiles:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(self._folder / PUBLIC / path, target)
                     self._unsynced |= {target.parent, (self._folder / PUBLIC / path).parent}
-        self._ask(name, _State(body, denied=True))
+        self._ask(name, _State(lambda: body, denied=True))
 
-    def is_pending(self, name: Name) -> bool:
+    def is_pending(self, what: Name | Place) -> bool:
         """Return whether the file is not yet as it was last said to be."""
-        return name in self._pending
+        return what in self._pending
 
     def flush(self) -> None:
         """Wait until all that was said so far has been written, or has failed."""
@@ -132,9 +158,9 @@ class ModelFiles:
         self._writer.submit(self._write)
         self._writer.shutdown(wait=True)
 
-    def _ask(self, name: Name, state: _State) -> None:
+    def _ask(self, what: Name | Place, state: _State) -> None:
         with self._lock:
-            self._pending[name] = state
+            self._pending[what] = state
             was_asked, self._is_asked = self._is_asked, True
         if not was_asked:
             self._writer.submit(self._write)
@@ -144,11 +170,12 @@ class ModelFiles:
         with self._lock:
             pending = dict(self._pending)
             self._is_asked = False
-        for name, state in pending.items():
+        for what, state in pending.items():
             try:
-                self._write_one(name, state)
+                self._write_one(what, state)
             except OSError as error:
-                _log.warning("writing the manifest of %s: %s", name, error)
+                told = f"the manifest of {what}" if isinstance(what, Name) else f"the grants of {'/'.join(what)}"
+                _log.warning("writing %s: %s", told, error)
         with self._lock:
             unsynced, self._unsynced = self._unsynced, set()
         for folder in unsynced if self._durable else ():
@@ -159,14 +186,14 @@ class ModelFiles:
             except OSError as error:
                 _log.warning("flushing %s: %s", folder, error)
 
-    def _write_one(self, name: Name, state: _State) -> None:
-        temporary = None
-        if state.body is not None:
+    def _write_one(self, what: Name | Place, state: _State) -> None:
+        temporary, body = None, state.make()
+        if body is not None:
             temporary = self._folder / "ingest" / f"{TEMPORARY}{secrets.token_hex(8)}"
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
             descriptor = os.open(temporary, flags, 0o644)
             try:
-                platform.write_at(descriptor, 0, state.body)
+                platform.write_at(descriptor, 0, body)
                 if self._durable:
                     platform.sync_data(descriptor)
             except OSError:
@@ -175,17 +202,17 @@ class ModelFiles:
             finally:
                 os.close(descriptor)
         with self._lock:
-            if self._pending.get(name) is state:
-                target = self._put_in_place(name, state, temporary)
-                del self._pending[name]
-                self._remove_others(name, target)
+            if self._pending.get(what) is state:
+                target = self._put_in_place(what, state, temporary)
+                del self._pending[what]
+                self._remove_others(what, target)
             elif temporary is not None:
                 temporary.unlink()
 
-    def _put_in_place(self, name: Name, state: _State, temporary: Path | None) -> Path | None:
+    def _put_in_place(self, what: Name | Place, state: _State, temporary: Path | None) -> Path | None:
         if temporary is None:
             return None
-        target = self._folder / (PRIVATE if state.denied else PUBLIC) / self._paths(name)[0]
+        target = self._folder / (PRIVATE if state.denied else PUBLIC) / self._paths(what)[0]
         folder = target.parent
         while not folder.exists():
             self._unsynced.add(folder.parent)
@@ -195,10 +222,10 @@ class ModelFiles:
         self._unsynced.add(target.parent)
         return target
 
-    def _remove_others(self, name: Name, target: Path | None) -> None:
-        """Remove the name's files but for `target`, and the folders that are empty then."""
+    def _remove_others(self, what: Name | Place, target: Path | None) -> None:
+        """Remove its files but for `target`, and the folders that are empty then."""
         for root in ROOTS:
-            for path in self._paths(name):
+            for path in self._paths(what):
                 other = self._folder / root / path
                 if other == target:
                     continue
@@ -238,6 +265,22 @@ class ModelFiles:
         for place in places:
             yield place, self.of(*place)
 
+    def grants(self, place: Place) -> set[Digest]:
+        """Return what the file says was granted in the repository. Raises OSError if the disk refuses."""
+        try:
+            descriptor = platform.open_regular(self._folder / PRIVATE / _grants_path(place))
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+        with os.fdopen(descriptor, encoding="ascii", errors="replace") as file:
+            return set(map(Digest, _GRANT.findall(file.read(LONGEST_MANIFEST))))
+
+    def walk_grants(self) -> Iterator[tuple[Place, set[Digest]]]:
+        """Yield the same of each repository, with its (host, repository). Raises OSError if the disk refuses."""
+        for path in _walk(self._folder / PRIVATE, PurePosixPath(GRANTS)):
+            host, slash, repository = _decoded(path.removeprefix(f"{GRANTS}/").removesuffix(_TEXT)).partition("/")
+            if slash and _grants_path((host, repository)) == path:
+                yield (host, repository), self.grants((host, repository))
+
     def _gather(
         self, root: str, folder: PurePosixPath, found: dict[Name, Document], places: set[tuple[str, str]]
     ) -> None:
@@ -255,8 +298,10 @@ class ModelFiles:
 
     # --- paths
 
-    def _paths(self, name: Name) -> list[str]:
-        """Return where the name's file is to be, and where else another disk may have had it."""
+    def _paths(self, name: Name | Place) -> list[str]:
+        """Return where the file is to be, and where else another disk may have had it."""
+        if not isinstance(name, Name):
+            return [_grants_path(name)]
         other = _other_path(name)
         usual = _usual_path(name)
         if usual is None:
@@ -303,15 +348,18 @@ def _other_path(name: Name) -> str:
     return f"{OTHER_NAMES}/{_pieces(f'{name.host}/{name.repository}')}/{reference}"
 
 
+def _grants_path(place: Place) -> str:
+    return f"{GRANTS}/{_pieces('/'.join(place))}{_TEXT}"
+
+
 def _parse(path: str) -> Name | None:
     """Return the name whose file lies there; None where none can."""
     tree, _, rest = path.partition("/")
     if tree != OTHER_NAMES:
         name = parse_manifest_path(path)
         return name and name._replace(takes_lists=tree == NAMED_DOCUMENTS)
-    text = rest.replace("+/+", "")
-    takes_lists = text.endswith(_LISTS)
-    place, at, reference = text.removesuffix(_LISTS).partition("/@")
+    takes_lists = rest.endswith(_LISTS)
+    place, at, reference = rest.removesuffix(_LISTS).partition("/@")
     host, _, repository = _decoded(place).partition("/")
     route = parse_registry_target(f"/v2/{repository}/manifests/{_decoded(reference)}")
     if not at or not host or not isinstance(route, ManifestRoute):
@@ -325,4 +373,7 @@ def _pieces(text: str) -> str:
 
 
 def _decoded(text: str) -> str:
-    return re.sub(r"(?:%[0-9a-f]{2})+", lambda match: bytes.fromhex(match[0].replace("%", "")).decode("latin-1"), text)
+    encoded = text.replace("+/+", "")
+    return re.sub(
+        r"(?:%[0-9a-f]{2})+", lambda match: bytes.fromhex(match[0].replace("%", "")).decode("latin-1"), encoded
+    )

@@ -65,6 +65,11 @@ class ManifestTable:
         """Yield the manifests of the (host, repository)."""
         return ((name, self._records[name]) for name in self._names.get(place, ()))
 
+    def listing(self, place: tuple[str, str]) -> list[ManifestRecord]:
+        """Return those that are not denied; other threads may ask."""
+        found = [self._records.get(name) for name in list(self._names.get(place, ()))]
+        return [record for record in found if record is not None and not record.denied]
+
     def denied(self, place: tuple[str, str]) -> list[ManifestRecord]:
         """Return those that are denied of the (host, repository)."""
         return [self._records[name] for name in self._denied.get(place, ())]

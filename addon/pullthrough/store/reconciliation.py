@@ -10,10 +10,12 @@ import logging
 from collections.abc import Callable, Mapping
 from itertools import islice
 
+from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreUnwritable
 from pullthrough.core.records import Name
 from pullthrough.store.blob_table import BlobTable
-from pullthrough.store.manifest_files import Document, ModelFiles
+from pullthrough.store.ledger import Grants
+from pullthrough.store.manifest_files import Document, ModelFiles, Place
 from pullthrough.store.manifest_table import ManifestTable
 
 _log = logging.getLogger(__name__)
@@ -21,19 +23,22 @@ _log = logging.getLogger(__name__)
 _STEP = 200
 """Files that are compared without a pause: some milliseconds."""
 
-Place = tuple[str, str]
-"""(host, repository)."""
-
 
 class Reconciliation:
     """Of one store."""
 
     def __init__(
-        self, files: ModelFiles, manifests: ManifestTable, blobs: BlobTable, changed: Callable[[], object]
+        self,
+        files: ModelFiles,
+        manifests: ManifestTable,
+        grants: Grants,
+        blobs: BlobTable,
+        changed: Callable[[], object],
     ) -> None:
         """`changed` is called after each change of a manifest."""
         self._files = files
         self._manifests = manifests
+        self._grants = grants
         self._blobs = blobs
         self._changed = changed
         self._seen: set[Place] = set()
@@ -48,11 +53,12 @@ class Reconciliation:
         if self.settled or place in self._seen:
             return
         try:
-            found = self._files.of(*place)
+            found, granted = self._files.of(*place), self._files.grants(place)
         except OSError as error:
-            _log.warning("reading the manifests of %s/%s: %s", *place, error)
+            _log.warning("reading what is stored of %s/%s: %s", *place, error)
             return
         self._compare(place, found)
+        self._take_in(place, granted)
 
     async def settle(self) -> None:
         """Compare everything that has not been compared yet. Raises StoreUnwritable if the disk cannot be read."""
@@ -72,9 +78,15 @@ class Reconciliation:
                 if place not in self._seen:
                     self._compare(place, found)
             await asyncio.sleep(0)
+        filed = await asyncio.to_thread(lambda: dict(self._files.walk_grants()))
+        for place, granted in filed.items():
+            self._take_in(place, granted)
         for place in {name.place for name in self._manifests.records} - self._seen:
             self.look(place)
             await asyncio.sleep(0)
+        for number, _ in enumerate(self._grants.compare(filed)):
+            if number % _STEP == 0:
+                await asyncio.sleep(0)
         unseen = {digest for digest, record in self._blobs.records.items() if record.held}
         files = self._blobs.files.walk()
         while batch_of_files := await asyncio.to_thread(lambda: list(islice(files, _STEP))):
@@ -89,6 +101,10 @@ class Reconciliation:
         self._blobs.settled = True
         self._seen.clear()
         await asyncio.to_thread(self._blobs.proofs.tidy, self._blobs.proven())
+
+    def _take_in(self, place: Place, granted: set[Digest]) -> None:
+        if not self._files.is_pending(place):
+            self._grants.add(place, granted, is_kept=True)
 
     def _compare(self, place: Place, found: Mapping[Name, Document]) -> None:
         self._seen.add(place)

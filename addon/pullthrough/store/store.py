@@ -8,7 +8,8 @@
     <dir>/public/             what everybody may have, in the shape of an Ollama models folder:
         blobs/sha256-<hex>    verified blobs, complete, never changed
         manifests/, manifests-v2/, other-names/   as `manifest_files` says
-    <dir>/private/            the same of what upstream refuses to an anonymous request, or has not been asked (0700)
+    <dir>/private/            the same of what upstream refuses to an anonymous request, or has not been asked (0700);
+        grants/               what it has granted to one besides what manifests list
     <dir>/verified            proofs that blobs were verified (0600)
     <dir>/index/              diskcache: what is known of blobs and manifests; derived, made anew where it is missing;
                               elsewhere where `places` says so
@@ -43,7 +44,7 @@ from pullthrough.store.blob_table import BlobTable
 from pullthrough.store.index import Index
 from pullthrough.store.ingest import JOURNAL, PARTIAL, Ingest, partials, quarantined
 from pullthrough.store.layout import folds_case, load_secret, prepare
-from pullthrough.store.ledger import Ledger
+from pullthrough.store.ledger import Grants, Ledger
 from pullthrough.store.manifest_files import ModelFiles
 from pullthrough.store.manifest_table import ManifestTable
 from pullthrough.store.migration import migrate
@@ -89,9 +90,8 @@ class Store:
         self._files = ModelFiles(folder, folds_case=folds_case(folder))
         self._blobs = BlobTable(folder, index, contents.blobs, self.changes)
         self._manifests = ManifestTable(index, contents, self.read_manifest)
-        self._survey = Reconciliation(self._files, self._manifests, self._blobs, self.changes.advance)
-        self._members: dict[tuple[str, str], str | set[str]] = {**members}
-        """What upstream has granted of each (host, repository) to an anonymous request, besides the manifests."""
+        self._grants = Grants(index, self._files, members, self._manifests)
+        self._survey = Reconciliation(self._files, self._manifests, self._grants, self._blobs, self.changes.advance)
         self._denials = Epoch()
         self._manifests.open()
 
@@ -246,31 +246,21 @@ class Store:
 
     def is_member(self, host: str, repository: str, digest: Digest) -> bool:
         """Return a stored manifest of the repository lists it, or upstream granted it there to an anonymous request."""
-        granted = self._granted(_place(host, repository))
-        return digest in granted or any(record.lists(digest) for record in self.manifests_of(host, repository).values())
+        records = self.manifests_of(host, repository).values()
+        return digest in self._grants.of(_place(host, repository)) or any(record.lists(digest) for record in records)
 
     def repositories(self, digest: Digest) -> list[tuple[str, str]]:
         """Every (host, repository) that the digest is known to belong to: where a source can be obtained again."""
-        granted = [place for place, digests in self._members.items() if digest in digests]
         records = self.manifests().items()
         listed = [name.place for name, record in records if not record.denied and record.lists(digest)]
-        return list(dict.fromkeys(granted + listed))
+        return list(dict.fromkeys(self._grants.places(digest) + listed))
 
     def confirm_public(self, host: str, repository: str, digest: Digest) -> None:
         """Upstream granted the blob of this repository to an anonymous request."""
         self._blobs.show(digest, public=True)
         place = _place(host, repository)
-        granted = self._granted(place)
-        if digest not in granted:
-            granted.add(digest)
-            self._index.put_members(*place, granted)
-
-    def _granted(self, place: tuple[str, str]) -> set[str]:
-        """Return the digests of the repository; taken apart when they are asked for first, because most never are."""
-        granted = self._members.get(place, "")
-        if isinstance(granted, str):
-            granted = self._members[place] = set(granted.split())
-        return granted
+        self._survey.look(place)
+        self._grants.add(place, [digest])
 
     def adopt(self, name: Name, record: ManifestRecord) -> None:
         """Store a manifest of the fleet's: a cache of it has recorded every blob, and each is public."""
@@ -299,18 +289,17 @@ class Store:
         """
         place = _place(host, repository)
         self._denials.advance(place)
-        digests = set(map(trusted, self._granted(place)))
         granted = self.manifests_of(host, repository)
+        digests = set(map(trusted, self._grants.of(place)))
         was_known = bool(digests or granted)
         for name, record in granted.items():
             digests.update(record.digests)
             self._files.hide(name, record.body)
             self._manifests.put(name, record._replace(denied=True))
             self.changes.advance()
-        if self._members.pop(place):
-            self._index.delete_members(*place)
+        self._grants.drop(place)
         for digest in digests:
-            if not any(digest in granted for granted in self._members.values()):
+            if not self._grants.places(digest):
                 self._blobs.show(digest, public=False)
         return was_known
 
@@ -336,6 +325,8 @@ class Store:
             self._files.put(name, record.body, denied=record.denied)
         self.changes.advance()
         self._manifests.put(name, record)
+        if known is not None and known.digest != record.digest:
+            self._grants.keep(name.place)
 
     def drop_manifest(self, name: Name) -> None:
         """Forget this representation of the model; its blobs stay, and so do those that other manifests list."""

@@ -181,6 +181,71 @@ def test_a_store_outlives_its_index(filled: Path, tmp_path: Path, lose: Callable
     assert len(Snapshot.read(folder).held_sizes()) == 5
 
 
+@pytest.mark.parametrize("lose", LOSSES[:3])
+def test_grants_outlive_the_index(tmp_path: Path, lose: Callable[[Path], object]) -> None:
+    """What no manifest lists is granted as before: asked for alone, listed by what a tag has left, under long names."""
+    folder = tmp_path / "store"
+    alone, far = (DEFAULT_HOST, "library/alone"), ("hub.example:5000", "Me/" + "x" * 200)
+    with closing(Store.open(folder)) as store:
+        for data in (OPEN, SHARED, CONFIG, CLOSED):
+            record(store, data)
+        for place in (alone, far):
+            store.confirm_public(*place, digest_of(OPEN))
+            store.confirm_public(*place, digest_of(SHARED))
+        put(store, PUBLIC, BODY)
+        for data in (OPEN, SHARED, CONFIG):
+            store.confirm_public(*PUBLIC.place, digest_of(data))
+        put(store, PUBLIC, manifest_of(CLOSED, SHARED, CONFIG))
+        store.confirm_public(*PRIVATE.place, digest_of(CLOSED))
+        store.deny(*PRIVATE.place)
+    files = {path.relative_to(folder / "private").as_posix(): path.read_text() for path in grants_of(folder)}
+    assert len(files) == 3
+    assert files["grants/registry%2eollama%2eai%2flibrary%2fopen.txt"] == f"{digest_of(OPEN)}\n"
+    assert not [text for text in files.values() if str(digest_of(CLOSED)) in text]
+    lose(folder)
+    for _ in range(2):
+        with closing(Store.open(folder)) as store:
+            for is_settled in (False, True):
+                for place in (alone, far):
+                    assert store.is_member(*place, digest_of(OPEN))
+                    assert store.is_member(*place, digest_of(SHARED))
+                    assert not store.is_member(*place, digest_of(CONFIG))
+                assert store.is_member(*PUBLIC.place, digest_of(OPEN))
+                assert not store.is_member(*PRIVATE.place, digest_of(CLOSED))
+                if not is_settled:
+                    settle(store)
+            assert alone in store.repositories(digest_of(OPEN))
+    with closing(Store.open(folder)) as store:
+        assert store.deny(*alone)
+        assert not store.is_member(*alone, digest_of(OPEN))
+    lose(folder)
+    with closing(Store.open(folder)) as store:
+        assert not store.is_member(*alone, digest_of(OPEN))
+        settle(store)
+        assert not store.is_member(*alone, digest_of(OPEN))
+
+
+def test_grants_of_an_earlier_version(tmp_path: Path) -> None:
+    """They are in the index alone, and get their files once it is compared; a grant does not write over others."""
+    folder = tmp_path / "store"
+    with closing(Store.open(folder)) as store:
+        record(store, OPEN)
+        store.confirm_public(*PUBLIC.place, digest_of(OPEN))
+    (written,) = grants_of(folder)
+    shutil.rmtree(folder / "private" / "grants")
+    with closing(Store.open(folder)) as store:
+        settle(store)
+    assert written.read_text() == f"{digest_of(OPEN)}\n"
+    without_index(folder)
+    with closing(Store.open(folder)) as store:
+        store.confirm_public(*PUBLIC.place, digest_of(CONFIG))
+    assert written.read_text().split() == sorted([digest_of(OPEN), digest_of(CONFIG)])
+
+
+def grants_of(folder: Path) -> list[Path]:
+    return [path for path in (folder / "private" / "grants").rglob("*") if path.is_file()]
+
+
 def test_facts_survive_a_good_index(filled: Path, tmp_path: Path) -> None:
     """What no file says is in the index, and is kept when it is compared, and by a migration."""
     for lose in (Path.exists, make_format_1):
