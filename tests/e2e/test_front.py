@@ -685,7 +685,7 @@ def test_pages_of_the_daemon(origin: Origin, proxy: Proxy) -> None:
 
 
 def test_a_browser_at_the_proxy_s_port(shared: tuple[Origin, Proxy]) -> None:
-    """It is led to the front page; a program that asks for the same is answered as a proxy answers."""
+    """It is led to the front page; a program that asks for the same is told what this is, and where the page is."""
     _, proxy = shared
     page = f"http://{ADDRESS}:{proxy.front_port}/"
     got = []
@@ -695,7 +695,9 @@ def test_a_browser_at_the_proxy_s_port(shared: tuple[Origin, Proxy]) -> None:
             connection.request("GET", "/", headers={"Accept": accept})
             response = connection.getresponse()
             got.append((response.status, response.headers["Location"], len(response.read()) > 0))
-    assert got == [(307, page, False), (502, None, True)]
+            reason = response.reason
+    assert got == [(307, page, False), (421, None, True)]
+    assert reason.endswith(f"pages are at {page}")
     # One with a body is no browser's: it would be held, whatever its size.
     with contextlib.closing(http.client.HTTPConnection(ADDRESS, proxy.port, timeout=20)) as connection:
         connection.request("GET", "/", body=b"x" * 100, headers={"Accept": "text/html"})

@@ -1,7 +1,8 @@
-"""Where a browser is led that asks the proxy's own port for a page.
+"""What is answered to those who take the proxy's own port for a server's: a browser is led on, a program is told.
 
-Invariant: programs get what they get without this: only a GET of `/` that accepts HTML, from this machine by one of its
-addresses or names, is led anywhere.
+Invariant: what a client of a proxy asks for is never answered here: that names its server in the request target
+(absolute-form, RFC 9112 section 3.2.2), and what is captured on its way to a server asks for that server's port, 80.
+Only a GET of `/` that accepts HTML, from this machine by one of its addresses or names, is led anywhere.
 """
 
 from collections.abc import Callable
@@ -9,9 +10,10 @@ from collections.abc import Set as AbstractSet
 
 from mitmproxy import http
 
-from pullthrough.config.settings import Settings
+from pullthrough.config.parsers import is_address, parse_host
+from pullthrough.config.settings import Endpoint, Settings
 from pullthrough.net.own_names import own_names
-from pullthrough.pki.client_setup import clients_origin
+from pullthrough.pki.client_setup import clients_host, clients_origin
 from pullthrough.runtime.platform import own_addresses
 
 
@@ -21,6 +23,28 @@ def front_page(request: http.Request, settings: Settings, ports: Callable[[], Ab
     if not (asks and settings.listen and request.scheme == "http" and request.port in ports()):
         return None
     host = request.host.lower()
-    if host not in own_names(settings.advertise) and host not in own_addresses():
+    return f"{clients_origin(settings, host)}/" if _is_own(host, settings) else None
+
+
+def guidance(request: http.Request, settings: Settings, ports: Callable[[], AbstractSet[int]]) -> http.Response | None:
+    """Return what a request to one of our own `ports` is told that takes it for a server's; None for any other."""
+    if request.authority or request.scheme != "http":
         return None
-    return f"{clients_origin(settings, host)}/"
+    host = request.host.lower()
+    if request.port == 80 and not (80 in ports() and _is_own(host, settings)):
+        return None
+    try:
+        host = host if is_address(host) else parse_host(host)
+    except ValueError:
+        host = clients_host(settings)
+    proxy = Endpoint("http", host, request.port).origin
+    where = f"pages are at {clients_origin(settings, host)}/" if settings.listen else "pages are off (listen=off)"
+    text = f"This port is the proxy of an ollama-cache, for HTTPS_PROXY={proxy}, and serves no pages: {where}\n"
+    body = text.encode() if request.method != "HEAD" else b""
+    response = http.Response.make(421, body, {"Content-Type": "text/plain", "Cache-Control": "no-store"})
+    response.reason = f"Misdirected Request: this port is a proxy, {where}"
+    return response
+
+
+def _is_own(host: str, settings: Settings) -> bool:
+    return host in own_names(settings.advertise) or host in own_addresses()

@@ -6,7 +6,7 @@ Invariant: a response says the Content-Length that it is given, whatever body it
 from collections.abc import Iterable
 
 from mitmproxy import http
-from mitmproxy.proxy.mode_specs import RegularMode, ReverseMode
+from mitmproxy.proxy.mode_specs import RegularMode, ReverseMode, UpstreamMode
 
 from pullthrough.registry.messages import Request
 
@@ -21,6 +21,11 @@ def is_reverse(flow: http.HTTPFlow) -> bool:
     not have.
     """
     return isinstance(flow.client_conn.proxy_mode, ReverseMode)
+
+
+def is_to_proxy(flow: http.HTTPFlow) -> bool:
+    """Return whether the client's connection leads to a port that is a proxy's."""
+    return isinstance(flow.client_conn.proxy_mode, RegularMode | UpstreamMode)
 
 
 def request_of(flow: http.HTTPFlow, host: str) -> Request:

@@ -19,8 +19,8 @@ from pullthrough.core.errors import AddressRefused, CacheError, LoopDetected, Mi
 from pullthrough.delivery.byte_sender import Sending
 from pullthrough.delivery.loopback import Loopback
 from pullthrough.proxy.connection_hooks import ConnectionHooks, normal, own_ports, refuse
-from pullthrough.proxy.front_page import front_page
-from pullthrough.proxy.messages import has_body, request_of, response_of
+from pullthrough.proxy.front_page import front_page, guidance
+from pullthrough.proxy.messages import has_body, is_to_proxy, request_of, response_of
 from pullthrough.recording.reader import Reader
 from pullthrough.registry.messages import Answer, failure, gathered
 from pullthrough.registry.service import Registry
@@ -75,6 +75,9 @@ class RequestHooks:
                 return
             if self._connection_hooks.is_ours(flow.request.host):
                 self._connection_hooks.check_names(flow)
+            elif settings is not None and is_to_proxy(flow) and (told := guidance(flow.request, settings, own_ports)):
+                flow.response = told
+                return
             if self._may_answer(flow):
                 return
             self._check_way(flow)

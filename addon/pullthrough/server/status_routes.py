@@ -58,14 +58,18 @@ class StatusRoutes:
     def enter(self, pages: Pages) -> None:
         """Take the paths."""
         pages.add("/", self._show)
-        pages.add("/models", self._models)
         pages.add("/model", self._model)
-        pages.add("/clients", self._clients)
-        pages.add("/setup", self._setup)
+        for place, handler in (("/models", self._models), ("/clients", self._clients), ("/setup", self._setup)):
+            pages.add(place, handler)
+            pages.add(f"{place}/", _elsewhere(place))
         for name in self._page.manual.pages:
             pages.add(f"/docs/{name}", self._explaining(name))
+            # As people write it who have seen the page somewhere else.
+            for spelling in (name.removesuffix(".md"), f"{name.removesuffix('.md')}/"):
+                pages.add(f"/docs/{spelling}", _elsewhere(f"/docs/{name}"))
             if name == START:
                 pages.add("/docs/", self._explaining(name))
+                pages.add("/docs", _elsewhere("/docs/"))
         for name, path in self._page.manual.pictures.items():
             pages.add(f"/docs/{name}", _file(path, "image/png"))
         pages.add("/events", self._follow)
@@ -160,6 +164,13 @@ def _encode(parts: dict[str, str]) -> bytes:
         f"event: {name}\n{''.join(f'data: {line}\n' for line in part.splitlines())}\n" for name, part in parts.items()
     )
     return "".join(lines).encode()
+
+
+def _elsewhere(location: str) -> Handler:
+    async def lead(_: web.BaseRequest) -> web.Response:
+        return web.Response(status=308, headers={hdrs.LOCATION: location})
+
+    return lead
 
 
 def _file(path: Path, content_type: str) -> Handler:

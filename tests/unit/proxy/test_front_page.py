@@ -1,4 +1,4 @@
-"""front_page: a browser that asks the proxy's port for `/` is led on, and nothing else is."""
+"""front_page: a browser that asks the proxy's port for `/` is led on, a program is told, and clients are served."""
 
 import socket
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from mitmproxy import http
 
 from pullthrough.config.options import parse_settings
-from pullthrough.proxy.front_page import front_page
+from pullthrough.proxy.front_page import front_page, guidance
 
 BROWSER: Final = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 
@@ -58,3 +58,38 @@ def test_advertised_port() -> None:
 def test_everything_else(url: str, facts: dict[str, str]) -> None:
     """A proxy's business."""
     assert led(url, **facts) is None
+
+
+def told(target: str, host: str, *, method: str = "GET", listen: str = ":9200") -> http.Response | None:
+    """What becomes of a request with this target and Host field, as mitmproxy reads it."""
+    settings = parse_settings({"listen": listen}, dir=Path("/store"), certs=Path("/certs"))
+    request = http.Request.make(method, target if "://" in target else f"http://{host}{target}")
+    request.authority = host if "://" in target else ""
+    return guidance(request, settings, lambda: {80, 8080})
+
+
+@pytest.mark.parametrize("host", ["cache:8080", "127.0.0.1:8080", "[fd00::1]:3128", "docker.host:3128", "127.0.0.1"])
+@pytest.mark.parametrize("target", ["/", "/readyz"])
+def test_programs(host: str, target: str) -> None:
+    """By whatever name or mapped port they have come: what this is, and where the pages are."""
+    response = told(target, host)
+    assert response is not None and response.status_code == 421
+    page = f"http://{host.rsplit(':', 1)[0] if not host.endswith('.1') else host}:9200/"
+    assert page in response.reason and response.text.endswith(f"serves no pages: pages are at {page}\n")
+    head = told(target, host, method="HEAD")
+    assert head is not None and head.content == b""
+
+
+def test_programs_without_a_plain_port() -> None:
+    """There is no page to be sent to."""
+    response = told("/", "cache:8080", listen="off")
+    assert response is not None and "pages are off (listen=off)" in response.reason
+
+
+@pytest.mark.parametrize(
+    ("target", "host"),
+    [("http://example.com/", "example.com"), ("http://cache:8080/", "cache:8080"), ("/", "example.com")],
+)
+def test_clients_of_a_proxy(target: str, host: str) -> None:
+    """They name the server in the target; captured ones ask for its port."""
+    assert told(target, host) is None

@@ -131,7 +131,10 @@ def test_documentation(tmp_path: Path) -> None:
         async with Site(tmp_path).open() as session:
             for path in (
                 "/docs/",
+                "/docs",
                 "/docs/clients.md",
+                "/docs/clients",
+                "/docs/clients/",
                 "/docs/status-light.png",
                 "/docs/../pyproject.toml",
                 "/docs/none.md",
@@ -142,7 +145,7 @@ def test_documentation(tmp_path: Path) -> None:
         return got
 
     page, missing = (200, "text/html", True), (404, "application/octet-stream", False)
-    assert asyncio.run(main()) == [page, page, (200, "image/png", False), missing, missing]
+    assert asyncio.run(main()) == [page] * 5 + [(200, "image/png", False), missing, missing]
 
 
 def test_pages(tmp_path: Path) -> None:
