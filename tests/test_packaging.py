@@ -340,12 +340,12 @@ def test_installed_wheel_runs_its_command(archives: dict[str, Path], tmp_path: P
 
 def check_service(binaries: Path, package: Path, folder: Path) -> None:
     """`service install` and `uninstall` work from the wheel; a Python in a home folder is refused."""
-    environment = {"PATH": os.environ["PATH"], "DESTDIR": str(folder / "root"), "HOME": str(folder)}
+    environment = {"PATH": os.environ["PATH"], "DESTDIR": str(folder), "HOME": str(folder)}
 
     def service(*words: str | Path) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
-    unit = folder / "root/etc/systemd/system/ollama-cache.service"
+    unit = folder / "etc/systemd/system/ollama-cache.service"
     done = service(binaries / "ollama-cache", "service", "install", "--json")
     if found_in(HOME, [("python", sys.base_prefix.encode() + b"/")]):
         assert done.returncode == 1 and "expected a Python that the service may see" in done.stderr

@@ -86,7 +86,11 @@ def test_the_service_is_started_and_stopped(tmp_path: Path) -> None:
     stub.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n')
     stub.chmod(0o755)
     program = fake_program(tmp_path / "opt")
-    lines = f"set -e; mount -t tmpfs x /etc; {SERVICES}/install {program}; {SERVICES}/install --undo"
+    # Where no folder for temporary files is above it.
+    place = f"mount --bind {program.parent.parent} /mnt"
+    lines = (
+        f"set -e; mount -t tmpfs x /etc; {place}; {SERVICES}/install /mnt/bin/ollama-cache; {SERVICES}/install --undo"
+    )
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", lines],
         env={"PATH": f"{stub.parent}:{os.environ['PATH']}", "HOME": "/srv/me", "SUDO_USER": "me"},
@@ -129,6 +133,19 @@ def test_an_interpreter_that_the_service_cannot_see(tmp_path: Path, home: str) -
     assert not (tmp_path / "etc").exists()
     seen = fake_program(tmp_path / "srv", "/opt/python/3.13/bin/python3.13", "/opt/python/3.13", f"{tmp_path}/srv")
     assert install(tmp_path, seen).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: it looks for systemd there")
+@pytest.mark.parametrize("place", ["tmp", "var/tmp"])
+def test_temporary_folders(tmp_path: Path, place: str) -> None:
+    """The unit has its own, in which there is no program: the service would never start."""
+    done = install(tmp_path, fake_program(tmp_path / place / "cache"))
+    assert done.returncode == 1
+    assert "expected a program that the service may see, got" in done.stderr
+    assert "temporary files" in done.stderr and "such as in /opt" in done.stderr
+    python = fake_program(tmp_path / "opt", f"{tmp_path}/{place}/python")
+    assert "expected a Python that the service may see" in install(tmp_path, python).stderr
+    assert not (tmp_path / "etc").exists()
 
 
 def test_the_python_to_install_is_one_that_is_found() -> None:
