@@ -126,6 +126,7 @@ CACHE: Final = (
     _at_cache("the index is damaged", "the index is damaged", "ollama-cache run", grave=False),
     _at_cache("a blob had other bytes", "bytes in quarantine", "ollama-cache verify", grave=False),
     _at_cache("the disk is full", "the disk is full", "ollama-cache prune --all"),
+    _at_cache("`min_free` is more than the disk has", "min_free is more than the disk has", "ollama_cache_min_free="),
     _at_cache("the authority is gone", _CA, "restore the folder certs/"),
     _at_cache("others can read the authority's key", _CA, "chmod 600"),
     _at_cache("the authority has expired", _CA, "timedatectl set-ntp true"),

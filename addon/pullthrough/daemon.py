@@ -31,7 +31,7 @@ from pullthrough.doctor.probe_server import look_out
 from pullthrough.fleet.membership import Membership
 from pullthrough.fleet.object_store import ObjectStore
 from pullthrough.fleet.tier import load_secret
-from pullthrough.library.eviction import Evictor
+from pullthrough.library.eviction import Evictor, room_problem
 from pullthrough.library.listing import JSON
 from pullthrough.library.maintenance import Maintenance
 from pullthrough.monitoring.event_log import EventLog
@@ -258,6 +258,8 @@ class Daemon:
             self._rollover.current.fingerprint,
             self._blob_server,
         )
+        if problem := room_problem(store.folder, settings.min_free):
+            _log.warning("%s", problem)
         page = clients_page(settings) if settings.listen else ""
         self._announce(stack, page)
         shows = f"{page} shows it; " if page else ""

@@ -545,9 +545,14 @@ def _(cache: Cache) -> None:
     (cache.store / "quarantine" / "0123").touch()
 
 
-@at_cache("the disk is full")
+@at_cache("`min_free` is more than the disk has")
 def _(cache: Cache) -> None:
     cache.texts["min_free"] = "100PB"
+
+
+@at_cache("the disk is full")
+def _(cache: Cache) -> None:
+    cache.texts["min_free"] = str(shutil.disk_usage(cache.store).total - 1)
 
 
 @at_cache("the authority is gone")

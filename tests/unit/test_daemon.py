@@ -115,6 +115,20 @@ def make(tmp_path: Path, port: int) -> Callable[[], Daemon]:
     return lambda: Daemon(settings, FakeProxy(), ParentProxies(), trusted_ca=None, options=[])
 
 
+def test_a_disk_without_room_is_told(tmp_path: Path, port: int, caplog: pytest.LogCaptureFixture) -> None:
+    """At the start, and not first by a pull that is not kept."""
+    texts = {"listen": f"127.0.0.1:{port}", "advertise": "127.0.0.1", "min_free": "100PB"}
+    settings = parse_settings(texts, dir=tmp_path / "store", certs=tmp_path / "certs")
+
+    async def main() -> None:
+        daemon = Daemon(settings, FakeProxy(), ParentProxies(), trusted_ca=None, options=[])
+        await daemon.start()
+        await daemon.stop()
+
+    run(main)
+    assert "nothing will be recorded: min_free keeps 100000 TB" in caplog.text
+
+
 def run(work: Callable[[], Awaitable[None]]) -> None:
     async def limited() -> None:
         async with asyncio.timeout(30):

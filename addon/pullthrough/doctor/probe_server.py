@@ -131,6 +131,7 @@ def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: 
     except AuthorityError as error:
         problem = str(error)
     door = Endpoint("http", *settings.listen[0]) if settings.listen else None
+    disk = shutil.disk_usage(_existing(settings.dir))
     return ServerFacts(
         authority=problem,
         expires_s=(rollover.all[-1].not_after - now).total_seconds() if rollover else math.inf,
@@ -157,7 +158,8 @@ def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: 
         unsigned=out.unsigned,
         bypassed=out.bypassed,
         skew_s=out.skew_s,
-        free=shutil.disk_usage(_existing(settings.dir)).free,
+        disk=disk.total,
+        free=disk.free,
         min_free=settings.min_free,
     )
 

@@ -9,6 +9,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Final
 
+from pullthrough.core.humanize import size_text
+
 SKEW_S: Final = 300.0
 """More than a clock that is set by NTP is ever off; certificates bear a day."""
 NEAR_END_S: Final = 90 * 86400.0
@@ -104,6 +106,8 @@ class ServerFacts:
     """Pulls since the start that went past the cache."""
     skew_s: float
     """How far our clock is ahead of the registry's."""
+    disk: int
+    """Bytes of the store's disk, and how many are free."""
     free: int
     min_free: int
 
@@ -156,9 +160,15 @@ def _of_store(facts: ServerFacts) -> list[Finding]:
     if facts.quarantined:
         why = f"{facts.quarantined} blobs had other bytes than their names say: a disk or a proxy that errs"
         found.append(Finding("bytes in quarantine", why, "ollama-cache verify", grave=False))
-    if facts.free < facts.min_free:
-        why = f"{facts.free} bytes are free, min_free keeps {facts.min_free}: models are evicted, and then not kept"
-        found.append(Finding("the disk is full", why, "ollama-cache prune --all, or another disk for dir"))
+    free, kept, disk = map(size_text, (facts.free, facts.min_free, facts.disk))
+    if facts.min_free >= facts.disk:
+        why = f"min_free keeps {kept}, and the whole disk of the store has {disk}: no model is ever kept"
+        mend = f"--set ollama_cache_min_free=SIZE with much less than {disk}, or another disk for dir"
+        found.append(Finding("min_free is more than the disk has", why, mend))
+    elif facts.free < facts.min_free:
+        why = f"{free} is free, min_free keeps {kept}: models are evicted, and then not kept"
+        mend = "ollama-cache prune --all, --set ollama_cache_min_free=SIZE with less than that, or another disk for dir"
+        found.append(Finding("the disk is full", why, mend))
     return found
 
 

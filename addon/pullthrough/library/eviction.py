@@ -34,6 +34,23 @@ SMALL: Final = 64 << 10
 """Bytes of a blob that is recorded anew however often it was wrong: it costs little, and is not given unverified."""
 
 
+def room_problem(folder: Path, min_free: int) -> str:
+    """Return why nothing can be recorded on the disk of `folder` as it is; empty where something can."""
+    disk = shutil.disk_usage(folder)
+    if min_free >= disk.total:
+        return (
+            f"nothing will be recorded: min_free keeps {size_text(min_free)}, and the whole disk of {folder} has "
+            f"{size_text(disk.total)}; set ollama_cache_min_free to less, or dir to another disk"
+        )
+    if disk.free < min_free:
+        return (
+            f"little will be recorded: {size_text(disk.free)} of the disk of {folder} is free, and min_free keeps "
+            f"{size_text(min_free)}; models are evicted for it: `ollama-cache prune`, a lower min_free or another disk "
+            "makes room"
+        )
+    return ""
+
+
 class Evictor:
     """The bounds of one store."""
 

@@ -35,6 +35,7 @@ WELL: Final = ServerFacts(
     unsigned="",
     bypassed=0,
     skew_s=-SKEW_S,
+    disk=100,
     free=50,
     min_free=50,
 )
@@ -44,7 +45,15 @@ BOUNDS: Final[dict[str, dict[str, Any]]] = {
     "there are few descriptors": {"descriptors": FEW_DESCRIPTORS - 1},
     "the clock is wrong": {"skew_s": -SKEW_S - 1},
     "the disk is full": {"free": 49},
+    "min_free is more than the disk has": {"min_free": 100},
 }
+
+
+def test_a_full_disk_can_be_told_to_keep_less() -> None:
+    """Both findings name the option that makes room without a model that goes."""
+    for facts in ({"free": 49}, {"min_free": 100}):
+        (found,) = of_server(replace(WELL, **facts))
+        assert "ollama_cache_min_free=SIZE" in found.mend and " B" in found.why
 
 
 def test_paths_are_quoted() -> None:
