@@ -86,7 +86,7 @@ def add_model(origin: Origin, *layers: bytes | Source, repository: str = "", **o
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Origin, Proxy]]:
     """The pair behind `origin` and `proxy`."""
     folder = tmp_path_factory.mktemp("shared")
-    with Origin(folder / "origin") as origin, Proxy(folder, origin) as proxy:
+    with Origin(folder / "origin") as origin, Proxy(folder, origin, front=True) as proxy:
         yield origin, proxy
 
 

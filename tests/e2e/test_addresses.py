@@ -65,9 +65,8 @@ def test_cold_and_warm(origin: Origin, proxy: Proxy) -> None:
     assert origin.counters.registry_requests["GET", "blob"] == 1
 
 
-def test_who_gets_ours(origin: Origin, start_proxy: StartProxy) -> None:
-    """Older Ollamas, x/transfer, and whoever came by another way than CONNECT."""
-    proxy = start_proxy(front=True)
+def test_who_gets_ours(origin: Origin, proxy: Proxy) -> None:
+    """Older Ollamas, x/transfer, and clients that came by another way than CONNECT."""
     model = add_model(origin, unique(1000))
     for agent in ("ollama/0.34.4 (amd64 linux) Go/go1.26", "ollama-transfer/1.0"):
         assert not is_signed(probe(proxy, model, agent=agent)[0])
@@ -217,10 +216,9 @@ def test_without_the_registry(origin: Origin, start_proxy: StartProxy) -> None:
     assert not is_signed(ours) and part(proxy, ours) == (200, data.read(0, 1000))
 
 
-def test_another_host(origin: Origin, start_proxy: StartProxy) -> None:
+def test_another_host(origin: Origin, proxy: Proxy) -> None:
     """Where the registry redirects elsewhere, its address is handed on only once a blob has been seen behind it: it may
     be a login page."""
-    proxy = start_proxy()
     model = add_model(origin, unique(1000))
     there = "https://cdn.example/blob?token=secret"
     origin.faults.append(Fault(Mode.REDIRECT, status=307, headers={"Location": there}))
@@ -233,26 +231,25 @@ def test_another_host(origin: Origin, start_proxy: StartProxy) -> None:
 # --- models that are lists
 
 
-def test_a_list_pulled_by_two_kinds_of_client(origin: Origin, start_proxy: StartProxy, tmp_path: Path) -> None:
+def test_a_list_pulled_by_two_kinds_of_client(origin: Origin, proxy: Proxy, tmp_path: Path) -> None:
     """A client that takes lists gets the list and its child, an older one the plain manifest: all bytes once."""
-    proxy = start_proxy()
-    config = origin.add_blob(b'{"model_format":"gguf"}')
+    config = origin.add_blob(b'{"model_format":"gguf","of":"two kinds"}')
     layers = {runner: origin.add_blob(unique(2 * MB)) for runner in ("ggml", "llamacpp")}
     children = [origin.manifest_of([(MODEL, layer)], config, runner=runner) for runner, layer in layers.items()]
-    listed = origin.put_list("library/listed", "latest", children, plain=children[0])
+    listed = origin.put_list("library/twokinds", "latest", children, plain=children[0])
     new = {"version": "0.40.3", "dns": PUBLIC_ADDRESSES, "min_part": MB}
     for state in ("cold", "warm", "offline"):
         if state == "offline":
             origin.stop()
         old = A2Client(proxy.url, proxy.ca_file, tmp_path / f"old {state}", min_part=MB)
-        old.pull("listed")
-        assert old.manifest_path("listed").read_bytes() == children[0]
+        old.pull("twokinds")
+        assert old.manifest_path("twokinds").read_bytes() == children[0]
         assert old.blob_path(layers["ggml"]).exists() and not old.blob_path(layers["llamacpp"]).exists()
         client = ModernClient(proxy.url, proxy.ca_file, tmp_path / f"new {state}", **new)
-        client.pull("listed")
-        assert client.manifest_path("listed").read_bytes() == listed
+        client.pull("twokinds")
+        assert client.manifest_path("twokinds").read_bytes() == listed
         assert client.blob_path(layers["llamacpp"]).exists() and not client.blob_path(layers["ggml"]).exists()
-        assert client.probe_update("listed").is_list
+        assert client.probe_update("twokinds").is_list
         for layer in layers.values():
             proxy.wait_for_line(f"recorded {layer[7:19]}")
     for digest in (*layers.values(), config):
@@ -286,11 +283,8 @@ def test_both_ways_from_one_address(origin: Origin, proxy: Proxy, tmp_path: Path
 
 
 @pytest.mark.parametrize("blobs", [40, pytest.param(2000, marks=pytest.mark.long)])
-def test_a_model_of_tensors_through_the_proxy(
-    origin: Origin, start_proxy: StartProxy, tmp_path: Path, blobs: int
-) -> None:
+def test_a_model_of_tensors_through_the_proxy(origin: Origin, proxy: Proxy, tmp_path: Path, blobs: int) -> None:
     """A mended client's transfer gets our own addresses: warm, the registry is asked for no blob."""
-    proxy = start_proxy()
     config = origin.add_blob(b'{"model_format":"safetensors"}')
     layers = [(TENSOR_TYPE, origin.add_blob(b"%d " % number * 100)) for number in range(blobs)]
     origin.add_model("library/tensors", "latest", layers=layers, config=config)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -278,39 +279,57 @@ def test_the_clock_is_set(start_proxy: Callable[..., Proxy], origin: Origin, tmp
     origin.start()
 
 
-BROKEN: dict[str, tuple[str, int]] = {
-    "the way": ("from pullthrough.proxy.request_hooks import RequestHooks\nRequestHooks._check_way = RAISE", 502),
-    "the names": ("from pullthrough.proxy.request_hooks import RequestHooks\nRequestHooks._may_answer = RAISE", 502),
-    "the answer": ("from pullthrough.registry.service import Registry\nRegistry.answer = RAISE", 502),
-    "passing on": (
-        "from pullthrough.proxy.connection_hooks import ConnectionHooks\nConnectionHooks.pass_on = RAISE",
-        502,
-    ),
-    "a field": (
-        "from pullthrough.proxy import messages\nreal = messages.response_of\n"
-        "def failing(status, *rest): return real(status, *rest) if status == 502 else RAISE()\n"
-        "messages.response_of = failing",
-        502,
-    ),
+BREAKABLE: Final = {
+    # First: those below import it.
+    "response_of": "pullthrough.proxy.messages",
+    "RequestHooks._check_way": "pullthrough.proxy.request_hooks",
+    "RequestHooks._may_answer": "pullthrough.proxy.request_hooks",
+    "Registry.answer": "pullthrough.registry.service",
+    "ConnectionHooks.pass_on": "pullthrough.proxy.connection_hooks",
 }
+BREAKING: Final = """
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
+
+def breakable(what, module):
+    owner, _, name = what.rpartition(".")
+    place = attrgetter(owner)(import_module(module)) if owner else import_module(module)
+    real = getattr(place, name)
+
+    def call(*arguments, **options):
+        # The answer that tells of a failure is never broken.
+        if Path(BROKEN).read_text() == what and 502 not in arguments:
+            raise RuntimeError(f"broken {what}")
+        return real(*arguments, **options)
+
+    setattr(place, name, call)
+
+for what, module in NAMES.items():
+    breakable(what, module)
+"""
+"""Each of these fails while a file names it."""
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_an_error_of_ours(start_proxy: Callable[..., Proxy], origin: Origin, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("offline", [False, True])
+def test_an_error_of_ours(start_proxy: Callable[..., Proxy], origin: Origin, tmp_path: Path, offline: bool) -> None:
     """An exception in a hook is an answer of ours: nothing is dialled past `upstream`, `offline` and the policy."""
-    patch, status = BROKEN[what]
-    raising = "def RAISE(*arguments, **options): raise RuntimeError('broken')\n"
-    proxy = start_proxy(program=patched(tmp_path, raising + patch), ollama_cache_offline=what == "the answer")
+    broken = tmp_path / "broken"
+    broken.write_text("")
+    patch = BREAKING.replace("BROKEN", repr(str(broken))).replace("NAMES", repr(BREAKABLE))
+    proxy = start_proxy(program=patched(tmp_path, patch), ollama_cache_offline=offline)
     model = add_model(origin, unique(100))
-    # What is broken is met by one of these at least.
-    statuses = []
-    for method, target in (("GET", model.manifest_target), ("GET", "/v2/"), ("DELETE", model.manifest_target)):
-        with to_registry(proxy) as connection:
-            response = connection.request(method, target)
-            statuses.append(response.status)
-            response.read()
-    assert status in statuses, statuses
-    proxy.wait_for_line("RuntimeError: broken")
+    for what in ["Registry.answer"] if offline else BREAKABLE:
+        broken.write_text(what)
+        # What is broken is met by one of these at least.
+        statuses = []
+        for method, target in (("GET", model.manifest_target), ("GET", "/v2/"), ("DELETE", model.manifest_target)):
+            with to_registry(proxy) as connection:
+                response = connection.request(method, target)
+                statuses.append(response.status)
+                response.read()
+        assert 502 in statuses, (what, statuses)
+        proxy.wait_for_line(f"RuntimeError: broken {what}")
     assert not [line for line in proxy.output if "nothing was passed on" in line or "refused connection" in line]
 
 

@@ -20,7 +20,7 @@ from tests.support.liar import GOOD, HOST, Model, Origin
 from tests.support.origin import R2_HOST
 from tests.support.proxy import Proxy, patched
 
-SHARE: Final = 20
+SHARE: Final = 10
 """How many lies are walked by default."""
 DOORS: Final = ("proxy", "plain")
 NUMBERS: Final = count()

@@ -144,7 +144,9 @@ def test_both_classes(origin: Origin, start_proxy: Callable[..., Proxy], clients
     assert f"ggml gguf {digest_of(model.children[1])[7:19]}: not held\n" in text
     assert told(proxy, "stats")["models"] == 1
 
-    for _ in range(2):
+    for restarted in (False, True):
+        if restarted:
+            proxy.restart()
         with to_registry(proxy) as connection:
             response = connection.request("HEAD", model.blob(model.child), [])
             assert (response.status, response.header("Content-Length")) == (200, str(len(model.children[0])))
@@ -152,7 +154,6 @@ def test_both_classes(origin: Origin, start_proxy: Callable[..., Proxy], clients
         check(proxy, model)
         for lists in (True, False):
             clients(proxy, lists=lists).pull(model.name)
-        proxy.restart()
         origin.start()
     assert said(proxy, "rm", "listed").startswith("removed listed:latest\n")
     assert told(proxy, "ls") == []
@@ -252,13 +253,10 @@ def test_a_list_is_refreshed(
     clients(proxy, lists=True).pull(model.name)
 
 
-def test_the_plain_manifest_is_a_child(
-    origin: Origin, start_proxy: Callable[..., Proxy], clients: Callable[..., A2Client]
-) -> None:
+def test_the_plain_manifest_is_a_child(origin: Origin, proxy: Proxy, clients: Callable[..., A2Client]) -> None:
     """The same bytes by name and as a blob: nothing is missing, whichever of them came first."""
     model = add_list(origin, "library/same")
     lists = origin.put_list(model.repository, "latest", model.children)
-    proxy = start_proxy()
     for takes_lists in (False, True):
         clients(proxy, lists=takes_lists).pull(model.name)
     found = told(proxy, "show", "same")

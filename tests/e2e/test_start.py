@@ -33,7 +33,11 @@ def refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ollama_cache_tunnel": "some"}, "option ollama_cache_tunnel: expected any or none, got 'some'"),
+        more(
+            {"ollama_cache_tunnel": "some"},
+            "option ollama_cache_tunnel: expected any or none, got 'some'",
+            id="ollama_cache_tunnel-",
+        ),
         ({"ollama_cache_max_sise": "1GB"}, "unknown option ollama_cache_max_sise; did you mean ollama_cache_max_size?"),
         more({"max_size": "1GB"}, "unknown option max_size; did you mean ollama_cache_max_size?", id="max_size-"),
         more(
@@ -60,7 +64,7 @@ def test_bad_options(tmp_path: Path, options: dict[str, object], message: str) -
     assert message in refused(tmp_path, **options)
 
 
-@pytest.mark.parametrize("name", ["emudhra", "emudhra_old"])
+@pytest.mark.parametrize("name", [more("emudhra"), more("emudhra_old")])
 def test_leaked_authority(tmp_path: Path, name: str) -> None:
     """Leaves are signed by our own authority alone; a mitmproxy that has no such option need not be told."""
     if version.VERSION.startswith("12.2."):
@@ -69,6 +73,7 @@ def test_leaked_authority(tmp_path: Path, name: str) -> None:
     assert f"option {name}: must be off (it signs with the leaked key of a public authority)" in message
 
 
+@pytest.mark.long
 def test_bad_environment(tmp_path: Path) -> None:
     """The environment is held to the same grammar."""
     message = refused(tmp_path, env={"OLLAMA_CACHE_FINISH": "later"})
@@ -192,7 +197,11 @@ def test_second_daemon(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("patch", "message"),
     [
-        ("from mitmproxy import version; version.VERSION = '13.0.0'", "expected mitmproxy >=12.2.3,<13, got 13.0.0"),
+        more(
+            "from mitmproxy import version; version.VERSION = '13.0.0'",
+            "expected mitmproxy >=12.2.3,<13, got 13.0.0",
+            id="version",
+        ),
         (
             "from mitmproxy.proxy.layers.http._upstream_proxy import HttpUpstreamProxy\ndel HttpUpstreamProxy.make",
             "does not make tunnels as expected",
