@@ -8,7 +8,7 @@ import contextlib
 import ipaddress
 import itertools
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 DELAY_S: Final = 0.25
@@ -23,7 +23,7 @@ async def first_to_answer(
     again.
     """
     trials: set[asyncio.Task[str]] = set()
-    waiting = interleaved(list(addresses))
+    waiting = interleaved(list(addresses), version_of)
     loop = asyncio.get_running_loop()
     try:
         with contextlib.suppress(TimeoutError):
@@ -44,22 +44,22 @@ async def first_to_answer(
     return None
 
 
-def interleaved(addresses: Sequence[str]) -> list[str]:
+def interleaved[T](found: Sequence[T], family: Callable[[T], object]) -> list[T]:
     """Return the addresses with the families in turns, beginning with that of the first (RFC 8305 section 4)."""
-    first = [address for address in addresses if _version(address) == _version(addresses[0])]
-    others = [address for address in addresses if _version(address) != _version(addresses[0])]
-    pairs = itertools.zip_longest(first, others)
-    return [address for address in itertools.chain.from_iterable(pairs) if address is not None]
+    first = [each for each in found if family(each) == family(found[0])]
+    others = [each for each in found if family(each) != family(found[0])]
+    return [each for pair in itertools.zip_longest(first, others) for each in pair if each is not None]
 
 
 async def _try(address: str, port: int) -> str:
     """Connect, and close again. Raises OSError."""
-    family = socket.AF_INET if _version(address) == 4 else socket.AF_INET6
+    family = socket.AF_INET if version_of(address) == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, (address, port))
     return address
 
 
-def _version(address: str) -> int:
+def version_of(address: str) -> int:
+    """Return 4 or 6."""
     return ipaddress.ip_address(address.partition("%")[0]).version

@@ -20,7 +20,7 @@ from pullthrough.recording.slicing import Slice
 from pullthrough.recording.states import Got, Ranges
 from pullthrough.runtime.clock import steady
 from pullthrough.upstream.data_client import PIECE
-from pullthrough.upstream.data_stream import BATCH, DataStream, ThreadStream
+from pullthrough.upstream.data_stream import BATCH, DataStream
 
 _log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class Fetcher:
             return
         began = steady()
         try:
-            if isinstance(stream, ThreadStream) and got is Got.PART:
+            if got is Got.PART:
                 await self._pour(stream, attempt)
             else:
                 await self._sift(stream, attempt)
@@ -170,7 +170,7 @@ class Fetcher:
             now = steady()
             self._plan.show_rate(host, attempt.position - stream.start, now - began, now)
 
-    async def _pour(self, stream: ThreadStream, attempt: Attempt) -> None:
+    async def _pour(self, stream: DataStream, attempt: Attempt) -> None:
         """Let a thread write what was claimed: nobody else brings it."""
         loop = asyncio.get_running_loop()
         waits = self._plan.is_limited

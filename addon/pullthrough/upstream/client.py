@@ -12,11 +12,10 @@ import secrets
 import ssl
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Final
 
-import aiohttp
 import certifi
 from yarl import URL
 
@@ -30,6 +29,7 @@ from pullthrough.core.errors import (
     SourceExpired,
     UnexpectedResponse,
     UpstreamRefused,
+    UpstreamTimeout,
     UpstreamUnreachable,
     ValidatorChanged,
 )
@@ -38,26 +38,20 @@ from pullthrough.core.ranges import format_range
 from pullthrough.net.address_policy import AddressPolicy, check_address
 from pullthrough.net.proxy_env import ParentProxies, check_remote
 from pullthrough.upstream.content_coding import decode
-from pullthrough.upstream.data_client import PROXY_AUTHENTICATION_REQUIRED, Ask, DataResponse, Getting
+from pullthrough.upstream.data_client import Ask, DataResponse, Getting
 from pullthrough.upstream.data_stream import (
-    FAILURES,
     DataStream,
     Errors,
-    LoopStream,
     Source,
-    ThreadStream,
-    body_of,
     closing_on_error,
-    translate,
 )
-from pullthrough.upstream.dialer import Dialer
+from pullthrough.upstream.dialer import CONNECT_S, Dialer
 from pullthrough.upstream.impostors import REDIRECTS, TOO_MANY_REQUESTS, Impostors, Response
 from pullthrough.upstream.reachability import OBJECT_STORE, Reachability
 from pullthrough.upstream.refusals import REFUSAL_LIMIT, described, is_page, is_refusal
-from pullthrough.upstream.resolver import AddressRules, CheckedResolver, Named
+from pullthrough.upstream.resolver import AddressRules, Named
 from pullthrough.upstream.response_checks import SOURCE_GONE, check_data, check_length, relayable
 
-CONNECT_TIMEOUT_S: Final = 10.0
 CONNECTIONS_PER_HOST: Final = 32
 MAX_CONTROL_BODY: Final = 8 << 20
 """A manifest of a tensor model with 1000+ layers takes about 300 KiB."""
@@ -66,7 +60,6 @@ STALL_TIMEOUT_S: Final = 10.0
 """Half of what the shortest-lived clients in use wait for a byte would be 2.5 s; a slow line needs more. Clients that
 wait behind a stalled slice are fed by other connections meanwhile only once it is given up."""
 
-READ_BUFFER: Final = 512 << 10
 PAUSES_S: Final = (0.1, 0.4)
 """Before the second and the third try of a control-plane request."""
 
@@ -109,7 +102,7 @@ class Upstream:
         self._own = own_addresses
         self._named = Named({(endpoint.host, endpoint.port) for endpoint in settings.upstream.values()})
         self._context = ssl.create_default_context(cafile=trusted_ca or certifi.where())
-        self._session: aiohttp.ClientSession | None = None
+        self._is_open = False
         self._near: set[tuple[str, int]] = set()
         self._rules = AddressRules(
             self._policy, settings.intercepted, own_addresses, own_ports, self._named, self._near
@@ -118,27 +111,21 @@ class Upstream:
         """Connections for threads, under the same rules."""
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
         self._down_until: dict[str, float] = {}
-        self._data = Getting(self.dialer)
+        self._control, self._data = Getting(self.dialer), Getting(self.dialer)
         self.reachability = Reachability(settings)
         self.impostors = Impostors(settings.registries, self.errors, self.reachability)
 
     async def open(self) -> None:
-        rules = CheckedResolver(self._rules)
-        connector = aiohttp.TCPConnector(ssl=self._context, limit=0, resolver=rules, keepalive_timeout=30)
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=READ_BUFFER,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=STALL_TIMEOUT_S),
-        )
-        self._data.open()
+        """Begin to ask."""
+        self._is_open = True
+        for getting in (self._control, self._data):
+            getting.open()
 
     async def close(self) -> None:
-        self._data.close()
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        """Ask nobody any more."""
+        self._is_open = False
+        for getting in (self._control, self._data):
+            getting.close()
 
     # --- whether a registry answers at all
 
@@ -196,9 +183,15 @@ class Upstream:
         url = self._settings.endpoint(host).origin + target
 
         async def once() -> Response:
-            with contextlib.closing(await self._send(method, url, headers)) as response:
-                limit = MAX_CONTROL_BODY if response.status < 400 else REFUSAL_LIMIT
-                return Response(response.status, cleaned(response.headers), await body_of(response, limit))
+            response = await self._request(self._control, url, headers, method)
+            fields = cleaned(response.headers)
+            if response.status >= 400:
+                return Response(response.status, fields, await self._control.refusal(response, REFUSAL_LIMIT))
+            with contextlib.closing(response):
+                body = await self._control.text(response, MAX_CONTROL_BODY)
+            if body is None:
+                raise UnexpectedResponse(f"expected at most {MAX_CONTROL_BODY} bytes, got more")
+            return Response(response.status, fields, body)
 
         response = await self._patiently(host, once, timeout_s)
         coding = response.headers.get("Content-Encoding", "identity")
@@ -221,8 +214,9 @@ class Upstream:
         """
         target = f"/v2/{repository}/blobs/{digest}"
         url = self._settings.endpoint(host).origin + target
-        ranged = {"Range": format_range(*asked)} if asked else {}
-        response = await self._patiently(host, lambda: self._send("GET", url, {**headers, **ranged}), timeout_s)
+        if asked:
+            headers = {**headers, "Range": format_range(*asked)}
+        response = await self._patiently(host, lambda: self._request(self._control, url, headers), timeout_s)
         # Under the registry's public name: that is what signatures are made for, and what redirects start from.
         source = Source(f"https://{host}{target}", {k: v for k, v in headers.items() if k.lower() == "authorization"})
         if response.status < 400 and not is_page(response.headers):
@@ -232,29 +226,20 @@ class Upstream:
                 if is_page(response.headers):
                     raise self.impostors.displaced(host, described(response.status, response.headers))
                 extent = check_data(response.status, cleaned(response.headers), asked=asked, length=None)
-                return source, LoopStream(response, extent, self.errors, source, ranged=asked is not None)
+                crew = self._control.crew
+                return source, DataStream(response, crew, extent, self.errors, source, ranged=asked is not None)
         with contextlib.closing(response):
             fields = cleaned(response.headers)
             location = fields.get("Location")
             if response.status in REDIRECTS and location:
                 return source.moved(location), None
             if response.status >= 400:
-                refusal = self.impostors.judged(host, await self._refusal(response))
+                text = await self._control.refusal(response, REFUSAL_LIMIT)
+                refusal = self.impostors.judged(host, Response(response.status, fields, text))
                 raise UpstreamRefused(refusal.status, relayable(refusal.headers))
             raise UnexpectedResponse(f"expected 200, a redirect or a refusal, got {response.status}")
 
-    async def _refusal(self, response: aiohttp.ClientResponse) -> Response:
-        """Return an answer of 400 and above, with as much of its body as is needed to tell whose it is."""
-        body = b""
-        try:
-            async with asyncio.timeout(STALL_TIMEOUT_S):
-                body = await body_of(response, REFUSAL_LIMIT)
-        except FAILURES as error:
-            # What is missing proves nothing either.
-            _log.debug("a refusal broke off: %s", translate(error))
-        return Response(response.status, cleaned(response.headers), body)
-
-    async def _patiently[T: (Response, aiohttp.ClientResponse)](
+    async def _patiently[T: (Response, DataResponse)](
         self, host: str, once: Callable[[], Awaitable[T]], timeout_s: float
     ) -> T:
         """Return an answer of the registry; connections that fail and 5xx are tried again, as clients do not (HEAD,
@@ -263,23 +248,21 @@ class Upstream:
         The limit is for all tries together.
         """
         with self.errors.counted(), self.reachability.asking(host):
-            try:
-                async with asyncio.timeout(timeout_s):
-                    for pause in PAUSES_S:
-                        try:
-                            response = await once()
-                        except (aiohttp.ClientError, OSError):
-                            pass
-                        else:
-                            if response.status < 500 or response.status == LOOP_DETECTED:
-                                break
-                            if isinstance(response, aiohttp.ClientResponse):
-                                response.close()
-                        await asyncio.sleep(pause)
-                    else:
+            async with within(timeout_s):
+                for pause in PAUSES_S:
+                    try:
                         response = await once()
-            except FAILURES as error:
-                raise translate(error) from None
+                    except (UpstreamUnreachable, UpstreamTimeout) as error:
+                        if isinstance(error, Offline) or not self._is_open:
+                            raise
+                    else:
+                        if response.status < 500 or response.status == LOOP_DETECTED:
+                            break
+                        if isinstance(response, DataResponse):
+                            response.close()
+                    await asyncio.sleep(pause)
+                else:
+                    response = await once()
         if response.status >= 500 or response.status == TOO_MANY_REQUESTS:
             self.errors[UpstreamRefused] += 1
         self._down_until.pop(host, None)
@@ -302,21 +285,18 @@ class Upstream:
         source is known by; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
         """
         with self.errors.counted():
-            try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S + STALL_TIMEOUT_S):
-                    response, source = await self._follow(source, {"Range": format_range(start, stop)})
-            except FAILURES as error:
-                raise translate(error) from None
+            async with within(CONNECT_S + STALL_TIMEOUT_S):
+                response, source = await self._follow(source, {"Range": format_range(start, stop)})
         with self.errors.counted(), closing_on_error(response):
             fields = cleaned(response.headers)
             if response.status in SOURCE_GONE:
-                shaped = is_refusal(response.status, fields, await self._data.text(response, REFUSAL_LIMIT))
+                shaped = is_refusal(response.status, fields, await self._data.refusal(response, REFUSAL_LIMIT))
                 what = "" if shaped else described(response.status, fields)
                 raise SourceExpired(response.status, relayable(fields), what=what)
             extent = check_data(response.status, fields, asked=(start, stop), length=expected_length)
             if not source.near:
                 check_length(extent.length, source.sizes)
-            stream = ThreadStream(response, self._data.crew, extent, self.errors, source)
+            stream = DataStream(response, self._data.crew, extent, self.errors, source)
             if validator is not None and stream.validator != validator:
                 raise ValidatorChanged(validator, stream.validator)
         return stream
@@ -349,52 +329,44 @@ class Upstream:
             check_remote(host)
         return url
 
-    def _check(self, there: URL) -> None:
-        """Offline or UpstreamUnreachable where nothing is asked now."""
-        if self._settings.offline and (there.host or "", there.port or 0) not in self._near:
-            raise Offline("offline: upstream is not asked")
-        if self._session is None:
-            raise UpstreamUnreachable("expected an open client, got a closed one")
-
-    def _fields(self, headers: Mapping[str, str]) -> dict[str, str]:
-        # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
-        return {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
-
     async def _fetch(self, source: Source, headers: Mapping[str, str]) -> DataResponse:
-        """Return a response to a GET whose body is read by threads."""
-        there = URL(self._reach(source.url), encoded=True)
-        self._check(there)
-        if there.host is None or there.port is None:
-            raise ValueError("no host")
-        endpoint = Endpoint(there.scheme, there.host, there.port)
-        fields = self._fields({**source.headers, **headers})
+        """Return a response to a GET for blob bytes."""
         name = OBJECT_STORE if source.near else source.host
+        url = self._reach(source.url)
         with self.reachability.asking(name):
-            response = await self._data.get(Ask(endpoint, there.raw_path_qs, fields, STALL_TIMEOUT_S))
+            response = await self._request(self._data, url, {**source.headers, **headers})
         self.reachability.answered(name, response.status)
         return response
 
-    async def _send(self, method: str, url: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+    async def _request(
+        self, getting: Getting, url: str, headers: Mapping[str, str], method: str = "GET"
+    ) -> DataResponse:
+        """Return the response's head. Raises UpstreamUnreachable, UpstreamTimeout, or ValueError for no address."""
         there = URL(url, encoded=True)
-        self._check(there)
-        assert self._session is not None
-        fields = self._fields(headers)
-        proxy = self._parents.of(there.scheme, there.host or "", there.port or 0)
-        connect: dict[str, str] | None = None
-        if proxy is not None and there.scheme == "https":
-            connect = {**proxy.fields, CDN_LOOP: self.loop.identifier}
-        elif proxy is not None:
-            fields |= proxy.fields
-        response = await self._session.request(
-            method,
-            there,
-            headers=fields,
-            proxy=proxy.origin if proxy is not None else None,
-            proxy_headers=connect,
-            allow_redirects=False,
-            skip_auto_headers=("User-Agent", "Accept"),
-        )
-        if proxy is not None and response.status == PROXY_AUTHENTICATION_REQUIRED:
-            response.close()
-            raise UpstreamUnreachable(f"parent proxy {proxy.origin} answered {response.status}")
-        return response
+        if there.host is None or there.port is None:
+            raise ValueError("no host")
+        if self._settings.offline and (there.host, there.port) not in self._near:
+            raise Offline("offline: upstream is not asked")
+        if not self._is_open:
+            raise UpstreamUnreachable("expected an open client, got a closed one")
+        # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
+        fields = {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
+        endpoint = Endpoint(there.scheme, there.host, there.port)
+        return await getting.get(Ask(endpoint, there.raw_path_qs, fields, STALL_TIMEOUT_S, method))
+
+
+@contextlib.asynccontextmanager
+async def within(timeout_s: float) -> AsyncIterator[None]:
+    """Raise UpstreamTimeout if the block takes longer, and UnexpectedResponse for an address that cannot be used.
+
+    It is not quoted: it may be signed.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError:
+        raise UpstreamTimeout("no answer in time") from None
+    except ValueError as error:
+        raise UnexpectedResponse(
+            f"expected an address that can be used, got one that cannot ({type(error).__name__})"
+        ) from None

@@ -1,4 +1,4 @@
-"""GET requests for blob bytes, from threads: HTTP/1.1 over connections that are kept for the next one.
+"""Requests to other servers, from threads: HTTP/1.1 over connections that are kept for the next one.
 
 Invariant: a connection is used again only after the whole of a response, and nothing more, was read from it; heads
 are bounded. No message quotes what was asked for or sent.
@@ -23,8 +23,8 @@ from pullthrough.upstream.dialer import Caller, Dialed, Dialer, translated
 
 _log = logging.getLogger(__name__)
 
-FETCHING: Final = 128
-"""Threads that fetch, for all hosts together."""
+MOST: Final = 128
+"""Threads that fetch, for all hosts together, and that ask registries."""
 
 KEPT_S: Final = 30.0
 """How long a connection that nobody uses is kept."""
@@ -41,7 +41,7 @@ PROXY_AUTHENTICATION_REQUIRED: Final = 407
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A GET request."""
+    """A request without a body, which may be asked again."""
 
     endpoint: Endpoint
     target: str
@@ -49,6 +49,7 @@ class Ask:
     headers: Mapping[str, str]
     silent_s: float
     """How long the other end may bring no byte."""
+    method: str = "GET"
 
     @property
     def host(self) -> str:
@@ -104,8 +105,8 @@ class DataResponse:
         assert self._line is not None
         return self._line.wait(self._ask.silent_s if timeout_s is None else timeout_s)
 
-    def text(self, limit: int) -> bytes:
-        """Return the body, however it is framed, of an answer that is no blob's; b"" if it is longer than `limit`.
+    def text(self, limit: int) -> bytes | None:
+        """Return the body, however it is framed, of an answer that is no blob's; None if it is longer than `limit`.
 
         UpstreamError if it does not come to its end.
         """
@@ -120,8 +121,11 @@ class DataResponse:
                     case h11.Data() as event:
                         found += event.data
                     case _:
+                        self._persists = self._persists and not self._connection.trailing_data[0]
+                        self._body = memoryview(b"")
+                        self.finish()
                         return bytes(found)
-        return b""
+        return None
 
     def finish(self) -> None:
         """The body has been read to its end: keep the connection. UnexpectedResponse if more has come than that."""
@@ -181,10 +185,10 @@ class DataClient:
                         break
                     if event is h11.NEED_DATA:
                         count = line.read_into(buffer, ask.silent_s)
-                        has_come = has_come or count > 0
+                        if not count:
+                            raise UpstreamUnreachable("expected a response, got the end of the connection")
+                        has_come = True
                         connection.receive_data(bytes(buffer[:count]))
-                    elif not isinstance(event, h11.InformationalResponse):
-                        raise UpstreamUnreachable("expected a response, got the end of the connection")
             if event.status_code == PROXY_AUTHENTICATION_REQUIRED and line.proxy is not None:
                 raise UpstreamUnreachable(f"parent proxy {line.proxy.origin} answered {event.status_code}")
             response = DataResponse(self, ask, line, caller, event, connection)
@@ -245,7 +249,7 @@ class Getting:
     """The threads' client, as the event loop sees it. `open` it inside the running loop, `close` it at the end."""
 
     def __init__(self, dialer: Dialer) -> None:
-        self.crew = Crew(FETCHING)
+        self.crew = Crew(MOST)
         self._dialer = dialer
         self._client = DataClient(dialer)
         self._sweep: asyncio.TimerHandle | None = None
@@ -271,15 +275,23 @@ class Getting:
         line = await self.crew.run_or_leave(lambda: self._dialer.dial(endpoint, caller), caller.stop, Dialed.close)
         line.close()
 
-    async def text(self, response: DataResponse, limit: int) -> bytes:
-        """As the response's, for as long as it may be silent; b"" if it does not come to its end."""
+    async def text(self, response: DataResponse, limit: int) -> bytes | None:
+        """As the response's."""
+        return await self.crew.run(lambda: response.text(limit), response.stop)
+
+    async def refusal(self, response: DataResponse, limit: int) -> bytes:
+        """Return the text that tells whose an answer of 400 and above is, and close it; b"" if it does not come to its
+        end in time, or is longer.
+        """
         try:
             async with asyncio.timeout(response.silent_s):
-                return await self.crew.run(lambda: response.text(limit), response.stop)
+                return await self.text(response, limit) or b""
         except (UpstreamError, TimeoutError) as error:
             # What is missing proves nothing either.
             _log.debug("a refusal broke off: %s", error)
             return b""
+        finally:
+            response.close()
 
 
 def _request(connection: h11.Connection, ask: Ask, line: Dialed) -> bytes:
@@ -287,8 +299,9 @@ def _request(connection: h11.Connection, ask: Ask, line: Dialed) -> bytes:
     target = ask.target if line.proxy is None else f"{ask.endpoint.scheme}://{ask.host}{ask.target}"
     fields = {"Host": ask.host, **ask.headers, **(line.proxy.fields if line.proxy is not None else {})}
     try:
-        request = h11.Request(method="GET", target=target, headers=list(fields.items()))
-        head = connection.send(request) or b""
+        # As the client's bytes were, which need not be ASCII.
+        headers = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in fields.items()]
+        head = connection.send(h11.Request(method=ask.method, target=target, headers=headers)) or b""
     except (h11.LocalProtocolError, UnicodeError) as error:
         raise UnexpectedResponse(
             f"expected an address that can be used, got one that cannot ({type(error).__name__})"

@@ -1,33 +1,26 @@
-"""The body of a checked data response, and what the HTTP client library's failures mean.
+"""The body of a checked data response, and where it is from.
 
 Invariant: exactly the bytes that the response's head announced are handed on, or an error is raised; no message
 quotes an address, which may be signed.
 """
 
-import asyncio
 import contextlib
 import time
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Self
+from typing import Final, Self
 
-import aiohttp
 from yarl import URL
 
-from pullthrough.core.errors import UnexpectedResponse, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from pullthrough.core.errors import UnexpectedResponse, UpstreamError, UpstreamUnreachable
 from pullthrough.core.fields import is_clean
 from pullthrough.runtime.executors import Crew
 from pullthrough.upstream.data_client import GATHER_S, HELD_S, PIECE, DataResponse
 from pullthrough.upstream.dialer import translated
 from pullthrough.upstream.response_checks import Extent
-from pullthrough.upstream.wording import worded
 
 BATCH: Final = 256 << 10
-
-# ValueError: addresses and header fields that cannot be sent, as far as the library finds out late.
-FAILURES: Final = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,108 +77,48 @@ class Errors(Counter[type[UpstreamError]]):
             raise
 
 
-class DataStream(ABC):
+class DataStream:
     """A checked data response: the bytes `[start, stop)` of a blob of `length` bytes, in order. `close` it."""
 
     def __init__(
         self,
-        headers: Mapping[str, str],
+        response: DataResponse,
+        crew: Crew,
         extent: Extent,
         errors: Errors,
         source: Source | None = None,
         *,
         ranged: bool = True,
-        whole: bool = False,
     ) -> None:
-        """`source` is where the bytes came from, behind all redirects; `ranged` says that a Range was asked for, and
-        `whole` that the complete blob is the answer to whatever was asked.
+        """`source` is where the bytes came from, behind all redirects; `ranged` says that a Range was asked for.
 
-        `errors` counts how the body fails.
+        `crew` has the threads that read the body, and `errors` counts how it fails.
         """
         self.source = source
         self.ranged = ranged
-        self.whole = whole
+        self.whole = response.status == 200
+        """The complete blob is the answer to whatever was asked."""
         self.start = extent.start
         self.stop = extent.stop
         self.length = extent.length
         # The fleet's sources need not agree on one: the digest tells whether their bytes fit together.
-        tag = headers.get("ETag")
+        tag = response.headers.get("ETag")
         self.validator = tag if tag is not None and not self.near and is_clean("ETag", tag) else None
+        self._response = response
+        self._crew = crew
         self._errors = errors
+        self._left = self.stop - self.start
+        if not self._left:
+            # What says that there is nothing has a body of its own.
+            response.close()
 
     @property
     def near(self) -> bool:
         """The bytes are the fleet's own, and cost upstream nothing."""
         return self.source is not None and self.source.near
 
-    @abstractmethod
     def close(self) -> None:
         """A response that was read to its end has given its connection back; any other is closed with it."""
-
-    @abstractmethod
-    def batches(self) -> AsyncGenerator[bytes]:
-        """Yield the body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
-
-    async def first(self, count: int) -> bytes:
-        """Return the first `count` bytes, or all if there are fewer; the rest is given up. Raises as `batches`."""
-        found = b""
-        async with contextlib.aclosing(self.batches()) as batches:
-            while len(found) < count and (data := await anext(batches, b"")):
-                found += data
-        self.close()
-        return found[:count]
-
-
-class LoopStream(DataStream):
-    """A response to the event loop's client."""
-
-    def __init__(self, response: aiohttp.ClientResponse, *arguments: Any, **options: Any) -> None:
-        super().__init__(response.headers, *arguments, whole=response.status == 200, **options)
-        self._response = response
-
-    def close(self) -> None:
-        self._response.close()
-
-    async def batches(self) -> AsyncGenerator[bytes]:
-        content = self._response.content
-        left = self.stop - self.start
-        if not left:
-            return  # what follows may be the text of a 416, by which an empty blob shows
-        with self._errors.counted():
-            try:
-                while left:
-                    data = await content.readany()
-                    if not data:
-                        raise UpstreamUnreachable(f"expected {left} more bytes, got the end of the response")
-                    if len(data) < min(BATCH, left):
-                        await asyncio.sleep(GATHER_S)
-                        # A failure while we waited is for the next read: these bytes are here.
-                        with contextlib.suppress(*FAILURES):
-                            data += content.read_nowait()
-                    if len(data) > left:
-                        raise UnexpectedResponse(f"expected {left} more bytes, got {len(data)}")
-                    left -= len(data)
-                    yield data
-                # The end of the message gives the connection back for the next slice.
-                if await content.readany():
-                    raise UnexpectedResponse(f"expected {self.stop - self.start} bytes, got more")
-            except FAILURES as error:
-                raise translate(error) from None
-
-
-class ThreadStream(DataStream):
-    """A response to the threads' client."""
-
-    def __init__(self, response: DataResponse, crew: Crew, *arguments: Any, **options: Any) -> None:
-        super().__init__(response.headers, *arguments, whole=response.status == 200, **options)
-        self._response = response
-        self._crew = crew
-        self._left = self.stop - self.start
-        if not self._left:
-            # What follows may be the text of a 416, by which an empty blob shows.
-            response.close()
-
-    def close(self) -> None:
         self._response.close()
 
     async def pour(self, write: Callable[[int, memoryview], None], piece: int = PIECE) -> None:
@@ -200,7 +133,17 @@ class ThreadStream(DataStream):
         """Read nothing for so long, in the thread that gives the bytes."""
         self._response.pause(seconds)
 
+    async def first(self, count: int) -> bytes:
+        """Return the first `count` bytes, or all if there are fewer; the rest is given up. Raises as `batches`."""
+        found = b""
+        async with contextlib.aclosing(self.batches()) as batches:
+            while len(found) < count and (data := await anext(batches, b"")):
+                found += data
+        self.close()
+        return found[:count]
+
     async def batches(self) -> AsyncGenerator[bytes]:
+        """Yield the body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
         buffer = memoryview(bytearray(min(BATCH, self._left)))
         with self._errors.counted():
             while self._left:
@@ -246,41 +189,10 @@ class ThreadStream(DataStream):
 
 
 @contextlib.contextmanager
-def closing_on_error(response: aiohttp.ClientResponse | DataResponse) -> Iterator[None]:
+def closing_on_error(response: DataResponse) -> Iterator[None]:
     """Close the response when an error leaves the block."""
     try:
         yield
     except BaseException:
         response.close()
         raise
-
-
-async def body_of(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """Return the whole body. Raises UnexpectedResponse if it is longer than `limit`; a refusal is cut there."""
-    found = bytearray()
-    while data := await response.content.readany():
-        found += data
-        if len(found) > limit:
-            if response.status >= 400:
-                return b""
-            raise UnexpectedResponse(f"expected at most {limit} bytes, got more")
-    return bytes(found)
-
-
-def translate(error: BaseException) -> UpstreamError:
-    """Return our error for the client library's; without addresses, which may be signed."""
-    if isinstance(error, TimeoutError):
-        return UpstreamTimeout("no answer in time")
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        return UpstreamUnreachable(f"the parent proxy answered {error.status} to CONNECT")
-    if isinstance(error, aiohttp.ClientProxyConnectionError):
-        return UpstreamUnreachable(f"parent proxy {error.host}:{error.port}: {worded(error.os_error)}")
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return UpstreamUnreachable(f"{error.host}: name resolution failed: {worded(error.os_error)}")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        reason = getattr(error, "certificate_error", None) or error.os_error
-        return UpstreamUnreachable(f"{error.host}:{error.port}: {worded(reason)}")
-    # The library's own messages quote what they are about: an address, or the bytes that are no HTTP.
-    if isinstance(error, ValueError):
-        return UnexpectedResponse(f"expected an address that can be used, got one that cannot ({type(error).__name__})")
-    return UpstreamUnreachable(f"{type(error).__name__}: {(type(error).__doc__ or '').partition('\n')[0]}")

@@ -6,22 +6,22 @@ the rules let through; the parent's credentials go to the parent alone. No messa
 
 import contextlib
 import errno
-import itertools
 import os
 import selectors
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import h11
 
 from pullthrough.config.settings import Endpoint
 from pullthrough.core.cdn_loop import CDN_LOOP, LoopGuard
 from pullthrough.core.errors import UpstreamTimeout, UpstreamUnreachable
+from pullthrough.net.happy_eyeballs import DELAY_S, interleaved
 from pullthrough.net.proxy_env import ParentProxies, Proxy
 from pullthrough.upstream.layers import READ, InnerTls, Layer, Plain, Tls
 from pullthrough.upstream.resolver import AddressRules
@@ -29,15 +29,12 @@ from pullthrough.upstream.wording import worded
 
 CONNECT_S: Final = 10.0
 """How long the addresses of a name may take together, and then each handshake."""
-NEXT_S: Final = 1.0
-"""How long an address may take before the next one is tried as well (RFC 8305 section 5)."""
 SILENT_S: Final = 60.0
 """How long the other end may take no byte, and give none, unless the caller says otherwise."""
 _TICK_S: Final = 0.25
 """How often a connection attempt looks whether it is still wanted: a socket that is connecting cannot be shut down."""
 _UNDER_WAY: Final = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
 
-_Entry = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # which costs no descriptor
 
 
@@ -137,10 +134,11 @@ class Dialer:
         proxy = self._parents.of(endpoint.scheme, endpoint.host, endpoint.port)
         first = Endpoint(proxy.scheme, proxy.host, proxy.port) if proxy is not None else endpoint
         caller = caller or Caller()
-        sock = self._connect(first.host, first.port, caller)
+        with _blamed_on(proxy):
+            sock = self._connect(first.host, first.port, caller)
         try:
             caller.watch(sock)
-            with translated(first):
+            with _blamed_on(proxy), translated(first):
                 layer: Layer = Plain(sock)
                 if first.scheme == "https":
                     sock, layer = self._encrypt(sock, first.host, caller)
@@ -161,15 +159,15 @@ class Dialer:
         return Dialed(sock, layer, proxy)
 
     def _connect(self, host: str, port: int, caller: Caller) -> socket.socket:
-        """Return a socket that is connected to one of the name's addresses; each is given a second before the next
-        joins.
+        """Return a socket that is connected to one of the name's addresses; each is given DELAY_S before the
+        next joins.
         """
         try:
             entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise UpstreamUnreachable(f"{host}: name resolution failed: {worded(error)}") from None
         self._rules.check(host, port, [str(entry[4][0]) for entry in entries])
-        found = _alternating(entries)
+        found = interleaved(entries, lambda entry: entry[0])
         problem: OSError | None = None
         now = time.monotonic()
         end, next_at = now + CONNECT_S, now
@@ -178,7 +176,7 @@ class Dialer:
                 caller.check()
                 if found and (now >= next_at or not selector.get_map()):
                     family, kind, protocol, _, address = found.pop(0)
-                    next_at = now + NEXT_S
+                    next_at = now + DELAY_S
                     try:
                         sock = losers.enter_context(socket.socket(family, kind, protocol))
                         sock.setblocking(False)
@@ -220,11 +218,23 @@ class Dialer:
         byte = memoryview(bytearray(1))
         while (event := connection.next_event()) is h11.NEED_DATA or isinstance(event, h11.InformationalResponse):
             if event is h11.NEED_DATA:
-                count = _until(sock, layer, lambda: layer.read_into(byte), CONNECT_S)
-                connection.receive_data(bytes(byte[:count]))
-        status = event.status_code if isinstance(event, h11.Response) else 0
-        if not 200 <= status < 300:
-            raise UpstreamUnreachable(f"parent proxy {proxy.origin} answered {status or 'nothing'}")
+                if not _until(sock, layer, lambda: layer.read_into(byte), CONNECT_S):
+                    raise UpstreamUnreachable(f"{proxy.origin} answered nothing")
+                connection.receive_data(bytes(byte))
+        assert isinstance(event, h11.Response)
+        if not 200 <= event.status_code < 300:
+            raise UpstreamUnreachable(f"{proxy.origin} answered {event.status_code}")
+
+
+@contextlib.contextmanager
+def _blamed_on(proxy: Proxy | None) -> Iterator[None]:
+    """What goes wrong on the way to the parent proxy, where there is one, is told of it."""
+    try:
+        yield
+    except (UpstreamUnreachable, UpstreamTimeout) as error:
+        if proxy is None:
+            raise
+        raise type(error)(f"parent proxy {error}") from None
 
 
 @contextlib.contextmanager
@@ -255,13 +265,6 @@ def _send(sock: socket.socket, layer: Layer, data: bytes | None) -> None:
         view = view[_until(sock, layer, partial(layer.write, view), SILENT_S) :]
     if isinstance(layer, InnerTls):
         _until(sock, layer, layer.flush, SILENT_S)
-
-
-def _alternating(entries: Sequence[_Entry]) -> list[_Entry]:
-    """Return the addresses as they were found, the families in turns (RFC 8305 section 4)."""
-    first = [entry for entry in entries if entry[0] == entries[0][0]]
-    others = [entry for entry in entries if entry[0] != entries[0][0]]
-    return [entry for pair in itertools.zip_longest(first, others) for entry in pair if entry is not None]
 
 
 def _wait(sock: socket.socket, events: int, timeout_s: float) -> bool:

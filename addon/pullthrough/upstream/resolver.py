@@ -1,14 +1,10 @@
-"""Names into addresses, for our own HTTP clients: none that they must not connect to.
+"""Which addresses a name may lead to, for our own connections.
 
 Invariant: a name is resolved only to addresses that the policy lets through, all of them or none.
 """
 
-import socket
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-
-import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
 
 from pullthrough.net.address_policy import AddressPolicy, check_elsewhere
 
@@ -51,21 +47,3 @@ class AddressRules:
             check_elsewhere(host, addresses, own=self._own())
         if (host, port) in self._named.endpoints:
             self._named.addresses.update([(address, port) for address in addresses])
-
-
-class CheckedResolver(AbstractResolver):
-    """Resolves names, and refuses those that lead to addresses we never connect to."""
-
-    def __init__(self, rules: AddressRules) -> None:
-        self._rules = rules
-        self._resolver = aiohttp.ThreadedResolver()
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
-        results = await self._resolver.resolve(host, port, family)
-        self._rules.check(host, port, [result["host"] for result in results])
-        return results
-
-    async def close(self) -> None:
-        await self._resolver.close()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pullthrough.net.happy_eyeballs import first_to_answer, interleaved
+from pullthrough.net.happy_eyeballs import first_to_answer, interleaved, version_of
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def black_hole(host: str, port: int) -> Iterator[None]:
 )
 def test_families_take_turns(addresses: list[str], order: list[str]) -> None:
     """A family without a way out costs one delay, however many addresses it has."""
-    assert interleaved(addresses) == order
+    assert interleaved(addresses, version_of) == order
 
 
 def test_the_first_is_preferred() -> None:

@@ -1,7 +1,7 @@
 """fetcher: whether a source knows Range is found out by one connection, and no byte is fetched for it twice."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, cast
 
 import pytest
@@ -41,6 +41,14 @@ class Stream:
             piece = DATA[start : min(start + PIECE, self.stop)]
             self.given += len(piece)
             yield piece
+
+    async def pour(self, write: Callable[[int, memoryview], None], _: int) -> None:
+        start = self.start
+        async for piece in self.batches():
+            write(start, memoryview(piece))
+            start += len(piece)
+        # As from a thread, whose end is heard of after its last piece.
+        await asyncio.sleep(0)
 
 
 class World:
@@ -83,8 +91,14 @@ class World:
     # --- the recording, and its sealer
 
     async def write(self, offset: int, data: memoryview) -> None:
+        self.put(offset, data)
+        self.landed(offset, offset + len(data))
+
+    def put(self, offset: int, data: memoryview) -> None:
         self.written[offset : offset + len(data)] = data
-        self.assembly.add(offset, offset + len(data))
+
+    def landed(self, start: int, stop: int) -> None:
+        self.assembly.add(start, stop)
         self._look()
 
     def _look(self) -> None:

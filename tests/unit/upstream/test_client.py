@@ -14,10 +14,8 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iter
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-import aiohttp
 import pytest
 
 from pullthrough.config.options import parse_settings
@@ -42,13 +40,9 @@ from pullthrough.upstream.client import (
     MAX_CONTROL_BODY,
     MAX_HOPS,
     DataStream,
-    Errors,
-    LoopStream,
     Source,
-    ThreadStream,
     Upstream,
 )
-from pullthrough.upstream.response_checks import Extent
 from tests.support.origin import Origin
 
 HOST = "registry.ollama.ai"
@@ -857,7 +851,7 @@ async def test_a_body_that_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_source_that_does_not_answer(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Connecting and the head have one limit together."""
     async with world() as at:
-        monkeypatch.setattr(module, "CONNECT_TIMEOUT_S", 0.02)
+        monkeypatch.setattr(module, "CONNECT_S", 0.02)
         monkeypatch.setattr(module, "STALL_TIMEOUT_S", 0.03)
         at.cdn.answers[DATA_TARGET] = answer
         with refused(UpstreamTimeout, "^no answer in time$"):
@@ -882,10 +876,8 @@ class Poured:
         return b"".join(data for _, data in self.pieces)
 
 
-async def opened(at: World, stop: int = 8) -> ThreadStream:
-    stream = await at.open(4, stop, length=None)
-    assert isinstance(stream, ThreadStream)
-    return stream
+async def opened(at: World, stop: int = 8) -> DataStream:
+    return await at.open(4, stop, length=None)
 
 
 @on_loop
@@ -966,27 +958,6 @@ async def test_batches_of_a_slow_line() -> None:
             at.cdn.released.set()
         assert b"".join(batches) == blob
         assert len(batches) > 1
-
-
-@pytest.mark.parametrize(
-    ("pieces", "kind", "message"),
-    [
-        pytest.param([b"45"], UpstreamUnreachable, "expected 2 more bytes, got the end of the response", id="too few"),
-        pytest.param([b"45", b"678"], UnexpectedResponse, "expected 2 more bytes, got 3", id="too many"),
-        pytest.param([b"4567", b"8"], UnexpectedResponse, "expected 4 bytes, got more", id="some behind the end"),
-    ],
-)
-@on_loop
-async def test_bytes_are_counted(pieces: list[bytes], kind: type[UpstreamError], message: str) -> None:
-    """Whatever the library makes of a message's end, a slice has the size that was announced."""
-
-    async def readany() -> bytes:
-        return pieces.pop(0) if pieces else b""
-
-    content = SimpleNamespace(readany=readany, read_nowait=lambda: b"")
-    response = SimpleNamespace(status=206, headers={}, content=content, close=lambda: None)
-    with refused(kind, f"^{message}$"):
-        await read(LoopStream(cast(aiohttp.ClientResponse, response), Extent(4, 8, 16), Errors()))
 
 
 @on_loop
@@ -1135,14 +1106,14 @@ async def test_addresses_that_are_refused(
 ) -> None:
     """No plain HTTP, nothing inside the network: as a source, and where a source redirects to."""
 
-    async def no_connection(*arguments: object, **options: object) -> None:
+    def no_connection(*arguments: object, **options: object) -> None:
         raise AssertionError("expected no connection")
 
     async with world(own={"1.2.3.4"}) as at:
         at.cdn.answers[DATA_TARGET] = moved(address)
         source = SIGNED
         if way == "source":
-            monkeypatch.setattr(aiohttp.TCPConnector, "connect", no_connection)
+            monkeypatch.setattr(socket, "getaddrinfo", no_connection)
             source = address
         with refused(AddressRefused, f"^{re.escape(message)}"):
             await at.open(source=source)
@@ -1183,22 +1154,6 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Say what every name resolves to."""
 
     def set_addresses(*addresses: str) -> None:
-        async def resolved(
-            self: object, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-        ) -> list[dict[str, object]]:
-            return [
-                {
-                    "hostname": host,
-                    "host": address,
-                    "port": port,
-                    "family": socket.AF_INET6 if ":" in address else socket.AF_INET,
-                    "proto": 0,
-                    "flags": socket.AI_NUMERICHOST,
-                }
-                for address in addresses
-            ]
-
-        monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", resolved)
         look_up(monkeypatch, lambda: addresses)
 
     return set_addresses
@@ -1274,13 +1229,9 @@ async def test_a_registry_that_is_ourselves(resolve: Resolve) -> None:
 async def test_a_name_that_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     """The name and the system's words."""
 
-    async def fail(self: object, host: str, *arguments: object, **options: object) -> None:
-        raise OSError(None, "no such host")
-
     def no_such_host() -> Collection[str]:
         raise OSError(None, "no such host")
 
-    monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", fail)
     look_up(monkeypatch, no_such_host)
     async with world() as at:
         with refused(UpstreamUnreachable, "^cdn.example: name resolution failed: .*no such host"):

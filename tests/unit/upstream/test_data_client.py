@@ -86,9 +86,18 @@ class World:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self.client = DataClient(Dialer(context, rules, ParentProxies(), LoopGuard("ollama-cache-test")))
 
-    def get(self, target: str = "/blob", caller: Caller | None = None, silent_s: float = WAIT_S) -> DataResponse:
+    def get(
+        self,
+        target: str = "/blob",
+        caller: Caller | None = None,
+        silent_s: float = WAIT_S,
+        *,
+        method: str = "GET",
+        **fields: str,
+    ) -> DataResponse:
         endpoint = Endpoint("http", "127.0.0.1", self.server.port)
-        return self.client.get(Ask(endpoint, target, {"Range": "bytes=0-9"}, silent_s), caller or Caller())
+        ask = Ask(endpoint, target, fields or {"Range": "bytes=0-9"}, silent_s, method)
+        return self.client.get(ask, caller or Caller())
 
 
 @contextlib.contextmanager
@@ -139,13 +148,57 @@ CHUNKED = b"HTTP/1.1 403 No\r\nTransfer-Encoding: chunked\r\n\r\n6\r\nAccess\r\n
         pytest.param(b"HTTP/1.1 403 No\r\nContent-Length: 13\r\n\r\nAccessDenied.", b"AccessDenied.", id="a length"),
         pytest.param(CHUNKED, b"AccessDenied.", id="chunks"),
         pytest.param(b"HTTP/1.1 403 No\r\n\r\nAccessDenied." + CLOSE, b"AccessDenied.", id="to the end"),
-        pytest.param(b"HTTP/1.1 403 No\r\nContent-Length: 99\r\n\r\n" + b"x" * 99, b"", id="too long"),
+        pytest.param(b"HTTP/1.1 403 No\r\nContent-Length: 99\r\n\r\n" + b"x" * 99, None, id="too long"),
     ],
 )
-def test_the_text_of_a_refusal(answer: bytes, text: bytes) -> None:
+def test_the_text_of_a_refusal(answer: bytes, text: bytes | None) -> None:
     """However it is framed, and no more of it than is wanted."""
     with world(answer) as at, contextlib.closing(at.get()) as response:
         assert response.text(50) == text
+
+
+@pytest.mark.parametrize(
+    ("answer", "connections"),
+    [
+        pytest.param(reply(BODY), 1, id="a length"),
+        pytest.param(CHUNKED, 1, id="chunks"),
+        pytest.param(reply(BODY + b"x", length=10), 2, id="more than the body"),
+        pytest.param(b"HTTP/1.1 403 No\r\nContent-Length: 99\r\n\r\n" + b"x" * 99, 2, id="longer than is wanted"),
+    ],
+)
+def test_a_text_gives_its_connection_back(answer: bytes, connections: int) -> None:
+    """Once all of it, and nothing more, was read."""
+    with world(answer, reply()) as at:
+        with contextlib.closing(at.get()) as response:
+            response.text(50)
+        assert read(at.get()) == BODY
+        assert at.server.connections == connections
+
+
+def test_a_head_has_no_body() -> None:
+    """Whatever length it tells; the connection is good for more."""
+    head = reply(b"", length=10)
+    with world(head, reply()) as at:
+        assert at.get(method="HEAD").text(50) == b""
+        assert read(at.get()) == BODY
+        assert (at.server.connections, at.server.heads[0].split(b" ")[0]) == (1, b"HEAD")
+
+
+def test_fields_go_over_the_wire_as_they_came() -> None:
+    """Those of clients need not be ASCII, nor any text at all."""
+    with world(reply()) as at:
+        read(at.get(name=b"caf\xc3\xa9 \xff".decode("utf-8", "surrogateescape")))
+        assert b"name: caf\xc3\xa9 \xff\r\n" in at.server.heads[0]
+
+
+@pytest.mark.parametrize("value", ["a\r\nb: c", "a\x00", "\ud800"])
+def test_fields_that_cannot_be_sent(value: str) -> None:
+    """No request is split, and no value is quoted."""
+    with world(reply()) as at:
+        with pytest.raises(UnexpectedResponse, match=r"^[\x20-\x7e]*$") as caught:
+            at.get(name=value)
+        assert value not in str(caught.value)
+        assert at.server.heads == []
 
 
 def test_a_refusal_that_breaks_off() -> None:

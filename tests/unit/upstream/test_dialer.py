@@ -309,10 +309,11 @@ def test_the_next_address_after_a_refusal(start: Start, authority: Authority, mo
     server = start(tls(authority.context("a.example")))
     with socket.create_server(("127.0.0.1", 0)) as gone:
         port = gone.getsockname()[1]
+    monkeypatch.setattr(module, "DELAY_S", 30.0)
     found_at(monkeypatch, ("127.0.0.1", port), ("127.0.0.1", server.port))
     began = time.monotonic()
     converse(dialer_of(authority, ("a.example", 443)).dial(Endpoint("https", "a.example", 443)))
-    assert time.monotonic() - began < module.NEXT_S
+    assert time.monotonic() - began < module.DELAY_S
 
 
 @contextlib.contextmanager
@@ -335,7 +336,7 @@ def test_the_next_address_after_a_second(start: Start, authority: Authority, mon
         found_at(monkeypatch, ("127.0.0.1", port), ("127.0.0.1", server.port))
         began = time.monotonic()
         converse(dialer_of(authority, ("a.example", 443)).dial(Endpoint("https", "a.example", 443)))
-        assert time.monotonic() - began >= module.NEXT_S
+        assert time.monotonic() - began >= module.DELAY_S
 
 
 def test_no_address_answers(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,11 +348,21 @@ def test_no_address_answers(authority: Authority, monkeypatch: pytest.MonkeyPatc
             dialer_of(authority, ("a.example", 443)).dial(Endpoint("https", "a.example", 443))
 
 
-def test_families_take_turns() -> None:
-    """A host whose IPv6 leads nowhere costs a second, not one for each of its addresses."""
-    six, four = (socket.AF_INET6, socket.SOCK_STREAM, 6, ""), (socket.AF_INET, socket.SOCK_STREAM, 6, "")
-    entries = [(*six, ("::1", 1)), (*six, ("::2", 1)), (*six, ("::3", 1)), (*four, ("127.0.0.1", 1))]
-    assert [entry[4][0] for entry in module._alternating(entries)] == ["::1", "127.0.0.1", "::2", "::3"]
+def test_families_take_turns(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose IPv6 leads nowhere costs one delay, not one for each of its addresses."""
+    tried: list[str] = []
+
+    def refuse(_: socket.socket, address: tuple[str, int]) -> int:
+        tried.append(address[0])
+        return errno.ECONNREFUSED
+
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+    families = {"::1": socket.AF_INET6, "::2": socket.AF_INET6, "127.0.0.1": socket.AF_INET}
+    entries = [(family, socket.SOCK_STREAM, 6, "", (address, 443)) for address, family in families.items()]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: entries)
+    with pytest.raises(UpstreamUnreachable, match="Connection refused"):
+        dialer_of(authority, ("a.example", 443)).dial(Endpoint("https", "a.example", 443))
+    assert tried == ["::1", "127.0.0.1", "::2"]
 
 
 # --- parents
@@ -392,6 +403,17 @@ def test_a_parent_that_says_no(start: Start, authority: Authority) -> None:
     dialer = dialer_of(authority, ("localhost", parent.port), parents=ParentProxies(https=proxy))
     with pytest.raises(UpstreamUnreachable, match=r"parent proxy http://localhost:\d+ answered 407"):
         dialer.dial(Endpoint("https", "far.example", 443))
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_parent_that_is_down(authority: Authority, scheme: str) -> None:
+    """The error is about the parent, not about the server behind it."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        proxy = Proxy("http", "localhost", unused.getsockname()[1])
+    dialer = dialer_of(authority, ("localhost", proxy.port), parents=ParentProxies(http=proxy, https=proxy))
+    with pytest.raises(UpstreamUnreachable, match=r"^parent proxy localhost:\d+: Connection refused$"):
+        dialer.dial(Endpoint(scheme, "far.example", 443))
 
 
 def test_a_plain_target_is_left_to_the_parent(start: Start, authority: Authority) -> None:
