@@ -13,6 +13,7 @@ import re
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -58,11 +59,11 @@ class Model:
     private: bool
     lie: Lie | None = None
 
-    @property
+    @cached_property
     def digest(self) -> Digest:
         return Digest(hashlib.sha256(self.blob).hexdigest())
 
-    @property
+    @cached_property
     def manifest(self) -> bytes:
         layer = {"mediaType": "application/vnd.ollama.image.model", "digest": str(self.digest), "size": len(self.blob)}
         return json.dumps({"schemaVersion": 2, "mediaType": DOCKER_TYPE, "layers": [layer]}).encode()

@@ -898,12 +898,12 @@ def _start_at_once(folder: str, gate: object, answers: object) -> None:
 
 
 def test_race(tmp_path: Path) -> None:
-    """Of many processes that start at once one makes the CA and all use it."""
+    """Of four processes that start at once one makes the CA and all use it."""
     context = multiprocessing.get_context("spawn")
-    gate, answers = context.Barrier(8), context.Queue()
+    gate, answers = context.Barrier(4), context.Queue()
     fingerprints = []
 
-    processes = [context.Process(target=_start_at_once, args=(str(tmp_path), gate, answers)) for _ in range(8)]
+    processes = [context.Process(target=_start_at_once, args=(str(tmp_path), gate, answers)) for _ in range(4)]
     for process in processes:
         process.start()
     fingerprints = [answers.get(timeout=60) for _ in processes]
