@@ -1,8 +1,8 @@
-"""Who comes in at the blob server's port, and for how long who says nothing may stay.
+"""Connection limits of the blob server's port: the allow-list, and how long a silent connection may stay.
 
-Invariant: a stranger is sent away before its first byte is looked at. A connection whose request is being answered is
-never closed from here, and no request is refused: Ollama gives up after a few errors. How many may be open is the
-business of `connection_limits`; those that wait go first.
+Invariant: a client that is not allowed is turned away before its first byte is read. A connection whose request is
+being answered is never closed here, and no request is refused: Ollama gives up after a few errors. `connection_limits`
+says how many may be open; idle ones are closed first.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ class Caller:
 
     slot: Slot
     patience: asyncio.TimerHandle
-    """Closes it, unless it asks for something first."""
+    """Closes the connection unless a request comes first."""
 
 
 class AcceptPolicy(web.Server):
-    """aiohttp's server, with someone at its door."""
+    """aiohttp's server, behind these limits."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class AcceptPolicy(web.Server):
         limits: ConnectionLimits,
         **options: Any,
     ) -> None:
-        """`admits` says of an address whether it may come in; `answer` and `options` as web.Server takes them."""
+        """`admits` says whether an address is allowed; `answer` and `options` as web.Server takes them."""
         super().__init__(self._serve, logger=Brief(_log), max_field_size=FIELD_BYTES, **options)
         self._answer = answer
         self._admits = admits
@@ -81,7 +81,7 @@ class AcceptPolicy(web.Server):
 
 
 class Brief(logging.LoggerAdapter[logging.Logger]):
-    """What aiohttp says of requests that are no HTTP, without the traceback: it quotes the request line."""
+    """aiohttp's messages about requests that are not HTTP, without the traceback, which quotes the request line."""
 
     def log(self, level: int, msg: object, *args: object, **_: Any) -> None:
         self.logger.log(min(level, logging.WARNING), msg, *args)

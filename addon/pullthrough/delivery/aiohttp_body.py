@@ -1,4 +1,4 @@
-"""Send a reader's bytes to a client of one of our aiohttp servers, from a thread and by sendfile where there is one.
+"""Send a reader's bytes to a client of one of our aiohttp servers, from a thread, by sendfile where possible.
 
 Invariant: a body is sent whole, or stops short of its Content-Length, `Sending.problem` says why, and the caller ends
 the connection.
@@ -21,9 +21,9 @@ from pullthrough.recording.reader import Reader
 async def send(
     request: web.BaseRequest, response: web.StreamResponse, reader: Reader, sending: Sending, threads: ByteThreads
 ) -> None:
-    """Send all that `reader` has behind the head of `response`, which has been sent ("prepared").
+    """Send all bytes of `reader` after the head of `response`, which has been sent ("prepared").
 
-    No error of the client, the network or the reader is raised: `sending` tells, also when this is cancelled.
+    Errors of the client, the network or the reader are not raised: `sending` has them, even if this is cancelled.
     """
     sending.problem = "client disconnected"
     # Until nothing waits in the transport's own buffer, see `AcceptPolicy.connection_made`.

@@ -1,6 +1,6 @@
 """A client's connection to the blob host, served from a thread: TLS, HTTP/1.1, and the bytes of blobs.
 
-A request and a byte go this way:
+The way of a request and of its bytes:
 
     `takeover` (mitmproxy)   takes the socket when CONNECT is answered, or with the first bytes where we are the gateway
     `byte_threads`           gives it a thread, now or when one is free
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 HANDSHAKE_S: Final = 30.0
 HEAD_S: Final = 30.0
-"""How long a head may take from its first byte to its last."""
+"""The longest that a request's head may take from its first byte to its last."""
 LINGER_S: Final = 2.0
 """How long a thread waits for its client's next request."""
 LONGEST_HEAD: Final = 64 << 10
@@ -62,7 +62,7 @@ class Service:
 
 
 class _Body:
-    """So many bytes, as h11 counts them: they do not go through it."""
+    """A number of bytes for h11 to count: the bytes themselves do not go through it."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -77,7 +77,7 @@ class BlobConnection:
     def __init__(
         self, service: Service, client: str, out: TlsOutlet, *, tunnelled: bool, on_close: Callable[[], object]
     ) -> None:
-        """`tunnelled`: the client waits for the answer to its CONNECT. `on_close` is called on the loop."""
+        """With `tunnelled`, the client waits for the answer to its CONNECT. `on_close` is called on the loop."""
         self._service = service
         self._client = client
         self._out = out
@@ -143,7 +143,7 @@ class BlobConnection:
     # --- requests
 
     def _wait_for_head(self) -> bool:
-        """Return whether the next request has begun to come; False when none did for LINGER_S, or none will."""
+        """Return whether the next request has begun to arrive; False if none did for LINGER_S, or none will."""
         if self._h11.trailing_data[0]:
             return True
         if not self._out.readable(LINGER_S):
@@ -158,7 +158,7 @@ class BlobConnection:
         return True
 
     def _exchange(self) -> bool:
-        """Answer one request; whether another one may follow."""
+        """Answer one request; return whether another one may follow."""
         try:
             request = self._next_request()
             target = self._check_names(request)
@@ -204,9 +204,7 @@ class BlobConnection:
         return target
 
     def _decide(self, request: h11.Request, target: str) -> tuple[Answer, FileSpan | None] | None:
-        """Return the answer and the first bytes of its body, if all of them are here; None for what is to be passed
-        on.
-        """
+        """Return the answer, and the first bytes of its body if all are here; None for a request to pass through."""
         if request.method not in (b"GET", b"HEAD"):
             return None
         headers: dict[str, str] = {}
@@ -282,7 +280,7 @@ class BlobConnection:
     def _note(
         self, line: tuple[str, str, str], answer: Answer, reader: Reader | None, sending: Sending, seconds: float
     ) -> None:
-        """On the loop: let go of the reader, and tell how the request ended."""
+        """Release the reader, and report how the request ended. Called on the loop."""
         if reader is None:
             self._service.requests.answer(*line, answer.status, answer.cache)
             return
@@ -293,7 +291,7 @@ class BlobConnection:
         )
 
     def _send_head(self, answer: Answer) -> None:
-        """Hold the head back for the first bytes of the body."""
+        """Hold the head back, to send it with the first bytes of the body."""
         fields = [*answer.headers, ("Cache-Status", str(answer.cache)), ("Content-Length", str(answer.length))]
         self._begin(answer.status, fields)
 
@@ -306,7 +304,7 @@ class BlobConnection:
         self._out.flush()
 
     def _refuse(self, status: int, message: str) -> bool:
-        """Say why, and end the connection; never on a route whose body a client would store."""
+        """Answer with the reason, and end the connection; no text on a route whose body a client would store."""
         _log.warning("%s", message)
         if self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = message.encode() + b"\n"
@@ -354,6 +352,6 @@ def _name(authority: bytes) -> str:
 
 
 def _discard(reply: tuple[Answer, FileSpan | None] | None) -> None:
-    """On the loop: nobody is there any more."""
+    """Release an answer that the client did not wait for. Called on the loop."""
     if reply is not None and isinstance(reply[0].body, Reader):
         reply[0].body.close()

@@ -1,11 +1,10 @@
-"""Send a body from a thread: what a reader of the event loop hands out, to where the client takes it.
+"""Send a body from a thread: the bytes come from a reader of the event loop, and go to an outlet.
 
-The reader and all that it stands for belong to the event loop. A thread asks it by `LoopReader`, which takes from it
-as much as is there, and asks again only when that has been sent: once for a blob that is stored. Descriptors stay
-open because the reader holds them, which is closed when the thread is done.
+The reader and everything behind it belong to the event loop. A thread asks it through `LoopReader`, which takes as much
+as is there, and asks again only when that has been sent: once for a stored blob. Descriptors stay open because the
+reader holds them; it is closed when the thread is done.
 
-Invariant: nothing of the loop's is touched from a thread. A body is sent whole, or stops short and `Sending` says
-why.
+Invariant: threads touch nothing that belongs to the loop. A body is sent whole, or stops short and `Sending` says why.
 """
 
 import asyncio
@@ -19,8 +18,7 @@ from pullthrough.delivery.outlets import ClientGone, Outlet, Unreadable
 from pullthrough.recording.reader import WAIT_S, FileSpan, Memory, Pending, Reader
 
 SPAN: Final = 8 << 20
-"""Bytes of a recording that are taken at once: small enough that a client which takes them slowly is not taken for
-one that takes none."""
+"""Bytes of a recording that are taken at once: small enough that a slow client is not mistaken for a stalled one."""
 
 
 class LoopCalls:
@@ -32,9 +30,10 @@ class LoopCalls:
     def wait[T](
         self, work: Coroutine[Any, Any, T], is_gone: Callable[[], bool], discard: Callable[[T], None] | None = None
     ) -> T:
-        """Return what `work` returns, or raises, on the loop. ClientGone as soon as `is_gone`; the work goes on.
+        """Run `work` on the loop; return or raise its outcome. Raises ClientGone as soon as `is_gone`; the work goes
+        on.
 
-        `discard` gets, on the loop, what nobody waits for any more.
+        `discard` is called on the loop with a result that came too late.
         """
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         while True:
@@ -48,7 +47,7 @@ class LoopCalls:
                 raise ClientGone("client disconnected")
 
     def soon(self, call: Callable[..., object], *arguments: object) -> None:
-        """Have the loop call this."""
+        """Call this on the loop soon."""
         self._loop.call_soon_threadsafe(call, *arguments)
 
 
@@ -56,14 +55,14 @@ class LoopReader:
     """A reader, as a thread sees it."""
 
     def __init__(self, reader: Reader, calls: LoopCalls, first: FileSpan | None = None) -> None:
-        """`first` is what has been taken from the reader already."""
+        """`first` is what was taken from the reader before."""
         self._reader = reader
         self._calls = calls
         self._first = first
         self._left = reader.stop - reader.start
 
     def next(self, is_gone: Callable[[], bool], wait_s: float) -> FileSpan | Memory | Pending | None:
-        """As the reader's; None when there is nothing more."""
+        """Return the reader's next bytes; None when there are no more."""
         if self._left <= 0:
             return None
         span = self._first or self._calls.wait(take(self._reader, wait_s), is_gone)
@@ -88,15 +87,15 @@ class LoopReader:
 
 @dataclass
 class Sending:
-    """How a body fares."""
+    """The progress of a body."""
 
     sent: int = 0
     problem: str = ""
-    """Why it ended before its time; "" when it did not."""
+    """Why it ended early; "" if it did not."""
 
 
 async def take(reader: Reader, wait_s: float) -> FileSpan | Memory | Pending:
-    """On the loop: what the reader has next, all of it if the blob is complete."""
+    """Return what the reader has next, all of it if the blob is complete. Called on the loop."""
     return await reader.next(reader.stop - reader.start if reader.is_complete else SPAN, wait_s)
 
 

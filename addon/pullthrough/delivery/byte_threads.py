@@ -1,11 +1,10 @@
-"""Threads for connections: a place for each that is being served, one poller for those that wait for a request.
+"""Threads for connections: one for each that is being served, and one poller for those that wait for a request.
 
-A connection is served from a thread from its first byte to its last, and gives the thread back while it is idle. Its
-`deadline` says until when what it does now has to be done; whoever is over it is shut down, which frees a blocked
-read or write at once.
+A connection is served by a thread, and gives the thread back while it is idle. Its `deadline` says when its present
+work must be done; a connection past its deadline is shut down, which frees a blocked read or write at once.
 
-Invariant: no more threads than places; who comes when all are taken waits, first come, first served. When `close` has
-returned no thread uses a socket any more.
+Invariant: there are never more threads than places; when all are taken, connections wait, first come, first served.
+After `close` has returned, no thread uses a socket.
 """
 
 import contextlib
@@ -24,9 +23,9 @@ from pullthrough.runtime import platform
 _log = logging.getLogger(__name__)
 
 STACK: Final = 512 << 10
-"""Bytes of a thread's stack: what is deepest here, OpenSSL's handshake, takes less than a tenth."""
+"""The size of a thread's stack in bytes: the deepest call, OpenSSL's handshake, takes less than a tenth."""
 TICK_S: Final = 1.0
-"""How often deadlines are looked at."""
+"""How often deadlines are checked."""
 PARKED_S: Final = 120.0
 """How long a connection may wait for its next request: longer than Go keeps its end idle (net/http, 90 s)."""
 JOIN_S: Final = 5.0
@@ -35,37 +34,37 @@ SWITCH_S: Final = 0.0005
 waiting would be most of a stream's time beside a busy event loop."""
 MOST: Final = 4096
 _RESERVED: Final = 256
-"""Descriptors for registries, the CDN and the disk."""
+"""Descriptors reserved for registries, the CDN and the disk."""
 _THREAD_BYTES: Final = 1 << 20
-"""What a thread may come to hold: a piece of a body, TLS, its stack."""
+"""The memory that a thread may use: a piece of a body, TLS, its stack."""
 
 
 class Connection(Protocol):
     """What is served."""
 
     deadline: float
-    """Monotonic seconds until when it may do what it does."""
+    """Monotonic seconds: when its present work must be done."""
 
     def fileno(self) -> int:
         """Return its socket."""
 
     def run(self) -> bool:
-        """Serve, in a thread of its own, until it is idle (True) or over (False)."""
+        """Serve, in a thread, until the connection is idle (True) or over (False)."""
 
     def stop(self) -> None:
         """Shut the socket down, from any thread: blocked calls return."""
 
     def close(self) -> None:
-        """Let go of everything; nothing is called after it."""
+        """Release everything; nothing is called afterwards."""
 
 
 def ceiling(descriptors: int, memory: int) -> int:
-    """Return how many may be served at once, with so many descriptors and bytes of memory to be had."""
+    """Return how many connections may be served at once, given the available descriptors and memory."""
     return max(16, min(MOST, (descriptors - _RESERVED) // 2, memory // 2 // _THREAD_BYTES))
 
 
 class ByteThreads:
-    """The threads, and who has none."""
+    """The threads, and the connections that wait for one."""
 
     def __init__(self, places: int) -> None:
         self._lock = threading.Lock()
@@ -74,7 +73,7 @@ class ByteThreads:
         self._waiting: deque[Connection] = deque()
         self._busy: set[Connection] = set()
         self._arrivals: list[Connection] = []
-        """Those that the poller is to watch."""
+        """Connections that the poller is to watch."""
         self._closing = False
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
@@ -93,7 +92,7 @@ class ByteThreads:
         return len(self._waiting)
 
     def start(self, connection: Connection) -> None:
-        """Serve the connection, ours from here on, as soon as there is a thread."""
+        """Serve the connection, which this object owns from now on, as soon as there is a thread."""
         with self._lock:
             if not self._closing:
                 if self._free == 0:
@@ -104,7 +103,7 @@ class ByteThreads:
                 begun = self._spawn(connection)
                 if begun:
                     return
-                # The system has no more threads: one fewer place, and the next one that ends serves it.
+                # The system gives no more threads: make do with those there are; the next one that is free serves it.
                 self._busy.discard(connection)
                 if self._busy:
                     self._waiting.append(connection)
@@ -114,7 +113,7 @@ class ByteThreads:
         connection.close()
 
     def close(self, grace_s: float) -> None:
-        """Let what runs go on for so long, then shut it down. Blocks; may be called twice."""
+        """Give running connections this long to finish, then shut them down. Blocks; may be called twice."""
         with self._lock:
             self._closing = True
             waiting, self._waiting = list(self._waiting), deque()

@@ -1,7 +1,6 @@
 """The data plane: connections to the blob host, and the bodies of the plain ports, sent from threads.
 
-Decisions are the event loop's and bytes are the threads': what is shared by all of them is made, opened and ended
-here.
+The event loop decides and the threads move bytes: what they share is made, opened and closed here.
 """
 
 import asyncio
@@ -24,11 +23,11 @@ from pullthrough.runtime import platform
 from pullthrough.upstream.client import Upstream
 
 GRACE_S: Final = 0.5
-"""How long bodies may go on when the cache ends."""
+"""How long bodies may continue when the cache stops."""
 
 
 class Delivery:
-    """Serves connections that it is given, between `open` and `close`."""
+    """The server of connections that are handed to it, between `open` and `close`."""
 
     def __init__(
         self,
@@ -38,11 +37,11 @@ class Delivery:
         tls: TlsContext,
         upstream: Upstream,
     ) -> None:
-        """`answer` is the registry's core; what it does not answer goes where `upstream` leads."""
+        """`answer` is the registry's core; requests that it does not answer go where `upstream` leads."""
         self.threads = ByteThreads(ceiling(platform.descriptors(), platform.free_memory()))
-        """What serves connections and sends bodies."""
+        """The threads that serve connections and send bodies."""
         self.loopback = Loopback(self.threads)
-        """Where bodies are to be had for what is not served from a thread."""
+        """The source of bodies for connections that no thread serves."""
         self._buffers = Buffers()
         host = settings.blob_host
         way = Way(host, settings.endpoint(host), upstream.dialer, upstream.loop, settings.offline)
@@ -50,13 +49,13 @@ class Delivery:
         self._is_open = False
 
     async def open(self) -> None:
-        """From now on connections are served."""
+        """Serve connections from now on."""
         self.threads.open()
         await self.loopback.open()
         self._is_open = True
 
     async def close(self) -> None:
-        """Let bodies go on for GRACE_S, then end all connections. May be called twice, and without `open`."""
+        """Give bodies GRACE_S to finish, then end all connections. May be called twice, and without `open`."""
         if self._is_open:
             self._is_open = False
             await asyncio.to_thread(self.threads.close, GRACE_S)

@@ -2,10 +2,10 @@
 
 A flow that stays with mitmproxy (what comes by `http://`, under a registry's name, in TLS to the proxy itself, or
 where sockets cannot be taken) is re-pointed here once its request has been decided, and mitmproxy streams what it
-gets. That is slower than a thread of its own, and leans on nothing but what mitmproxy documents.
+gets. That is slower than a thread of its own, and relies only on what mitmproxy documents.
 
-Invariant: on loopback; a body is given once, to whoever names it by a path that nobody can guess, and was decided for
-the client it goes to.
+Invariant: it listens on loopback only; a body is given once, to the request that names its unguessable path, and was
+decided for the client it goes to.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ class _Body:
 
 
 class Loopback:
-    """Gives bodies between `open` and `close`."""
+    """A listener that gives bodies between `open` and `close`."""
 
     def __init__(self, threads: ByteThreads) -> None:
         self._threads = threads
@@ -55,15 +55,13 @@ class Loopback:
         self.address = self._runner.addresses[0][:2]
 
     async def close(self) -> None:
-        """Give nothing more, and end what runs."""
+        """Stop giving bodies, and end those that are being sent."""
         for path in list(self._bodies):
             self._withdraw(path)
         await self._runner.cleanup()
 
     def offer(self, reader: Reader, note: Callable[[Sending], object]) -> str:
-        """Return the path at which the reader's bytes are to be had, once. The reader is ours; `note` hears how it
-        ended.
-        """
+        """Return a path that gives the reader's bytes, once. The reader is ours; `note` is told how it ended."""
         path = f"/{secrets.token_urlsafe(32)}"
         patience = asyncio.get_running_loop().call_later(PATIENCE_S, self._withdraw, path)
         self._bodies[path] = _Body(reader, note, patience)

@@ -1,8 +1,8 @@
-"""Where the bytes of a body leave: a TLS connection that a thread owns, or the socket of the plain port.
+"""Outlets for the bytes of a body: a TLS connection that a thread owns, or the socket of the plain port.
 
-A megabyte is read and handed to OpenSSL, or the kernel, in one call: neither holds the interpreter lock. On a socket
-that takes nothing such a call returns after STALL_S; then the memory of the piece is given back and read again once
-there is room, so that clients which stall hold none.
+A megabyte is read and handed to OpenSSL, or the kernel, in one call: neither holds the interpreter lock. If the socket
+takes nothing, such a call returns after STALL_S; then the memory of the piece is released, and the piece is read again
+once there is room, so that stalled clients hold no memory.
 
 Invariant: bytes leave in order, all of them or an exception: `ClientGone` when it is the client's end, `Unreadable`
 when it is the file's. An outlet is used by one thread at a time, but for `stop`. Descriptors of files are used by
@@ -27,13 +27,13 @@ FIRST: Final = 256 << 10
 """Bytes of a body's first piece, and of every piece while many clients have a large one."""
 PIECE: Final = 1 << 20
 LARGE: Final = 48
-"""Clients that have large pieces at the same time."""
+"""How many clients may have large pieces at the same time."""
 CLIENT_STALL_S: Final = 600.0
 """A client that does not take a piece in this time is dropped: less than 2 KB/s."""
 ROOM: Final = 16 << 10
 """Room for a head in front of a piece."""
 _KEPT: Final = 16
-"""Buffers that are kept for the next pieces."""
+"""How many buffers are kept for the next pieces."""
 
 
 class ClientGone(ConnectionError):
@@ -41,7 +41,7 @@ class ClientGone(ConnectionError):
 
 
 class Unreadable(OSError):
-    """The file does not give the bytes that it should have."""
+    """The file does not have the bytes that it should have."""
 
 
 class Outlet(Protocol):
@@ -57,7 +57,7 @@ class Outlet(Protocol):
         """Send bytes `[start, stop)` of an open file."""
 
     def flush(self) -> None:
-        """Send what was held back so that it goes with the first bytes of the body."""
+        """Send what was held back to go with the first bytes of the body."""
 
     def is_gone(self) -> bool:
         """Return whether the client has left."""
@@ -82,7 +82,7 @@ class Buffers:
         return memoryview(mmap.mmap(-1, ROOM + PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
     def give(self, buffer: memoryview) -> None:
-        """It is not used any more."""
+        """Return a buffer that is no longer used."""
         with self._lock:
             self._out -= 1
             self._kept.append(buffer)
@@ -90,7 +90,7 @@ class Buffers:
 
     @property
     def in_use(self) -> int:
-        """How many are taken."""
+        """How many buffers are in use."""
         return self._out
 
     @property
@@ -122,7 +122,7 @@ class PlainOutlet:
             start += len(data)
 
     def _put_by_sendfile(self, descriptor: int, start: int, stop: int) -> int:
-        """Return how far the file was sent: not at all where that cannot be done here."""
+        """Return how far the file was sent: not at all if sendfile does not work here."""
         if sys.platform == "win32":
             raise NotImplementedError("there is no sendfile(2)")
         try:
@@ -147,7 +147,7 @@ class PlainOutlet:
         return is_gone(self.sock)
 
     def stop(self) -> None:
-        """Shut the connection down, from any thread: what waits returns."""
+        """Shut the connection down, from any thread: blocked calls return."""
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 

@@ -1,7 +1,8 @@
-"""Pass a request on to the server that it was meant for, and the answer back, as they come.
+"""Pass a request through to the server it was meant for, and the answer back, as they arrive.
 
-What is not answered here: uploads to the blob host, and addresses there that are not ours. A body is passed on while
-it comes; an answer that comes before its end is passed back at once, and then the client's connection ends with it.
+This is for requests that are not answered here: uploads to the blob host, and addresses there that are not ours. A body
+is passed on while it arrives; an answer that comes before the body's end is passed back at once, and ends the client's
+connection.
 
 Invariant: method, target, fields and body are those that were sent, but for Expect (answered here) and CDN-Loop; an
 answer that breaks off ends the client's connection short. Nothing is kept.
@@ -25,7 +26,7 @@ CLIENT_SILENT_S: Final = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Where a host's requests go that are passed on."""
+    """Where the requests of a host that are passed through go."""
 
     host: str
     endpoint: Endpoint
@@ -50,7 +51,7 @@ class PassThrough:
             self._line = None
 
     def exchange(self, client: h11.Connection, request: h11.Request) -> int:
-        """Pass the request on and its answer back; the answer's status.
+        """Pass the request through and its answer back; return the answer's status.
 
         CacheError where there is no answer; ClientGone; h11.RemoteProtocolError for what is no HTTP; PassingBroken
         where an answer broke off.
@@ -79,7 +80,7 @@ class PassThrough:
 
     def _connect(self) -> Dialed:
         if self._line is not None and readable(self._line.sock, 0.0):
-            # What comes without having been asked for is the end.
+            # Bytes that were not asked for make the connection unusable.
             self.close()
         if self._line is None:
             self._line = self._way.dialer.dial(self._way.endpoint)
@@ -94,7 +95,7 @@ class PassThrough:
                     trail = value.decode("latin-1")
                 case b"host":
                     fields.append((name, self._way.endpoint.authority.encode() if self._is_moved else value))
-                # What it takes to use this proxy is nobody's business behind it (RFC 9110 section 11.7.2).
+                # Credentials for this proxy must not reach the servers behind it (RFC 9110 section 11.7.2).
                 case b"expect" | b"proxy-authorization":
                     pass
                 case _:
@@ -127,7 +128,7 @@ class PassThrough:
                 try:
                     line.write(self._upstream.send(event) or b"")
                 except CacheError:
-                    # Servers that say no do not always read to the end: what they said may be here.
+                    # A server that refuses does not always read to the end: its answer may already be here.
                     if readable(line.sock, 0.0):
                         return
                     raise
@@ -140,7 +141,7 @@ class PassThrough:
             raise UpstreamUnreachable("the client ended within its request")
 
     def _wait_for_client(self, line: Dialed) -> bool:
-        """Return whether more of the body has come; False once the server has something to say."""
+        """Return whether more of the body has arrived; False once the server has begun to answer."""
         if self._out.readable(0.0):
             return True
         from_client, from_server = either_readable(self._out.sock, line.sock, CLIENT_SILENT_S)

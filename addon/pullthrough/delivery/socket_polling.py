@@ -1,7 +1,7 @@
 """Whether a blocking socket can be read or written, and whether its peer has gone.
 
-Invariant: nothing is read. Windows has no poll(2); there select(2) is used, which sees a peer that has gone only by
-looking for the end of what it sent.
+Invariant: nothing is read. Windows has no poll(2); there select(2) is used, which notices that a peer has gone only by
+looking for the end of its data.
 """
 
 import contextlib
@@ -14,21 +14,21 @@ _GONE: Final = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) |
 
 
 def readable(sock: socket.socket, timeout_s: float) -> bool:
-    """Return whether bytes or the end of them have come within the time."""
+    """Return whether bytes, or their end, arrive within the time."""
     if sys.platform == "win32":
         return bool(select.select([sock], [], [], timeout_s)[0])
     return _poll(sock, select.POLLIN, timeout_s) != 0
 
 
 def writable(sock: socket.socket, timeout_s: float | None) -> bool:
-    """Return whether bytes can be sent within the time, or can never be again."""
+    """Return whether bytes can be sent within the time, or never again."""
     if sys.platform == "win32":
         return bool(select.select([], [sock], [], timeout_s)[1])
     return _poll(sock, select.POLLOUT, timeout_s) != 0
 
 
 def either_readable(one: socket.socket, other: socket.socket, timeout_s: float) -> tuple[bool, bool]:
-    """Return whether bytes or their end have come on each of two sockets; returns as soon as one has."""
+    """Wait until bytes or their end arrive on one of two sockets; return for each whether they have."""
     if sys.platform == "win32":
         found = select.select([one, other], [], [], timeout_s)[0]
         return one in found, other in found

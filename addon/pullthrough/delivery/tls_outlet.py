@@ -1,7 +1,6 @@
-"""TLS on a client's socket that a thread owns, also where the first bytes of the handshake had been read before.
+"""TLS on a client's socket that a thread owns, even if the first bytes of the handshake were read before.
 
-Invariant: as in `outlets`. Reads and writes block, each until the connection's `deadline` at most, at which somebody
-calls `stop`.
+Invariant: as in `outlets`. Reads and writes block, at most until the connection's `deadline`, when `stop` is called.
 """
 
 import contextlib
@@ -39,7 +38,7 @@ class TlsOutlet:
         self.sock = sock
         self.sent = 0
         self.deadline = math.inf
-        """Until when what is done now has to be done, see `byte_threads`."""
+        """When the present work must be done, see `byte_threads`."""
         self._buffers = buffers
         self._early = early
         self._tls: SSL.Connection | None = None
@@ -49,7 +48,7 @@ class TlsOutlet:
     # --- the handshake
 
     def greet(self, data: bytes) -> None:
-        """Send bytes in the clear, before the handshake."""
+        """Send bytes unencrypted, before the handshake."""
         try:
             self.sock.sendall(data)
         except OSError:
@@ -82,7 +81,7 @@ class TlsOutlet:
             self._tls = SSL.Connection(context, near)
             self._tls.set_accept_state()
             try:
-                # All that was read is consumed once it wants more.
+                # OpenSSL has consumed the early bytes once it wants more.
                 with contextlib.suppress(SSL.WantReadError):
                     self._tls.do_handshake()
             finally:
@@ -125,7 +124,7 @@ class TlsOutlet:
     # --- writing
 
     def hold(self, data: bytes) -> None:
-        """Send this with what comes next, see `flush`."""
+        """Hold bytes back to send them with the next ones, see `flush`."""
         self._held += data
 
     def flush(self) -> None:
@@ -135,7 +134,7 @@ class TlsOutlet:
 
     def put(self, data: bytes | bytearray) -> None:
         self.flush()
-        # SSL_write(3) takes nothing for an error.
+        # To SSL_write(3), zero bytes are an error.
         if data:
             self._write_all(data)
             self.sent += len(data)
@@ -154,7 +153,7 @@ class TlsOutlet:
     def _put_piece(self, descriptor: int, start: int, count: int) -> None:
         self.deadline = time.monotonic() + CLIENT_STALL_S
         while not self._try_piece(descriptor, start, count):
-            # The same bytes once more (SSL_write(3)), which need not be at the same place.
+            # SSL_write(3) must get the same bytes again, though not at the same address.
             writable(self.sock, None)
         self._held = b""
         self.deadline = math.inf

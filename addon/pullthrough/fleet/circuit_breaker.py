@@ -1,7 +1,7 @@
-"""A circuit breaker: whether a service that has failed lately is asked again.
+"""A circuit breaker: whether to call a service that has failed lately.
 
-Invariant: after FAILURES in a row it is left alone for a pause, doubled by each further failure; then one request at
-a time finds out. Pure state: `now` is a parameter, in seconds of any steady clock.
+Invariant: after FAILURES in a row the service is left alone for a pause, doubled by each further failure; then one
+request at a time tries again. Pure state: `now` is a parameter, in seconds of any steady clock.
 """
 
 from typing import Final
@@ -10,7 +10,7 @@ FAILURES: Final = 3
 PAUSE_S: Final = 15.0
 PAUSE_LIMIT_S: Final = 120.0
 TRIAL_S: Final = 5.0
-"""How long the request that finds out may take before another one is let through."""
+"""How long the trial request may take before another one is let through."""
 
 
 class CircuitBreaker:
@@ -21,7 +21,7 @@ class CircuitBreaker:
         self._closed_at = 0.0
 
     def permits(self, now: float) -> bool:
-        """Return whether the service may be asked; while it is being tried, only whoever asks first."""
+        """Return whether the service may be called; during a trial, only the first caller may."""
         if self._failures < FAILURES:
             return True
         if now < self._closed_at:
@@ -30,7 +30,7 @@ class CircuitBreaker:
         return True
 
     def is_open(self, now: float) -> bool:
-        """Return whether the service is left alone; asking this lets nobody through."""
+        """Return whether the service is left alone; this does not use up a trial."""
         return self._failures >= FAILURES and now < self._closed_at
 
     def succeeded(self) -> None:

@@ -1,4 +1,4 @@
-"""What the caches of a fleet write into their object store: where it lies, in what form, signed by whom.
+"""What the caches of a fleet write into their object store: the keys, the formats, the signatures.
 
     blobs/sha256/<ab>/<hex>                     a blob's bytes; the attribute `sha256` says that they were hashed
     manifests/<host>/<repository>/<reference>   a signed document: a manifest all of whose blobs are there, as clients
@@ -56,7 +56,7 @@ def lease_key(digest: Digest, number: int) -> str:
 
 
 def capability_secret(secret: bytes) -> bytes:
-    """Return what the fleet signs capabilities with: never the key of documents."""
+    """Return the key with which the fleet signs capabilities: never the key for documents."""
     return hmac.digest(secret, b"capability", "sha256")
 
 
@@ -67,7 +67,7 @@ def seal(document: Mapping[str, Any], key: str, secret: bytes) -> bytes:
 
 
 def unseal(data: bytes, key: str, secret: bytes) -> dict[str, Any]:
-    """Return what was sealed for `key`. ForgedDocument for anything else."""
+    """Return the content that was sealed for `key`. Raises ForgedDocument for anything else."""
     signature, _, payload = data.partition(b"\n")
     if not hmac.compare_digest(signature, _signature(payload, key, secret)):
         raise ForgedDocument(f"{key}: expected a document signed by this fleet, got another")
@@ -95,9 +95,7 @@ def seal_manifest(name: Name, record: ManifestRecord, secret: bytes) -> bytes:
 
 
 def unseal_manifest(data: bytes, name: Name, secret: bytes) -> ManifestRecord:
-    """Return the manifest that a cache of the fleet has recorded whole under `name`. ForgedDocument for anything
-    else.
-    """
+    """Return the manifest that a cache of the fleet recorded whole under `name`. Raises ForgedDocument otherwise."""
     document = unseal(data, manifest_key(name), secret)
     body = base64.b64decode(document["body"])
     record = ManifestRecord.parse(body, document["content_type"], now=document["confirmed"])

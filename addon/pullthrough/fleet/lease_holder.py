@@ -1,7 +1,7 @@
 """Let one cache of a fleet fetch a blob from upstream, while the others record it from that one.
 
-Invariant: without an answer of the object store everybody fetches for itself; a lease is held as long as the
-recording runs and until the blob is uploaded, and no longer.
+Invariant: if the object store does not answer, every cache fetches for itself; a lease is held while the recording runs
+and until the blob is uploaded, and no longer.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from pullthrough.upstream.data_stream import Source
 _log = logging.getLogger(__name__)
 
 WORTHWHILE: Final = 8 << 20
-"""Bytes of a blob; below, asking who fetches it takes longer than fetching it."""
+"""The smallest blob that takes a lease: for a smaller one, asking takes longer than fetching."""
 
 
 class LeaseHolder:
@@ -46,7 +46,8 @@ class LeaseHolder:
         self._task: asyncio.Task[None] | None = None
 
     def open(self, origin: str | None, recording: Callable[[Digest], bool]) -> None:
-        """`origin` is where the fleet finds our blob server, None if it cannot; `recording` tells what is recorded."""
+        """`origin` is the address of our blob server for the fleet, None if it has none; `recording` returns what is
+        being recorded."""
         self._origin = origin
         self._recording = recording
         self._task = asyncio.get_running_loop().create_task(self._run(), name="renew leases")
@@ -59,7 +60,7 @@ class LeaseHolder:
             await self._give_up(digest)
 
     async def source(self, digest: Digest, deposed: Collection[str]) -> tuple[str, Source] | None:
-        """(the holder's name, where it has the blob); None where we are to ask upstream ourselves."""
+        """Return (the holder's name, where it has the blob); None if this cache is to ask upstream itself."""
         claims = (each.sizes[digest] for each in self._store.manifests().values() if each.lists(digest))
         size = next(filter(None, claims), 0)
         if digest in self._held or self._origin is None or 0 < size < WORTHWHILE:
@@ -115,7 +116,7 @@ class LeaseHolder:
                     _log.debug("lease of %s: %s", digest.short, error)
 
     async def _give_up(self, digest: Digest) -> None:
-        """Take the lease away, and those before it, whose holders have failed."""
+        """Delete the lease, and those before it whose holders have failed."""
         try:
             for number in range(self._held.pop(digest), 0, -1):
                 await self._tier.ask(self._tier.objects.delete, documents.lease_key(digest, number))

@@ -1,6 +1,6 @@
 """The sources of one blob that are nearer than upstream: the object store, or the cache that just fetches it.
 
-Invariant: only public blobs are looked for; what has failed a recording TRIES times is not asked again for it.
+Invariant: only public blobs are looked up; a source that has failed a recording TRIES times is not asked again for it.
 """
 
 from typing import Final
@@ -12,7 +12,7 @@ from pullthrough.store.store import Store
 from pullthrough.upstream.data_stream import Source
 
 TRIES: Final = 2
-"""Failures of the object store after which the recording does without it; holders are tried one after the other."""
+"""How many failures of the object store a recording tolerates; holders are tried one after the other."""
 
 
 class NearbySources:
@@ -25,21 +25,21 @@ class NearbySources:
         self._digest = digest
         self._failures = 0
         self._holder = ""
-        """Whose the last source was, "" if it was the object store's."""
+        """The holder of the last source, "" if that was the object store."""
         self._deposed: set[str] = set()
 
     @property
     def is_public(self) -> bool:
-        """Whether upstream has granted the blob to everybody: no other blob is the fleet's."""
+        """Whether upstream has granted the blob to everybody: the fleet shares no other blobs."""
         record = self._store.blob(self._digest)
         return record is not None and record.public
 
     async def source(self) -> Source | None:
-        """Return the nearest source of a public blob, None where only upstream is left."""
+        """Return the nearest source of a public blob, None if only upstream is left."""
         self._holder = ""
         if self._failures < TRIES and (source := await self._tier.source(self._digest)) is not None:
             return source
-        # Bytes that were wrong once are upstream's to bring.
+        # After wrong bytes, fetch from upstream.
         if self._digest in self._tier.suspects:
             return None
         found = await self._leases.source(self._digest, self._deposed)
@@ -49,12 +49,12 @@ class NearbySources:
         return source
 
     def failed(self) -> None:
-        """The source did not bring what was asked for."""
+        """Note that the source did not deliver."""
         if self._holder:
             self._deposed.add(self._holder)
         else:
             self._failures += 1
 
     def mistrust(self) -> None:
-        """The bytes, wherever they came from, do not have the digest."""
+        """Note that the recorded bytes, from whatever source, do not match the digest."""
         self._tier.mistrust(self._digest)

@@ -1,4 +1,4 @@
-"""One folder of an object store (S3, GCS, Azure), by obstore; errors as ours.
+"""One folder of an object store (S3, GCS, Azure), through obstore, with our own errors.
 
 Invariant: no call outlasts its limits, and an upload holds no more than a few parts in memory. Calls wait for the
 network: the daemon makes them in threads, and makes no asynchronous ones, because what those leave running can abort
@@ -19,9 +19,9 @@ from pullthrough.fleet.documents import CHECKSUM
 
 CONNECT_S: Final = 1.0
 QUICK_S: Final = 4.0
-"""For what a client may wait for."""
+"""The limit for calls that a client may wait for."""
 PATIENT_S: Final = 10.0
-"""For one part of an upload, tried twice: the daemon's end waits for it."""
+"""The limit for one part of an upload, tried twice: the daemon waits for it before it stops."""
 PART: Final = 8 << 20
 MAX_PARTS: Final = 9_000
 """S3 allows 10,000."""
@@ -32,7 +32,7 @@ MAX_DOCUMENT: Final = 12 << 20
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An object: its size, and the sha256 that its bytes had when they were uploaded, None if nobody has said."""
+    """An object: its size, and the sha256 from its upload, None if there is none."""
 
     size: int
     sha256: str | None
@@ -40,7 +40,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """An object as a listing tells it; `changed` in Unix seconds."""
+    """An object in a listing; `changed` in Unix seconds."""
 
     key: str
     size: int
@@ -48,7 +48,7 @@ class Listed:
 
 
 class Writer(Protocol):
-    """An upload: nothing is seen of it before `close`."""
+    """An upload: the object appears only with `close`."""
 
     def write(self, data: bytes, /) -> int: ...
 
@@ -56,10 +56,10 @@ class Writer(Protocol):
 
 
 class ObjectStore:
-    """The folder that a URL such as s3://bucket/prefix names. TierError from every call that fails."""
+    """The folder that a URL such as s3://bucket/prefix names. Every call that fails raises TierError."""
 
     def __init__(self, url: str) -> None:
-        """Raise SettingsError if obstore is missing, or if the URL and the environment's variables make no store."""
+        """Raise SettingsError if obstore is missing, or if the URL and the environment do not describe a store."""
         try:
             import obstore
             from obstore.store import from_url
@@ -116,7 +116,7 @@ class ObjectStore:
             ]
 
     def create(self, key: str, data: bytes, *, sha256: str | None = None) -> bool:
-        """Put an object where there is none; whether there was none. A store without conditions always says so."""
+        """Create an object; return whether it was new. A store without conditional writes always says that it was."""
         with self._told():
             try:
                 self._api.put(self._quick, key, data, mode="create", attributes=_attributes(sha256))
@@ -125,7 +125,7 @@ class ObjectStore:
             return True
 
     def replace(self, key: str, data: bytes) -> None:
-        """Put an object, whatever is there."""
+        """Write an object, replacing any that is there."""
         with self._told():
             self._api.put(self._quick, key, data)
 

@@ -1,7 +1,7 @@
 """The second tier: the object store that a fleet of caches shares, as one cache reads it.
 
-Invariant: what it says is believed only under the fleet's signature, and bytes from it are verified like upstream's;
-one that fails is left alone for a while and never fails a pull. Only public blobs are looked for.
+Invariant: its documents are trusted only with the fleet's signature, and its bytes are verified like upstream's; a
+failing object store is left alone for a while and never fails a pull. Only public blobs are looked up.
 """
 
 import logging
@@ -31,11 +31,11 @@ _log = logging.getLogger(__name__)
 
 MIN_SECRET: Final = 32
 SIGNED_S: Final = 6 * 3600.0
-"""How long an address that a recording reads from is good; it is signed anew when it has expired."""
+"""The lifetime of an address that a recording reads from; an expired one is signed anew."""
 
 
 def load_secret(path: Path) -> bytes:
-    """Return the fleet's secret from a file that nobody else may read. Raises SettingsError where it is none."""
+    """Return the fleet's secret from a file that only its owner may read. Raises SettingsError if it is unusable."""
     option = f"option {PREFIX}fleet_secret_file"
     try:
         others = path.stat().st_mode & 0o077
@@ -51,23 +51,23 @@ def load_secret(path: Path) -> bytes:
 
 @dataclass
 class Counts:
-    """What the tier has been to this daemon since its start."""
+    """What this daemon has used the tier for since its start."""
 
     manifests: int = 0
-    """Taken over from it."""
+    """Manifests adopted from it."""
     blobs: int = 0
-    """Found there by recordings."""
+    """Blobs that recordings found there."""
     uploaded: int = 0
     uploaded_bytes: int = 0
     forged: int = 0
-    """Documents that this fleet has not signed."""
+    """Documents without this fleet's signature."""
     corrupt: int = 0
-    """Blobs that did not hash to their name."""
+    """Blobs that did not match their digest."""
     failures: int = 0
 
 
 class Tier:
-    """The object store, asked with patience for its failures."""
+    """The object store, behind a circuit breaker."""
 
     def __init__(self, objects: ObjectStore, secret: bytes, threads: Threads, upstream: Upstream) -> None:
         """`secret` is the fleet's."""
@@ -75,9 +75,9 @@ class Tier:
         self.secret = secret
         self.counts = Counts()
         self.suspects: set[Digest] = set()
-        """Blobs whose object is not to be read, and to be replaced once there are good bytes."""
+        """Blobs whose object must not be read, and is to be replaced once there are good bytes."""
         self.there: set[Digest] = set()
-        """Blobs that it is known to have, under the checksum of whoever uploaded them."""
+        """Blobs that it is known to have, with the checksum from their upload."""
         self._addresses: dict[Digest, tuple[str, float]] = {}
         self._is_private = False
         """The object store was found at a private address, which has been logged."""
@@ -91,7 +91,7 @@ class Tier:
         return self._breaker.is_open(time.monotonic())
 
     async def ask[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return one call of the object store, in a thread. Raises TierError if it fails, or has lately."""
+        """Make one call to the object store, in a thread. Raises TierError if it fails, or has failed lately."""
         if not self._breaker.permits(time.monotonic()):
             raise TierError("object store: expected it to answer, got failures lately")
         try:
@@ -108,11 +108,11 @@ class Tier:
         return result
 
     async def knock(self) -> None:
-        """Ask for the head of one object, to see whether the object store answers. Raises TierError if it does not."""
+        """Look up one object, to see whether the object store answers. Raises TierError if it does not."""
         await self.ask(self.objects.find, documents.blob_key(Digest("0" * 64)))
 
     async def source(self, digest: Digest) -> Source | None:
-        """Return where the tier has the blob; None where it has not, or cannot be asked."""
+        """Return where the tier has the blob; None if it has not, or cannot be asked."""
         if digest in self.suspects:
             return None
         try:
@@ -127,14 +127,14 @@ class Tier:
         return Source(address, near=True)
 
     async def look(self, digest: Digest, size: int | None = None) -> bool:
-        """Return whether the blob is there, of this size if one is given, and was hashed by whoever uploaded it."""
+        """Return whether the blob is there, with this size if one is given, and was hashed at its upload."""
         found = await self.ask(self.objects.find, documents.blob_key(digest))
         sound = found is not None and found.sha256 == digest.hex and size in (None, found.size)
         (self.there.add if sound else self.there.discard)(digest)
         return sound
 
     async def prepare(self, digest: Digest) -> bool:
-        """Return whether clients may be sent to the blob; then `address` has where, for the next hours.
+        """Return whether clients may be redirected to the blob; then `address` returns the URL, for the next hours.
 
         They may not where the object store has a private address: an Ollama refuses to be redirected to one.
         """
@@ -144,7 +144,7 @@ class Tier:
             try:
                 signed = await self.ask(self.objects.sign, documents.blob_key(digest), lifetime_s=SIGNED_S)
                 await self._threads.network(_check_public, *endpoint(signed))
-            except TierError as error:  # counted and logged where it comes from
+            except TierError as error:  # counted and logged where it is raised
                 _log.debug("%s: %s", digest.short, error)
                 return False
             except AddressRefused as error:
@@ -156,13 +156,13 @@ class Tier:
         return True
 
     def address(self, digest: Digest) -> str | None:
-        """Return where a client finds the blob for the next hours, None if that was not prepared."""
+        """Return the URL at which a client finds the blob for the next hours; None if it was not prepared."""
         address, until = self._addresses.get(digest, ("", 0.0))
         usable = digest not in self.suspects and not self.is_open and lasting() < until
         return address if usable else None
 
     async def manifest(self, name: Name) -> ManifestRecord | None:
-        """Return the manifest, as the fleet's own cache has recorded it; None where there is none to be had."""
+        """Return the manifest as a cache of the fleet recorded it; None if there is none."""
         try:
             data = await self.ask(self.objects.read, documents.manifest_key(name))
             record = documents.unseal_manifest(data, name, self.secret) if data is not None else None
@@ -176,18 +176,18 @@ class Tier:
         return record
 
     def refuse(self, error: ForgedDocument) -> None:
-        """A document was found that is not the fleet's."""
+        """Count and log a document that is not the fleet's."""
         self.counts.forged += 1
         _log.warning("object store: %s; ignored", error)
 
     def mistrust(self, digest: Digest) -> None:
-        """A recording that may have drawn on the tier got other bytes than the digest says."""
+        """Stop using a blob's object: a recording that may have read it got bytes that do not match the digest."""
         self.counts.corrupt += 1
         self.suspects.add(digest)
 
 
 def _check_public(host: str, port: int) -> None:
-    """See that every address of the host is public. Raises AddressRefused; TierError where the name has none."""
+    """Check that every address of the host is public. Raises AddressRefused; TierError if the name has none."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Bring what is public here into the fleet's object store, in the background.
+"""Upload public blobs and manifests to the fleet's object store, in the background.
 
-Invariant: what is still to be uploaded follows from the store alone, so no crash forgets it; a blob's object appears
-only once all its bytes have been read and hashed to its name; a manifest follows its last blob; nothing of a private
-model leaves. One blob at a time, part by part.
+Invariant: what remains to be uploaded follows from the store alone, so no crash loses it; a blob's object appears only
+once all its bytes have been read and match its digest; a manifest follows its last blob; nothing of a private model is
+uploaded. One blob at a time, part by part.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from pullthrough.store.store import Store
 _log = logging.getLogger(__name__)
 
 LOOK_S: Final = 2.0
-"""Between two looks at what there is to upload."""
+"""Seconds between two scans for work."""
 
 
 class Uploader:
@@ -39,17 +39,17 @@ class Uploader:
         self._told: dict[Name, tuple[bytes, bool]] = {}
         """(body, denied) of manifests for which nothing is left to do."""
         self._done: tuple[Moment, int] | None = None
-        """Of which changes of the store, and how many suspects, the last look was."""
+        """The store's change number, and the number of suspects, at the last scan."""
         self._task: asyncio.Task[None] | None = None
         self.waiting = 0
-        """How many blobs are still to be uploaded, by the last look."""
+        """How many blobs remained to be uploaded at the last scan."""
 
     def has_told(self, name: Name) -> bool:
-        """Return whether nothing is left to do for the manifest."""
+        """Return whether nothing remains to be done for the manifest."""
         return name in self._told
 
     def forget(self, name: Name) -> None:
-        """The manifest is not there any more."""
+        """Forget a manifest that was removed from the object store."""
         self._told.pop(name, None)
         self._done = None
 
@@ -57,7 +57,7 @@ class Uploader:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="upload")
 
     async def close(self) -> None:
-        """Stop after the part that is being sent; the rest is uploaded by the next daemon."""
+        """Stop after the part that is being sent; the next daemon uploads the rest."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -78,15 +78,15 @@ class Uploader:
             await asyncio.sleep(LOOK_S)
 
     async def upload(self) -> None:
-        """Bring everything that is not there. TierError where the object store fails: the rest is for another time."""
-        # Of many blobs in a thread: this is done after each change, and pulls go on meanwhile.
+        """Upload everything that is missing. Raises TierError if the object store fails; the rest follows later."""
+        # In a thread, as there may be many blobs: this runs after each change while pulls go on.
         due = await asyncio.to_thread(_due, self._store.known_blobs(), self._tier.there - self._tier.suspects)
         self.waiting = len(due)
         for digest in due:
             await self._upload_blob(digest)
             self.waiting -= 1
         for name, record in list(self._store.manifests().items()):
-            # What clients get that accept lists stays here: of a list, few caches ever have all.
+            # Lists are not uploaded: few caches ever have all of a list.
             if not name.takes_lists and self._told.get(name) != (record.body, record.denied):
                 await self._upload_manifest(name, record)
 
@@ -103,7 +103,7 @@ class Uploader:
             file.release()
 
     async def _send(self, digest: Digest, file: SharedFile) -> bool:
-        """Return whether the bytes were what they should be, and the object is there by now."""
+        """Return whether the bytes matched the digest and the object is there now."""
         tier, key = self._tier, documents.blob_key(digest)
         writer = await tier.ask(tier.objects.writer, key, size=file.size, sha256=digest.hex)
         hasher = hashlib.sha256()
@@ -128,7 +128,7 @@ class Uploader:
         return True
 
     async def _upload_manifest(self, name: Name, record: ManifestRecord) -> None:
-        """Put the manifest beside its blobs once all are there; take it away once it is private."""
+        """Upload the manifest once all its blobs are there; remove it once it is private."""
         tier, key = self._tier, documents.manifest_key(name)
         if record.denied:
             await tier.ask(tier.objects.delete, key)
