@@ -75,6 +75,6 @@ def build_registry(
         clients=clients,
         history=history,
     )
-    refresher = Refresher(settings, store, upstream, recorder, grants.public, manifests)
-    warmer = Warmer(settings, store, recorder, grants.public, manifests)
+    refresher = Refresher(settings, store, upstream, recorder, grants.source, manifests)
+    warmer = Warmer(settings, store, recorder, grants.source, manifests)
     return RegistrySide(registry, grants, pulls, clients, history, redirects, prefetcher, refresher, warmer)

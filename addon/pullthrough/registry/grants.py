@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from yarl import URL
 
@@ -189,27 +189,22 @@ class Grants:
         refusal: UpstreamRefused | None = None
         asked = (0, stop) if stop is not None else None
         for authorization, headers in attempts(request):
-            since = self.moment(request.host, pair)
             try:
-                found = await self._ask(request.host, pair, headers, look=look, asked=asked, hands_on=hands_on)
+                found = await self._try(
+                    request.host, pair, authorization, headers, look=look, asked=asked, hands_on=hands_on
+                )
             except UpstreamRefused as error:
                 if error.status_hint not in DENIED:
                     raise
-                self.refuse(request.host, pair, authorization, error.status_hint)
                 refusal = error
                 continue
             again = self.again(request, pair, authorization)
-            confirm = partial(self.confirm, request.host, pair, authorization, since=since)
-            if authorization is not None and found.word is Word.LIKELY:
-                # The grant is for this caller alone.
-                found = replace(found, word=Word.PROVEN)
-            source = self._settle(request.host, pair, found, confirm)
-            return Grant(source, found.stream, again, found.location, public=authorization is None)
+            return Grant(found.source, found.stream, again, found.location, public=authorization is None)
         assert refusal is not None
         raise refusal
 
     def again(self, request: Request, pair: Pair, authorization: str | None) -> Callable[[], Awaitable[Source]]:
-        """Return a function that obtains a source for a granted blob: anonymously if possible, else as this caller."""
+        """Obtains a source for what has been granted: in public where that is possible, else as this caller."""
 
         async def obtain() -> Source:
             try:
@@ -217,54 +212,47 @@ class Grants:
             except UpstreamError:
                 if authorization is None:
                     raise
-            headers = request.forwarded | {"Authorization": authorization}
-            return await self._locate(request.host, pair.repository, pair.digest, headers)
+            grant = await self.obtain(request, pair, look=1, stop=1)
+            if grant.stream is not None:
+                grant.stream.close()
+            return grant.source
 
         return obtain
 
-    async def source(self, digest: Digest) -> Source:
-        """Return a source for a public blob, from any repository that has it. Raises UpstreamError if there is none."""
+    async def source(self, digest: Digest, place: tuple[str, str] | None = None) -> Source:
+        """Return a source for a blob, as everybody gets it: from a (host, repository), or from any that has it.
+
+        Raises UpstreamError if none gives one.
+        """
         problem: UpstreamError = UpstreamUnreachable(f"no repository is known that holds {digest.short} in public")
-        record = self._store.blob(digest)
         likely = [self._likely[digest]] if digest in self._likely else []
-        for place, repository in [*self._store.repositories(digest), *likely]:
-            host = self._settings.asked(place)
+        for host, repository in [place] if place is not None else [*self._store.repositories(digest), *likely]:
+            pair = BlobRoute(repository, digest)
             try:
-                if record is None or not record.public:
-                    return await self.public_source(host, repository, digest)
-                return await self._locate(host, repository, digest, {})
-            except UpstreamRefused as error:
-                self.refuse(host, BlobRoute(repository, digest), None, error.status_hint)
-                problem = error
+                found = await self._try(self._settings.asked(host), pair, None, {}, look=1, asked=(0, 1))
             except UpstreamError as error:
                 problem = error
+                continue
+            if found.stream is not None:
+                found.stream.close()
+            return found.source
         raise problem
 
-    def public(self, place: tuple[str, str], digest: Digest) -> Callable[[], Awaitable[Source]]:
-        """Obtains a source from (host, repository), as everybody gets it."""
-        host, repository = place
-        return lambda: self.public_source(self._settings.asked(host), repository, digest)
-
-    async def public_source(self, host: str, repository: str, digest: Digest) -> Source:
-        """Return a source from this repository, obtained anonymously. Raises UpstreamError if it gives none."""
-        pair = BlobRoute(repository, digest)
+    async def _try(
+        self, host: str, pair: Pair, authorization: str | None, headers: Mapping[str, str], **how: Any
+    ) -> _Found:
+        """Ask as `_ask` does, and note what a yes or a no says of who may have the blob."""
         since = self.moment(host, pair)
         try:
-            found = await self._ask(host, pair, {}, look=1, asked=(0, 1))
+            found = await self._ask(host, pair, headers, **how)
         except UpstreamRefused as error:
-            self.refuse(host, pair, None, error.status_hint)
+            self.refuse(host, pair, authorization, error.status_hint)
             raise
-        if found.stream is not None:
-            found.stream.close()
-        return self._settle(host, pair, found, partial(self.confirm, host, pair, None, since=since))
-
-    async def _locate(self, host: str, repository: str, digest: Digest, headers: Mapping[str, str]) -> Source:
-        source, stream = await self._upstream.obtain(
-            host, repository, digest, headers, asked=(0, 1), timeout_s=DEADLINE_S
-        )
-        if stream is not None:
-            stream.close()
-        return replace(source, sizes=sizes_in(self._store, host, repository, digest))
+        if authorization is not None and found.word is Word.LIKELY:
+            # It counts for this caller alone.
+            found = replace(found, word=Word.PROVEN)
+        confirm = partial(self.confirm, host, pair, authorization, since=since)
+        return replace(found, source=self._settle(host, pair, found, confirm))
 
     def _settle(self, host: str, pair: Pair, found: _Found, confirm: Callable[[], None]) -> Source:
         """Confirm the grant now if it is proven, else once the blob has arrived from there and matches its digest."""

@@ -8,7 +8,7 @@ models that are complete here, or pinned, are checked, one at a time.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Final
 
@@ -17,13 +17,13 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError
 from pullthrough.core.manifest_json import children_of, parse, preferred
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.recording.blob_source import Obtain
 from pullthrough.recording.pulls import Place
 from pullthrough.recording.recorder import Recorder
 from pullthrough.registry.freshness import DOWN_S, Heard
 from pullthrough.registry.manifests import Manifests
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import DEADLINE_S, Upstream
+from pullthrough.upstream.data_stream import Source
 
 _log = logging.getLogger(__name__)
 
@@ -43,15 +43,15 @@ class Refresher:
         store: Store,
         upstream: Upstream,
         recorder: Recorder,
-        public: Callable[[Place, Digest], Obtain],
+        source: Callable[[Digest, Place], Awaitable[Source]],
         manifests: Manifests,
     ) -> None:
-        """`public` says how a blob's source is obtained from a place, as everybody gets it."""
+        """`source` obtains a blob's source from a place, as everybody gets it."""
         self._settings = settings
         self._store = store
         self._upstream = upstream
         self._recorder = recorder
-        self._public = public
+        self._source = source
         self._manifests = manifests
         self._tried: dict[Name, float] = {}
         self._task: asyncio.Task[None] | None = None
@@ -140,13 +140,13 @@ class Refresher:
         for child in chosen:
             wanted += [layer.digest for layer in child.layers]
             if child.digest is not None:
-                obtain = self._public(name.place, child.digest)
+                obtain = partial(self._source, child.digest, name.place)
                 wanted += (await self._recorder.read_manifest(child.digest, obtain)).digests
         return wanted
 
     async def _record(self, name: Name, digest: Digest) -> bool:
         """Return whether the blob is here and public in the end."""
-        recording = await self._recorder.open_unasked(digest, self._public(name.place, digest))
+        recording = await self._recorder.open_unasked(digest, partial(self._source, digest, name.place))
         if recording is not None:
             await recording.over.wait()
         return self._store.held(digest) is not None

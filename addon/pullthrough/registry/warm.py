@@ -7,6 +7,7 @@ everybody. One model and one blob at a time, in the manifest's order.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 from pullthrough.config.settings import Settings
@@ -14,12 +15,12 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import CacheError, InvalidRequest, UpstreamError, UpstreamRefused
 from pullthrough.core.manifest_json import children_of, preferred
 from pullthrough.core.records import ManifestRecord, Name
-from pullthrough.recording.blob_source import Obtain
 from pullthrough.recording.pulls import Place
 from pullthrough.recording.recorder import Recorder
 from pullthrough.registry.manifests import Manifests
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import DEADLINE_S
+from pullthrough.upstream.data_stream import Source
 
 TOLD_EVERY_S: Final = 0.25
 
@@ -42,14 +43,14 @@ class Warmer:
         settings: Settings,
         store: Store,
         recorder: Recorder,
-        public: Callable[[Place, Digest], Obtain],
+        source: Callable[[Digest, Place], Awaitable[Source]],
         manifests: Manifests,
     ) -> None:
-        """`public` says how a blob's source is obtained from a place, as everybody gets it."""
+        """`source` obtains a blob's source from a place, as everybody gets it."""
         self._settings = settings
         self._store = store
         self._recorder = recorder
-        self._public = public
+        self._source = source
         self._manifests = manifests
 
     async def warm(self, text: str, tell: Tell, *, dry_run: bool) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class Warmer:
         if manifest is None and dry_run:
             return {}
         if manifest is None:
-            manifest = await self._recorder.read_manifest(child.digest, self._public(name.place, child.digest))
+            manifest = await self._recorder.read_manifest(child.digest, partial(self._source, child.digest, name.place))
             brought.add(child.digest)
         return {child.digest: len(manifest.body), **(await self._wanted(name, manifest, brought, dry_run=dry_run))}
 
@@ -120,7 +121,7 @@ class Warmer:
 
     async def _record(self, name: Name, digest: Digest, size: int, tell: Tell) -> None:
         progress = {"model": name.typed, "layer": digest.short, "size": size}
-        recording = await self._recorder.open_unasked(digest, self._public(name.place, digest))
+        recording = await self._recorder.open_unasked(digest, partial(self._source, digest, name.place))
         if recording is not None:
             while not recording.over.is_set():
                 await tell({**progress, "done": recording.present})

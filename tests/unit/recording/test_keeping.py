@@ -184,15 +184,19 @@ def test_what_a_moved_tag_needs(
     recorded: list[str] = []
 
     async def read_manifest(digest: Digest, obtain: Any) -> ManifestRecord:
-        assert obtain == (NAME.place, digest)
+        assert await obtain() == (digest, NAME.place)
         recorded.append(names[digest])
         return plain(f"{names[digest]} of")
 
     children = {digest_of(runner): plain(runner) for runner in known}
     settings = parse_settings({}, dir=tmp_path, certs=tmp_path)
     folder = cast(Any, SimpleNamespace(children=lambda: children))
+
+    async def source(digest: Digest, place: tuple[str, str]) -> Any:
+        return digest, place
+
     recorder, nobody = cast(Any, SimpleNamespace(read_manifest=read_manifest)), cast(Any, None)
-    refresher = Refresher(settings, folder, nobody, recorder, lambda place, digest: cast(Any, (place, digest)), nobody)
+    refresher = Refresher(settings, folder, nobody, recorder, source, nobody)
     found = asyncio.run(refresher._wanted(NAME, stored, moved))
     assert found == [digest_of(each) for each in wanted]
     assert recorded == [each.removesuffix(" of") for each in wanted if each.endswith(" of")]

@@ -79,7 +79,7 @@ async def _walk(here: Cache, model: Model, state: str) -> list[str]:
         found += await _listeners(here, model, caller)
     here.upstream._down_until.clear()
     with contextlib.suppress(CacheError):
-        await here.grants.public_source(HOST, model.repository, model.digest)
+        await here.grants.source(model.digest, (HOST, model.repository))
     record = here.store.blob(model.digest)
     if model.private and record is not None and record.public:
         found.append("a private blob became public")
