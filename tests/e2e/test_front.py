@@ -237,7 +237,7 @@ def test_a_page_of_another_site_gets_no_models(origin: Origin, proxy: Proxy, fie
     with to_front(proxy) as connection:
         for target in (other.manifest_target, other.blob_target, stored.manifest_target, stored.blob_target):
             status, _, body = get(connection, target, **fields)
-            assert (status, b"not for pages in a browser" in body) == (403, True), target
+            assert (status, b"web pages may not load models from here" in body) == (403, True), target
         assert get(connection, address, **fields)[::2] == (403, b"")
         assert get(connection, "/", **fields)[0] == 200
     assert not origin.counters.requests

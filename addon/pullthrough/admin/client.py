@@ -1,6 +1,6 @@
 """Ask the daemon that holds a store, over its control socket (`server` has the protocol).
 
-Invariant: either the result, or an error that says whether there was a daemon at all.
+Invariant: the outcome is a result, or an error that says whether a daemon is running.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def ask(
 ) -> Any:
     """Return the result of a command. Raises NoDaemon where nobody listens, ControlError if the daemon says no."""
     if sys.platform == "win32":
-        raise NoDaemon("expected a control socket, got Windows, whose Python has none; stop the cache first")
+        raise NoDaemon("there is no control socket on Windows; stop the cache first")
     try:
         pointer = (folder / POINTER).read_text(encoding="utf-8").strip()
     except OSError:
@@ -57,14 +57,14 @@ def _exchange(
     arguments: Mapping[str, Any],
     on_progress: Callable[[Mapping[str, Any]], None],
 ) -> Any:
-    # Takes longer to load than most of what is asked takes to be answered, and no cache may run.
+    # Loading this takes longer than most commands, and no cache may be running.
     import http.client
 
     connection = http.client.HTTPConnection("cache")
     connection.sock = sock
-    broken = f"the running cache broke off before it had answered {command}; its log may say why"
+    broken = f"the running cache closed the connection before it had answered {command}; its log may say why"
     try:
-        # Whoever hangs up before it has read all may have said why.
+        # A daemon that closes the connection early may have said why.
         with contextlib.suppress(BrokenPipeError):
             connection.request("POST", f"{ADDRESS}{command}", json.dumps(arguments).encode())
         response = connection.getresponse()

@@ -1,4 +1,4 @@
-"""What the control socket offers: commands of three kinds, and the arguments that they are called with.
+"""The commands of the control socket: their three kinds, and their arguments.
 
 Invariant: an argument that is missing or of the wrong type is an InvalidRequest, before a command has begun.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from pullthrough.core.errors import InvalidRequest
 
 Tell = Callable[[Mapping[str, Any]], Awaitable[None]]
-"""Send a progress object to whoever has asked."""
+"""Send a progress object to the caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,11 @@ class Arguments:
         return list(values)
 
     def flag(self, name: str) -> bool:
-        """Return a Boolean, which is false where nothing is said. Raises InvalidRequest."""
+        """Return a Boolean, false by default. Raises InvalidRequest."""
         return bool(self._take(name, "true or false", bool, default=False))
 
     def seconds(self, name: str) -> float:
-        """Return a duration, not below zero. Raises InvalidRequest."""
+        """Return a duration, zero or more. Raises InvalidRequest."""
         value = float(self._take(name, "seconds", int, float))
         if not math.isfinite(value) or value < 0:
             raise InvalidRequest(f"argument {name}: expected seconds, got {value}")
@@ -75,17 +75,17 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A command that changes something, and is soon done."""
+    """A command that changes something, and is quick."""
 
     run: Callable[[Arguments], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A command that takes long, and tells how far it is."""
+    """A command that takes long, and reports its progress."""
 
     run: Callable[[Arguments, Tell], Awaitable[Any]]
 
 
 Command = Look | Change | Job
-"""What `run` returns is JSON; a CacheError is the answer to whoever asked."""
+"""`run` returns JSON; a CacheError is sent to the caller."""

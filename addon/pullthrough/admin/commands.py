@@ -1,6 +1,6 @@
 """What the daemon does for the command line.
 
-Invariant: what only looks works on a copy in a thread, so that no pull waits for it.
+Invariant: commands that only read work on a copy, in a thread, so that no pull waits for them.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ from pullthrough.store.store import STAGING, Store
 from pullthrough.upstream.reachability import Service, fetching
 
 Services = Callable[[], Awaitable[Sequence[Service]]]
-"""Tells what is known of the servers that the cache draws on."""
+"""Returns what is known about the servers that the cache uses."""
 
 RATE_S: Final = 0.5
-"""Between the two looks at a recording that tell how fast it is."""
+"""Seconds between the two samples that show how fast a recording is."""
 
 
 class Commands:
@@ -48,7 +48,7 @@ class Commands:
         services: Services,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`options` are what `config` tells; `count` brings the store's days up to date; `tier` tells the fleet's."""
+        """`options` are what `config` shows; `count` updates the store's daily figures; `tier` returns the fleet's."""
         self._store = store
         self._maintenance = maintenance
         self._warmer = warmer
@@ -77,7 +77,7 @@ class Commands:
         }
 
     def view(self) -> View:
-        """Return what is stored and was counted, now."""
+        """Return what is stored and counted now."""
         self._count()
         ledger = self._store.ledger
         pins = (*self._pins, *sorted(ledger.pins))

@@ -1,7 +1,7 @@
 """What the daemon does for the command line about the fleet's object store.
 
-Invariant: an object goes only when it is wrong, or old and of no manifest; what this cache holds is uploaded again.
-Every call is limited, so that a store that fails ends a command and never the daemon.
+Invariant: an object is deleted only if it is wrong, or old and in no manifest; blobs that this cache holds are uploaded
+again. Every call has a time limit, so that a failing object store ends a command and never the daemon.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ class FleetCommands:
         return {"tier-verify": Job(self._verify), "tier-prune": Change(self._prune), "tier-warm": Job(self._warm)}
 
     def state(self) -> JSON:
-        """Return what `stats` tells: counts since the start of the daemon."""
+        """Return what `stats` shows: counts since the start of the daemon."""
         counts = self._tier.counts
         return {
             "state": "left alone" if self._tier.is_open else "in use",
@@ -65,7 +65,7 @@ class FleetCommands:
         }
 
     async def _verify(self, _: Arguments, tell: Tell) -> Any:
-        """Hash every blob there, and look at every signature: {checked, bytes, findings}; what is wrong goes."""
+        """Hash every blob there and check every signature; delete what is wrong. Return {checked, bytes, findings}."""
         findings, size = [], 0
         listed = [*await self._list(documents.BLOBS), *await self._list(documents.MANIFESTS)]
         for done, item in enumerate(listed):
@@ -103,11 +103,11 @@ class FleetCommands:
         return None
 
     async def _prune(self, arguments: Arguments) -> Any:
-        """Take away what is older than `age` seconds: {models, blobs, leftovers, freed} as for the store itself.
+        """Delete what is older than `age` seconds; return {models, blobs, leftovers, freed} as for the store itself.
 
-        Blobs of no manifest and leases; with `all`, manifests that were uploaded so long ago too.
+        That is leases, and blobs in no manifest; with `all`, manifests that were uploaded that long ago too.
         """
-        # The store's clock may be ahead of ours, and its times are rounded: no age means all, whatever it says.
+        # The object store's clock may be ahead of ours, and its times are rounded: an age of 0 means everything.
         oldest = time.time() - age_s if (age_s := arguments.seconds("age")) else math.inf
         models, unlisted, wanted = [], [], set[Digest]()
         for item in await self._list(documents.MANIFESTS):
@@ -137,7 +137,7 @@ class FleetCommands:
         }
 
     async def _warm(self, arguments: Arguments, tell: Tell) -> Any:
-        """As `warm`; then the model goes from here, where it was not before, once the fleet has it."""
+        """Do as `warm` does; then remove the model here, unless it was here before, once the fleet has it."""
         done = []
         for text in arguments.texts("models"):
             try:
@@ -155,7 +155,7 @@ class FleetCommands:
             raise InvalidRequest(f"expected a public model, got {text!r}")
         while not all(digest in self._tier.there for digest in record.digests) or not self._uploader.has_told(name):
             if self._tier.is_open:
-                raise TierError("expected the object store to take the model, got failures; it stays here")
+                raise TierError("the object store fails, so the model was not uploaded; it stays here")
             await asyncio.sleep(LOOK_S)
         if not known and not self._maintenance.pins_of(name):
             await self._maintenance.remove([str(name)])

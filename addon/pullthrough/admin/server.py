@@ -4,8 +4,8 @@ A command is at `/v1/NAME`: POST with its arguments as a JSON object, or GET wit
 answer is its result as JSON; of a Job, lines of JSON: `{"progress": {...}}` as it goes on, and a last one,
 `{"result": ...}` or `{"error": "...", "status": ...}`. Any other error has its HTTP status and `{"error": "..."}`.
 
-Invariant: only the store's owner can ask (0600 before anybody can connect); whoever hangs up ends what they asked
-for, and so does the end of the daemon. Not on Windows, whose Python has no such sockets.
+Invariant: only the store's owner can connect (0600 from the beginning); a caller that hangs up ends its command, and so
+does the end of the daemon. Not on Windows, where Python has no such sockets.
 """
 
 import asyncio
@@ -33,16 +33,16 @@ LONGEST_PATH: Final = 100
 """sun_path has 108 bytes on Linux and 104 on macOS, one of them for the end."""
 
 PATIENCE_S: Final = 10.0
-"""How long a connection may take for its request."""
+"""How long a connection may take to send its request."""
 
 TO_OLDER_CLIENT: Final = {
     "error": "this ollama-cache is older than the cache that runs; use the program that the cache was installed with"
 }
-"""What a client is told that sends a bare line of JSON, as this socket took it before it spoke HTTP."""
+"""The answer to a client that sends a bare line of JSON, as this socket took before it spoke HTTP."""
 
 
 def _bound(path: Path) -> socket.socket:
-    """Return a socket that only our own user can ask."""
+    """Return a socket that only our own user can connect to."""
     if sys.platform == "win32":
         raise OSError("Python has no Unix sockets on Windows")
     with contextlib.ExitStack() as undo:
@@ -64,7 +64,7 @@ class ControlServer:
         self._running: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
-        """Listen from now on; a socket that a crash has left gives way. OSError is logged: pulls need no socket."""
+        """Listen from now on, in place of a socket left by a crash. An OSError is logged: pulls need no socket."""
         if sys.platform == "win32":
             _log.info("no control socket on Windows: stop the cache before a verb that changes the store")
             return
@@ -93,7 +93,7 @@ class ControlServer:
         return _bound(path)
 
     async def close(self) -> None:
-        """Answer nobody any more. May be called twice, and without `open`."""
+        """Stop listening. May be called twice, and without `open`."""
         runner, self._runner = self._runner, None
         if runner is None:
             return
@@ -127,7 +127,7 @@ class ControlServer:
         except web.HTTPException as refusal:
             return web.json_response({"error": refusal.text}, status=refusal.status, headers=_allow(refusal))
         except ConnectionError:
-            raise  # whoever asked has gone
+            raise  # the caller has gone
         except Exception as error:
             status, answer = _in_words(error)
             return web.json_response(answer, status=status)
@@ -135,7 +135,7 @@ class ControlServer:
             self._running.discard(task)
 
     def _command(self, request: web.BaseRequest) -> Command:
-        """Return what is asked for. Raises HTTPException."""
+        """Return the command of the request. Raises HTTPException."""
         name = request.path.removeprefix(ADDRESS)
         command = self._commands.get(name) if name != request.path else None
         if command is None:
@@ -149,7 +149,7 @@ class ControlServer:
 
 
 async def _arguments(request: web.BaseRequest) -> Arguments:
-    """Return those of the query or the body. Raises InvalidRequest, HTTPRequestEntityTooLarge."""
+    """Return the arguments in the query or the body. Raises InvalidRequest, HTTPRequestEntityTooLarge."""
     if request.method == hdrs.METH_GET:
         return Arguments(dict(request.query))
     body = await request.clone(client_max_size=LONGEST).read()
@@ -163,7 +163,7 @@ async def _arguments(request: web.BaseRequest) -> Arguments:
 
 
 async def _stream(request: web.BaseRequest, job: Job, arguments: Arguments) -> web.StreamResponse:
-    """Send progress as it comes, and how it ended; what fails before anything was sent is for the caller."""
+    """Send progress as it comes, and the outcome; a failure before anything was sent is raised."""
     response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: LINES})
 
     async def send(line: Mapping[str, Any]) -> None:
@@ -189,11 +189,11 @@ async def _stream(request: web.BaseRequest, job: Job, arguments: Arguments) -> w
 
 
 def _in_words(error: Exception) -> tuple[int, dict[str, str]]:
-    """Return the status and body that tell of an error; one that nobody foresaw is logged."""
+    """Return the status and body for an error; an unexpected one is logged."""
     if isinstance(error, CacheError):
         return error.status_hint, {"error": str(error)}
     _log.error("a command of the control socket failed", exc_info=error)
-    return 500, {"error": "the cache failed at this by a fault of its own; its log has more"}
+    return 500, {"error": "an internal error of the cache; its log has more"}
 
 
 def _allow(refusal: web.HTTPException) -> dict[str, str]:
@@ -201,14 +201,14 @@ def _allow(refusal: web.HTTPException) -> dict[str, str]:
 
 
 class _Server(web.Server):
-    """aiohttp's server, which also has words for a client from before it."""
+    """aiohttp's server, which also answers clients older than itself."""
 
     def __call__(self) -> web.RequestHandler:
         return _Connection(self, loop=self._loop, **self._kwargs)
 
 
 class _Connection(web.RequestHandler):
-    """A connection whose first byte tells what speaks: no request of HTTP begins with a brace."""
+    """A connection whose first byte shows the protocol: no HTTP request begins with a brace."""
 
     has_begun = False
 

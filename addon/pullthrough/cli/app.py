@@ -1,7 +1,7 @@
-"""The command line: `ollama-cache run`, and the verbs of the other `cli_` modules.
+"""The command line: `ollama-cache run`, and the commands of the other modules here.
 
-Invariant: a verb either does what it says and exits 0, or says on standard error what was expected and what was got
-and exits 1 (2 when it was called wrongly).
+Invariant: a command either does what it says and exits 0, or says on standard error why not and exits 1 (2 for wrong
+usage).
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The verbs of the command line that are about the certificate authority.
+"""The commands about the certificate authority.
 
 Invariant: an authority that clients may trust is never replaced unasked, and no key is shown.
 """
@@ -38,7 +38,7 @@ def ca(context: typer.Context, certs: Certs = None, json: AsJson = False) -> Non
     """Make the certificate authority if there is none, and show what clients have to trust."""
     if context.invoked_subcommand:
         return
-    from pullthrough.pki.rollover import Rollover  # cryptography takes longer to load than most verbs to run
+    from pullthrough.pki.rollover import Rollover  # cryptography takes longer to load than most commands take to run
 
     with refusals():
         settings = _settings(certs)
@@ -72,14 +72,12 @@ def show(certs: Certs = None, json: AsJson = False) -> None:
 def renew(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Stop unless these are configured.", show_default=False),
+        typer.Argument(metavar="[NAME]...", help="Stop unless these names are configured.", show_default=False),
     ] = None,
     switch: Annotated[bool, typer.Option("--switch", help="Sign with the next one alone.", show_default=False)] = False,
     replace: Annotated[
         bool,
-        typer.Option(
-            "--replace", help="Put another in the place of a next one that clients trust.", show_default=False
-        ),
+        typer.Option("--replace", help="Replace a next authority even if clients trust it.", show_default=False),
     ] = False,
     certs: Certs = None,
     json: AsJson = False,
@@ -92,7 +90,7 @@ def renew(
         folder = _settings(certs).certs
         if switch:
             _show([rollover.switch(folder, now=now)], json=json)
-            typer.echo("Restart the cache. Who trusts only the former CA cannot pull any more.", err=True)
+            typer.echo("Restart the cache. Clients that trust only the former CA can no longer pull.", err=True)
             return
         configured = _names()
         if strangers := [name for name in names or () if name.lower() not in configured]:
@@ -107,7 +105,7 @@ def renew(
 
 
 def _names() -> tuple[str, ...]:
-    """Return the names that an authority is for: as configured here, else as the cache that runs has them."""
+    """Return the names that the authority is for: as configured here, else those of the running cache."""
     own = own_choices(None)
     if own.texts.keys() & {"registries", "blob_host"}:
         return own.settings().intercepted
@@ -115,14 +113,14 @@ def _names() -> tuple[str, ...]:
 
 
 def _settings(certs: Path | None) -> Settings:
-    """Return the options by which the authority is found: what was chosen here, else those of the cache that runs."""
+    """Return the settings that say where the authority is: as chosen here, else those of the running cache."""
     if certs is not None or "certs" in own_choices(None).texts:
         return own_settings(certs=certs)
     return settings_in_force(None)
 
 
 def _show(authorities: "Sequence[Authority]", *, json: bool = False) -> None:
-    """Say what clients have to trust, which is no secret."""
+    """Show what clients have to trust, which is no secret."""
     if json:
         return print_json(
             [

@@ -1,7 +1,7 @@
-"""What the verbs of the command line share: their common arguments, the options in force, and how they fail.
+"""What the commands share: their common arguments, the options in force, and how they fail.
 
-Invariant: a verb that cannot do what it was asked for says so in one line on standard error and exits 1 (130 after
-Ctrl-C). Nothing heavy is imported here: most verbs are over before such a module would be loaded.
+Invariant: a command that fails says why in one line on standard error and exits 1 (130 after Ctrl-C). Nothing heavy is
+imported here: most commands take less time than loading it would.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON, for scripts.", show_
 
 
 def folder_of(given: Path | None) -> Path:
-    """Return the store that a verb is about: the one that was chosen, else that of the cache that runs, else our own.
+    """Return the store that a command is about: the chosen one, else that of the running cache, else our own.
 
-    Ends with one line where the options in force cannot be understood, or it is not clear which cache is meant.
+    Exits with one line if the options in force cannot be parsed, or it is not clear which cache is meant.
     """
     if given is not None:
         return given.expanduser()
@@ -50,11 +50,11 @@ def folder_of(given: Path | None) -> Path:
 
 
 def _running_store(running: Sequence[Running], own: Path) -> Path:
-    """Return the store of the one cache that can be meant; `own` where none runs, or one on it."""
+    """Return the store of the only cache that can be meant; `own` if none runs, or one runs on it."""
     ours = [cache for cache in running if cache.is_ours]
     if not running or any(cache.store == str(own) for cache in ours):
         return own
-    # Anybody may leave a note in a folder that all share: what it names is followed by its own user alone.
+    # Anybody may leave a note in a shared folder: only notes of our own user are followed.
     found = ours or [cache for cache in running if cache.is_vouched_for] or running
     if len(found) > 1:
         raise ControlError(
@@ -77,12 +77,12 @@ def _running_store(running: Sequence[Running], own: Path) -> Path:
 
 @functools.cache
 def _say_once(text: str) -> None:
-    """Say it on standard error, however often a verb comes here."""
+    """Say it on standard error, once per run."""
     typer.echo(f"ollama-cache: {text}", err=True)
 
 
 def own_choices(given: Path | None, *, certs: Path | None = None) -> Choices:
-    """Return the options as a cache that is started from here would have them.
+    """Return the options that a cache started from here would have.
 
     Raises:
         SettingsError: a name is no option, or the configuration file cannot be used.
@@ -94,7 +94,7 @@ def own_choices(given: Path | None, *, certs: Path | None = None) -> Choices:
 
 
 def own_settings(given: Path | None = None, *, certs: Path | None = None) -> Settings:
-    """Return the same as values.
+    """Return the same options as values.
 
     Raises:
         SettingsError: as for `own_choices`, or a value does not parse.
@@ -103,7 +103,7 @@ def own_settings(given: Path | None = None, *, certs: Path | None = None) -> Set
 
 
 def settings_in_force(given: Path | None) -> Settings:
-    """Return those of the daemon that runs on the store; of one that is started from here where none does."""
+    """Return the settings of the daemon that runs on the store; if none does, those of a daemon started from here."""
     try:
         rows = ask(folder_of(given), "config", {})
     except NoDaemon:
@@ -121,7 +121,7 @@ def terminal_width() -> int | None:
 
 
 def table_lines(rows: Sequence[Sequence[str]], *, elastic: int, spare: Sequence[int] = ()) -> list[str]:
-    """Return a table as lines that fit the terminal, as `fitted` has it; whole where there is none."""
+    """Return a table as lines that fit the terminal, as `fitted` makes them; in full if there is none."""
     width = terminal_width()
     return columns(rows) if width is None else fitted(rows, width, elastic=elastic, spare=spare)
 
@@ -136,7 +136,7 @@ def print_json(value: Any) -> None:
 
 @contextlib.contextmanager
 def refusals(hint: str = "") -> Iterator[None]:
-    """What cannot be done is said in one line, and so is Ctrl-C, with `hint` behind it."""
+    """Turn errors and Ctrl-C into one line on standard error, followed by `hint`."""
     try:
         yield
     except KeyboardInterrupt:
@@ -147,6 +147,6 @@ def refusals(hint: str = "") -> Iterator[None]:
 
 
 def fail(error: object) -> NoReturn:
-    """End with what was expected and what was got."""
+    """Exit with this message."""
     typer.echo(f"ollama-cache: {error}", err=True)
     raise typer.Exit(1)

@@ -1,8 +1,8 @@
-"""The verbs of the command line that are about models: what is stored, what stays, what goes.
+"""The commands about models: what is stored, what stays, what goes.
 
-Invariant: what changes the store is done by the daemon that holds it, or under its lock; what only looks makes and
-locks nothing. Standard output is the answer (plain columns, or JSON whose keys stay), standard error is for what is
-wrong: exit 1, or 2 when called wrongly. Imports nothing heavy before it is needed.
+Invariant: changes to the store are made by the daemon that holds it, or under its lock; commands that only read create
+and lock nothing. Standard output is the answer (plain columns, or JSON with stable keys), standard error is for errors:
+exit 1, or 2 for wrong usage. Heavy modules are imported only when needed.
 """
 
 import time
@@ -34,7 +34,7 @@ from pullthrough.runtime.gc_pause import gc_paused
 
 app = Verbs()
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.", show_default=False)]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="As for `ollama pull`.", show_default=False)]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for `ollama pull`.", show_default=False)]
 
@@ -42,9 +42,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="As for `ollama pull
 @app.command(rich_help_panel=MODELS)
 def ls(
     pattern: Annotated[
-        str, typer.Argument(metavar="[PATTERN]", help="What names begin with, or a pattern: 'llama3*'.")
+        str, typer.Argument(metavar="[PATTERN]", help="The beginning of a name, or a pattern: 'llama3*'.")
     ] = "",
-    sort: Annotated[Order, typer.Option(help="What comes first: A, the biggest, or the one pulled last.")] = (
+    sort: Annotated[Order, typer.Option(help="What comes first: A, the biggest, or the last one pulled.")] = (
         Order.PULLED
     ),
     dir: Folder = None,  # noqa: A002 -- the option's name
@@ -67,7 +67,7 @@ def ls(
         pinned = "yes" if row["pinned"] else ""
         table.append((row["name"], row["id"], size_text(row["size"]), row["held"], pulled, pinned))
     total = f"{count_text(len(rows), 'model')}, {size_text(sum(row['size'] for row in rows))}"
-    # What was read here is not read twice.
+    # What was read before is not read twice.
     sums = beyond_models(views[0]) if views else _look(dir, "stats", {}, statistics)
     rest = [f"on the disk: {beyond}"] if not pattern and (beyond := beyond_text(sums)) else []
     return print_lines([*table_lines(table, elastic=0, spare=(1,)), "", total, *rest])
@@ -147,7 +147,7 @@ def rm(
     models: Models,
     unpin: Annotated[
         bool,
-        typer.Option("--unpin", "--force", help="Also what is pinned, with its own pin.", show_default=False),
+        typer.Option("--unpin", "--force", help="Also remove pinned models, and their pins.", show_default=False),
     ] = False,
     dir: Folder = None,  # noqa: A002
     json: AsJson = False,
@@ -161,7 +161,7 @@ def rm(
         [
             *(f"removed {name}" for name in done["models"]),
             *(f"unpinned {pin}" for pin in done["unpinned"]),
-            *(f"the pin {pin} stays, and counts when the model is pulled again" for pin in done["pins"]),
+            *(f"the pin {pin} stays, and applies when the model is pulled again" for pin in done["pins"]),
             f"{size_text(done['freed'])} freed",
         ]
     )
@@ -177,17 +177,17 @@ def pin(
     done = _change(dir, "pin", {"model": model}, lambda maintenance: _at_once(maintenance.pin, model))
     if json:
         return print_json(done)
-    names = [f"    {name}" for name in done["models"]] or ["    no stored model yet; it counts when one is pulled"]
+    names = [f"    {name}" for name in done["models"]] or ["    no stored model yet; it applies when one is pulled"]
     return print_lines([f"pinned {done['pattern']}", *names])
 
 
 @app.command(rich_help_panel=MODELS)
 def unpin(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="As it was pinned.", show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model or pattern, as pinned.", show_default=False)],
     dir: Folder = None,  # noqa: A002
     json: AsJson = False,
 ) -> None:
-    """Take a pin back."""
+    """Remove a pin."""
     done = _change(dir, "unpin", {"model": model}, lambda maintenance: _at_once(maintenance.unpin, model))
     if json:
         return print_json(done)
@@ -232,14 +232,16 @@ def stats(dir: Folder = None, json: AsJson = False) -> None:  # noqa: A002
 
 @app.command(rich_help_panel=MODELS)
 def prune(
-    age: Annotated[str, typer.Option(help="How old: 0, 12h, 7d.")] = "7d",
-    all: Annotated[bool, typer.Option("--all", help="Models not pulled for so long, too.", show_default=False)] = False,  # noqa: A002
+    age: Annotated[str, typer.Option(help="Minimum age: 0, 12h, 7d.")] = "7d",
+    all: Annotated[  # noqa: A002
+        bool, typer.Option("--all", help="Also models not pulled for that long.", show_default=False)
+    ] = False,
     tier: fleet_tier.OnTier = False,
     dry_run: DryRun = False,
     dir: Folder = None,  # noqa: A002
     json: AsJson = False,
 ) -> None:
-    """Remove blobs without a model, and what broken pulls have left."""
+    """Remove blobs without a model, and leftovers of broken pulls."""
     try:
         age_s = parse_duration(age)
     except ValueError as error:
@@ -273,7 +275,7 @@ def warm(
     ] = None,
     tier_only: Annotated[
         bool,
-        typer.Option("--tier-only", help="Into the fleet's object store, and not to stay here.", show_default=False),
+        typer.Option("--tier-only", help="Into the fleet's object store only, not to stay here.", show_default=False),
     ] = False,
     dry_run: DryRun = False,
     dir: Folder = None,  # noqa: A002
@@ -284,7 +286,7 @@ def warm(
         raise typer.BadParameter("expected --tier-only or --dry-run, got both")
     wanted = [*(models or []), *(_listed(file) if file is not None else [])]
     if not wanted:
-        raise typer.BadParameter("expected models, or a list of them with --file, got none")
+        raise typer.BadParameter("name models, or a list of them with --file")
     from pullthrough.cli.layer_progress import Layers
 
     results: list[Mapping[str, Any]] = []
@@ -322,7 +324,7 @@ def _look(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Ca
 
 
 def _survey(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[..., Any]) -> Any:
-    """Ask the daemon, or look here; `local` is told a Snapshot, and all pins."""
+    """Ask the daemon, or read the store here; `local` gets a Snapshot, and all pins."""
     folder = folder_of(given)
     with refusals(), gc_paused():
         try:
@@ -336,7 +338,7 @@ def _survey(given: Path | None, verb: str, arguments: Mapping[str, Any], local: 
 
 
 def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: Callable[[Any], Any]) -> Any:
-    """Do it by the daemon or here; `local` is a coroutine function of a Maintenance."""
+    """Make a change through the daemon, or here; `local` is a coroutine function of a Maintenance."""
     folder = folder_of(given)
     with refusals():
         try:
@@ -351,7 +353,7 @@ def _change(given: Path | None, verb: str, arguments: Mapping[str, Any], local: 
             from pullthrough.store.store import Store
 
             if not (folder / MARKER).exists():
-                raise StoreError(f"expected a store in {folder}, got none; see --dir") from None
+                raise StoreError(f"there is no store in {folder}; see --dir") from None
             settings = own_settings(given)
             become_owner(folder)
             with closing(Store.open(folder, settings.index_dir)) as store:

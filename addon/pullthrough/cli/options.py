@@ -1,4 +1,4 @@
-"""The verb that is about the options, and what `run --help` says of them.
+"""The command about the options, and what `run --help` says about them.
 
 Invariant: the help, the file that `--init` writes and the parser go by one table.
 """

@@ -1,4 +1,4 @@
-"""Show on standard error how far a long verb is, and how fast: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress and speed of a long command on standard error: a bar on a terminal, plain lines elsewhere."""
 
 import threading
 import time
@@ -55,13 +55,13 @@ class Meter:
         return time.monotonic() - self._began
 
     def expect(self, size: int) -> None:
-        """There are `size` bytes to come in all."""
+        """Set the total to `size` bytes."""
         self._total = size
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, total=size)
 
     def advance(self, count: int) -> None:
-        """So many more bytes have been done."""
+        """Count `size` more bytes as done."""
         with self._lock:
             self.size += count
             now = time.monotonic()

@@ -1,6 +1,6 @@
-"""The verbs of the command line that make the cache a service of this machine, and take that back.
+"""The commands that install the cache as a service of this machine, and remove it.
 
-Invariant: what is done is done by one script, scripts/services/install, which a checkout may call as well.
+Invariant: one script does the work, scripts/services/install, which a checkout may call directly.
 """
 
 import shutil
@@ -19,7 +19,7 @@ app = Verbs(help="Run the cache as a service of this machine: systemd, or launch
 
 _PACKAGE: Final = Path(pullthrough.__file__).resolve().parent
 SCRIPTS: Final = (_PACKAGE / "services/install", _PACKAGE.parents[1] / "scripts/services/install")
-"""Where the script is in a wheel, and in a checkout."""
+"""The script's path in a wheel, and in a checkout."""
 
 
 @app.command()
@@ -28,7 +28,7 @@ def install(json: AsJson = False) -> None:
     beside = Path(sys.executable).with_name("ollama-cache")
     program = str(beside) if beside.exists() else shutil.which("ollama-cache")
     if program is None:
-        fail(f"expected the program {beside} of this environment, got none: install the package with pip")
+        fail(f"{beside} does not exist, and ollama-cache is not on PATH: install the package with pip")
     _run(program, json=json)
 
 
@@ -39,13 +39,13 @@ def uninstall(json: AsJson = False) -> None:
 
 
 def _run(argument: str, *, json: bool) -> None:
-    """Run the script; what it has to say it says on standard error, as we would."""
+    """Run the script; its messages go to standard error, like ours."""
     shell = shutil.which("sh")
     if sys.platform == "win32" or shell is None:
-        fail("expected systemd or launchd, got Windows: there the cache is started by hand, or by the Task Scheduler")
+        fail("on Windows there is neither systemd nor launchd: start the cache by hand, or with the Task Scheduler")
     script = next((path for path in SCRIPTS if path.exists()), None)
     if script is None:
-        fail(f"expected the script {SCRIPTS[0]}, got none: this package is not whole")
+        fail(f"the script {SCRIPTS[0]} is missing: this package is incomplete")
     done = subprocess.run([shell, script, argument], stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise typer.Exit(done.returncode)

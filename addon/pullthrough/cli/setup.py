@@ -1,7 +1,7 @@
-"""The verbs of the command line that set up a client and find out what is wrong.
+"""The commands that set up a client and find out what is wrong.
 
-Invariant: standard output is what is to be run or applied elsewhere, or the findings, and nothing else. Uses the
-options of the cache that runs, else those of the environment.
+Invariant: standard output has what is to be run or applied elsewhere, or the findings, and nothing else. Uses the
+options of the running cache, else those of the environment.
 """
 
 import ipaddress
@@ -54,23 +54,23 @@ class Kind(StrEnum):
 
 @app.command(rich_help_panel=SETTING_UP)
 def connect(
-    kind: Annotated[Kind, typer.Option("--for", help="What the client is.")] = Kind.LINUX,
+    kind: Annotated[Kind, typer.Option("--for", help="The kind of client.")] = Kind.LINUX,
     address: Annotated[
         str,
         typer.Option(
             metavar="HOST[:PORT]",
-            help="Where clients find the proxy, if not at this machine's own port.",
+            help="Where clients find the proxy, if not at a port of this machine.",
             show_default=False,
         ),
     ] = "",
     undo: Annotated[
-        bool, typer.Option("--undo", help="Print what takes it back on the client.", show_default=False)
+        bool, typer.Option("--undo", help="Print the command that undoes it on the client.", show_default=False)
     ] = False,
     dir: Folder = None,  # noqa: A002 -- the option's name
     json: AsJson = False,
 ) -> None:
     """Print the command that sets up a client, to be run there."""
-    # Cryptography takes longer to load than most verbs to run.
+    # Cryptography takes longer to load than most commands take to run.
     from pullthrough.net.address_policy import local_ports
     from pullthrough.pki.authority import has_authority
     from pullthrough.pki.client_setup import SYSTEMS, UNDO, clients_host, clients_origin, command, documents
@@ -88,7 +88,7 @@ def connect(
         settings, running = settings_in_force(dir), _running_proxy(dir)
         if running is None and not has_authority(settings.certs):
             fail(
-                f"no cache runs on {folder_of(dir)}, and there is no authority in {settings.certs} that a client could "
+                f"no cache runs on {folder_of(dir)}, and there is no authority in {settings.certs} for clients to "
                 "trust: start the cache with `ollama-cache run`"
             )
         rollover = Rollover.load(settings.certs, settings.intercepted, now=datetime.now(UTC))
@@ -111,9 +111,7 @@ def connect(
             return print_json({"for": kind, "proxy": proxy.origin, "document": document})
         return typer.echo(document, nl=False)
     if not settings.listen:
-        fail(
-            "expected a port to fetch the script from, got ollama_cache_listen=off; docs/clients.md has the way by hand"
-        )
+        fail("clients fetch the script from the port of the option listen, which is off; see docs/clients.md")
     line = command(kind, made[f"/connect/{SYSTEMS[kind]}"], server=clients_origin(settings, host), proxy=proxy.origin)
     if json:
         return print_json({"for": kind, "proxy": proxy.origin, "command": line})
@@ -133,7 +131,7 @@ def doctor(
     json: AsJson = False,
     dir: Folder = None,  # noqa: A002 -- the option's name
 ) -> None:
-    """Find out what is wrong, and say what mends it."""
+    """Find out what is wrong, and say how to fix it."""
     from pullthrough.doctor import rules
 
     with refusals():
@@ -162,7 +160,7 @@ def _running_proxy(given: Path | None) -> Endpoint | None:
 
 
 def _server_facts(given: Path | None) -> "ServerFacts":
-    """By the daemon's own client where one runs, which knows its parent proxies and whom it trusts."""
+    """Return the facts, from the daemon if one runs: it knows its parent proxies and trusted CAs."""
     import asyncio
 
     from pullthrough.doctor.probe_server import Outlook, look_out, server_facts

@@ -1,4 +1,4 @@
-"""What verbs of the command line do about the fleet's object store, with `--tier`.
+"""What the commands do with the fleet's object store, by `--tier`.
 
 Invariant: only the daemon talks to the object store, which has its credentials and the fleet's secret.
 """
@@ -25,7 +25,7 @@ def ask_tier(
     arguments: Mapping[str, Any],
     on_progress: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Any:
-    """Return the result of the daemon's verb; ends with one line where there is no daemon."""
+    """Return the result of the daemon's command; exits with one line if there is no daemon."""
     with refusals():
         try:
             return ask(folder_of(given), verb, arguments, on_progress=on_progress)
@@ -34,7 +34,7 @@ def ask_tier(
 
 
 def verify(given: Path | None, *, json: bool) -> None:
-    """Say what is wrong there; exit 1 if anything was."""
+    """Report what is wrong there; exit 1 if anything was."""
     found = ask_tier(given, "tier-verify", {})
     if json:
         print_json(found)

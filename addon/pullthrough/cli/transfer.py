@@ -1,8 +1,8 @@
 """The verbs `verify`, `import` and `export` of the command line.
 
-Invariant: results are on standard output, progress and errors on standard error, and the exit code is 0 only if all
-was done and nothing was wrong. What enters the store or leaves it goes through the daemon that holds it, or under its
-lock; bytes are hashed here, on all cores.
+Invariant: results go to standard output, progress and errors to standard error, and the exit code is 0 only if
+everything was done and nothing was wrong. What enters or leaves the store goes through the daemon that holds it, or
+under its lock; bytes are hashed here, on all cores.
 """
 
 import os
@@ -45,9 +45,9 @@ def verify(
     dir: Folder = None,  # noqa: A002 -- the option's name
     json: AsJson = False,
 ) -> None:
-    """Hash every blob again and hold the store against its index; what is wrong is no hit any more."""
+    """Hash every blob again and compare with the index; what is wrong is no longer served."""
     if tier and models:
-        raise typer.BadParameter("expected models or --tier, got both")
+        raise typer.BadParameter("--tier checks the whole object store: leave out the models, or --tier")
     if tier:
         fleet_tier.verify(dir, json=json)
     from pullthrough.cli.progress import Meter
@@ -90,7 +90,7 @@ def verify(
 
 
 def _mend(settings: Settings, findings: list["Defect"]) -> list[str]:
-    """Return what was done about each."""
+    """Return what was done about each finding."""
     done: list[str] = []
     for some in batched(findings, _AT_ONCE, strict=False):
         try:
@@ -113,10 +113,10 @@ def import_models(
         ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Let nobody have the models until their registry grants them.")
+        bool, typer.Option("--private", help="Serve the models to nobody until their registry grants them.")
     ] = False,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Also replace manifests that their registry has confirmed.")
+        bool, typer.Option("--replace", help="Also replace manifests that the registry has confirmed.")
     ] = False,
     link: Annotated[
         bool, typer.Option("--link", help="Hard links, no copies, of files that only our own user can write to.")
@@ -124,7 +124,7 @@ def import_models(
     dir: Folder = None,  # noqa: A002 -- the option's name
     json: AsJson = False,
 ) -> None:
-    """Take in models from a folder or bundle; everybody may pull them then, unless --private says otherwise."""
+    """Import models from a folder or bundle; then everybody may pull them, unless --private is given."""
     from pullthrough.cli.progress import Meter
     from pullthrough.library.import_commit import Fate, Terms
     from pullthrough.library.importer import Bounds, Staging, take
@@ -135,7 +135,7 @@ def import_models(
         settings = settings_in_force(dir)
         source = source or default_tree(os.environ)
         if not source.exists():
-            raise TransferRefused(f"expected a folder or file, got no {source}")
+            raise TransferRefused(f"{source} does not exist: name a models folder of Ollama, or a bundle")
         with _door(settings, Terms(public=not private, replace_confirmed=replace)) as admit:
             staging = Staging(
                 settings.dir,
@@ -213,7 +213,7 @@ def export(
     dir: Folder = None,  # noqa: A002 -- the option's name
     json: AsJson = False,
 ) -> None:
-    """Carry models out: to a folder that serves as OLLAMA_MODELS, or to a bundle; - is standard output."""
+    """Export models: to a folder that serves as OLLAMA_MODELS, or to a bundle; - is standard output."""
     from pullthrough.cli.progress import Meter
     from pullthrough.library.exporter import (
         BUNDLE_SUFFIX,
@@ -227,12 +227,12 @@ def export(
 
     with refusals(), Meter("exported") as meter:
         if to == "-" and (json or sys.stdout.isatty()):
-            what = "there is --json, whose place it is" if json else "it is a terminal"
+            what = "--json writes there" if json else "it is a terminal"
             raise TransferRefused(f"a bundle cannot go to standard output: {what}")
         if (packed := re.search(r"\.(t[gbx]z|tzst|zip|gz|bz2|xz|zst)$", to.lower())) is not None:
             raise TransferRefused(
-                f"a bundle is not compressed, as weights hardly shrink: name it .tar, or pipe `--to -` to what makes a "
-                f"{packed[0]}"
+                "a bundle is not compressed, because weights hardly shrink: name it .tar, or pipe `--to -` into a "
+                f"program that makes a {packed[0]}"
             )
         settings = settings_in_force(dir)
         inventory = Snapshot.read(settings.dir, settings.index_dir)

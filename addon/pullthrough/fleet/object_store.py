@@ -65,7 +65,7 @@ class ObjectStore:
             from obstore.store import from_url
         except ImportError as error:
             raise SettingsError(
-                f"option {PREFIX}object_store: expected the package obstore, got none; "
+                f"option {PREFIX}object_store: the package obstore is not installed; "
                 "`scripts/setup object-store` installs it, or the extra of that name"
             ) from error
         self._api: Any = obstore

@@ -63,7 +63,7 @@ class Warmer:
         if self._settings.asked(name.host) not in self._settings.registries:
             raise InvalidRequest(f"expected a model of {', '.join(self._settings.registries)}, got {text!r}")
         if self._settings.offline:
-            raise InvalidRequest("expected a cache that may ask upstream, got one that is offline")
+            raise InvalidRequest("the cache is offline (option ollama_cache_offline): it asks no registry")
         sizes: dict[Digest, int] = {}
         brought: set[Digest] = set()
         for record in await self._manifests_of(name, keep=not dry_run):

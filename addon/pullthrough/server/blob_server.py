@@ -128,14 +128,14 @@ class BlobServer:
             sock.listen(BACKLOG)  # asyncio takes one number for both
 
     async def close(self) -> None:
-        """Free the ports and end what runs. May be called twice, and without `open`."""
+        """Close the ports and end running requests. May be called twice, and without `open`."""
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
         self.release()
 
     def release(self) -> None:
-        """Free the ports alone. May be called twice."""
+        """Close the ports only. May be called twice."""
         while self._sockets:
             self._sockets.pop().close()
 
@@ -199,7 +199,7 @@ class BlobServer:
         if asks_for_page(asked):
             if canonical:
                 return Answer(403, CacheStatus(Outcome.BYPASS))
-            return _refusal(403, "models are not for pages in a browser; use Ollama, or curl")
+            return _refusal(403, "web pages may not load models from here; use Ollama, or curl")
         origin = blob_origin(address, port)
         answer = await self._registry.answer(
             Request(
@@ -221,7 +221,7 @@ class BlobServer:
 
 
 def _in_words(answer: Answer, target: str, host: str) -> Answer:
-    """Return the answer; a challenge, which nobody can meet here, as a refusal that people understand.
+    """Return the answer, but a refusal in words instead of a challenge, which no client can meet here.
 
     To 401 without a challenge Ollama says `realm host "" does not match`; the text behind another status it shows.
     """

@@ -1,4 +1,4 @@
-"""What sets up a client and what finds out why it does not pull, as pages of the blob server's port.
+"""Pages that set up a client, and the doctor's scripts, on the blob server's port.
 
 Invariant: they are what they were when the cache started, whoever asks and however.
 """

@@ -1,7 +1,6 @@
-"""What the blob server's port shows of the daemon itself, as pages.
+"""The pages of the blob server's port about the daemon itself.
 
-Invariant: nothing here changes anything. The state is looked at once a second for all who watch, and not at all while
-nobody does.
+Invariant: nothing here changes anything. The state is read once a second for all watchers, and not at all without one.
 """
 
 import asyncio
@@ -25,12 +24,12 @@ from pullthrough.upstream.reachability import fetching
 
 INTERVAL_S: Final = 1.0
 HEARTBEAT: Final = 15
-"""Frames in which nothing has changed until a watcher is told so: who has gone is noticed by that."""
+"""Frames without a change until watchers are sent one all the same: that shows which have gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What all watchers are sent of one moment."""
+    """What all watchers are sent about one moment."""
 
     number: int
     parts: dict[str, str]
@@ -123,12 +122,12 @@ class StatusRoutes:
         while not self._health.draining:
             before, frame = frame, await self._next()
             if frame.number != before.number + 1:
-                yield _encode(frame.parts)  # a watcher who takes it slowly has missed some
+                yield _encode(frame.parts)  # a slow watcher has missed some
             elif frame.change or frame.number % HEARTBEAT == 0:
                 yield frame.change or b":\n\n"
 
     async def _next(self) -> Frame:
-        """Return the next frame, the same for all who wait for it."""
+        """Return the next frame, the same for all watchers."""
         if self._making is None or self._making.done():
             self._making = asyncio.get_running_loop().create_task(self._make(), name="look")
         return await asyncio.shield(self._making)
@@ -159,7 +158,7 @@ class StatusRoutes:
 
 
 def _encode(parts: dict[str, str]) -> bytes:
-    """Return an event for each part, of its name."""
+    """Return an event for each part, named after it."""
     lines = (
         f"event: {name}\n{''.join(f'data: {line}\n' for line in part.splitlines())}\n" for name, part in parts.items()
     )

@@ -107,7 +107,7 @@ def test_errors_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
             ControlError, match=r"^there is no /v1/dance at the control socket of this cache, only /v1/e"
         ):
             await asyncio.to_thread(ask, tmp_path, "dance", {})
-        with pytest.raises(ControlError, match=r"by a fault of its own; its log has more$"):
+        with pytest.raises(ControlError, match=r"^an internal error of the cache; its log has more$"):
             await asyncio.to_thread(ask, tmp_path, "break", {})
         for steps in (0, 2):
             with pytest.raises(ControlError, match=r"^expected a stored model, got 'x'$"):
@@ -122,7 +122,7 @@ def test_errors_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     ("method", "path", "body", "status", "error"),
     [
         ("POST", "/v1/refuse", b"", 404, "expected a stored model, got 'x'"),
-        ("POST", "/v1/break", b"{}", 500, "the cache failed at this by a fault of its own; its log has more"),
+        ("POST", "/v1/break", b"{}", 500, "an internal error of the cache; its log has more"),
         ("POST", "/v1/echo", b"hello", 400, "the body of a request is a JSON object of arguments, not b'hello'"),
         ("POST", "/v1/echo", b"[]", 400, "the body of a request is a JSON object of arguments, not b'[]'"),
         ("POST", "/v1/count", b'{"fail": 1}', 400, "argument fail: expected true or false, got 1"),
@@ -221,16 +221,16 @@ def listener(folder: Path, answer: bytes) -> Iterator[None]:
             b'{"error": "expected a line of JSON with verb and arguments, got b\'POST /v1\'"}\n',
             "older than this program",
         ),
-        (b"", "^the running cache broke off before it had answered ls; its log may say why$"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n[", "broke off before it had answered ls"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n[", "broke off before it had answered ls"),
+        (b"", "^the running cache closed the connection before it had answered ls; its log may say why$"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n[", "closed the connection before it had answered ls"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n[", "closed the connection before it had answered ls"),
         (
             b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
             b'12\r\n{"progress": {}}\n\r\n',
-            "broke off before it had answered ls",
+            "closed the connection before it had answered ls",
         ),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull", ""),
-        (b"HTTP/1.1 500 No\r\nContent-Length: 4\r\n\r\nnull", "broke off before it had answered ls"),
+        (b"HTTP/1.1 500 No\r\nContent-Length: 4\r\n\r\nnull", "closed the connection before it had answered ls"),
     ],
 )
 def test_what_is_no_answer(tmp_path: Path, answer: bytes, words: str) -> None:
@@ -324,7 +324,7 @@ def test_closing_ends_what_runs(tmp_path: Path) -> None:
         )
         await begun.wait()
         await control.close()
-        with pytest.raises(ControlError, match="broke off before it had answered wait"):
+        with pytest.raises(ControlError, match="closed the connection before it had answered wait"):
             await asking
 
     serve(tmp_path, talk)

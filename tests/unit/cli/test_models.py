@@ -215,7 +215,7 @@ def test_rm(run: Run, folder: Path) -> None:
 def test_pins(run: Run) -> None:
     """A pin stays, keeps from prune, and can be taken back; also one for a pattern, whose models need not be here."""
     assert said(run("pin", "me/x")) == "pinned registry.ollama.ai/me/x:latest\n    me/x:latest\n"
-    nothing = "    no stored model yet; it counts when one is pulled\n"
+    nothing = "    no stored model yet; it applies when one is pulled\n"
     assert said(run("pin", "gemma*")) == f"pinned gemma*\n{nothing}"
     assert said(run("pin", "nope")) == f"pinned registry.ollama.ai/library/nope:latest\n{nothing}"
     assert "invalid model name 'a b'" in refused(run("pin", "a b"))
@@ -268,7 +268,7 @@ def test_warm_needs_the_cache(run: Run, tmp_path: Path) -> None:
 def test_no_store(run: Run, tmp_path: Path, verb: list[str]) -> None:
     """A folder that is no store is said to be none, and nothing is made there."""
     (tmp_path / "empty").mkdir()
-    assert "expected a" in refused(run(*verb, "--dir", str(tmp_path / "empty")))
+    assert f"store in {tmp_path / 'empty'}" in refused(run(*verb, "--dir", str(tmp_path / "empty")))
     assert list((tmp_path / "empty").iterdir()) == []
 
 

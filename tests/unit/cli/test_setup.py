@@ -58,7 +58,7 @@ def test_address(run: Run, line: str, env: dict[str, str], server: str, proxy: s
 @pytest.mark.parametrize(
     ("arguments", "env", "expected"),
     [
-        pytest.param("", {"OLLAMA_CACHE_LISTEN": "off"}, "got ollama_cache_listen=off", id="no port"),
+        pytest.param("", {"OLLAMA_CACHE_LISTEN": "off"}, "the port of the option listen, which is off", id="no port"),
         pytest.param("--address a;reboot", {}, "expected a host or host:port, got 'a;reboot'", id="not an address"),
         pytest.param("--address cache.lan:65536", {}, "expected a port from 1 to 65535, got 65536", id="port too high"),
         pytest.param("--address cache.lan:0", {}, "expected a port from 1 to 65535, got 0", id="port 0"),
