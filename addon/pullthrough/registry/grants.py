@@ -212,10 +212,8 @@ class Grants:
             except UpstreamError:
                 if authorization is None:
                     raise
-            grant = await self.obtain(request, pair, look=1, stop=1)
-            if grant.stream is not None:
-                grant.stream.close()
-            return grant.source
+            headers = request.forwarded | {"Authorization": authorization}
+            return await self._locate(request.host, pair, authorization, headers, look=0)
 
         return obtain
 
@@ -226,17 +224,23 @@ class Grants:
         """
         problem: UpstreamError = UpstreamUnreachable(f"no repository is known that holds {digest.short} in public")
         likely = [self._likely[digest]] if digest in self._likely else []
+        record = self._store.blob(digest)
+        is_known = place is None and record is not None and record.public
         for host, repository in [place] if place is not None else [*self._store.repositories(digest), *likely]:
             pair = BlobRoute(repository, digest)
             try:
-                found = await self._try(self._settings.asked(host), pair, None, {}, look=1, asked=(0, 1))
+                return await self._locate(self._settings.asked(host), pair, None, {}, look=0 if is_known else 1)
             except UpstreamError as error:
                 problem = error
-                continue
-            if found.stream is not None:
-                found.stream.close()
-            return found.source
         raise problem
+
+    async def _locate(
+        self, host: str, pair: Pair, authorization: str | None, headers: Mapping[str, str], *, look: int
+    ) -> Source:
+        found = await self._try(host, pair, authorization, headers, look=look, asked=(0, 1))
+        if found.stream is not None:
+            found.stream.close()
+        return found.source
 
     async def _try(
         self, host: str, pair: Pair, authorization: str | None, headers: Mapping[str, str], **how: Any
@@ -304,7 +308,8 @@ class Grants:
     ) -> _Found:
         """Return where the blob is, and what proves it. Raises Disagreement where something else is there.
 
-        A blob that is not stored is requested whole, or as the interval `asked`, to be recorded.
+        A blob that is not stored is requested whole, or as the interval `asked`, to be recorded. For who has a right
+        to it already `look` is 0, and nobody looks behind a redirect: its address may be good for few requests.
         """
         held = await self._piece(pair.digest)
         wanted = held.interval if held is not None else asked
@@ -318,7 +323,7 @@ class Grants:
             if self._names(source, pair.digest):
                 return _Found(source, None, location, Word.PROVEN)
             handed_on, there = hands_on(source.url), source.host
-            if handed_on and there in self._seen:
+            if not look or (handed_on and there in self._seen):
                 return _Found(source, None, location, Word.HANDED_ON)
             stream = await self._look(host, source, held.interval if held is not None else (0, look))
             source = stream.source or source
