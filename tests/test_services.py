@@ -15,6 +15,7 @@ import yaml
 
 ROOT: Final = Path(__file__).parents[1]
 SERVICES: Final = ROOT / "scripts/services"
+UNIT: Final = (SERVICES / "ollama-cache.service").read_text()
 CONTAINERFILE: Final = (SERVICES / "Containerfile").read_text()
 
 
@@ -151,6 +152,11 @@ def test_temporary_folders(tmp_path: Path, place: str) -> None:
 def test_the_python_to_install_is_one_that_is_found() -> None:
     """Where the message has it put is where scripts/setup looks."""
     assert "/opt/python/*/bin" in (ROOT / "scripts/find-python").read_text()
+
+
+def test_a_mistake_in_the_options_is_not_started_again() -> None:
+    """It exits with 2, each time."""
+    assert "\nRestart=on-failure\n" in UNIT and "\nRestartPreventExitStatus=2\n" in UNIT
 
 
 def test_launchd() -> None:

@@ -13,7 +13,7 @@ from mitmproxy import addonmanager, ctx, exceptions
 
 from pullthrough.config.settings import PREFIX
 from pullthrough.config.sources import choices
-from pullthrough.core.errors import CacheError
+from pullthrough.core.errors import CacheError, CannotListen, SettingsError
 from pullthrough.daemon import Daemon
 from pullthrough.proxy import options
 from pullthrough.proxy.frontend import Frontend
@@ -104,6 +104,10 @@ class OllamaCache:
 
 
 def _stop(error: CacheError) -> NoReturn:
-    """End mitmdump before it serves anybody: a cache that failed to start must not be an open proxy."""
+    """End mitmdump before it serves anybody: a cache that failed to start must not be an open proxy.
+
+    The exit code is 2, as for mitmdump's own flags, where no other start with the same options could go better.
+    """
     _log.error("ollama-cache: %s", error)
-    sys.exit(1)
+    called_wrongly = isinstance(error, SettingsError) and not isinstance(error, CannotListen)
+    sys.exit(2 if called_wrongly else 1)

@@ -22,7 +22,7 @@ from pullthrough.admin.server import ControlServer
 from pullthrough.config.paths import own_program
 from pullthrough.config.settings import Settings
 from pullthrough.core.access_log import RequestLog
-from pullthrough.core.errors import CacheError, StoreError
+from pullthrough.core.errors import SettingsError, StoreError
 from pullthrough.core.humanize import count_text
 from pullthrough.core.records import by_model
 from pullthrough.delivery.delivery import Delivery
@@ -132,7 +132,7 @@ class Daemon:
                 parents=parents,
             )
         except OSError as error:
-            raise CacheError(
+            raise SettingsError(
                 f"option ssl_verify_upstream_trusted_ca: expected a PEM file of certificates, got: {error}"
             ) from error
         self._fleet: tuple[ObjectStore, bytes] | None = None

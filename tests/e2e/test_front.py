@@ -581,14 +581,14 @@ def test_a_port_in_use_stops_the_start(tmp_path: Path) -> None:
     """One line that names it, before anybody is served."""
     with socket.create_server((ADDRESS, 0)) as other:
         taken = f"{ADDRESS}:{other.getsockname()[1]}"
-        line = refused(tmp_path, ollama_cache_listen=taken, ollama_cache_front="")
+        line = refused(tmp_path, expected=1, ollama_cache_listen=taken, ollama_cache_front="")
     assert f"option ollama_cache_listen: expected a free address of this machine, got {taken}: it is taken by " in line
 
 
 @pytest.mark.long
 def test_an_address_of_another_machine_stops_the_start(tmp_path: Path) -> None:
     """An address that this machine has not."""
-    line = refused(tmp_path, ollama_cache_listen=f"192.0.2.1:{free_port()}", ollama_cache_front="")
+    line = refused(tmp_path, expected=1, ollama_cache_listen=f"192.0.2.1:{free_port()}", ollama_cache_front="")
     assert "expected a free address of this machine, got 192.0.2.1:" in line
 
 

@@ -18,13 +18,18 @@ more = functools.partial(pytest.param, marks=pytest.mark.long)
 
 
 def refused(
-    folder: Path, *, program: Sequence[str | Path] = PROGRAM, env: dict[str, str] | None = None, **options: object
+    folder: Path,
+    *,
+    program: Sequence[str | Path] = PROGRAM,
+    env: dict[str, str] | None = None,
+    expected: int = 2,
+    **options: object,
 ) -> str:
-    """The one line that mitmdump says before it exits with 1."""
+    """The one line that mitmdump says before it exits; with 2 where it was called wrongly, else with 1."""
     places = {"ollama_cache_dir": folder / "store", "ollama_cache_certs": folder / "certs"}
     code, output = run_until_exit(folder, program=program, env=env, **(places | options))
     lines = [line for line in output.splitlines() if "Loading script" not in line and "listening at" not in line]
-    assert code == 1, output
+    assert code == expected, output
     assert len(lines) == 1, output
     assert "Traceback" not in output
     return lines[0]
@@ -109,7 +114,7 @@ def test_a_program_with_a_window(tmp_path: Path) -> None:
 def test_a_word_that_is_no_option(tmp_path: Path) -> None:
     """mitmdump takes it, and all that follows, for a filter: what was meant would silently not be in force."""
     code, output = run_until_exit(tmp_path, program=(*PROGRAM, "ollama_cache_max_size=200GB"))
-    assert code == 1
+    assert code == 2
     assert "ollama-cache: expected options, got 'ollama_cache_max_size=200GB" in output
     assert "ollama-cache ready" not in output
 
@@ -182,7 +187,7 @@ def unconstrained_ca(folder: Path) -> str:
 def test_bad_folders(tmp_path: Path, damage: Callable[[Path], str]) -> None:
     """What lies on disk is not ours, or not usable."""
     expected = damage(tmp_path)
-    message = refused(tmp_path)
+    message = refused(tmp_path, expected=1)
     assert expected in message
     assert "certs" in message if damage is unconstrained_ca else "store" in message
 
@@ -190,7 +195,7 @@ def test_bad_folders(tmp_path: Path, damage: Callable[[Path], str]) -> None:
 def test_second_daemon(tmp_path: Path) -> None:
     """A store belongs to one daemon."""
     store = Store.open(tmp_path / "store")
-    assert "expected a free store, got one in use by process" in refused(tmp_path)
+    assert "expected a free store, got one in use by process" in refused(tmp_path, expected=1)
     store.close()
 
 
@@ -266,7 +271,7 @@ def refused_late(folder: Path, program: Sequence[str | Path]) -> str:
     """The line about the refusal of a start that had come as far as listening, but admitted nobody."""
     places = {"ollama_cache_dir": folder / "store", "ollama_cache_certs": folder / "certs"}
     code, output = run_until_exit(folder, program=program, **places)
-    assert code == 1, output
+    assert code == 2, output
     assert "Traceback" not in output
     assert "ollama-cache ready" not in output
     return next((line for line in output.splitlines() if "ollama-cache: " in line), output)

@@ -15,9 +15,10 @@ import typer
 
 import pullthrough
 from pullthrough.cli import ca, models, options, service, setup, transfer
-from pullthrough.cli.common import fail, print_lines, refusals
+from pullthrough.cli.common import fail, print_lines
 from pullthrough.cli.help_text import SETTING_UP, Verbs, help_width
 from pullthrough.config.options import check_flags
+from pullthrough.core.errors import SettingsError
 
 app = Verbs(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 app.add_typer(models.app)
@@ -58,13 +59,18 @@ def run(
     if help or "-h" in context.args:
         print_lines(options.run_help(help_width()))
         return
-    with refusals():
+    try:
         check_flags(context.args)
+    except SettingsError as error:
+        fail(error, code=2)
     beside = Path(sys.executable).with_name("mitmdump.exe" if sys.platform == "win32" else "mitmdump")
     program = str(beside) if beside.exists() else shutil.which("mitmdump")
     if program is None:
         fail("expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2.3,<13")
     script = Path(pullthrough.__file__).resolve().parent.with_name("ollama_cache.py")
+    if "--version" in context.args:
+        typer.echo(f"ollama-cache {version('ollama-cache')}, by the addon {script}, in:")
+        sys.stdout.flush()  # mitmdump goes on in this process
     arguments = ["--help"] if help_mitmdump else ["-s", str(script), *context.args]
     os.execv(program, [program, *arguments])  # noqa: S606 -- no shell
 

@@ -146,7 +146,7 @@ def refusals(hint: str = "") -> Iterator[None]:
         fail(error)
 
 
-def fail(error: object) -> NoReturn:
-    """Exit with this message."""
+def fail(error: object, *, code: int = 1) -> NoReturn:
+    """Exit with this message; `code` is 2 where the verb was called wrongly."""
     typer.echo(f"ollama-cache: {error}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(code)

@@ -23,6 +23,19 @@ LOOKING: Final = "What goes on"
 SETTING_UP: Final = "Setting up"
 """Heads of the verbs that belong together."""
 OTHER: Final = "Commands"
+_ELSEWHERE: Final = {
+    **dict.fromkeys(("start", "serve", "up"), "run"),
+    **dict.fromkeys(("remove", "delete", "del"), "rm"),
+    **dict.fromkeys(("pull", "add", "fetch"), "warm"),
+    **dict.fromkeys(("status", "info"), "stats"),
+    **dict.fromkeys(("setup", "client"), "connect"),
+    **dict.fromkeys(("check", "diagnose"), "doctor"),
+    **dict.fromkeys(("gc", "clean", "cleanup"), "prune"),
+    "help": "--help",
+    "list": "ls",
+    "settings": "config",
+}
+"""What others call our verbs."""
 _HELP: Final = ("-h, --help", "Show this and exit.")
 
 
@@ -47,6 +60,13 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """Verbs behind one word."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As typer's, with a hint where the word of another program was meant."""
+        verb = _ELSEWHERE.get(args[0], "") if args and args[0] not in self.commands else ""
+        if verb.partition(" ")[0] in {*self.commands, "--help"}:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean '{ctx.command_path} {verb}'?")
+        return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help."""

@@ -31,6 +31,22 @@ _OF_MITMDUMP: Final = {
 """What is no option of ours, and may be thought one."""
 
 
+_FLAGS: Final = (
+    *("--listen-host", "--listen-port", "--mode", "--set", "--options", "--certs", "--cert-passphrase", "--proxyauth"),
+    *("--upstream-auth", "--ssl-insecure", "--allow-hosts", "--ignore-hosts", "--tcp-hosts", "--quiet", "--verbose"),
+    *("--version", "--help", "--help-mitmdump"),
+)
+"""The flags of mitmdump that somebody may give who runs the cache."""
+
+
+def near_flag(flag: str) -> str | None:
+    """Return which of mitmdump's flags this one is a misspelling of; None for a flag, or the beginning of one."""
+    switched_on = f"--{flag.removeprefix('--no-').removeprefix('--')}"
+    if not flag.startswith("--") or any(known.startswith(switched_on) for known in _FLAGS):
+        return None
+    return next(iter(get_close_matches(f"--{_plain(flag[2:]).replace('_', '-')}", _FLAGS, n=1, cutoff=_ALIKE)), None)
+
+
 def hint(name: str, known: Collection[str], *, spelt: Callable[[str], str], otherwise: str) -> str:
     """Return what to do about an unknown name: the option that was meant, as `spelt` writes it, else `otherwise`."""
     if elsewhere := _OF_MITMDUMP.get(_plain(name)):

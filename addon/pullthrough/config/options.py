@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pullthrough.config.near_misses import hint, meant, unknown_variables
+from pullthrough.config.near_misses import hint, meant, near_flag, unknown_variables
 from pullthrough.config.parsers import (
     parse_advertise,
     parse_clients,
@@ -287,10 +287,10 @@ def check_foreign(names: Iterable[str]) -> None:
 
 
 def check_flags(arguments: Iterable[str]) -> None:
-    """Stop at `--max-size`, which mitmdump would answer with its own usage, and at its `--certs`, which is ours to set.
+    """Stop at what mitmdump would answer with its own usage: `--max-size`, `--listen-prot`; and at its `--certs`.
 
     Raises:
-        SettingsError: an argument is an option of ours, given as if it were one of mitmdump's.
+        SettingsError: an argument is an option of ours, given as if it were one of mitmdump's, or nearly one of its.
     """
     known = [option.name for option in OPTIONS]
     for argument in arguments:
@@ -299,6 +299,8 @@ def check_flags(arguments: Iterable[str]) -> None:
         if flag.startswith("--") and name in known:
             given = f"--set {PREFIX}{name}={shown(value) or 'VALUE'}"
             raise SettingsError(f"{flag} is no option of the cache; did you mean {given}?")
+        if near := near_flag(flag):
+            raise SettingsError(f"{flag} is no option of mitmdump; did you mean {near}?")
 
 
 def _removed(name: str) -> SettingsError:

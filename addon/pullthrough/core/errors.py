@@ -52,6 +52,10 @@ class SettingsError(CacheError):
     """An option has a value that cannot be used."""
 
 
+class CannotListen(SettingsError):
+    """An address of an option is taken, or not there: another start with the same options may go better."""
+
+
 class AuthorityError(CacheError):
     """The certificate authority on disk is missing, foreign, or does not permit what is configured."""
 

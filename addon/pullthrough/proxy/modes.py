@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode, ReverseMode, TransparentMode
 
-from pullthrough.core.errors import SettingsError
+from pullthrough.core.errors import CannotListen, SettingsError
 from pullthrough.runtime.ports import listening, listens, reason, shown_address
 
 
@@ -28,7 +28,7 @@ def check_ports(specs: Iterable[str], host: str, port: int | None, *, others: Co
     mitmproxy may have some of its own already: a script is loaded beside that.
 
     Raises:
-        SettingsError: an address is taken, not of this machine, or not for this user.
+        CannotListen: an address is taken, not of this machine, or not for this user.
     """
     for spec in specs:
         mode = ProxyMode.parse(spec)
@@ -40,7 +40,7 @@ def check_ports(specs: Iterable[str], host: str, port: int | None, *, others: Co
         except OSError as error:
             if number not in others and listens(number):
                 continue
-            raise SettingsError(
+            raise CannotListen(
                 f"cannot listen on {shown_address(at, number)} for the proxy: {reason(error, number)}; "
                 "--listen-port and --listen-host choose another"
             ) from error

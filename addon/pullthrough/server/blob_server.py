@@ -25,7 +25,7 @@ from pullthrough.config.parsers import is_address
 from pullthrough.config.settings import PREFIX, Endpoint, Settings
 from pullthrough.core.access_log import RequestLog
 from pullthrough.core.cache_status import CACHE_NAME, CacheStatus, Outcome
-from pullthrough.core.errors import SettingsError
+from pullthrough.core.errors import CannotListen
 from pullthrough.core.routes import ManifestRoute, parse_canonical_target, parse_registry_target
 from pullthrough.delivery.accept_policy import AcceptPolicy
 from pullthrough.delivery.aiohttp_body import send
@@ -57,7 +57,7 @@ class BlobServer:
     """Listens from its making; answers between `open` and `close`."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raise SettingsError where the settings' addresses cannot be listened on."""
+        """Raise CannotListen where the settings' addresses cannot be listened on."""
         self._front = settings.fronts
         self._blob_host = settings.blob_host
         self._advertise = settings.advertise
@@ -75,7 +75,7 @@ class BlobServer:
         except OSError as error:
             self.release()
             where = shown_address(host, port)
-            raise SettingsError(
+            raise CannotListen(
                 f"option {PREFIX}listen: expected a free address of this machine, got {where}: {reason(error, port)}"
             ) from error
         self._names = [

@@ -11,10 +11,12 @@ import shutil
 import socket
 import ssl
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -64,9 +66,9 @@ def tree(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
-def refusal(result: Result) -> str:
+def refusal(result: Result, *, code: int = 1) -> str:
     """The one line of a verb that could not do what it says: exit code 1, nothing on standard output."""
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, result.stdout) == (code, "")
     assert isinstance(result.exception, SystemExit)
     assert result.stderr.startswith("ollama-cache: ")
     assert result.stderr.endswith("\n")
@@ -441,8 +443,8 @@ def test_run_helps_with_those_of_mitmdump(run: Run, executed: list[tuple[str, li
 def test_run_says_how_an_option_is_given(run: Run, executed: list[tuple[str, list[str]]], argument: str) -> None:
     """Not as one of mitmdump's, which would answer with all of its own."""
     expected = f"{argument} is no option of the cache; did you mean --set ollama_cache_max_size=20GB?"
-    assert refusal(run("run", f"{argument}=20GB")) == expected
-    assert "did you mean --set ollama_cache_certs=VALUE?" in refusal(run("run", "--certs", "/srv/certs"))
+    assert refusal(run("run", f"{argument}=20GB"), code=2) == expected
+    assert "did you mean --set ollama_cache_certs=VALUE?" in refusal(run("run", "--certs", "/srv/certs"), code=2)
     assert executed == []
 
 
@@ -469,6 +471,47 @@ def test_run_without_mitmdump(
     expected = "expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2.3,<13"
     assert refusal(run("run")) == expected
     assert executed == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [("--listen-prot", "--listen-port"), ("--listen_port=3128", "--listen-port"), ("--list-host", "--listen-host")],
+)
+def test_a_misspelt_flag_of_mitmdump(run: Run, executed: list[tuple[str, list[str]]], flag: str, meant: str) -> None:
+    """It is told before mitmdump prints its own usage."""
+    assert f"is no option of mitmdump; did you mean {meant}?" in refusal(run("run", flag, "3128"), code=2)
+    assert executed == []
+
+
+def test_every_flag_of_mitmdump_is_passed_on(run: Run, executed: list[tuple[str, list[str]]]) -> None:
+    """Also those that we have no use for, and what argparse takes for one."""
+    shown = subprocess.run(
+        [Path(sys.executable).with_name("mitmdump"), "--help"],
+        capture_output=True,
+        text=True,
+        check=False,  # it ends with 1
+    ).stdout
+    flags = sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", shown)) - {"--certs", "--options"})
+    assert len(flags) > 30
+    for flag in (*flags, "--listen-p"):
+        assert run("run", flag).exit_code == 0, flag
+    assert len(executed) == len(flags)  # all but --help, which is ours
+
+
+def test_version_of_a_run(run: Run, executed: list[tuple[str, list[str]]]) -> None:
+    """Ours, and then mitmdump's."""
+    result = run("run", "--version")
+    assert result.stdout.startswith(f"ollama-cache {version('ollama-cache')}, ")
+    assert executed[0][1][-1] == "--version"
+
+
+@pytest.mark.parametrize(
+    ("word", "verb"), [("start", "run"), ("help", "--help"), ("remove", "rm"), ("list", "ls"), ("pull", "warm")]
+)
+def test_words_of_others(run: Run, word: str, verb: str) -> None:
+    """What another program calls it is a hint."""
+    result = run(word)
+    assert result.exit_code == 2 and f" {verb}'?" in " ".join(result.stderr.split())
 
 
 # --- config --init
