@@ -96,7 +96,11 @@ def lag(bench: Bench) -> Iterator[Figure]:
     lags: list[Sample] = []
     size = bench.size(1024 * MB)
     for _ in range(bench.pairs):
-        with workplace() as new, Origin(new("origin")) as origin, Proxy(new("proxy"), origin) as proxy:
+        with (
+            workplace() as new,
+            Origin(new("origin")) as origin,
+            Proxy(new("proxy"), origin, ollama_cache_log_level="debug") as proxy,
+        ):
             add_model(origin, size)
             A2Client(proxy.url, proxy.ca_file, new("client")).pull("tiny")
             proxy.stop()

@@ -142,8 +142,10 @@ def refusals(hint: str = "") -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(f"ollama-cache: interrupted{hint}", err=True)
         raise typer.Exit(130) from None
-    except (CacheError, OSError) as error:
+    except CacheError as error:
         fail(error)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
 
 
 def fail(error: object, *, code: int = 1) -> NoReturn:

@@ -259,7 +259,10 @@ def prune(
         return print_json(done)
     word = "would remove" if dry_run else "removed"
     counts = f"{count_text(done['blobs'], 'blob')} and {count_text(done['leftovers'], 'leftover')}"
-    lines = [*(f"{word} {name}" for name in done["models"]), f"{word} {counts}, {size_text(done['freed'])}"]
+    if not (done["models"] or done["blobs"] or done["leftovers"]):
+        lines = ["nothing to remove"]
+    else:
+        lines = [*(f"{word} {name}" for name in done["models"]), f"{word} {counts}, {size_text(done['freed'])}"]
     if beyond := beyond_text(done):
         lines.append(f"on the disk now: {beyond}")
     return print_lines(lines)
@@ -367,6 +370,8 @@ async def _at_once(work: Callable[[str], Any], text: str) -> Any:
 def _listed(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"expected a list of models in {file}, got {error}")
+    except OSError as error:
+        fail(f"expected a list of models in {file}: {error.strerror}")
+    except UnicodeDecodeError:
+        fail(f"expected a list of models in {file}, got a file that is no text")
     return [text for line in lines if (text := line.partition("#")[0].strip())]

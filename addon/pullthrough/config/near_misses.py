@@ -34,7 +34,7 @@ _OF_MITMDUMP: Final = {
 _FLAGS: Final = (
     *("--listen-host", "--listen-port", "--mode", "--set", "--options", "--certs", "--cert-passphrase", "--proxyauth"),
     *("--upstream-auth", "--ssl-insecure", "--allow-hosts", "--ignore-hosts", "--tcp-hosts", "--quiet", "--verbose"),
-    *("--version", "--help", "--help-mitmdump"),
+    *("--version", "--help", "--help-mitmdump", "--show-ignored-hosts"),
 )
 """The flags of mitmdump that somebody may give who runs the cache."""
 

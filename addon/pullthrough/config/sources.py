@@ -48,14 +48,15 @@ class Choices:
         """
         settings = self.settings()
         own = {"dir": str(settings.dir), "certs": str(settings.certs)}
-        return [
-            {
-                "name": option.name,
-                "value": own.get(option.name) or self.texts.get(option.name) or option.default,
-                "source": self.sources.get(option.name, DEFAULT),
-            }
-            for option in OPTIONS
-        ]
+        rows = []
+        for option in OPTIONS:
+            text = self.texts.get(option.name, "")
+            # An empty text stands for the default, which nobody chose then.
+            is_chosen = bool(text) or (option.may_be_empty and option.name in self.texts)
+            value = own.get(option.name) or (text if is_chosen else option.default)
+            source = self.sources.get(option.name, DEFAULT) if is_chosen else DEFAULT
+            rows.append({"name": option.name, "value": value, "source": source})
+        return rows
 
 
 def choices(command_line: Mapping[str, str], environ: Mapping[str, str]) -> Choices:

@@ -41,7 +41,7 @@ class LoopLag:
             self._task.cancel()
             vars(self._task.get_loop()).pop("time", None)
             self._task = None
-            _log.info("event loop lag: %s", self)
+            _log.debug("event loop lag: %s", self)
 
     def quantiles(self, *parts: float) -> list[float]:
         """Return the lags that these parts of the samples do not exceed; 0 where there are none."""

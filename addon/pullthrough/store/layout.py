@@ -183,7 +183,10 @@ def take_lock(folder: Path, *, writable: bool = True) -> contextlib.ExitStack:
             holder = ""
             with contextlib.suppress(OSError):
                 holder = (folder / _LOCK).read_bytes()[:64].decode("ascii", "replace").strip()
-            raise StoreError(f"store {folder}: expected a free store, got one in use by process {holder or 'unknown'}")
+            raise StoreError(
+                f"store {folder}: expected a free store, got one in use by process {holder or 'unknown'}; "
+                "stop that one first, or name another store in ollama_cache_dir"
+            )
         if lock is not None:
             lock.truncate(0)
             lock.seek(0)

@@ -148,7 +148,8 @@ def _own(folder: Path, undo: contextlib.ExitStack) -> None:
     owner = OwnerFile(folder / OWNER, on_lost=lambda other: _end(folder, other))
     if (holder := owner.take()) is not None:
         raise StoreError(
-            f"store {folder}: expected a free store, got one in use by {holder}; end that one, or give each a store"
+            f"store {folder}: expected a free store, got one in use by {holder}; stop that one first, or name "
+            "another store in ollama_cache_dir"
         )
     undo.callback(owner.release)
 

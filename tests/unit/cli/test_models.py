@@ -232,7 +232,7 @@ def test_pins(run: Run) -> None:
 
 def test_prune(run: Run, folder: Path) -> None:
     """By default only what is a week old; a dry run changes nothing and says the same."""
-    assert said(run("prune")) == "removed 0 blobs and 0 leftovers, 0 B\n"
+    assert said(run("prune")) == "nothing to remove\n"
     dry = said(run("prune", "--age", "0", "--dry-run"))
     dry, told = dry.splitlines(keepends=True)
     assert re.fullmatch(r"would remove 1 blob and 1 leftover, .+ B\n", dry)
@@ -289,6 +289,7 @@ def test_a_locked_store(run: Run, folder: Path) -> None:
     try:
         assert "llama3.2:1b" in said(run("ls"))
         assert f"expected a free store, got one in use by process {os.getpid()}" in refused(run("rm", "me/x"))
+        assert "stop that one first" in refused(run("rm", "me/x"))
     finally:
         store.close()
 

@@ -73,6 +73,14 @@ def test_a_file_that_others_can_write(places: tuple[Path, Path]) -> None:
         choices({}, {})
 
 
+def test_an_empty_value_is_chosen_by_nobody(places: tuple[Path, Path]) -> None:
+    """The default is in force, and no line of the file is named for it."""
+    places[1].write_text("registries = []\nmax_size = '1GB'\n")
+    rows = {row["name"]: (row["value"], row["source"]) for row in choices({}, {}).rows()}
+    assert rows["registries"] == ("registry.ollama.ai", "default")
+    assert rows["max_size"] == ("1GB", f"{places[1]}, line 2")
+
+
 def test_no_file_of_text(tmp_path: Path) -> None:
     """No byte of it is shown, and a home folder that is not known is no traceback."""
     (tmp_path / "config.toml").write_bytes(b"dir = '\xe9'")

@@ -69,8 +69,8 @@ def test_an_empty_cache() -> None:
     parts = StatusPage().parts(QUIET)
     assert words(parts["recordings"]) == "Recording now nothing"
     assert words(parts["saved"]) == (
-        "Saved not fetched again 0 B of all that was served ? served to clients 0 B fetched from upstream 0 B "
-        "Nothing was pulled in the last 30 days."
+        "Saved not fetched again 0 B of all that was served nothing yet served to clients 0 B fetched from "
+        "upstream 0 B Nothing was pulled in the last 30 days."
     )
     assert words(parts["models"]) == "Latest models 0 Nothing is stored yet."
     assert words(parts["health"]).startswith(
