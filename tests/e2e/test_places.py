@@ -6,6 +6,8 @@ What this machine does not let us mount is skipped, and says so.
 import contextlib
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import MB, add_model, canonical, get, to_cdn, unique
+from tests.e2e.conftest import MB, add_model, canonical, get, to_cdn, to_registry, unique
 from tests.e2e.test_pull import assert_complete
 from tests.support.a2 import A2Client
 from tests.support.origin import Origin
@@ -208,3 +210,62 @@ def test_a_disk_that_takes_nothing_at_start(
         # What was removed meanwhile may have left a page.
         fill(Path(f"/proc/{proxy.pid}/root{store}/public/more"))
     assert b"store: " in refusal_of(f"http://127.0.0.1:{proxy.front_port}/readyz")
+
+
+@pytest.mark.long
+def test_a_share_that_hangs(
+    origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path
+) -> None:
+    """Its server has gone: everything else goes on, pulls go past the disk, and readiness tells; until it is back."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "share").mkdir()
+    with share_of(tmp_path / "source", tmp_path / "share") as server:
+        options = {"ollama_cache_dir": tmp_path / "share" / "store", "ollama_cache_index_dir": tmp_path / "index"}
+        proxy = start_proxy(front=True, **options)
+        stored, other = add_model(origin, unique(2 * MB)), add_model(origin, unique(2 * MB))
+        new_client(proxy).pull(stored.name)
+        proxy.wait_for_line(stored.recorded)
+        ready = f"http://127.0.0.1:{proxy.front_port}/readyz"
+        urllib.request.urlopen(ready, timeout=10).close()
+        server.send_signal(signal.SIGSTOP)
+        try:
+            for model in (stored, other):
+                client = new_client(proxy)
+                client.pull(model.name)
+                assert_complete(client, model)
+            assert b"store: no answer" in refusal_of(ready)
+            began = time.monotonic()
+            with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as tunnel:
+                tunnel.sendall(b"CONNECT 127.0.0.1:9 HTTP/1.1\r\nHost: 127.0.0.1:9\r\n\r\n")
+                assert tunnel.recv(1000).startswith(b"HTTP/1.1 403 ")  # at once, as ever
+            with to_registry(proxy) as connection:
+                assert get(connection, stored.manifest_target)[0] == 200
+            assert time.monotonic() - began < 2
+        finally:
+            server.send_signal(signal.SIGCONT)
+        proxy.wait_for_line("disk answers again")
+        before = origin.counters.cdn_bytes
+        client = new_client(proxy)
+        client.pull(stored.name)
+        assert_complete(client, stored)
+        assert origin.counters.cdn_bytes == before
+        proxy.stop()
+
+
+@contextmanager
+def share_of(source: Path, mounted: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The folder by a driver outside the kernel, as a share is; the process that answers for it."""
+    if shutil.which("bindfs") is None:
+        pytest.skip("NOT TESTED: there is no bindfs")
+    server = subprocess.Popen(["bindfs", "-f", source, mounted])
+    try:
+        deadline = time.monotonic() + 10
+        while not mounted.is_mount():
+            if server.poll() is not None or time.monotonic() > deadline:
+                pytest.skip("NOT TESTED: bindfs mounts nothing here")
+            time.sleep(0.05)
+        yield server
+    finally:
+        subprocess.run(["umount", "--lazy", mounted], check=False)
+        server.terminate()
+        server.wait(10)

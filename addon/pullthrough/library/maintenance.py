@@ -19,7 +19,8 @@ from pullthrough.core.records import Name, listed_by
 from pullthrough.library.listing import JSON, View, beyond_models, find, find_or_none, is_pattern
 from pullthrough.library.prune_plan import Plan, plan_prune, plan_removal
 from pullthrough.library.snapshot import Snapshot, with_leftovers
-from pullthrough.store.ingest import INGEST, PARTIAL, partials, quarantined
+from pullthrough.store.blob_files import partials, quarantined
+from pullthrough.store.ingest import INGEST, PARTIAL
 from pullthrough.store.store import Store
 
 _log = logging.getLogger(__name__)

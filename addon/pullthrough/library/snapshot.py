@@ -12,8 +12,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreError, TransferRefused
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name
 from pullthrough.library.listing import View
-from pullthrough.store.blob_files import BlobFiles
-from pullthrough.store.ingest import partials, quarantined
+from pullthrough.store.blob_files import BlobFiles, partials, quarantined
 from pullthrough.store.layout import check_marker, folds_case, load_pins
 from pullthrough.store.manifest_files import ModelFiles
 from pullthrough.store.places import index_folder

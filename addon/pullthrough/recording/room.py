@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from pullthrough.core.digest import Digest
-from pullthrough.core.errors import CacheError, StoreError
+from pullthrough.core.errors import CacheError, StoreError, StoreUnwritable
 from pullthrough.core.intervals import Intervals
 from pullthrough.library.eviction import Evictor
 from pullthrough.recording.assembly import Assembly
@@ -45,7 +45,11 @@ class Room:
         self._ingest = disk.store.ingest(digest)
 
     async def resume(self, permits: Callable[[int], bool]) -> tuple[int, Intervals] | None:
-        """Return the size and the bytes that an earlier recording has left, if the blob may be so long."""
+        """Return the size and the bytes that an earlier recording has left, if the blob may be so long, and the disk
+        answers.
+        """
+        if self.disk.store.is_silent:
+            return None
         return await self.disk.threads.disk(self._ingest.resume, permits)
 
     async def make(self, size: int, *, is_pulled: bool, begins: bool = False) -> None:
@@ -53,6 +57,8 @@ class Room:
 
         StoreUnwritable where that cannot be.
         """
+        if self.disk.store.is_silent:
+            raise StoreUnwritable(f"recording {self._digest}: the disk does not answer")
         whole = self._ingest.takes(size)
         await self.disk.evictor.reserve(self._digest, whole if is_pulled else min(size, FAR), whole=whole)
         if begins:

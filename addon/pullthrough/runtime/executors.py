@@ -6,14 +6,21 @@ under a thread that still uses it.
 
 import asyncio
 import contextlib
+import errno
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
 from typing import Any, Final
 
 from pullthrough.runtime import platform
 
+_log = logging.getLogger(__name__)
+
+PATIENCE_S: Final = 1.0
+"""How long the event loop waits for a disk that may hang."""
 _IDLE_S: Final = 5.0
 """How long a thread of a crew waits for more work."""
 
@@ -149,3 +156,75 @@ class Crew:
 def _discard[T](future: "Future[T]", discard: Callable[[T], None]) -> None:
     if future.exception() is None:
         discard(future.result())
+
+
+class DiskThread:
+    """Does what waits for one disk, one call after the other; whoever calls waits PATIENCE_S at most.
+
+    For a loop that cannot wait for a share whose server has gone. A disk of this machine answers, or the machine is
+    lost: there nothing changes threads.
+    """
+
+    def __init__(self, *, may_hang: bool) -> None:
+        self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] | None = SimpleQueue() if may_hang else None
+        self._awaited: Future[Any] | None = None
+        """What did not answer in time."""
+        if self._queue is not None:
+            # A daemon: one that the system holds keeps nobody from ending.
+            threading.Thread(target=self._run, name="ollama-cache-share", daemon=True).start()
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether a call has not been answered in time, and still is not."""
+        return self._awaited is not None and not self._awaited.done()
+
+    def ask[T](self, work: Callable[[], T], discard: Callable[[T], None] = lambda _: None) -> T:
+        """Return what `work` returns; what comes too late is discarded. Raises OSError while the disk is silent."""
+        if self._queue is None:
+            return work()
+        if self.is_silent:
+            raise _silence()
+        future = self._submit(work)
+        if not self._answers(future):
+            future.add_done_callback(lambda done: _discard(done, discard))
+            raise _silence()
+        return future.result()
+
+    def change(self, work: Callable[[], object]) -> None:
+        """Do `work` behind what was asked for before. Raises what it raises, if that is known in time; it is done in
+        any case.
+        """
+        if self._queue is None:
+            work()
+        elif self.is_silent:
+            self._submit(work)
+        elif self._answers(future := self._submit(work)):
+            future.result()
+
+    def _submit[T](self, work: Callable[[], T]) -> "Future[T]":
+        assert self._queue is not None
+        future: Future[T] = Future()
+        self._queue.put((work, future))
+        return future
+
+    def _answers(self, future: "Future[Any]") -> bool:
+        done, _ = wait([future], PATIENCE_S)
+        if not done:
+            self._awaited = future
+            _log.error("the store's disk has not answered for %.1f s: the cache goes on without it", PATIENCE_S)
+            future.add_done_callback(lambda _: _log.info("the store's disk answers again"))
+        return bool(done)
+
+    def _run(self) -> None:
+        assert self._queue is not None
+        while True:
+            work, future = self._queue.get()
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+            del work, future
+
+
+def _silence() -> OSError:
+    return OSError(errno.ETIMEDOUT, "the disk does not answer")

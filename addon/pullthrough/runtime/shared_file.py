@@ -6,6 +6,7 @@ Invariant: it is open for as long as one of them has it, whatever happens to the
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from pullthrough.runtime import platform
@@ -14,10 +15,15 @@ from pullthrough.runtime.window_map import WindowMap
 _PIECE: Final = 4 << 20
 
 
+def at_once(work: Callable[[], object]) -> None:
+    """Do it."""
+    work()
+
+
 class SharedFile:
     """A counted descriptor: it stays open for whoever reads it, whatever happens to the file's name."""
 
-    __slots__ = ("_on_close", "_users", "descriptor", "size", "windows")
+    __slots__ = ("_change", "_on_close", "_users", "descriptor", "size", "windows")
 
     def __init__(
         self,
@@ -26,8 +32,10 @@ class SharedFile:
         on_close: Callable[[], object] = lambda: None,
         *,
         windows: WindowMap | None = None,
+        change: Callable[[Callable[[], object]], None] = at_once,
     ) -> None:
-        """`windows` tells where what is where, if the file is not in order."""
+        """`windows` tells where what is where, if the file is not in order; `change` does what may wait for a disk."""
+        self._change = change
         self.descriptor = descriptor
         self.size = size
         self.windows = windows
@@ -64,4 +72,4 @@ class SharedFile:
         self._users -= 1
         if self._users == 0:
             self._on_close()
-            os.close(self.descriptor)
+            self._change(partial(os.close, self.descriptor))

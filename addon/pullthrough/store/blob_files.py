@@ -1,4 +1,5 @@
-"""Where the files of blobs lie: below `public/` what everybody may have, below `private/` everything else.
+"""Where the files of blobs lie: below `public/` what everybody may have, below `private/` everything else; and what
+else takes room: recordings, and quarantine.
 
 Invariant: a blob changes its root by a rename, so it is in one of them at any moment, and what is no regular file is
 no blob.
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from pullthrough.core.digest import Digest
-from pullthrough.runtime import file_system
+from pullthrough.core.errors import InvalidRequest
+from pullthrough.runtime import file_system, platform
+from pullthrough.store.ingest import INGEST, PARTIAL, QUARANTINE
 from pullthrough.store.ollama_dir import BLOBS, parse_blob_path
 
 PUBLIC: Final = "public"
@@ -46,12 +49,12 @@ class BlobFiles:
         return self._folder / (PUBLIC if public else PRIVATE) / BLOBS / digest.file_name
 
     def look(self, digest: Digest, *, public: bool) -> BlobFile | None:
-        """Return the blob's file, looked for in that root first."""
+        """Return the blob's file, looked for in that root first. Raises OSError if the disk cannot say."""
         for root in (public, not public):
             try:
                 # Not by `path`: a Path takes five times as long, and this is asked for each request.
                 status = os.lstat((self._public if root else self._private) + digest.file_name)
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
                 continue
             if stat.S_ISREG(status.st_mode):
                 return BlobFile(digest, root, status.st_size, status.st_mtime_ns, self._inode(status))
@@ -83,3 +86,22 @@ class BlobFiles:
 
     def _inode(self, status: os.stat_result) -> int:
         return status.st_ino if self._keeps_inodes else 0
+
+
+def partials(store: Path) -> dict[Digest, tuple[int, float]]:
+    """Return what recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
+    found = {}
+    for path in (store / INGEST).glob(f"*{PARTIAL}"):
+        with contextlib.suppress(InvalidRequest, FileNotFoundError):
+            found[Digest.parse(path.stem)] = _taken(path)
+    return found
+
+
+def quarantined(store: Path) -> dict[Path, tuple[int, float]]:
+    """Return the same of the bytes that did not hash to their name."""
+    return {path: _taken(path) for path in (store / QUARANTINE).glob("sha256-*")}
+
+
+def _taken(path: Path) -> tuple[int, float]:
+    status = path.stat()
+    return platform.allocated(status), status.st_mtime

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from pullthrough.core.digest import Digest
@@ -17,6 +18,7 @@ from pullthrough.core.errors import StoreUnwritable
 from pullthrough.core.records import BlobRecord
 from pullthrough.runtime import platform
 from pullthrough.runtime.clock import Epoch
+from pullthrough.runtime.executors import DiskThread
 from pullthrough.runtime.shared_file import SharedFile
 from pullthrough.store.blob_files import BlobFile, BlobFiles
 from pullthrough.store.index import Index
@@ -28,8 +30,11 @@ _log = logging.getLogger(__name__)
 class BlobTable:
     """Of one store. `place` waits for the disk and changes nothing that is resident."""
 
-    def __init__(self, folder: Path, index: Index, records: dict[Digest, BlobRecord], changes: Epoch) -> None:
-        """`changes` goes on with each change of a record."""
+    def __init__(
+        self, folder: Path, index: Index, records: dict[Digest, BlobRecord], changes: Epoch, disk: DiskThread
+    ) -> None:
+        """`changes` goes on with each change of a record. What the disk cannot say now changes none."""
+        self._disk = disk
         self._index = index
         self._changes = changes
         self.files = BlobFiles(folder)
@@ -58,7 +63,11 @@ class BlobTable:
             return None
         if digest in self.open:
             return record
-        file = self.files.look(digest, public=record.public)
+        try:
+            file = self._disk.ask(partial(self.files.look, digest, public=record.public))
+        except OSError as error:
+            _log.warning("looking for %s: %s", digest.short, error)
+            return None
         if file is None:
             self.put(digest, record._replace(held=False))
             return None
@@ -68,7 +77,9 @@ class BlobTable:
         """Return where the blob's file lies, or would."""
         record = self.records.get(digest)
         public = record is not None and record.public
-        file = self.files.look(digest, public=public)
+        file = None
+        with contextlib.suppress(OSError):
+            file = self._disk.ask(partial(self.files.look, digest, public=public))
         return self.files.path(digest, public=public if file is None else file.public)
 
     def acquire(self, digest: Digest) -> SharedFile | None:
@@ -79,10 +90,12 @@ class BlobTable:
         blob = self.open.get(digest)
         if blob is None:
             try:
-                descriptor = platform.open_descriptor(self.path(digest), os.O_RDONLY | platform.NO_LINK)
+                opening = partial(platform.open_descriptor, self.path(digest), os.O_RDONLY | platform.NO_LINK)
+                descriptor = self._disk.ask(opening, discard=os.close)
             except OSError:
                 return None
-            blob = self.open[digest] = SharedFile(descriptor, record.size or 0, lambda: self.open.pop(digest))
+            forget = partial(self.open.pop, digest)
+            blob = self.open[digest] = SharedFile(descriptor, record.size or 0, forget, change=self._disk.change)
         return blob.acquire()
 
     def disown(self, digest: Digest) -> None:
@@ -91,7 +104,7 @@ class BlobTable:
         if record is not None and record.held:
             self.put(digest, record._replace(held=False))
             with contextlib.suppress(OSError):
-                self.files.remove(digest)
+                self._disk.change(partial(self.files.remove, digest))
 
     def evict(self, digests: Sequence[Digest]) -> list[Path]:
         """Return their blobs are no hits from now on; the files that are returned are the caller's to remove."""
@@ -117,9 +130,10 @@ class BlobTable:
             # again, never a proof without its file.
             os.replace(verified, path)
             platform.sync_folder(path.parent)
+            placed = self.files.look(digest, public=public)
         except OSError as error:
             raise StoreUnwritable(f"publishing {digest}: {error}") from error
-        if (placed := self.files.look(digest, public=public)) is None:
+        if placed is None:
             raise StoreUnwritable(f"publishing {digest}: its file has gone from {path}")
         try:
             self.proofs.add(digest, Proof(placed.size, placed.mtime_ns, placed.inode))
@@ -149,7 +163,7 @@ class BlobTable:
 
     def _move(self, digest: Digest, *, public: bool) -> None:
         try:
-            self.files.move(digest, public=public)
+            self._disk.change(partial(self.files.move, digest, public=public))
         except OSError as error:
             _log.error("moving %s to the %s blobs: %s", digest.short, "public" if public else "private", error)
 
@@ -172,13 +186,17 @@ class BlobTable:
     def look(self, digest: Digest) -> None:
         """Let the record be right about the blob's file, wherever it lies."""
         known = self.records.get(digest)
-        file = self.files.look(digest, public=known is None or known.public)
+        try:
+            file, proof = self._disk.ask(partial(self._examine, digest, known))
+        except OSError as error:
+            _log.warning("looking for %s: %s", digest.short, error)
+            return
         if file is None:
             if known is not None and known.held:
                 self.put(digest, known._replace(held=False))
             return
         is_proven = known is not None and known.is_file(file.size, file.mtime_ns, file.inode)
-        if not is_proven and (proof := self.proofs.find(digest)) is not None:
+        if not is_proven and proof is not None:
             is_proven = proof.proves(file.size, file.mtime_ns, file.inode)
         record = BlobRecord(
             size=file.size,
@@ -190,6 +208,12 @@ class BlobTable:
         )
         if record != known:
             self.put(digest, record)
+
+    def _examine(self, digest: Digest, known: BlobRecord | None) -> tuple[BlobFile | None, Proof | None]:
+        """Return the blob's file, and what proves it if the record does not. May be called by another thread."""
+        file = self.files.look(digest, public=known is None or known.public)
+        is_proven = file is None or (known is not None and known.is_file(file.size, file.mtime_ns, file.inode))
+        return file, None if is_proven else self.proofs.find(digest)
 
     def proven(self) -> dict[Digest, Proof]:
         """Return what proves each held blob."""

@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ from pullthrough.core.errors import InvalidRequest, StoreUnwritable
 from pullthrough.core.intervals import Intervals
 from pullthrough.runtime import fallocate, file_system, platform
 from pullthrough.runtime.journal_lines import line_of, records_of, replace_file
-from pullthrough.runtime.shared_file import SharedFile
+from pullthrough.runtime.shared_file import SharedFile, at_once
 from pullthrough.runtime.window_map import IN_ORDER, WindowMap
 
 _log = logging.getLogger(__name__)
@@ -61,13 +62,15 @@ class Ingest:
         stranger: Path | None = None,
         fills_gaps: bool = False,
         largest: int | None = None,
+        change: Callable[[Callable[[], object]], None] = at_once,
     ) -> None:
         """`stranger` is where a file of this name may lie that is no hit: `resume` takes it where it is.
 
         On a disk that `fills_gaps` a large file grows at its end, and is put in order by `arrange`. `largest` is how
-        long a file may be there.
+        long a file may be there; `change` closes one.
         """
         self.digest = digest
+        self._share = partial(SharedFile, change=change)
         self._fills_gaps = fills_gaps
         self.stretch = SLOW_STRETCH if fills_gaps else STRETCH
         """How many bytes the disk makes durable in a moment."""
@@ -135,7 +138,7 @@ class Ingest:
             else:
                 self.in_place, self.partial_path = True, self._stranger
                 size = os.fstat(descriptor).st_size
-                self.file = SharedFile(descriptor, size).acquire()
+                self.file = self._share(descriptor, size).acquire()
                 return size, Intervals([(0, size)])
         found = self._read_journal()
         if found is None:
@@ -161,7 +164,7 @@ class Ingest:
         except OSError as error:
             os.close(descriptor)
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
-        self.file = SharedFile(descriptor, size, windows=windows).acquire()
+        self.file = self._share(descriptor, size, windows=windows).acquire()
         return size, present
 
     def takes(self, size: int) -> int:
@@ -189,7 +192,7 @@ class Ingest:
                 raise
         except OSError as error:
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
-        self.file = SharedFile(descriptor, size, windows=windows).acquire()
+        self.file = self._share(descriptor, size, windows=windows).acquire()
 
     def begin_again(self) -> None:
         """Nothing that was written counts any more."""
@@ -379,22 +382,3 @@ class Ingest:
         if any(start < 0 or stop > size for start, stop in present):
             return None
         return size, present, flushed, WindowMap(order) if order is not None else None
-
-
-def partials(store: Path) -> dict[Digest, tuple[int, float]]:
-    """Return what recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
-    found = {}
-    for path in (store / INGEST).glob(f"*{PARTIAL}"):
-        with contextlib.suppress(InvalidRequest, FileNotFoundError):
-            found[Digest.parse(path.stem)] = _taken(path)
-    return found
-
-
-def quarantined(store: Path) -> dict[Path, tuple[int, float]]:
-    """Return the same of the bytes that did not hash to their name."""
-    return {path: _taken(path) for path in (store / QUARANTINE).glob("sha256-*")}
-
-
-def _taken(path: Path) -> tuple[int, float]:
-    status = path.stat()
-    return platform.allocated(status), status.st_mtime

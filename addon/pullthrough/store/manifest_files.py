@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
@@ -32,6 +33,7 @@ from pullthrough.core.manifest_json import type_of
 from pullthrough.core.records import ManifestRecord, Name
 from pullthrough.core.routes import ManifestRoute, parse_registry_target
 from pullthrough.runtime import platform
+from pullthrough.runtime.shared_file import at_once
 from pullthrough.store.blob_files import PRIVATE, PUBLIC, ROOTS
 from pullthrough.store.ollama_dir import (
     LONGEST_MANIFEST,
@@ -99,12 +101,23 @@ _NOTHING: Final = _State(lambda: None)
 class ModelFiles:
     """Those of one store. A thread of its own writes them."""
 
-    def __init__(self, folder: Path, *, folds_case: bool, durable: bool = True) -> None:
-        """`durable` False leaves it to the caller to flush what was written."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        folds_case: bool,
+        durable: bool = True,
+        change: Callable[[Callable[[], object]], None] = at_once,
+    ) -> None:
+        """`durable` False leaves it to the caller to flush; `change` does what cannot wait for the thread."""
+        self._change = change
         self._durable = durable or not hasattr(os, "sync")
         self._folder = folder
         self._folds_case = folds_case
         self._lock = threading.Lock()
+        """Of what is pending: nobody who has it waits for the disk."""
+        self._moving = threading.Lock()
+        """Of the files."""
         self._pending: dict[Name | Place, _State] = {}
         self._unsynced: set[Path] = set()
         self._is_asked = False
@@ -127,23 +140,29 @@ class ModelFiles:
         )
 
     def drop_grants(self, place: Place) -> None:
-        """Remove the repository's grants now."""
-        with self._lock, contextlib.suppress(FileNotFoundError):
-            path = self._folder / PRIVATE / _grants_path(place)
+        """Remove the repository's grants now, if the disk answers."""
+        self._ask(place, _NOTHING)
+        self._change(partial(self._remove_grants, place))
+
+    def _remove_grants(self, place: Place) -> None:
+        path = self._folder / PRIVATE / _grants_path(place)
+        with self._moving, contextlib.suppress(FileNotFoundError):
             path.unlink()
             self._unsynced.add(path.parent)
-        self._ask(place, _NOTHING)
 
     def hide(self, name: Name, body: bytes) -> None:
-        """Let the name's file be among the private ones: it has left `public/` when this returns."""
-        with self._lock:
+        """Let the name's file be a private one: it has left `public/` when this returns, if the disk answers."""
+        self._ask(name, _State(lambda: body, denied=True))
+        self._change(partial(self._move_away, name))
+
+    def _move_away(self, name: Name) -> None:
+        with self._moving:
             for path in self._paths(name):
                 with contextlib.suppress(FileNotFoundError):
                     target = self._folder / PRIVATE / path
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(self._folder / PUBLIC / path, target)
                     self._unsynced |= {target.parent, (self._folder / PUBLIC / path).parent}
-        self._ask(name, _State(lambda: body, denied=True))
 
     def is_pending(self, what: Name | Place) -> bool:
         """Return whether the file is not yet as it was last said to be."""
@@ -176,7 +195,7 @@ class ModelFiles:
             except OSError as error:
                 told = f"the manifest of {what}" if isinstance(what, Name) else f"the grants of {'/'.join(what)}"
                 _log.warning("writing %s: %s", told, error)
-        with self._lock:
+        with self._moving:
             unsynced, self._unsynced = self._unsynced, set()
         for folder in unsynced if self._durable else ():
             try:
@@ -201,13 +220,14 @@ class ModelFiles:
                 raise
             finally:
                 os.close(descriptor)
-        with self._lock:
+        with self._moving:
             if self._pending.get(what) is state:
-                target = self._put_in_place(what, state, temporary)
-                del self._pending[what]
-                self._remove_others(what, target)
+                self._remove_others(what, self._put_in_place(what, state, temporary))
             elif temporary is not None:
                 temporary.unlink()
+        with self._lock:
+            if self._pending.get(what) is state:
+                del self._pending[what]
 
     def _put_in_place(self, what: Name | Place, state: _State, temporary: Path | None) -> Path | None:
         if temporary is None:

@@ -6,6 +6,7 @@ while upstream cannot be asked. Invariant: after `settle` every file is known, a
 """
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -13,6 +14,7 @@ from itertools import islice
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreUnwritable
 from pullthrough.core.records import Name
+from pullthrough.runtime.executors import DiskThread
 from pullthrough.store.blob_table import BlobTable
 from pullthrough.store.ledger import Grants
 from pullthrough.store.manifest_files import Document, ModelFiles, Place
@@ -33,6 +35,7 @@ class Reconciliation:
         manifests: ManifestTable,
         grants: Grants,
         blobs: BlobTable,
+        disk: DiskThread,
         changed: Callable[[], object],
     ) -> None:
         """`changed` is called after each change of a manifest."""
@@ -40,6 +43,7 @@ class Reconciliation:
         self._manifests = manifests
         self._grants = grants
         self._blobs = blobs
+        self._disk = disk
         self._changed = changed
         self._seen: set[Place] = set()
         self._turn = asyncio.Lock()
@@ -53,7 +57,7 @@ class Reconciliation:
         if self.settled or place in self._seen:
             return
         try:
-            found, granted = self._files.of(*place), self._files.grants(place)
+            found, granted = self._disk.ask(lambda: (self._files.of(*place), self._files.grants(place)))
         except OSError as error:
             _log.warning("reading what is stored of %s/%s: %s", *place, error)
             return
@@ -98,6 +102,8 @@ class Reconciliation:
             self._blobs.look(digest)
             if number % _STEP == 0:
                 await asyncio.sleep(0)
+        if self._disk.is_silent:
+            raise OSError(errno.ETIMEDOUT, "the disk does not answer")
         self._blobs.settled = True
         self._seen.clear()
         await asyncio.to_thread(self._blobs.proofs.tidy, self._blobs.proven())

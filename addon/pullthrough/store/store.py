@@ -28,6 +28,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -37,12 +38,13 @@ from pullthrough.core.manifest_json import DOCKER_TYPE, LONGEST
 from pullthrough.core.records import BlobRecord, ManifestRecord, Name, canonical
 from pullthrough.runtime import platform
 from pullthrough.runtime.clock import Epoch, Moment
+from pullthrough.runtime.executors import DiskThread
 from pullthrough.runtime.gc_pause import gc_paused
 from pullthrough.runtime.shared_file import SharedFile
-from pullthrough.store.blob_files import BlobFile
+from pullthrough.store.blob_files import BlobFile, partials, quarantined
 from pullthrough.store.blob_table import BlobTable
 from pullthrough.store.index import Index
-from pullthrough.store.ingest import JOURNAL, PARTIAL, Ingest, partials, quarantined
+from pullthrough.store.ingest import JOURNAL, PARTIAL, Ingest
 from pullthrough.store.layout import folds_case, load_secret, prepare
 from pullthrough.store.ledger import Grants, Ledger
 from pullthrough.store.manifest_files import ModelFiles
@@ -84,14 +86,17 @@ class Store:
         self.secret = load_secret(folder, writable=not disk.unwritable)
         self._lock = lock
         self._index = index
+        self._calls = DiskThread(may_hang=disk.shared)
         self.changes = Epoch()
         """Goes on when what is known of a blob or a manifest changes, but for the time of a pull."""
         self.ledger = Ledger(folder, index, contents)
-        self._files = ModelFiles(folder, folds_case=folds_case(folder))
-        self._blobs = BlobTable(folder, index, contents.blobs, self.changes)
+        self._files = ModelFiles(folder, folds_case=folds_case(folder), change=self._calls.change)
+        self._blobs = BlobTable(folder, index, contents.blobs, self.changes, self._calls)
         self._manifests = ManifestTable(index, contents, self.read_manifest)
         self._grants = Grants(index, self._files, members, self._manifests)
-        self._survey = Reconciliation(self._files, self._manifests, self._grants, self._blobs, self.changes.advance)
+        self._survey = Reconciliation(
+            self._files, self._manifests, self._grants, self._blobs, self._calls, self.changes.advance
+        )
         self._denials = Epoch()
         self._manifests.open()
 
@@ -140,6 +145,11 @@ class Store:
         self._lock.close()
 
     # --- blobs
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the disk does not answer now."""
+        return self._calls.is_silent
 
     @property
     def held_bytes(self) -> int:
@@ -215,7 +225,8 @@ class Store:
 
     def ingest(self, digest: Digest) -> Ingest:
         """Return the ingest of `digest`: a new one, or the partial that an earlier recording left."""
-        return Ingest(self.folder / "ingest", digest, self.blob_path(digest), self.disk.in_order, self.disk.largest)
+        disk, stranger = self.disk, self.blob_path(digest)
+        return Ingest(self.folder / "ingest", digest, stranger, disk.in_order, disk.largest, change=self._calls.change)
 
     def place(self, digest: Digest, verified: Path) -> BlobFile:
         """Move a file among the blobs; it is no hit before `publish`.
@@ -363,7 +374,8 @@ class Store:
         if known is None or (known.size or 0) > LONGEST or (file := self.open_blob(digest)) is None:
             return None
         try:
-            record = ManifestRecord.parse(platform.read_at(file.descriptor, 0, file.size), DOCKER_TYPE, now=0.0)
+            body = self._calls.ask(partial(platform.read_at, file.descriptor, 0, file.size))
+            record = ManifestRecord.parse(body, DOCKER_TYPE, now=0.0)
         except OSError as error:
             _log.warning("reading the manifest %s: %s", digest.short, error)
             return None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pullthrough.runtime import executors as module
-from pullthrough.runtime.executors import Crew
+from pullthrough.runtime.executors import Crew, DiskThread
 
 WAIT_S = 20.0
 
@@ -117,3 +117,50 @@ async def test_a_cancelled_call_may_be_left_alone() -> None:
     gate.set()
     assert await asyncio.to_thread(discarded.wait, WAIT_S)
     assert found == [7]
+
+
+# --- a disk that may hang
+
+
+def test_a_disk_that_answers() -> None:
+    """What is asked for is done in another thread, one after the other; of a disk of this machine, here."""
+    here = threading.current_thread()
+    for may_hang in (False, True):
+        disk = DiskThread(may_hang=may_hang)
+        assert (disk.ask(threading.current_thread) is here) is not may_hang
+        done: list[int] = []
+        for number in range(3):
+            disk.change(functools.partial(done.append, number))
+        assert done == [0, 1, 2]
+        for ask in (disk.ask, disk.change):
+            with pytest.raises(ZeroDivisionError):
+                ask(lambda: 1 / 0)
+        assert not disk.is_silent
+
+
+def test_a_disk_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is waited for once; then nothing is asked of it, changes come in their order when it answers, results go."""
+    monkeypatch.setattr(module, "PATIENCE_S", 0.05)
+    disk, answer = DiskThread(may_hang=True), threading.Event()
+    done: list[object] = []
+
+    def hang() -> str:
+        assert answer.wait(WAIT_S)
+        return "late"
+
+    with pytest.raises(OSError, match="does not answer"):
+        disk.ask(hang, discard=done.append)
+    monkeypatch.setattr(module, "PATIENCE_S", WAIT_S)
+    assert disk.is_silent
+    disk.change(functools.partial(done.append, 1))
+    with pytest.raises(OSError, match="does not answer"):
+        disk.ask(nothing)
+    disk.change(functools.partial(done.append, 2))
+    assert done == []
+    over = threading.Event()
+    disk.change(over.set)
+    answer.set()
+    assert over.wait(WAIT_S)
+    assert done == ["late", 1, 2]
+    assert not disk.is_silent
+    assert disk.ask(lambda: 5) == 5

@@ -1,8 +1,11 @@
 """places: what follows from a disk, and that a store is kept there accordingly."""
 
+import asyncio
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -12,14 +15,17 @@ import pytest
 
 from pullthrough.config import paths
 from pullthrough.core.digest import Digest
-from pullthrough.core.errors import StoreError
+from pullthrough.core.errors import StoreError, StoreUnwritable
+from pullthrough.core.manifest_json import DOCKER_TYPE
+from pullthrough.core.records import ManifestRecord, Name
 from pullthrough.library.snapshot import Snapshot
-from pullthrough.runtime import file_system, owner_file, platform
+from pullthrough.runtime import executors, file_system, owner_file, platform
 from pullthrough.runtime.file_system import Facts
 from pullthrough.runtime.owner_file import OwnerFile
 from pullthrough.store import places
 from pullthrough.store.places import Place, conclude
 from pullthrough.store.store import Store
+from tests.support.modelsfolder import manifest_of
 
 DIGEST = Digest("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")  # of b"abc"
 
@@ -182,6 +188,82 @@ def test_a_full_disk_at_start(tmp_path: Path, unwritable: Callable[[], None], ca
         with pytest.raises(StoreError, match="in use by process"):
             Store.open(tmp_path / "store")
     assert (tmp_path / "store" / "index" / "cache.db").read_bytes() == before
+
+
+# --- one that may hang
+
+
+def test_the_loop_asks_no_share(share: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a request wants of the store: another thread waits for the disk."""
+    name = Name("registry.example", "library/tiny", "latest")
+    store, mine, loop = share / "store", [], threading.current_thread()
+
+    def watch(owner: object, word: str) -> None:
+        work = getattr(owner, word)
+
+        def do(*arguments: object, **options: object) -> object:
+            if threading.current_thread() is loop and str(store) in str(arguments[0]):
+                mine.append((word, *arguments))
+            return work(*arguments, **options)
+
+        monkeypatch.setattr(owner, word, do)
+
+    def work(store: Store) -> None:
+        found = ManifestRecord.parse(manifest_of(b"abc"), DOCKER_TYPE, now=1.0)
+        assert found is not None
+        store.put_manifest(name, found)
+        for model in (name, name.twin):
+            store.manifest(model)
+        store.manifests_of(*name.place)
+        store.confirm_public(*name.place, DIGEST)
+        assert store.is_member(*name.place, DIGEST)
+        assert store.held(DIGEST)
+        file = store.open_blob(DIGEST)
+        assert file is not None
+        file.release()
+        store.read_manifest(DIGEST)
+        store.blob_path(DIGEST)
+        store.ingest(DIGEST)
+        store.refused(*name.place)
+        store.deny(*name.place)
+        store.disown(DIGEST)
+
+    with closing(Store.open(store)) as opened:
+        fill(opened)
+    with closing(Store.open(store)) as opened, monkeypatch.context():
+        for word in ("stat", "lstat", "open", "replace", "rename", "scandir", "unlink", "mkdir", "rmdir", "readlink"):
+            watch(os, word)
+        watch(platform, "open_descriptor")
+        watch(platform, "open_regular")
+        work(opened)
+        found, mine = mine, []
+    assert found == []
+
+
+def test_a_share_that_hangs(share: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is waited for once; what is known of it stays known, and is a hit again when it answers."""
+    monkeypatch.setattr(executors, "PATIENCE_S", 0.05)
+    answer, lstat = threading.Event(), os.lstat
+
+    def hang(path: str) -> os.stat_result:
+        assert answer.wait(20)
+        return lstat(path)
+
+    with closing(Store.open(share / "store")) as store:
+        fill(store)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "lstat", hang)
+            assert store.held(DIGEST) is None
+            assert store.is_silent
+            assert store.open_blob(DIGEST) is None
+            assert store.blob(DIGEST).held  # type: ignore[union-attr]
+            with pytest.raises(StoreUnwritable, match="comparing"):
+                asyncio.run(store.settle())
+            answer.set()
+            while store.is_silent:
+                pass
+        assert store.held(DIGEST) is not None
+        asyncio.run(store.settle())
 
 
 # --- real ones
