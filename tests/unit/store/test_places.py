@@ -122,7 +122,7 @@ def test_two_daemons_on_a_share(share: Path, monkeypatch: pytest.MonkeyPatch) ->
     """The second is refused, and told who has the store, though every lock is granted to it."""
     with closing(Store.open(share / "store")):
         monkeypatch.setattr(owner_file, "_machine", lambda: "another")
-        with pytest.raises(StoreError, match=rf"in use by process \d+ on {owner_file.socket.gethostname()}; end that"):
+        with pytest.raises(StoreError, match=rf"in use by process \d+ on {owner_file.socket.gethostname()}; stop that"):
             Store.open(share / "store")
     Store.open(share / "store").close()
 
