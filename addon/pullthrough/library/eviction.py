@@ -70,22 +70,20 @@ class Evictor:
     async def reserve(self, digest: Digest, size: int, *, whole: int | None = None) -> None:
         """Make room for a recording of `size` bytes; it counts in full until `release`. StoreUnwritable if none can be.
 
-        What an earlier recording of it has left is counted in, and a blob that is held takes no more. Nothing is
-        evicted where there can be no room for the `whole` of the blob and for the rest of its model. SourceDistrusted
-        for what had another digest lately.
+        What an earlier recording of it has left is counted in. A blob that is held takes no more, nor does one that
+        as much was reserved for before. Nothing is evicted where there can be no room for the `whole` of the blob and for
+        the rest of its model. SourceDistrusted for what had another digest lately.
         """
         if (known := self._store.blob(digest)) is not None and known.held:
             self._reserved[digest] = 0  # it is only verified
             return
         if size > SMALL and self._mismatches.holds(digest, now=steady()):
             raise SourceDistrusted(f"{digest.short}: its source has brought other bytes twice; not kept now")
+        if 0 < size <= self._reserved.get(digest, 0):
+            return
         async with self._turn:
             try:
-                await self._threads.disk(restore, self._store.folder)
-                # In this order: room that a recording takes between the two is not missed twice.
-                free = (await self._threads.disk(shutil.disk_usage, self._store.folder)).free
-                partials = await self._threads.disk(self._store.partials)
-                evidence = await self._threads.disk(self._store.quarantined)
+                free, partials, evidence = await self._threads.disk(self._look)
             except OSError as error:
                 raise StoreUnwritable(f"recording {digest}: {error}") from error
             suspect = sum(taken for taken, _ in evidence.values())
@@ -106,6 +104,13 @@ class Evictor:
                 total = self._excess({**rest, **self._reserved, digest: most}, partials, suspect, free)
                 await self._evict(digest, most + sum(rest.values()), (excess, total), partials, free)
             self._reserved[digest] = size
+
+    def _look(self) -> tuple[int, dict[Digest, tuple[int, float]], dict[Path, tuple[int, float]]]:
+        """Return what is free on the disk, and what partials and quarantined bytes take of it. Raises OSError."""
+        restore(self._store.folder)
+        # In this order: room that a recording takes between the two is not missed twice.
+        free = shutil.disk_usage(self._store.folder).free
+        return free, self._store.partials(), self._store.quarantined()
 
     async def _drop_evidence(self, evidence: Mapping[Path, tuple[int, float]], excess: int) -> int:
         """Remove quarantined files, the oldest first, until `excess` bytes are free; returns how many are."""
