@@ -4,6 +4,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -204,3 +205,22 @@ def test_layers_behind_are_recorded_ahead(
     proxy.wait_for_line(model.recorded)
     for layer in model.layers:
         assert origin.counters.cdn_bytes_by_digest[layer] == origin.blob(layer).size
+
+
+def test_a_small_blob_of_a_transfer_is_asked_for_once(origin: Origin, start_proxy: Callable[..., Proxy]) -> None:
+    """x/transfer fetches all of what it has resolved; so does the cache, once it knows how fast the source is."""
+    proxy = start_proxy()
+    size = 800_000
+    model = conftest.add_model(origin, *(unique(size) for _ in range(4)))
+    requests = []
+    with conftest.to_registry(proxy) as registry, conftest.to_cdn(proxy) as cdn:
+        for layer in model.layers:
+            target = f"/v2/{model.repository}/blobs/{layer}"
+            status, headers, _ = conftest.get(registry, target, User_Agent="ollama-transfer/1.0")
+            assert status == 307
+            parts = urlsplit(headers["location"])
+            _, _, body = conftest.get(cdn, f"{parts.path}?{parts.query}", User_Agent="ollama-transfer/1.0")
+            assert len(body) == size
+            requests.append(origin.counters.cdn_requests)
+    first, last = requests[0], requests[-1]
+    assert last - first == len(model.layers) - 1

@@ -70,8 +70,8 @@ class Evictor:
     async def reserve(self, digest: Digest, size: int, *, whole: int | None = None) -> None:
         """Make room for a recording of `size` bytes; it counts in full until `release`. StoreUnwritable if none can be.
 
-        What an earlier recording of it has left is counted in. A blob that is held takes no more, nor does one that
-        as much was reserved for before. Nothing is evicted where there can be no room for the `whole` of the blob and for
+        What an earlier recording of it has left is counted in. A blob that is held takes no more, nor does one that as
+        much was reserved for before. Nothing is evicted where there can be no room for the `whole` of the blob and for
         the rest of its model. SourceDistrusted for what had another digest lately.
         """
         if (known := self._store.blob(digest)) is not None and known.held:

@@ -184,7 +184,7 @@ class BlobWriter:
         """Publish the blob if it is what it claims to be; DigestMismatch after it was quarantined if not."""
         began = time.monotonic()
         digest = self._ingest.digest
-        arranged = self._assembly.size if self._ingest.is_in_order else 0
+        arranged = self._assembly.size if self._ingest.finished_path == self._ingest.partial_path else 0
         while arranged < self._assembly.size:
             arranged = await self._threads.disk(self._ingest.arrange, arranged)
         if actual != digest.hex:

@@ -105,7 +105,7 @@ class BlobContent:
                 )
             finally:
                 file.release()
-        recording = self.recording(digest, handed_out, look=_wanted_from_start(request))
+        recording = self.recording(digest, handed_out, look=wanted_from_start(request))
         size = await recording.ready()
         if size <= SMALL and request.method == "GET" and await self._is_verified(recording, size):
             return await self.read(request, digest, offload=offload)
@@ -150,13 +150,16 @@ class BlobContent:
             digest, obtain=obtain or (lambda: self._grants.source(digest)), source=source, look=look
         )
 
-    async def record(self, digest: Digest, grant: Grant) -> int:
-        """Return the size of a granted blob; if it is not stored, a recording is started. Raises CacheError."""
+    async def record(self, digest: Digest, grant: Grant, *, look: int = 0) -> int:
+        """Return the size of a granted blob; if it is not stored, a recording is started. Raises CacheError.
+
+        Of a new recording the first `look` bytes are surely wanted.
+        """
         if (held := self._store.held(digest)) is not None and held.size is not None:
             if grant.stream is not None:
                 grant.stream.close()
             return held.size
-        recording = self._recorder.open(digest, obtain=grant.again, source=grant.source, stream=grant.stream)
+        recording = self._recorder.open(digest, obtain=grant.again, source=grant.source, stream=grant.stream, look=look)
         return await recording.ready()
 
     def _disown(self, digest: Digest) -> None:
@@ -234,7 +237,7 @@ class BlobContent:
             self._on_pull(place, digest)
 
 
-def _wanted_from_start(request: Request) -> int:
+def wanted_from_start(request: Request) -> int:
     """Return how many bytes from the start of a blob of unknown size the request certainly wants."""
     if request.method != "GET":
         return 0

@@ -26,7 +26,7 @@ from pullthrough.core.routes import BlobRoute, ChunksumsRoute, canonical_path
 from pullthrough.fleet.tier import Tier
 from pullthrough.recording.pulls import Pulls
 from pullthrough.recording.recorder import Recorder
-from pullthrough.registry.blob_content import OCTETS, BlobContent
+from pullthrough.registry.blob_content import OCTETS, BlobContent, wanted_from_start
 from pullthrough.registry.freshness import DOWN_S, REVALIDATE_TIMEOUT_S
 from pullthrough.registry.grants import Grant, Grants, attempts
 from pullthrough.registry.manifests import Manifests
@@ -191,7 +191,9 @@ class Blobs:
         record = self._store.blob(route.digest)
         if self._tier is not None and record is not None and record.public and self._grants.holds(request, route):
             return await self._content.recording(route.digest).ready()
-        return await self._content.record(route.digest, await self._grants.obtain(request, route))
+        # x/transfer asks for where a blob is and then, at once, for all of it.
+        look = wanted_from_start(request) if request.is_transfer else 0
+        return await self._content.record(route.digest, await self._grants.obtain(request, route), look=look)
 
     def _size(self, digest: Digest) -> int | None:
         record = self._store.blob(digest)

@@ -227,7 +227,7 @@ class Ingest:
         Then `finished_path` is the whole file. All its bytes must be here.
         """
         assert self.file is not None
-        if self.is_in_order:
+        if self.file.windows is None or self.file.windows.in_order:
             return self.file.size
         stop = min(position + self.stretch, self.file.size)
         try:
@@ -243,15 +243,10 @@ class Ingest:
         return stop
 
     @property
-    def is_in_order(self) -> bool:
-        """Whether each byte lies at its own place already."""
-        windows = self.file.windows if self.file is not None else None
-        return windows is None or windows.in_order
-
-    @property
     def finished_path(self) -> Path:
         """Where the bytes lie in order, once they are whole and arranged."""
-        return self.partial_path if self.is_in_order else self._whole_path
+        windows = self.file.windows if self.file is not None else None
+        return self.partial_path if windows is None or windows.in_order else self._whole_path
 
     def _reserve(self, first: int, last: int) -> None:
         """Take room for these windows. Where it cannot be had the writing itself says so, or does without."""
