@@ -232,6 +232,7 @@ class Upstream:
             fields = cleaned(response.headers)
             location = fields.get("Location")
             if response.status in REDIRECTS and location:
+                response.skip()
                 return source.moved(location), None
             if response.status >= 400:
                 text = await self._control.refusal(response, REFUSAL_LIMIT)
@@ -308,7 +309,7 @@ class Upstream:
             location = response.headers.get("Location")
             if response.status not in REDIRECTS or not location:
                 return response, source
-            response.close()
+            response.skip()
             source = source.moved(location)
         raise UnexpectedResponse(f"expected at most {MAX_HOPS} redirects, got more")
 

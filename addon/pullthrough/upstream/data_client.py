@@ -5,6 +5,7 @@ are bounded. No message quotes what was asked for or sent.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -121,11 +122,24 @@ class DataResponse:
                     case h11.Data() as event:
                         found += event.data
                     case _:
-                        self._persists = self._persists and not self._connection.trailing_data[0]
-                        self._body = memoryview(b"")
-                        self.finish()
+                        self._end()
                         return bytes(found)
         return None
+
+    def skip(self) -> None:
+        """Nobody reads the body: keep the connection if all of it has come with the head, else close it."""
+        with contextlib.suppress(h11.RemoteProtocolError):
+            while isinstance(event := self._connection.next_event(), h11.Data):
+                pass
+            if isinstance(event, h11.EndOfMessage):
+                self._end()
+        self.close()
+
+    def _end(self) -> None:
+        """The parser has seen the end of the body."""
+        self._persists = self._persists and not self._connection.trailing_data[0]
+        self._body = memoryview(b"")
+        self.finish()
 
     def finish(self) -> None:
         """The body has been read to its end: keep the connection. UnexpectedResponse if more has come than that."""

@@ -244,6 +244,25 @@ def test_a_body_that_was_not_read_ends_its_connection() -> None:
         assert at.server.connections == 2
 
 
+@pytest.mark.parametrize(
+    ("answer", "connections"),
+    [
+        pytest.param(reply(b""), 1, id="no body"),
+        pytest.param(reply(BODY), 1, id="all of it is here"),
+        pytest.param(b"HTTP/1.1 307 Go\r\nTransfer-Encoding: chunked\r\n\r\n2\r\ngo\r\n0\r\n\r\n", 1, id="in chunks"),
+        pytest.param(reply(BODY, length=11), 2, id="some of it is to come"),
+        pytest.param(reply(BODY + b"x", length=10), 2, id="more than that"),
+        pytest.param(reply(BODY, "Connection: close"), 2, id="the server says so"),
+    ],
+)
+def test_a_body_that_is_skipped(answer: bytes, connections: int) -> None:
+    """It ends its connection only where it is not here already: a redirect's is a line, or nothing."""
+    with world(answer, reply()) as at:
+        at.get().skip()
+        assert read(at.get()) == BODY
+        assert at.server.connections == connections
+
+
 def test_more_than_the_body_is_no_answer() -> None:
     """And its connection is of no use any more."""
     with world(reply(BODY + b"x", length=10), reply()) as at:
