@@ -53,7 +53,7 @@ class PassThrough:
     def exchange(self, client: h11.Connection, request: h11.Request) -> int:
         """Pass the request through and its answer back; return the answer's status.
 
-        CacheError where there is no answer; ClientGone; h11.RemoteProtocolError for what is no HTTP; PassingBroken
+        CacheError where there is no answer; ClientGone; h11.RemoteProtocolError for what is no HTTP; PassThroughBroken
         where an answer broke off.
         """
         self._check(request)
