@@ -98,3 +98,13 @@ class Cursor(Demand):
         """Let go of the recording and its file."""
         self._feed.detach(self)
         self.file.release()
+
+
+class Readers(set[Cursor]):
+    """The readers of one recording: each waits for the byte at its position, and for no other reader."""
+
+    def rouse(self, start: int, stop: int) -> None:
+        """Let those look again that wait for a byte of `[start, stop)`."""
+        for cursor in self:
+            if start <= cursor.position < stop:
+                cursor.rouse()

@@ -17,7 +17,7 @@ from pullthrough.core.errors import CacheError, DigestMismatch, StoreError, Stor
 from pullthrough.recording.assembly import Assembly
 from pullthrough.recording.blob_source import BlobSource
 from pullthrough.recording.blob_writer import BlobWriter
-from pullthrough.recording.cursor import Cursor
+from pullthrough.recording.cursor import Cursor, Readers
 from pullthrough.recording.fetcher import Fetcher
 from pullthrough.recording.plan import Interest, Line, Plan
 from pullthrough.recording.relay import Relay, Relays
@@ -77,7 +77,7 @@ class Recording:
         self._room = room
         self._line = line
         self._on_end = on_end
-        self._cursors: set[Cursor] = set()
+        self._cursors = Readers()
         self._interest = Interest(self._cursors, finish, is_wanted=wanted, is_pulled=wanted)
         self._parts: _Parts | None = None
         self._ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -164,12 +164,6 @@ class Recording:
         if self._parts is not None:
             self._parts.fetcher.wake()
 
-    def _rouse(self, start: int, stop: int) -> None:
-        """Wake the readers that wait for these bytes."""
-        for cursor in self._cursors:
-            if start <= cursor.position < stop:
-                cursor.rouse()
-
     # --- beginning
 
     def start(self, stream: DataStream | None, *, after: "Recording | None") -> None:
@@ -217,7 +211,7 @@ class Recording:
     def _open(self, assembly: Assembly) -> Fetcher:
         """Put everything to work; returns what takes the first response."""
         plan = Plan(assembly, self._interest, self._line, host=self.blob_source.host, now=steady())
-        file, blob_writer = self._room.open(assembly, self._rouse)
+        file, blob_writer = self._room.open(assembly, self._cursors.rouse)
         fetcher = Fetcher(self.digest.short, plan, self.blob_source, blob_writer)
         self._parts = parts = _Parts(plan, file, blob_writer, fetcher)
         self._pass(Event.OPENED)
@@ -255,7 +249,7 @@ class Recording:
         self._error = error
         if self._parts is not None:
             self._parts.fetcher.drop()
-            self._rouse(0, size + 1)
+            self._cursors.rouse(0, size + 1)
         self._tell_size(size)
         asyncio.get_running_loop().call_later(UNKEPT_S, self._expire)
 
@@ -333,7 +327,7 @@ class Recording:
         self._watch_idleness()
         self.over.set()
         self._on_end(self)
-        self._rouse(0, (self.size or 0) + 1)
+        self._cursors.rouse(0, (self.size or 0) + 1)
         self._closing = asyncio.get_running_loop().create_task(self._close(), name=f"close {self.digest.short}")
 
     async def _close(self) -> None:

@@ -90,6 +90,7 @@ class Plans(RuleBasedStateMachine):
         attempt.position = stop
         self.plan.come(attempt, came, self.now, near=False)
         self.came += came
+        assert self.plan.heard == attempt.pace.heard == self.now
         if attempt.position == self.plan.reach(attempt):
             self.plan.end(attempt)
 
