@@ -65,6 +65,7 @@ def test_full_disk(
         report = client.pull(large.name)
     assert_complete(client, large)
     assert report.retries == report.stalls == 0
+    assert report.max_gap_s < 10
     proxy.wait_for_line("expected room for")
     assert rss.growth_mib < 64 + 100  # the window, and what streaming takes
     assert files_of(proxy, "ingest") == []

@@ -213,6 +213,36 @@ def test_a_disk_that_takes_nothing_at_start(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_share(origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path) -> None:
+    """16 parts of a GiB come at once, nobody waits long, and the blob is a hit; a second cache on it is refused."""
+    size = 1 << 30
+    for name in ("source", "share"):
+        (tmp_path / name).mkdir()
+    with share_of(tmp_path / "source", tmp_path / "share"):
+        options = {"ollama_cache_dir": tmp_path / "share" / "store", "ollama_cache_index_dir": tmp_path / "index"}
+        proxy = start_proxy(**options)
+        model = add_model(origin, unique(size))
+        client = new_client(proxy, min_part=size // 16, max_part=size // 16)
+        with asking(proxy, canonical(proxy, model)) as waited:
+            report = client.pull(model.name)
+            assert_complete(client, model)
+            line = proxy.wait_for_line(model.recorded, timeout_s=60)
+        print(f"longest wait of a part {report.max_gap_s:.1f} s, of others {max(waited):.1f} s; {line}")
+        assert report.retries == report.stalls == 0
+        assert max(report.max_gap_s, *waited) < 10
+        with pytest.raises(StartFailed, match=r"in use by process \d+ on"):
+            start_proxy(**options | {"ollama_cache_index_dir": tmp_path / "other index"})
+        before = origin.counters.cdn_bytes
+        client = new_client(proxy)
+        client.pull(model.name)
+        assert_complete(client, model)
+        assert origin.counters.cdn_bytes == before
+        assert not list((tmp_path / "source").rglob("cache.db"))
+        proxy.stop()
+
+
+@pytest.mark.long
 def test_a_share_that_hangs(
     origin: Origin, start_proxy: Callable[..., Proxy], new_client: NewClient, tmp_path: Path
 ) -> None:
