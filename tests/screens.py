@@ -160,6 +160,7 @@ def surroundings(folder: Path, width: int) -> Iterator[Callable[[str], str]]:
         stack.enter_context(patch("pullthrough.cli.common.terminal_width", lambda: width))
         stack.enter_context(patch("pullthrough.runtime.platform.lan_address", lambda: "10.0.0.1"))
         stack.enter_context(patch("pullthrough.runtime.platform.own_addresses", lambda: frozenset({"10.0.0.1"})))
+        stack.enter_context(patch("pullthrough.config.paths.own_program", lambda: "ollama-cache"))
 
         def say(call: str) -> str:
             words = [word.replace("OUT", str(folder / "out")) for word in shlex.split(call)]

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from mitmproxy import addonmanager, ctx, exceptions
 
+from pullthrough.config.paths import as_called_here
 from pullthrough.config.settings import PREFIX
 from pullthrough.config.sources import choices
 from pullthrough.core.errors import CacheError, CannotListen, SettingsError
@@ -108,6 +109,6 @@ def _stop(error: CacheError) -> NoReturn:
 
     The exit code is 2, as for mitmdump's own flags, where no other start with the same options could go better.
     """
-    _log.error("ollama-cache: %s", error)
+    _log.error("ollama-cache: %s", as_called_here(str(error)))
     called_wrongly = isinstance(error, SettingsError) and not isinstance(error, CannotListen)
     sys.exit(2 if called_wrongly else 1)

@@ -19,7 +19,7 @@ from pullthrough.admin.command import Arguments, Command, Look
 from pullthrough.admin.commands import Commands
 from pullthrough.admin.fleet_commands import FleetCommands
 from pullthrough.admin.server import ControlServer
-from pullthrough.config.paths import own_program
+from pullthrough.config.paths import as_called_here, own_program
 from pullthrough.config.settings import Settings
 from pullthrough.core.access_log import RequestLog
 from pullthrough.core.errors import SettingsError, StoreError
@@ -259,7 +259,9 @@ class Daemon:
             self._blob_server,
         )
         if problem := room_problem(store.folder, settings.min_free):
-            _log.warning("%s", problem)
+            _log.warning("%s", as_called_here(problem))
+        if settings.offline:
+            _log.info("offline: nothing is fetched, and what is stored is served (ollama_cache_offline=true)")
         page = clients_page(settings) if settings.listen else ""
         self._announce(stack, page)
         shows = f"{page} shows it; " if page else ""

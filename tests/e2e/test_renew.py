@@ -44,7 +44,7 @@ def test_renew(origin: Origin, tmp_path: Path) -> None:
         pull(proxy, first)
     more = {**proxy.options, "ollama_cache_registries": REGISTRIES}
     code, said = run_until_exit(tmp_path, **more)
-    assert code == 1 and "permits hf.co, got" in said and "`ollama-cache ca renew hf.co` makes one beside it" in said
+    assert code == 1 and "permits hf.co, got" in said and "ollama-cache ca renew hf.co` makes one beside it" in said
     said = ca(proxy, "renew", "hf.co")
     assert "hf.co" in said and "/next/" in said
 

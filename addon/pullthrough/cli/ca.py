@@ -21,6 +21,7 @@ from pullthrough.cli.common import (
     settings_in_force,
 )
 from pullthrough.cli.help_text import Verbs
+from pullthrough.config.paths import as_called_here
 from pullthrough.config.settings import ENVIRONMENT, Settings
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def renew(
                 f"{ENVIRONMENT}REGISTRIES={wanted} for this command and for the cache"
             )
         _show([rollover.renew(folder, configured, now=now, replace=replace)], json=json)
-        typer.echo("Restart the cache, set each client up again, and then: ollama-cache ca renew --switch", err=True)
+        again = as_called_here("ollama-cache ca renew --switch")
+        typer.echo(f"Restart the cache, set each client up again, and then: {again}", err=True)
 
 
 def _names() -> tuple[str, ...]:

@@ -150,5 +150,5 @@ def refusals(hint: str = "") -> Iterator[None]:
 
 def fail(error: object, *, code: int = 1) -> NoReturn:
     """Exit with this message; `code` is 2 where the verb was called wrongly."""
-    typer.echo(f"ollama-cache: {error}", err=True)
+    typer.echo(f"ollama-cache: {paths.as_called_here(str(error))}", err=True)
     raise typer.Exit(code)

@@ -8,7 +8,7 @@ import ipaddress
 import os
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -29,6 +29,7 @@ from pullthrough.cli.common import (
 )
 from pullthrough.cli.help_text import LOOKING, SETTING_UP, Verbs
 from pullthrough.config.parsers import is_address
+from pullthrough.config.paths import as_called_here
 from pullthrough.config.settings import PROXY_PORT, Endpoint
 from pullthrough.core.errors import NoDaemon
 
@@ -140,7 +141,8 @@ def doctor(
 
             findings = examine(settings_in_force(dir))
         else:
-            findings = rules.of_server(_server_facts(dir))
+            found = rules.of_server(_server_facts(dir))
+            findings = [replace(finding, mend=as_called_here(finding.mend)) for finding in found]
     if json:
         print_json([asdict(finding) for finding in findings])
     else:

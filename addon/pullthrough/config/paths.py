@@ -1,6 +1,8 @@
 """Where things lie on this machine when no option says so, this installation's own program among them."""
 
 import os
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +11,26 @@ from typing import Final
 import platformdirs
 
 CONFIG_NAME: Final = "config.toml"
+VERBS: Final = (
+    *(
+        "run",
+        "connect",
+        "doctor",
+        "config",
+        "ca",
+        "service",
+        "ls",
+        "ps",
+        "show",
+        "stats",
+        "rm",
+        "prune",
+        "pin",
+        "unpin",
+    ),
+    *("unpin", "warm", "verify", "import", "export", "refresh", "tier"),
+)
+_COMMAND: Final = re.compile(rf"(?<![\w./-])ollama-cache (?=(?:{'|'.join(VERBS)})\b)")
 
 
 def default_store() -> Path:
@@ -54,6 +76,11 @@ def own_program() -> str:
     # From the root folder, or from its own, the shorter form would name something else.
     is_short = beside.is_relative_to(here) and here not in (Path(here.anchor), beside.parent)
     return str(beside.relative_to(here)) if is_short else str(beside)
+
+
+def as_called_here(text: str) -> str:
+    """Return a message with the commands in it as they are called from here: `ollama-cache run` may not be on PATH."""
+    return _COMMAND.sub(lambda found: f"{shlex.quote(own_program())} ", text)
 
 
 def _has_key(folder: Path) -> bool:

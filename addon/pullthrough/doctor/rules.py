@@ -246,15 +246,15 @@ def _of_upstream(facts: ServerFacts) -> list[Finding]:
     elif facts.upstream:
         why = f"{facts.upstream}; only stored models are served"
         found.append(Finding("the registry cannot be reached", why, _opens(facts.upstream)))
-    elif facts.blob_host:
-        why = f"{facts.blob_host}; the registry answers, and pulls of what is not stored stop at the first blob"
-        found.append(Finding("the blob host cannot be reached", why, _opens(facts.blob_host)))
-    elif facts.ranges:
+    elif facts.ranges and not facts.blob_host:
         mend = "let the registry's and the blob host's answers pass unaltered where this machine's traffic is inspected"
         found.append(Finding("blobs cannot be had in parts", facts.ranges, mend))
-    elif facts.unsigned:
+    elif facts.unsigned and not facts.blob_host:
         why = f"{facts.unsigned}: Ollama 0.35.0 to 0.40.2 cannot pull by HTTPS_PROXY here"
         found.append(Finding("there are no signed addresses", why, PAST_PROXY, grave=False))
+    if facts.blob_host and not facts.displaced:
+        why = f"{facts.blob_host}; pulls of what is not stored stop at the first blob"
+        found.append(Finding("the blob host cannot be reached", why, _opens(facts.blob_host)))
     if facts.object_store:
         why = f"{facts.object_store}; this cache fetches for itself alone"
         mend = "its URL and its credentials in this cache's environment, and the way to it: ollama-cache tier status"

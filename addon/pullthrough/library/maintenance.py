@@ -151,7 +151,8 @@ class Maintenance:
         resumed = {store.ingest(digest).partial_path for digest in self._recording}
         await asyncio.to_thread(store.remove_files, [path for path in plan.files if path not in resumed])
         counts = (len(plan.names), "model"), (len(plan.blobs), "blob"), (len(plan.files), "leftover")
-        _log.info("removed %s", ", ".join(count_text(*each) for each in counts), extra=SHOWN)
+        if removed := [count_text(*each) for each in counts if each[0]]:
+            _log.info("removed %s", ", ".join(removed), extra=SHOWN)
         return _told(plan)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import typer
 from click.testing import Result
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -503,6 +504,13 @@ def test_version_of_a_run(run: Run, executed: list[tuple[str, list[str]]]) -> No
     result = run("run", "--version")
     assert result.stdout.startswith(f"ollama-cache {version('ollama-cache')}, ")
     assert executed[0][1][-1] == "--version"
+
+
+def test_hints_name_this_program(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not on PATH, by its path; whatever verb a message names."""
+    assert {*paths.VERBS} >= {name or "" for name in typer.main.get_command(cli.app).commands}  # type: ignore[attr-defined]
+    monkeypatch.setattr(paths, "own_program", lambda: "/opt/cache/bin/ollama-cache")
+    assert "start it with `/opt/cache/bin/ollama-cache run`" in refusal(run("ps"))
 
 
 @pytest.mark.parametrize(

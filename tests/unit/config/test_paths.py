@@ -43,5 +43,11 @@ def test_own_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert paths.own_program() == str(program)
     monkeypatch.chdir(tmp_path)
     assert paths.own_program() == str(program.relative_to(tmp_path))
+    message = "ollama-cache: this ollama-cache is old; see `ollama-cache ls`, sudo ollama-cache ca renew"
+    called = program.relative_to(tmp_path)
+    assert paths.as_called_here(message) == (
+        f"ollama-cache: this ollama-cache is old; see `{called} ls`, sudo {called} ca renew"
+    )
     monkeypatch.setattr(shutil, "which", lambda name: str(program))
+    assert paths.as_called_here(message) == message
     assert paths.own_program() == "ollama-cache"

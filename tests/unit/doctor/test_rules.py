@@ -56,6 +56,13 @@ def test_a_full_disk_can_be_told_to_keep_less() -> None:
         assert "ollama_cache_min_free=SIZE" in found.mend and " B" in found.why
 
 
+def test_the_registry_and_the_blob_host_are_down() -> None:
+    """Each has its own reason and its own mend."""
+    found = of_server(replace(WELL, upstream="registry: refused", blob_host="blobs: no address", ranges="none"))
+    assert [finding.what for finding in found] == ["the registry cannot be reached", "the blob host cannot be reached"]
+    assert "firewall" in found[0].mend and "DNS" in found[1].mend
+
+
 def test_paths_are_quoted() -> None:
     """A folder's name is no command of whoever copies the hint."""
     stopped = replace(WELL, running=False, elsewhere=("/srv/a;b",), leg=Leg(address=CACHE, reached="refused"))
@@ -82,7 +89,7 @@ def test_several() -> None:
 
 def test_one_cause() -> None:
     """What follows from another fault is not told beside it."""
-    assert [finding.what for finding in of_server(replace(WELL, upstream="x", blob_host="x", ranges="x"))] == [
+    assert [finding.what for finding in of_server(replace(WELL, upstream="x", ranges="x"))] == [
         "the registry cannot be reached"
     ]
     other = Leg(address=CACHE, issuer=f"{ISSUER} 0ther", left_s=-1)
