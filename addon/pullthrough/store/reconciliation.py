@@ -22,8 +22,10 @@ from pullthrough.store.manifest_table import ManifestTable
 
 _log = logging.getLogger(__name__)
 
+_MODELS = 20
+"""Repositories that are compared without a pause: some milliseconds, as their manifests are parsed."""
 _STEP = 200
-"""Files that are compared without a pause: some milliseconds."""
+"""Blobs of which the same is true."""
 
 
 class Reconciliation:
@@ -77,7 +79,7 @@ class Reconciliation:
     async def _settle(self) -> None:
         await asyncio.to_thread(self._blobs.proofs.load)
         names = self._files.walk()
-        while batch := await asyncio.to_thread(lambda: list(islice(names, _STEP))):
+        while batch := await asyncio.to_thread(lambda: list(islice(names, _MODELS))):
             for place, found in batch:
                 if place not in self._seen:
                     self._compare(place, found)

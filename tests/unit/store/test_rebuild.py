@@ -456,6 +456,7 @@ def test_ten_thousand_models(many: Path) -> None:
         began = time.monotonic()
         with closing(Store.open(folder)):
             opens.append(time.monotonic() - began)
+    print(f"the best of three opens: {min(opens):.2f} s")
     assert min(opens) < 2  # one second on an idle machine
     for is_lost in (False, True):
         if is_lost:
@@ -479,20 +480,23 @@ def test_ten_thousand_models(many: Path) -> None:
         )
         assert served_s < 3
         assert settled_s < 60
-        assert max(pauses) < 0.5
+        assert max(pauses) < 0.3  # 0.07 on a busy machine
 
 
 async def settle_beside(store: Store) -> list[float]:
-    """For how long the event loop was busy at a time while the store was compared."""
+    """For how long the event loop was busy at a time while the store was compared.
+
+    Counted is what its thread has used of a core: others use this machine too.
+    """
     pauses = []
     gc.collect()
     gc.freeze()  # as the daemon does
 
     async def tick() -> None:
         while True:
-            began = time.monotonic()
+            began = time.thread_time()
             await asyncio.sleep(0.005)
-            pauses.append(time.monotonic() - began - 0.005)
+            pauses.append(time.thread_time() - began)
 
     task = asyncio.get_running_loop().create_task(tick(), name="tick")
     await store.settle()
