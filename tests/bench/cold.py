@@ -5,7 +5,7 @@ byte that the CDN sends to the cache is counted. Knows no store.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,12 +21,17 @@ from tests.support.a2 import A2Client, PullReport
 from tests.support.http1 import Resolve
 from tests.support.origin import MODEL_TYPE, R2_HOST, REGISTRY_HOST, Origin, Synthetic
 from tests.support.proxy import Proxy, free_port
+from tests.support.transfer import TENSOR_TYPE, TransferClient
 
 SINGLE: Final = 64 << 20
 PULLED: Final = 256 << 20
 RATE: Final = 10_000_000
 """Bytes a second on one connection of the limited CDN."""
+TENSORS: Final = ((60, 4 << 20), (200, 1 << 20))
+"""How many blobs of how many bytes."""
 _PIECE: Final = 8 << 20
+_PUBLIC: Final = "104.16.0.1"
+"""What a client finds that looks where the blob host's name leads."""
 _LOGGED_S: Final = 0.1
 """Within which nginx writes its log behind the last byte."""
 
@@ -56,22 +61,30 @@ class _Scene:
 
     def add(self, name: str, size: int, seed: int) -> str:
         """A model of one layer; the layer's digest."""
-        blob = Synthetic(size, seed)
-        layer = self.origin.add_blob(blob)
+        return self.add_layers(name, MODEL_TYPE, [Synthetic(size, seed)])[0]
+
+    def add_layers(self, name: str, media_type: str, blobs: Sequence[Synthetic]) -> list[str]:
+        """A model of these layers; their digests."""
+        layers = [self.origin.add_blob(blob) for blob in blobs]
         config = self.origin.add_blob(b"{}")
-        self.origin.add_model(f"library/{name}", "latest", layers=[(MODEL_TYPE, layer)], config=config)
-        for digest in (layer, config):
+        pairs = [(media_type, layer) for layer in layers]
+        self.origin.add_model(f"library/{name}", "latest", layers=pairs, config=config)
+        for digest in (*layers, config):
             path = self.www / canonical_path(Digest.parse(digest))[1:]
             path.parent.mkdir(parents=True, exist_ok=True)
             content = self.origin.blob(digest)
             with path.open("wb") as file:
                 for start in range(0, content.size, _PIECE):
                     file.write(content.read(start, start + _PIECE))
-        return layer
+        return layers
 
     def sent(self) -> int:
         """Body bytes that the CDN has sent so far."""
         return sum(map(int, self.log.read_text().split()))
+
+    def answered(self) -> int:
+        """Requests that the CDN has answered so far."""
+        return len(self.log.read_text().split())
 
 
 @contextmanager
@@ -179,6 +192,43 @@ def _ollama(bench: Bench, scene: _Scene, clients: int, condition: str) -> Figure
 
     who = "one Ollama" if clients == 1 else f"the slowest of {clients} Ollamas"
     return bench.compare(f"{who}, {size >> 20} MiB, {condition}", {OURS: ours, "one direct": direct})
+
+
+def tensors(bench: Bench) -> Iterator[Figure]:
+    """A model of tensors as x/transfer pulls it, emulated: four of its blobs at a time, against one going direct."""
+    for full, size in TENSORS:
+        with _scene(None) as scene:
+            yield _tensors(bench, scene, full // 20 if bench.is_quick else full, size)
+
+
+def _tensors(bench: Bench, scene: _Scene, count: int, size: int) -> Figure:
+    for number in bench.rounds:
+        blobs = [Synthetic(size, count * number + each) for each in range(count)]
+        scene.add_layers(f"tensors{number}", TENSOR_TYPE, blobs)
+
+    def pull(number: int, proxy_url: str | None, ca_file: Path, version: str, resolve: Resolve | None = None) -> float:
+        with workplace() as new:
+            dns = {R2_HOST: [_PUBLIC]}
+            client = TransferClient(proxy_url, ca_file, new("client"), version=version, dns=dns, resolve=resolve)
+            return client.pull(f"tensors{number}").transfer_s
+
+    def ours(number: int) -> Sample:
+        before = scene.answered()
+        with Cost(scene.proxy.pid) as cost:
+            seconds = pull(number, scene.proxy.url, scene.proxy.ca_file, "0.40.3")
+        time.sleep(_LOGGED_S)
+        return {
+            "s": seconds,
+            "upstream requests / blob": (scene.answered() - before) / count,
+            "CPU ms / blob": cost.cpu_s / count * 1e3,
+        }
+
+    def direct(number: int) -> Sample:
+        # The last one that asks no proxy, and does not dial what it has looked up itself.
+        return {"s": pull(number, None, scene.origin.ca_file, "current", scene.direct.resolve)}
+
+    what = f"x/transfer, {count} blobs of {size >> 20} MiB, source without limit"
+    return bench.compare(what, {OURS: ours, "one direct": direct})
 
 
 def _pull(

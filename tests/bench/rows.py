@@ -46,6 +46,11 @@ ROWS: Final = {
         "several connections from the client's side too, so that direct is fast; the emulators hash and write in "
         "Python, on the same cores",
     ),
+    "tensors": Row(
+        cold.tensors,
+        "Python's interpreter lock: a blob is a recording, two requests to answer and two to make, with some twenty "
+        "passes of the event loop; the emulator, in Python too, on the same cores",
+    ),
     "parts": Row(
         pulls.parts, "source, cache and client share the cores, and all three are Python; the disk at the end"
     ),
