@@ -175,14 +175,13 @@ class Fetcher:
         loop = asyncio.get_running_loop()
         waits = self._plan.is_limited
 
-        def write(offset: int, data: memoryview) -> None:
-            self._blob_writer.put(offset, data)
+        def tell(start: int, stop: int) -> None:
             told: Future[float] | None = Future() if waits else None
-            loop.call_soon_threadsafe(self._note_landed, stream, attempt, offset, offset + len(data), told)
+            loop.call_soon_threadsafe(self._note_landed, stream, attempt, start, stop, told)
             if told is not None:
                 stream.pause(told.result())
 
-        await stream.pour(write, BATCH if waits else PIECE)
+        await stream.pour(self._blob_writer.put, tell, BATCH if waits else PIECE)
 
     def _note_landed(
         self, stream: DataStream, attempt: Attempt, start: int, stop: int, told: "Future[float] | None"
