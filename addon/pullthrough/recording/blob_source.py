@@ -38,9 +38,13 @@ class BlobSource:
         self._upstream = upstream
         self._obtain = obtain
         self._nearby = nearby
-        self._source = source if nearby is None else None
+        self._source: Source | None = None
+        self._proofs: set[Callable[[], None] | None] = set()
+        """What each source so far would have proven."""
         self._given = source if nearby is not None else None
         """Of upstream's, for when the fleet has none."""
+        if source is not None and nearby is None:
+            self._use(source)
         self._obtaining: asyncio.Task[Source] | None = None
         self._validator: str | None = None
         self._told: Counter[int] = Counter()
@@ -52,7 +56,7 @@ class BlobSource:
         if self._nearby is not None:
             self._given = source
         elif self._source is None:
-            self._source = source
+            self._use(source)
 
     async def source(self) -> Source:
         """Return the source now; UpstreamError if none can be had."""
@@ -72,11 +76,14 @@ class BlobSource:
             if self._nearby.is_public:
                 near = await self._nearby.source()
         if near is not None:
-            self._source = near
-        else:
-            given, self._given = self._given, None
-            self._source = given or await self._obtain()
-        return self._source
+            return self._use(near)
+        given, self._given = self._given, None
+        return self._use(given or await self._obtain())
+
+    def _use(self, source: Source) -> Source:
+        self._source = source
+        self._proofs.add(source.proves)
+        return source
 
     def permits(self, size: int) -> bool:
         """Return whether the blob may be so long, by what is known where the source is from."""
@@ -84,9 +91,9 @@ class BlobSource:
         return source is None or not source.sizes or size in source.sizes
 
     def prove(self) -> None:
-        """All of the blob has come, and has its digest."""
-        if self._source is not None and self._source.proves is not None:
-            self._source.proves()
+        """Let the source know that the blob has its digest, unless some of it may have come from another one."""
+        if len(self._proofs) == 1 and (proves := self._proofs.pop()) is not None:
+            proves()
 
     def expect(self, validator: str | None) -> None:
         """Hold all later responses against this validator."""

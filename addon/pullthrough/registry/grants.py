@@ -312,6 +312,8 @@ class Grants:
         to it already `look` is 0, and nobody looks behind a redirect: its address may be good for few requests.
         """
         held = await self._piece(pair.digest)
+        # Asked now: bytes that come to be held meanwhile, or cannot be read, are compared with nothing below.
+        is_claimed = not self._store.held(pair.digest) and sizes_in(self._store, host, pair.repository, pair.digest)
         wanted = held.interval if held is not None else asked
         source, stream = await self._upstream.obtain(
             host, pair.repository, pair.digest, headers, asked=wanted, timeout_s=DEADLINE_S
@@ -336,7 +338,7 @@ class Grants:
         except BaseException:
             stream.close()
             raise
-        return _Found(source, stream, location, Word.PROVEN if held is not None or sizes else Word.LIKELY)
+        return _Found(source, stream, location, Word.PROVEN if held is not None or is_claimed else Word.LIKELY)
 
     async def _piece(self, digest: Digest) -> _Piece | None:
         """Return a random piece of the stored blob; None where it is not stored, or cannot be read."""

@@ -149,3 +149,30 @@ def test_what_was_given_and_has_expired_is_obtained_again(nearby: type[FakeNearb
         assert (await blob_source.source(), asked) == (OBTAINED, ["upstream"])
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("given_proves", "proven"), [(True, ["given"]), (False, [])])
+def test_a_source_proves_only_what_came_from_it_alone(given_proves: bool, proven: list[str]) -> None:
+    """Bytes that took credentials do not show that everybody gets the blob from the source that came after."""
+    seen: list[str] = []
+
+    async def scenario(*, expires: bool) -> list[str]:
+        seen.clear()
+        upstream = FakeUpstream()
+        given = Source("https://cdn.example/given", proves=(lambda: seen.append("given")) if given_proves else None)
+
+        async def obtain() -> Source:
+            return Source("https://cdn.example/obtained", proves=lambda: seen.append("obtained"))
+
+        blob_source = BlobSource(cast(Upstream, upstream), obtain, given)
+        await blob_source.open(await blob_source.source(), 0, 1, length=2)
+        if expires:
+            upstream.expired.append(given)
+            with pytest.raises(SourceExpired):
+                await blob_source.open(given, 1, 2, length=2)
+            await blob_source.open(await blob_source.source(), 1, 2, length=2)
+        blob_source.prove()
+        return seen
+
+    assert asyncio.run(scenario(expires=False)) == proven
+    assert asyncio.run(scenario(expires=True)) == []

@@ -45,6 +45,7 @@ class FakeStore:
         self.denied: list[str] = []
         self.claims: set[int] = set()
         self.is_over = False
+        self.held_size: int | None = None
 
     def blob(self, _digest: Digest) -> Any:
         return SimpleNamespace(public=self.public)
@@ -68,8 +69,8 @@ class FakeStore:
     def open_blob(self, _digest: Digest) -> None:
         return None
 
-    def held(self, _digest: Digest) -> None:
-        return None
+    def held(self, _digest: Digest) -> Any:
+        return SimpleNamespace(size=self.held_size) if self.held_size is not None else None
 
     def manifests_of(self, *_: Any, private: bool) -> dict[int, Any]:
         assert private
@@ -191,6 +192,20 @@ def test_a_claimed_size_is_proof_enough(scene: Scene) -> None:
     scene.upstream.location, scene.upstream.behind = ELSEWHERE, [FakeStream(b"bytes")]
     grant = asyncio.run(scene.grants.obtain(request(), PAIR))
     assert scene.store.public and grant.source.proves is None
+
+
+def test_a_blob_that_came_while_the_registry_was_asked(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size is no proof: what came with credentials meanwhile would become public by any page of that length."""
+    real = scene.upstream.obtain
+
+    async def obtain(*arguments: Any, **options: Any) -> Any:
+        scene.store.held_size = 5
+        return await real(*arguments, **options)
+
+    monkeypatch.setattr(scene.upstream, "obtain", obtain)
+    scene.upstream.stream = FakeStream(b"lying")
+    grant = asyncio.run(scene.grants.obtain(request(), PAIR))
+    assert not scene.store.public and grant.source.proves is not None
 
 
 def test_another_length_than_claimed_is_somebody_elses_answer(scene: Scene) -> None:
