@@ -102,6 +102,14 @@ def test_tunnels_lead_to_443_only(proxy: Proxy, authority: str) -> None:
         connect(proxy.url, host, int(port), proxy.ca_file)
 
 
+def test_a_name_that_does_not_resolve(proxy: Proxy) -> None:
+    """The system's words, to the log, without its number."""
+    with socket.create_connection(("127.0.0.1", proxy.port), 20) as sock:
+        sock.sendall(b"GET http://absent.invalid/ HTTP/1.1\r\nHost: absent.invalid\r\n\r\n")
+        assert b" 502 " in sock.recv(64)
+    assert "Errno" not in proxy.wait_for_line("refused connection to absent.invalid: ")
+
+
 def test_tunnels_can_be_switched_off(start_proxy: Callable[..., Proxy]) -> None:
     """With tunnel=none only the intercepted hosts are served."""
     proxy = start_proxy(ollama_cache_tunnel="none")

@@ -34,6 +34,7 @@ from pullthrough.proxy.sniffing import read_opening
 from pullthrough.proxy.takeover import Takeover
 from pullthrough.proxy.upstream_proxy import UpstreamProxy
 from pullthrough.runtime import platform
+from pullthrough.upstream.wording import worded
 
 _log = logging.getLogger(__name__)
 
@@ -319,8 +320,10 @@ class ConnectionHooks:
                 judged = self._legs.judge(addresses, own=platform.own_addresses())
                 data.server.address = (await self._answering(host, port, judged), port)
         except (AddressRefused, OSError) as error:
-            data.server.error = str(error)
-            _log.warning("refused connection to %s: %s", data.server.address and data.server.address[0], error)
+            data.server.error = worded(error)
+            _log.warning(
+                "refused connection to %s: %s", data.server.address and data.server.address[0], data.server.error
+            )
         except Exception:
             data.server.error = "refused"
             _log.exception("address policy failed; refused")
