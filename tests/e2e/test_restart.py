@@ -18,15 +18,17 @@ from tests.support.proxy import Proxy, free_port, patched
 SLOW_START = """
 import asyncio
 from pathlib import Path
-from pullthrough import daemon
 from pullthrough.proxy import frontend
-daemon.most_connections = lambda _: 2
 check_hooks = frontend.check_hooks
 async def wait(hooks):
     while not Path(GATE).exists():
         await asyncio.sleep(0.01)
     await check_hooks(hooks)
 frontend.check_hooks = wait
+"""
+TWO_AT_ONCE = """
+from pullthrough import daemon
+daemon.most_connections = lambda _: 2
 """
 
 
@@ -37,7 +39,8 @@ def test_a_client_that_comes_early(origin: Origin, tmp_path: Path) -> None:
     """
     gate, folder = tmp_path / "gate", tmp_path / "proxy"
     folder.mkdir()
-    proxy = Proxy(folder, origin, program=patched(folder, SLOW_START.replace("GATE", repr(str(gate)))))
+    program = patched(folder, SLOW_START.replace("GATE", repr(str(gate))) + TWO_AT_ONCE)
+    proxy = Proxy(folder, origin, program=program)
     proxy.port = free_port()
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(proxy.start)
