@@ -1,4 +1,4 @@
-"""Carry models of the store out: to a models folder that Ollama can use, or to a bundle.
+"""Export models of the store: to a models folder that Ollama can use, or to a bundle.
 
 Invariant: every byte is hashed as it is copied, though not where a folder shares the store's files, and a model whose
 blobs are not all here, or that its registry refuses to everybody, is not exported at all. A manifest comes to its place
@@ -39,7 +39,7 @@ BUNDLE_SUFFIX: Final = ".tar"
 
 @dataclass(frozen=True, slots=True)
 class Cargo:
-    """What is carried, as in a models folder of Ollama."""
+    """What is exported, as in a models folder of Ollama."""
 
     manifests: dict[str, bytes]
     """By path, in order: manifests and anchors in the old tree, lists in the new one."""
@@ -146,7 +146,7 @@ def _sizes(record: ManifestRecord) -> dict[Digest, int]:
 
 
 def _lacking(inventory: Snapshot, blobs: Mapping[Digest, int]) -> str:
-    """Tell why these blobs cannot be carried; "" if they can."""
+    """Tell why these blobs cannot be exported; "" if they can."""
     for digest, size in blobs.items():
         held = inventory.blobs.get(digest)
         if held is None or not held.held or held.size is None:

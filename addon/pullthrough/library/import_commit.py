@@ -1,4 +1,4 @@
-"""Let models into the store whose blobs have been verified in a staging folder inside it.
+"""Admit models to the store whose blobs were verified in a staging folder inside it.
 
 Invariant: blobs come first and the manifest last, and what upstream has refused stays refused, whatever anybody says
 here.
@@ -44,7 +44,7 @@ class ImportOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On which models are let in."""
+    """The conditions on which models are admitted."""
 
     public: bool = True
     """Everybody may have them, by the operator's word; else nobody until upstream grants it, as after a refusal."""
@@ -131,7 +131,7 @@ def place(store: Store, staging: Path, model: Model) -> dict[Digest, BlobFile]:
 
 
 def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, BlobFile], *, now: float) -> ImportOutcome:
-    """Make hits of what was placed, and store the manifest."""
+    """Enter the placed blobs into the index, and store the manifest."""
     name, text, stored = model.name, str(model.name), store.manifest(model.name)
     for digest, file in placed.items():
         store.publish(digest, file, now=now)

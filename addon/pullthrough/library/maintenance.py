@@ -1,4 +1,4 @@
-"""Change a store as people ask: models go, stay for good, or are cleaned up.
+"""Change a store on request: remove models, pin them, clean up.
 
 Invariant: one step at a time, with the event loop free in between, so that pulls go on; a blob that somebody reads or
 a recording that runs is never touched.
@@ -26,11 +26,11 @@ from pullthrough.store.store import Store
 _log = logging.getLogger(__name__)
 
 STEP: Final = 100
-"""Blobs that go without a pause: some milliseconds."""
+"""Blobs that are removed without a pause: some milliseconds."""
 
 
 def would_prune(inventory: Snapshot, pins: Sequence[str], *, age_s: float, every: bool) -> JSON:
-    """Return what `prune` would do of a store that nobody has; nothing is changed or locked."""
+    """Return what `prune` would do to a store that no daemon holds; nothing is changed or locked."""
     left = quarantined(inventory.folder)
     for digest, facts in partials(inventory.folder).items():
         left[inventory.folder / INGEST / f"{digest.file_name}{PARTIAL}"] = facts

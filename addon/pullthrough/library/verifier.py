@@ -1,4 +1,4 @@
-"""Hold the store against its index, both ways, and every blob against its name.
+"""Compare the store with its index, both ways, and every blob with its digest.
 
 Invariant: `check` changes nothing, so it may run beside a daemon; what it found is looked at again before it is
 reported, and once more by `mend`, which runs where the store is held: under its lock, or in the daemon. What a run
@@ -133,7 +133,7 @@ class Journal:
         self._file.flush()
 
     def close(self, *, finished: bool) -> None:
-        """Remember for the next run, or not."""
+        """Keep the journal for the next run, or delete it."""
         self._file.close()
         if finished:
             self._path.unlink(missing_ok=True)
@@ -282,7 +282,7 @@ def _stands(finding: Defect, inventory: Snapshot) -> bool:
 
 
 def mend(store: Store, finding: Defect, *, now: float) -> str:
-    """Let no hit come of what was found; what was done, "" where nothing could be.
+    """Make sure that what was found is no longer served; return what was done, "" if nothing could be.
 
     Damaged files go to quarantine, rows without files are disowned, right files enter the index as they are by now.
     For whoever holds the store; a rename or two, and a flush of a folder.

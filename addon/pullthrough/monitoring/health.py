@@ -52,7 +52,7 @@ class Health:
         probes.open()
 
     async def close(self) -> None:
-        """The daemon is about to end: look no more, and say so to whoever asks."""
+        """Stop probing, and report from now on that the daemon is about to end."""
         self.draining = True
         if self._probes is not None:
             await self._probes.close()

@@ -1,4 +1,4 @@
-"""What the daemon counts, as Prometheus wants it told.
+"""The daemon's counts, in Prometheus's format.
 
 Invariant: the number of series is bounded by the options, whatever is pulled: no digest, model or client is a label.
 Nothing is counted here: each number is read where it is kept.

@@ -1,4 +1,4 @@
-"""A look of our own at the servers that nobody has asked for a while, so that what is told of them is never old.
+"""Probes of servers that have not been used for a while, so that their reported state is never old.
 
 Invariant: a server that a pull has asked within EVERY_S is left alone, and none is asked while `offline` forbids it. A
 look costs the other side next to nothing: a `GET /v2/`, an encrypted connection without a request, the head of one
@@ -43,12 +43,12 @@ class Probes:
         self._tasks: list[asyncio.Task[None]] = []
 
     def open(self) -> None:
-        """Begin to look."""
+        """Start probing."""
         loop = asyncio.get_running_loop()
         self._tasks += [loop.create_task(self._run(name), name=f"look at {name}") for name in self._looks]
 
     async def close(self) -> None:
-        """Look no more."""
+        """Stop probing."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

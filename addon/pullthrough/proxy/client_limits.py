@@ -1,4 +1,4 @@
-"""What a client may make mitmproxy hold: a place among the connections, a head of bounded size, and some time for it.
+"""Limits for each client of mitmproxy: the number of connections, the size of a head, and the time for it.
 
 mitmproxy reads as fast as a client sends, whether or not it can use the bytes, and has no limit for the size of a
 head and none for the time that it takes. Here its reader of a client's connection is replaced by one that looks,
@@ -56,14 +56,14 @@ class Phase(Enum):
 
 
 class Owed(Enum):
-    """What of an exchange is not complete."""
+    """The parts of an exchange that are not complete."""
 
     REQUEST = auto()
     RESPONSE = auto()
 
 
 class ClientLimit:
-    """Stands in the place of the reader of one client's connection."""
+    """A reader in place of mitmproxy's for one client's connection."""
 
     def __init__(self, handler: ConnectionHandler, slot: Slot) -> None:
         streams: Any = handler.transports[handler.client]
@@ -104,7 +104,7 @@ class ClientLimit:
         return True
 
     def enter(self, phase: Phase) -> None:
-        """Be patient for as long as the phase may take."""
+        """Set the deadline for this phase."""
         self._phase = phase
         self.slot.busy = phase is Phase.BUSY
         if self._patience is not None:
@@ -127,11 +127,11 @@ class ClientLimit:
             self.enter(Phase.IDLE)
 
     def move(self) -> None:
-        """Look again at what mitmproxy has used."""
+        """Check again what mitmproxy has used."""
         self._moved.set()
 
     def end(self) -> None:
-        """Watch over nothing any more."""
+        """Stop watching."""
         if self._patience is not None:
             self._patience.cancel()
 

@@ -52,7 +52,7 @@ _TLS: Final = b"\x16"
 
 
 class ConnectionHooks:
-    """The part of the addon that says no. Lets nobody in before `open`."""
+    """The part of the addon that refuses. Admits no client before `open`."""
 
     name = "ollama_cache_gate"
 
@@ -70,11 +70,11 @@ class ConnectionHooks:
         self._local = platform.LocalNetworks()
         self._legs = AddressPolicy(frozenset(), tunnels=False)
         self._granted: WeakKeyDictionary[connection.Client, set[tuple[str, int]]] = WeakKeyDictionary()
-        """Where a client's requests that were passed on lead."""
+        """Where a client's passed-on requests lead."""
         self._answered: dict[tuple[str, int], tuple[str, float]] = {}
         """The address of a name that answered first, and until when that counts (the loop's time)."""
         self.judged = 0
-        """How many legs have been judged."""
+        """How many outgoing connections have been judged."""
         self.trial: connection.Client | None = None
         """A client that is admitted before anybody else is: see `hook_check`."""
         self.stranger: connection.Client | None = None
@@ -86,7 +86,7 @@ class ConnectionHooks:
         self.addons = [self.parent, self.client_limits]
 
     def rehearse(self, host: str) -> None:
-        """Be ready for a trial alone, in which only `host` is ours and tunnels are permitted."""
+        """Prepare for a trial, in which only `host` is ours and tunnels are permitted."""
         self.parent.open(ParentProxies(), LoopGuard(host))
         self._intercepted = (host,)
         self._legs = AddressPolicy(frozenset(), tunnels=True)
@@ -113,12 +113,12 @@ class ConnectionHooks:
         self._policy = ClientPolicy(settings.clients)
 
     def open(self) -> None:
-        """From now on clients are served, those first that have been waiting."""
+        """Serve clients from now on, beginning with those that have waited."""
         self._is_open = True
         self._opened.set()
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Stop admitting clients."""
         self._is_open = False
 
     def is_ours(self, host: str) -> bool:
@@ -142,7 +142,7 @@ class ConnectionHooks:
                 raise Misdirected(f"expected {kind} {host}, got {name!r}")
 
     def check_plain(self, flow: http.HTTPFlow) -> None:
-        """Raise AddressRefused for a request to another host than ours that leads where we lead nobody."""
+        """Raise AddressRefused for a request to a foreign host at an address that we never connect to."""
         host, port = flow.request.host, flow.request.port
         if self._legs.is_exempt(host, port) or self.parent.is_parent(host, port):
             raise AddressRefused(f"{host}:{port} is for the cache's own requests; ask for a registry by its name")

@@ -23,7 +23,7 @@ from pullthrough.registry.service import Registry
 from pullthrough.upstream.client import Upstream
 
 PROXIES: Final = ("regular", "upstream")
-"""Those of mitmproxy's modes whose clients know that they have a proxy."""
+"""The modes of mitmproxy whose clients know that they use a proxy."""
 
 
 class Frontend:
@@ -34,7 +34,7 @@ class Frontend:
         self._connections = ConnectionHooks(self._takeover)
         self._requests = RequestHooks(self._connections)
         self.addons = [self._connections, self._requests]
-        """What mitmproxy is to call."""
+        """The addons that mitmproxy calls."""
 
     def expect(self, limits: ConnectionLimits) -> None:
         """Let no more clients than these connect, whether they wait for `open` or are served."""
@@ -58,13 +58,13 @@ class Frontend:
         self._connections.open()
 
     def close(self) -> None:
-        """Let nobody in any more, and answer nothing; bodies under way go on."""
+        """Stop admitting clients and answering; bodies under way go on."""
         self._connections.close()
         self._takeover.close()
         self._requests.close()
 
     def admits(self, peer: str) -> bool:
-        """Return whether a client at the address `peer` is served; who is not is named in the log."""
+        """Return whether a client at the address `peer` is served; one that is not is logged."""
         return self._connections.admits(peer)
 
     def refused(self) -> str:

@@ -1,7 +1,7 @@
 """See at start that mitmproxy asks us where the policy says no, before anybody is let in.
 
-A hook that another mitmproxy calls by another name is never called, and nothing tells. So each refusal is provoked
-once, by connections that exist in memory only and go through mitmproxy's own handler and all addons.
+A hook that another version of mitmproxy calls by another name would silently never run. So each refusal is provoked
+once, by connections that exist only in memory and go through mitmproxy's own handler and all addons.
 
 Invariant: nothing is sent to anybody; where a hook is missing, to loopback at most.
 """

@@ -28,9 +28,9 @@ from pullthrough.registry.service import Registry
 _log = logging.getLogger(__name__)
 
 ANSWERED: Final = "ollama_cache_status"
-"""Where a flow's metadata say how we have answered it."""
+"""The key of a flow's metadata for how we answered it."""
 REPOINTED: Final = "ollama_cache_answer"
-"""Where they have the answer whose body comes from our own listener."""
+"""The key for an answer whose body comes from our own listener."""
 
 
 class RequestHooks:
@@ -60,7 +60,7 @@ class RequestHooks:
         self._loop = loop
 
     def close(self) -> None:
-        """Answer nothing any more; bodies under way go on."""
+        """Stop answering; bodies under way go on."""
         self._registry = None
 
     # --- hooks
@@ -160,7 +160,7 @@ class RequestHooks:
         if flow.response is None or REPOINTED in flow.metadata:
             return
         client, request, status = flow.client_conn.peername[0], flow.request, flow.response.status_code
-        # What nobody here has answered was passed through, or refused.
+        # A request without an answer of ours was passed through, or refused.
         cache = flow.metadata.get(ANSWERED, CacheStatus(Outcome.BYPASS))
         self._requests.answer(client, request.method, request.path, status, cache)
 
@@ -182,7 +182,7 @@ class RequestHooks:
         """Let a request through to its host."""
         # No signature breaks: Ollama's and R2's cover the method, the address and named fields, of which this is none.
         flow.request.headers[CDN_LOOP] = self._loop.extend(flow.request.headers.get(CDN_LOOP))
-        # What it takes to use this proxy is nobody's business behind it (RFC 9110 section 11.7.2).
+        # Credentials for this proxy must not reach the servers behind it (RFC 9110 section 11.7.2).
         flow.request.headers.pop("Proxy-Authorization", None)
         self._connection_hooks.pass_on(flow)
 

@@ -33,10 +33,10 @@ HandOver = Callable[[connection.Client], Callable[[], object]]
 
 
 class Takeover:
-    """Hands connections to the blob host over to `delivery`; takes none before `open`."""
+    """The hand-over of connections to the blob host to `delivery`; takes none before `open`."""
 
     def __init__(self, hand_over: HandOver = lambda _: lambda: None) -> None:
-        """`hand_over` keeps a client's place among its connections, and returns what gives it up."""
+        """`hand_over` keeps a client's place among the connections, and returns the function that gives it up."""
         self._hand_over = hand_over
         self._delivery: Delivery | None = None
         self._host = ""
@@ -52,7 +52,7 @@ class Takeover:
         self._delivery = delivery
 
     def close(self) -> None:
-        """Take nothing any more."""
+        """Stop taking connections."""
         self._delivery = None
 
     def is_for(self, host: str) -> bool:
@@ -69,8 +69,8 @@ class Takeover:
             flow.kill()
 
     def take_captured(self, following: layer.NextLayer) -> bool:
-        """Return whether the connection was taken, of whose TLS to the host `following` has the first bytes."""
-        # What came while mitmproxy asked us is where nobody finds it.
+        """Take the connection whose first TLS bytes to the host `following` has; return whether that worked."""
+        # Bytes that came while mitmproxy asked us cannot be found.
         return not following._paused_event_queue and self._take(
             following.context.client, tunnelled=False, read=following.data_client()
         )
@@ -92,7 +92,7 @@ class Takeover:
 
 
 def take(handler: server.ConnectionHandler) -> tuple[socket.socket, bytes]:
-    """Return the client's socket, and what has been read from it and not been looked at. OSError if it cannot be had.
+    """Return the client's socket, and what was read from it but not used. Raises OSError if that is impossible.
 
     The handler's own connection is ended.
     """
@@ -110,7 +110,7 @@ def take(handler: server.ConnectionHandler) -> tuple[socket.socket, bytes]:
 
 
 async def check() -> None:
-    """Take a connection out of mitmproxy, and see that it is whole. Any exception says that this does not work."""
+    """Take a connection out of mitmproxy, and check that no byte is lost. Any exception means that it does not work."""
     if sys.platform == "win32":
         raise OSError("Windows' event loop owns its sockets")
     taken: list[tuple[socket.socket, bytes]] = []

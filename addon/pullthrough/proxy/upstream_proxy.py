@@ -1,4 +1,4 @@
-"""Lead mitmproxy's own connections through the parent proxy: tokens, pushes, and tunnels that nobody reads.
+"""Route mitmproxy's own connections through the parent proxy: tokens, pushes, and tunnels that are not read.
 
 The way is chosen for each connection (mitmproxy's `via`) and not by its upstream mode: that knows no NO_PROXY, does
 not go with transparent and reverse mode, and would send the parent's password to registries (`upstream_auth` is
