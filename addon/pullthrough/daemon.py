@@ -188,7 +188,7 @@ class Daemon:
         stack.push_async_callback(upstream.close)
         await upstream.open()
         stack.callback(threads.close)
-        stack.callback(lag.close)
+        stack.push_async_callback(lag.close)
         lag.open()
         if fleet is not None:
             stack.push_async_callback(fleet.close)

@@ -36,11 +36,12 @@ class LoopLag:
         vars(loop)["time"] = RunningTime()
         self._task = loop.create_task(self._watch(), name="loop lag")
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            vars(self._task.get_loop()).pop("time", None)
-            self._task = None
+            task, self._task = self._task, None
+            task.cancel()
+            vars(task.get_loop()).pop("time", None)
+            await asyncio.wait([task])
             _log.debug("event loop lag: %s", self)
 
     def quantiles(self, *parts: float) -> list[float]:

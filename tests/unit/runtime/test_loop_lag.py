@@ -20,7 +20,7 @@ def test_a_blocking_call_is_seen(caplog: pytest.LogCaptureFixture, monkeypatch: 
         await asyncio.sleep(0)
         time.sleep(0.5)  # noqa: ASYNC251 -- this is what is looked for
         await asyncio.sleep(0.01)
-        lag.close()
+        await lag.close()
         return lag
 
     lag = asyncio.run(main())
@@ -46,7 +46,7 @@ def test_what_was_not_run_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None
         assert not fired.done()
         await fired
         spent = loop.time() - began
-        lag.close()
+        await lag.close()
         return spent, loop.time() - time.monotonic()
 
     spent, difference = asyncio.run(main())
