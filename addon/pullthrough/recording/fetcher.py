@@ -175,13 +175,14 @@ class Fetcher:
         loop = asyncio.get_running_loop()
         waits = self._plan.is_limited
 
-        def tell(start: int, stop: int) -> None:
+        def write(offset: int, data: memoryview) -> None:
+            self._blob_writer.put(offset, data)
             told: Future[float] | None = Future() if waits else None
-            loop.call_soon_threadsafe(self._note_landed, stream, attempt, start, stop, told)
+            loop.call_soon_threadsafe(self._note_landed, stream, attempt, offset, offset + len(data), told)
             if told is not None:
                 stream.pause(told.result())
 
-        await stream.pour(self._blob_writer.put, tell, BATCH if waits else PIECE)
+        await stream.pour(write, BATCH if waits else PIECE)
 
     def _note_landed(
         self, stream: DataStream, attempt: Attempt, start: int, stop: int, told: "Future[float] | None"

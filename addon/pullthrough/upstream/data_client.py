@@ -29,8 +29,8 @@ MOST: Final = 128
 
 KEPT_S: Final = 30.0
 """How long a connection that nobody uses is kept."""
-PIECE: Final = 2 << 20
-"""Bytes that readers are told of at once where they come fast: each time the event loop has its work with them."""
+PIECE: Final = 1 << 20
+"""Bytes that are handed on at once where they come fast."""
 GATHER_S: Final = 0.01
 """A slow connection delivers 16 KiB TLS records: waiting this long for more saves most writes."""
 HELD_S: Final = 0.1

@@ -121,16 +121,13 @@ class DataStream:
         """A response that was read to its end has given its connection back; any other is closed with it."""
         self._response.close()
 
-    async def pour(
-        self, write: Callable[[int, memoryview], None], tell: Callable[[int, int], None], piece: int = PIECE
-    ) -> None:
-        """Have a thread give all bytes to `write(offset, bytes)`, at most BATCH of them at once, and then tell of them
-        by `tell(start, stop)`: as soon as there are `piece` bytes or no more come, and after HELD_S anyway.
+    async def pour(self, write: Callable[[int, memoryview], None], piece: int = PIECE) -> None:
+        """Have a thread give all bytes to `write(offset, bytes)`, at most `piece` of them at once.
 
-        UpstreamUnreachable or UpstreamTimeout if the body ends early or stalls, when what has come was given and told.
+        UpstreamUnreachable or UpstreamTimeout if the body ends early or stalls, when what has come was given.
         """
         with self._errors.counted():
-            await self._crew.run(lambda: self._pour(write, tell, piece), self._response.stop)
+            await self._crew.run(lambda: self._pour(write, piece), self._response.stop)
 
     def pause(self, seconds: float) -> None:
         """Read nothing for so long, in the thread that gives the bytes."""
@@ -153,22 +150,11 @@ class DataStream:
                 count = await self._crew.run(lambda: self._fill(buffer), self._response.stop)
                 yield bytes(buffer[:count])
 
-    def _pour(self, write: Callable[[int, memoryview], None], tell: Callable[[int, int], None], piece: int) -> None:
-        # Small, so that what was decrypted is in the core's cache still when it is written.
-        buffer = memoryview(bytearray(min(BATCH, self._left)))
-        told = offset = self.stop - self._left
-        until = time.monotonic() + HELD_S
-        try:
-            while self._left:
-                count = self._fill(buffer)
-                write(offset, buffer[:count])
-                offset += count
-                if count < len(buffer) or offset - told >= piece or time.monotonic() >= until:
-                    start, told, until = told, offset, time.monotonic() + HELD_S
-                    tell(start, offset)
-        finally:
-            if told < offset:
-                tell(told, offset)
+    def _pour(self, write: Callable[[int, memoryview], None], piece: int) -> None:
+        buffer = memoryview(bytearray(min(piece, self._left)))
+        while self._left:
+            offset = self.stop - self._left
+            write(offset, buffer[: self._fill(buffer)])
 
     def _fill(self, buffer: memoryview) -> int:
         """Read until the buffer or the body is full, or what has come should wait no longer; at least a byte."""

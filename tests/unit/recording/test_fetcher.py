@@ -42,13 +42,10 @@ class Stream:
             self.given += len(piece)
             yield piece
 
-    async def pour(
-        self, write: Callable[[int, memoryview], None], tell: Callable[[int, int], None], _piece: int
-    ) -> None:
+    async def pour(self, write: Callable[[int, memoryview], None], _: int) -> None:
         start = self.start
         async for piece in self.batches():
             write(start, memoryview(piece))
-            tell(start, start + len(piece))
             start += len(piece)
         # As from a thread, whose end is heard of after its last piece.
         await asyncio.sleep(0)
