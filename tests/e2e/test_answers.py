@@ -289,5 +289,6 @@ def test_a_manifest_by_its_digest(origin: Origin, proxy: Proxy) -> None:
             status, headers, body = get(connection, f"/v2/{model.repository}/{target}")
             assert (status, body) == (200, model.manifest)
             assert headers["cache-status"] == "ollama-cache; hit"
-        assert not origin.counters.requests
+        # Where its blobs are may be asked meanwhile: the client will want to know.
+        assert not [each for each in origin.counters.requests if digest in each.path]
         assert get(connection, f"/v2/{other.repository}/blobs/sha256:{digest}")[0] == 404

@@ -250,7 +250,10 @@ def test_import_and_export_on_the_command_line(folder: Path, run: Callable[..., 
         file.truncate(5000)
     for arguments, message in (
         (("import", work / "out.tar", "--dir", work / "bad2"), "it is truncated"),
-        (("import", work / "nowhere"), f"got no {work / 'nowhere'}"),
+        (
+            ("import", work / "nowhere"),
+            f"{work / 'nowhere'} does not exist: name a models folder of Ollama, or a bundle",
+        ),
         (("export", "nothing", "--to", work / "x.tar"), "model 'nothing' not found"),
         (("import", work / "out.tar.gz", "--dir", work / "bad3"), "got a compressed file: unpack it first"),
         (("verify", "--dir", work / "nowhere"), "expected an ollama-cache store"),
