@@ -96,7 +96,8 @@ class AddressPolicy:
             raise AddressRefused("tunnels to other hosts are switched off (tunnel=none)")
         expected = 443 if encrypted else 80
         if port != expected:
-            raise AddressRefused(f"expected port {expected}, got {port}")
+            form = "https" if encrypted else "http"
+            raise AddressRefused(f"port {port} is not passed on: for {form} only port {expected} is")
 
     def judge(self, addresses: Sequence[str], *, own: Collection[str] = ()) -> tuple[str, ...]:
         """Return the addresses that may be connected to: all of them, each once, or AddressRefused.

@@ -1,8 +1,8 @@
 """What is answered to those who take the proxy's own port for a server's: a browser is led on, a program is told.
 
-Invariant: what a client of a proxy asks for is never answered here: that names its server in the request target
-(absolute-form, RFC 9112 section 3.2.2), and what is captured on its way to a server asks for that server's port, 80.
-Only a GET of `/` that accepts HTML, from this machine by one of its addresses or names, is led anywhere.
+Invariant: what a client of a proxy asks of another server is never answered here: only a request for one of the ports
+that mitmproxy listens on is, and for port 80 only by a name of this machine. Only a GET of `/` that accepts HTML is led
+anywhere.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,9 @@ def front_page(request: http.Request, settings: Settings, ports: Callable[[], Ab
 
 def guidance(request: http.Request, settings: Settings, ports: Callable[[], AbstractSet[int]]) -> http.Response | None:
     """Return what a request to one of our own `ports` is told that takes it for a server's; None for any other."""
-    if request.authority or request.scheme != "http":
-        return None
     host = request.host.lower()
-    if request.port == 80 and not (80 in ports() and _is_own(host, settings)):
+    # mitmproxy forgets in which form the server was named; a foreign server's port 80 is what a proxy is asked for.
+    if request.scheme != "http" or request.port not in ports() or (request.port == 80 and not _is_own(host, settings)):
         return None
     try:
         host = host if is_address(host) else parse_host(host)

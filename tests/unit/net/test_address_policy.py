@@ -91,7 +91,7 @@ def test_ports() -> None:
     POLICY.check_port(443, encrypted=True)
     POLICY.check_port(80, encrypted=False)
     for port, encrypted in ((22, True), (80, True), (443, False), (8080, False)):
-        with pytest.raises(AddressRefused, match=f"got {port}"):
+        with pytest.raises(AddressRefused, match=f"port {port} is not passed on"):
             POLICY.check_port(port, encrypted=encrypted)
     with pytest.raises(AddressRefused, match="tunnel=none"):
         AddressPolicy(frozenset(), tunnels=False).check_port(443, encrypted=True)
