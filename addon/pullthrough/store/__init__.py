@@ -1,5 +1,5 @@
-"""What is stored: verified blobs, manifests, recordings in progress, and the index of what is known of them.
+"""The store on disk: verified blobs, manifests, recordings in progress, and the index of their facts.
 
-Import `store.Store`; `snapshot` looks at a store without opening it. diskcache is imported here only. Begin with
-`store`, whose docstring shows the folder.
+Import `store.Store`; `snapshot` looks at a store without opening it. Only this package imports diskcache. Begin
+with `store`, whose docstring shows the folder.
 """

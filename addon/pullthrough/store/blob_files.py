@@ -1,8 +1,8 @@
-"""Where the files of blobs lie: below `public/` what everybody may have, below `private/` everything else; and what
-else takes room: recordings, and quarantine.
+"""The files of blobs: below `public/` those that everybody may have, below `private/` all others; and the other files
+that take room: recordings and quarantine.
 
-Invariant: a blob changes its root by a rename, so it is in one of them at any moment, and what is no regular file is
-no blob.
+Invariant: a blob moves from one root to the other by a rename, so it is always in exactly one of them. Only regular
+files are blobs.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ ROOTS: Final = (PUBLIC, PRIVATE)
 
 
 class BlobFile(NamedTuple):
-    """A blob's file as it is now."""
+    """The current state of a blob's file."""
 
     digest: Digest
     public: bool
-    """It lies below `public/`."""
+    """Whether it lies below `public/`."""
     size: int
     mtime_ns: int
     inode: int
-    """0 on a disk that numbers its files anew."""
+    """0 on a disk whose inode numbers do not last."""
 
 
 class BlobFiles:
-    """Those of one store."""
+    """The blob files of one store."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -45,14 +45,14 @@ class BlobFiles:
         self._keeps_inodes = file_system.keeps_inodes(folder)
 
     def path(self, digest: Digest, *, public: bool) -> Path:
-        """Return where the blob lies in that root, if it does."""
+        """Return the blob's path in that root, whether or not it is there."""
         return self._folder / (PUBLIC if public else PRIVATE) / BLOBS / digest.file_name
 
     def look(self, digest: Digest, *, public: bool) -> BlobFile | None:
-        """Return the blob's file, looked for in that root first. Raises OSError if the disk cannot say."""
+        """Return the blob's file, trying the given root first. Raises OSError if the disk fails."""
         for root in (public, not public):
             try:
-                # Not by `path`: a Path takes five times as long, and this is asked for each request.
+                # Not `path`: building a Path takes five times as long, and this runs for each request.
                 status = os.lstat((self._public if root else self._private) + digest.file_name)
             except (FileNotFoundError, NotADirectoryError, PermissionError):
                 continue
@@ -61,7 +61,7 @@ class BlobFiles:
         return None
 
     def move(self, digest: Digest, *, public: bool) -> None:
-        """Let the blob lie in that root, if it lies in the other. Raises OSError if the disk refuses."""
+        """Move the blob to that root if it is in the other one. Raises OSError if the disk refuses."""
         with contextlib.suppress(FileNotFoundError):
             os.replace(self.path(digest, public=not public), self.path(digest, public=public))
 
@@ -71,7 +71,7 @@ class BlobFiles:
             self.path(digest, public=public).unlink(missing_ok=True)
 
     def walk(self) -> Iterator[BlobFile]:
-        """Yield all of them, with what was there when it was looked at. Raises OSError if the disk refuses."""
+        """Yield each file with its state at the moment it is reached. Raises OSError if the disk refuses."""
         for root in (self._public, self._private):
             with contextlib.suppress(FileNotFoundError), os.scandir(root) as entries:
                 for entry in entries:
@@ -89,7 +89,7 @@ class BlobFiles:
 
 
 def partials(store: Path) -> dict[Digest, tuple[int, float]]:
-    """Return what recordings, running or left, take of the disk: bytes, and when they last changed (Unix seconds)."""
+    """Return each partial's disk usage (bytes) and last change (Unix seconds), of running and abandoned recordings."""
     found = {}
     for path in (store / INGEST).glob(f"*{PARTIAL}"):
         with contextlib.suppress(InvalidRequest, FileNotFoundError):
@@ -98,7 +98,7 @@ def partials(store: Path) -> dict[Digest, tuple[int, float]]:
 
 
 def quarantined(store: Path) -> dict[Path, tuple[int, float]]:
-    """Return the same of the bytes that did not hash to their name."""
+    """Return the same for quarantined files, whose bytes did not hash to their name."""
     return {path: _taken(path) for path in (store / QUARANTINE).glob("sha256-*")}
 
 

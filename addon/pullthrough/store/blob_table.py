@@ -1,8 +1,8 @@
-"""What is known of blobs, held against their files, and the files that are read now.
+"""The records of blobs, checked against their files, and the blob files that are open for reading.
 
-Invariant: a file is a hit only while its size, time and inode are those of the moment when it was verified; what lies
-below `public/` is public and nothing else is. A file without proof counts as held, and is verified when somebody asks
-for it.
+Invariant: a file is a hit only while its size, mtime and inode are those it had when it was verified. A blob is public
+if and only if it lies below `public/`. A file without proof counts as held, and is verified when a client asks for
+it.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ _log = logging.getLogger(__name__)
 
 
 class BlobTable:
-    """Of one store. `place` waits for the disk and changes nothing that is resident."""
+    """The blobs of one store. `place` waits for the disk and changes nothing in memory."""
 
     def __init__(
         self, folder: Path, index: Index, records: dict[Digest, BlobRecord], changes: Epoch, disk: DiskThread
     ) -> None:
-        """`changes` goes on with each change of a record. What the disk cannot say now changes none."""
+        """`changes` advances with each change of a record. A disk that fails to answer changes no record."""
         self._disk = disk
         self._index = index
         self._changes = changes
@@ -43,15 +43,15 @@ class BlobTable:
         self.settled = False
         """Whether the records have been compared with all files."""
         self.held_bytes = sum([record.size or 0 for record in records.values() if record.held])
-        """What all held blobs take together."""
+        """The size of all held blobs together (bytes)."""
         self.evicted = 0
-        """Blobs that have gone since the start, to make room or because somebody said so."""
+        """Blobs removed since the start, to make room or on request."""
         self.evicted_bytes = 0
         self.open: dict[Digest, SharedFile] = {}
-        """Those that somebody reads now."""
+        """Blobs that are being read."""
 
     def find(self, digest: Digest) -> BlobRecord | None:
-        """Return what is known of the blob, whether or not its bytes are here."""
+        """Return the blob's record, whether or not its bytes are here."""
         if not self.settled:
             self.look(digest)
         return self.records.get(digest)
@@ -74,7 +74,7 @@ class BlobTable:
         return record if record.is_file(file.size, file.mtime_ns, file.inode) else None
 
     def path(self, digest: Digest) -> Path:
-        """Return where the blob's file lies, or would."""
+        """Return the path of the blob's file, or the path it would have."""
         record = self.records.get(digest)
         public = record is not None and record.public
         file = None
@@ -83,7 +83,7 @@ class BlobTable:
         return self.files.path(digest, public=public if file is None else file.public)
 
     def acquire(self, digest: Digest) -> SharedFile | None:
-        """Return the blob's bytes to read, None when they are not here; `release` it after use."""
+        """Open the blob for reading; None if it is not a hit. Call `release` after use."""
         record = self.held(digest)
         if record is None:
             return None
@@ -99,7 +99,7 @@ class BlobTable:
         return blob.acquire()
 
     def disown(self, digest: Digest) -> None:
-        """The blob's file cannot be read any more: it is no hit from now on, and recorded anew when asked for."""
+        """Drop a blob whose file can no longer be read; the next request records it again."""
         record = self.records.get(digest)
         if record is not None and record.held:
             self.put(digest, record._replace(held=False))
@@ -107,7 +107,7 @@ class BlobTable:
                 self._disk.change(partial(self.files.remove, digest))
 
     def evict(self, digests: Sequence[Digest]) -> list[Path]:
-        """Return their blobs are no hits from now on; the files that are returned are the caller's to remove."""
+        """Mark the blobs as no longer held, and return their files, which the caller removes."""
         paths = []
         for digest in digests:
             self.evicted += 1
@@ -117,7 +117,7 @@ class BlobTable:
         return paths
 
     def place(self, digest: Digest, verified: Path) -> BlobFile:
-        """Move a file that was hashed, and whose bytes are durable, among the blobs; it is no hit before `publish`.
+        """Move a hashed, durable file to its place among the blobs; it is not a hit before `publish`.
 
         Raises StoreUnwritable if the disk refuses.
         """
@@ -126,8 +126,8 @@ class BlobTable:
         path = self.files.path(digest, public=public)
         try:
             _let_all_read(verified)
-            # Readable bytes under the final name first, then the proof: a crash between leaves a file that is hashed
-            # again, never a proof without its file.
+            # Readable bytes under the final name first, then the proof: a crash in between leaves a file that is
+            # hashed again, never a proof without its file.
             os.replace(verified, path)
             platform.sync_folder(path.parent)
             placed = self.files.look(digest, public=public)
@@ -142,7 +142,7 @@ class BlobTable:
         return placed
 
     def publish(self, digest: Digest, placed: BlobFile, *, now: float) -> BlobRecord:
-        """Return the blob is a hit from now on, as long as its file is the one that was placed."""
+        """Make the placed blob a hit, for as long as its file does not change, and return its record."""
         record = self.records.get(digest, BlobRecord())._replace(
             size=placed.size,
             held=True,
@@ -150,12 +150,12 @@ class BlobTable:
             inode=placed.inode,
             recorded=now,
         )
-        self._move(digest, public=record.public)  # what is known of it may have changed since it was placed
+        self._move(digest, public=record.public)  # its visibility may have changed since it was placed
         self.put(digest, record)
         return record
 
     def show(self, digest: Digest, *, public: bool) -> None:
-        """The blob is public from now on, or private."""
+        """Make the blob public or private, and move its file accordingly."""
         known = self.find(digest) or BlobRecord()
         if known.public != public:
             self._move(digest, public=public)
@@ -168,7 +168,7 @@ class BlobTable:
             _log.error("moving %s to the %s blobs: %s", digest.short, "public" if public else "private", error)
 
     def put(self, digest: Digest, record: BlobRecord) -> None:
-        """Know this of the blob."""
+        """Set the blob's record, here and in the index."""
         known = self.records.get(digest, BlobRecord())
         self.held_bytes += (record.size or 0) * record.held - (known.size or 0) * known.held
         self.records[digest] = record
@@ -178,13 +178,13 @@ class BlobTable:
     # --- what the files say
 
     def compare(self, file: BlobFile) -> None:
-        """See that the record is right about a file that was there a moment ago."""
+        """Correct the record if it differs from a file that was just seen."""
         known = self.records.get(file.digest)
         if known is None or (known.public, known.inode) != (file.public, file.inode) or not known.is_file(*file[2:]):
             self.look(file.digest)
 
     def look(self, digest: Digest) -> None:
-        """Let the record be right about the blob's file, wherever it lies."""
+        """Update the record from the blob's file, in whichever root it lies."""
         known = self.records.get(digest)
         try:
             file, proof = self._disk.ask(partial(self._examine, digest, known))
@@ -210,13 +210,13 @@ class BlobTable:
             self.put(digest, record)
 
     def _examine(self, digest: Digest, known: BlobRecord | None) -> tuple[BlobFile | None, Proof | None]:
-        """Return the blob's file, and what proves it if the record does not. May be called by another thread."""
+        """Return the blob's file, and its proof if the record is not enough. May be called by another thread."""
         file = self.files.look(digest, public=known is None or known.public)
         is_proven = file is None or (known is not None and known.is_file(file.size, file.mtime_ns, file.inode))
         return file, None if is_proven else self.proofs.find(digest)
 
     def proven(self) -> dict[Digest, Proof]:
-        """Return what proves each held blob."""
+        """Return the proof of each held blob that is verified."""
         return {
             digest: Proof(record.size or 0, record.mtime_ns, record.inode)
             for digest, record in self.records.items()
@@ -225,7 +225,7 @@ class BlobTable:
 
 
 def _let_all_read(path: Path) -> None:
-    """An Ollama that runs as a user of its own may read what is public; `private/` is closed as a whole."""
-    if sys.platform != "win32" and path.stat().st_nlink == 1:  # else it is another folder's file too
+    """Make the file readable to an Ollama that runs as another user; `private/` is closed as a whole."""
+    if sys.platform != "win32" and path.stat().st_nlink == 1:  # more links: the file also belongs to another folder
         with contextlib.suppress(OSError):  # a disk without modes
             path.chmod(0o644)

@@ -1,8 +1,8 @@
-"""The index: what is known of blobs and manifests, in diskcache; `rows` has its rows.
+"""The index: the facts about blobs and manifests, in diskcache; `rows` defines its rows.
 
-Invariant: all of it is resident in its reader, so reading costs no SQL. Writes are left to one thread, because SQLite
-may wait; what comes while it writes is one transaction, and what could not be written is tried again with what comes
-next. `cull_limit=0`, because diskcache's own culling drops ten rows of any size.
+Invariant: its reader keeps all of it in memory, so a look-up needs no SQL. One thread does the writing, because SQLite
+may block. Whatever arrives during a write goes into the next transaction; a write that failed is repeated with the
+next one. `cull_limit=0`, because diskcache's own culling drops ten rows of any size.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from pullthrough.store.usage import Totals
 _log = logging.getLogger(__name__)
 
 DATABASE: Final = "cache.db"
-"""The file of diskcache's that is SQLite's."""
+"""The name of diskcache's SQLite file."""
 LOCKED_S: Final = 3.0
-"""How long another process may have the database locked."""
+"""The longest wait for another process to unlock the database."""
 
 _NO_LIMIT: Final = 1 << 62
 
@@ -62,7 +62,7 @@ class PlainDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no annot
 
 
 class Index:
-    """The index in `folder`. StoreError from the constructor and `load` if it is not sound."""
+    """The index in `folder`. The constructor and `load` raise StoreError if it is not sound."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -82,14 +82,14 @@ class Index:
             raise self._unsound(error) from error
         self._lock = threading.Lock()
         self._pending: dict[str, Callable[[], str | bytes] | None] = {}
-        """What is not written yet."""
+        """Rows not yet written."""
         self._is_asked = False
-        """Whether the writer will look at it."""
+        """Whether a write of the pending rows is scheduled."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ollama-cache-index")
 
     @classmethod
     def open(cls, folder: Path) -> tuple["Index", Contents, Members]:
-        """Return the index and what it holds. One that is not sound, or of another version, begins again with nothing.
+        """Open the index and return it with its contents. A damaged one, or one of another version, is made anew.
 
         Raises StoreError if another process has it locked.
         """
@@ -97,7 +97,7 @@ class Index:
         if (folder / DATABASE).exists():
             try:
                 return cls(folder)._loaded()
-            except Exception as error:  # whatever a damaged database and a library that trusts it make of each other
+            except Exception as error:  # a damaged database can make diskcache raise anything
                 _log.warning("the index in %s is made anew from the files of the store: %s", folder, error)
                 shutil.rmtree(folder)
         index = cls(folder)
@@ -113,8 +113,8 @@ class Index:
             raise
 
     def load(self) -> Contents:
-        """Check it, and read all but the members."""
-        # `_sql` is not diskcache's public interface, which reads row by row: a minute for a store of 10,000 models.
+        """Check the index, and read all but the members. Raises StoreError if it is not sound."""
+        # The private `_sql`: diskcache's public interface reads row by row, a minute for a store of 10,000 models.
         checked = self._writer.submit(lambda: rows.check(self.cache._sql))
         try:
             found = rows.read(self.cache._sql)
@@ -124,7 +124,7 @@ class Index:
             raise self._unsound(error) from error
 
     def load_members(self) -> Members:
-        """Raise StoreError."""
+        """Read the members. Raises StoreError if the index is not sound."""
         try:
             return rows.read_members(self.cache._sql)
         except rows.UNSOUND as error:
@@ -142,15 +142,15 @@ class Index:
         self._put(rows.child_key(digest), partial(rows.manifest_value, record))
 
     def delete_child(self, digest: Digest) -> None:
-        """Its bytes stay."""
+        """Delete the child's facts; its bytes stay."""
         self._put(rows.child_key(digest), None)
 
     def delete_manifest(self, name: Name) -> None:
-        """Its bytes stay."""
+        """Delete the manifest's facts; its bytes stay."""
         self._put(rows.manifest_key(name), None)
 
     def delete_body(self, digest: str) -> None:
-        """Those bytes, which no manifest has any more."""
+        """Delete the bytes that no manifest or child has any more."""
         self._put(rows.body_key(digest), None)
 
     def put_day(self, day: int, totals: Totals) -> None:
@@ -163,7 +163,7 @@ class Index:
         self._put(rows.address_key(key), None)
 
     def put_members(self, host: str, repository: str, digests: Collection[str]) -> None:
-        """As they are when the row is written, by another thread."""
+        """Write the members; another thread reads `digests` when it writes the row."""
         self._put(rows.members_key(host, repository), lambda: " ".join(list(digests)))
 
     def delete_members(self, host: str, repository: str) -> None:
@@ -174,15 +174,15 @@ class Index:
         self._writer.submit(lambda: None).result()
 
     def close(self) -> None:
-        """Write what is left, and close."""
+        """Write the pending rows, and close."""
         self._writer.submit(self._write)
-        # diskcache keeps a connection per thread: each is closed where it was opened.
+        # diskcache keeps a connection per thread, so each thread closes its own.
         self._writer.submit(self.cache.close)
         self._writer.shutdown(wait=True)
         self.cache.close()
 
     def _put(self, key: str, value: Callable[[], str | bytes] | None) -> None:
-        """The row's value from now on, None for no row. It is made in the writer's thread, and only the last one."""
+        """Set the row's value, None for no row. The writer's thread calls `value`, and only the latest one."""
         with self._lock:
             self._pending[key] = value
             was_asked, self._is_asked = self._is_asked, True
@@ -190,7 +190,7 @@ class Index:
             self._writer.submit(self._write)
 
     def _write(self) -> None:
-        """Write what has come since the last time, all of it or nothing."""
+        """Write the rows that are pending, all or none."""
         with self._lock:
             pending, self._pending = self._pending, {}
             self._is_asked = False
@@ -204,14 +204,14 @@ class Index:
                     else:
                         self.cache.set(key, value())
         except (sqlite3.Error, OSError, diskcache.Timeout):
-            # What is resident stays right; what is never written is forgotten at the next start, and learnt again.
+            # What is in memory stays right; what is never written is lost at the next start, and learnt again.
             _log.exception(
                 "index write of %s failed, the first is %s", count_text(len(pending), "row"), next(iter(pending))
             )
             with self._lock:
                 self._pending = pending | self._pending
         except Exception:
-            # A fault of ours: the same rows would fail again, and all others with them.
+            # A bug of ours: the same rows would fail again, and all others with them.
             _log.exception("index rows given up: %s", ", ".join(pending))
 
     def _unsound(self, error: Exception) -> StoreError:
@@ -219,9 +219,9 @@ class Index:
 
 
 def check_free(folder: Path) -> None:
-    """See that nobody has the database locked. Raises StoreError after LOCKED_S seconds if somebody has.
+    """Check that the database is not locked. Raises StoreError if another process still has it after LOCKED_S seconds.
 
-    diskcache would wait a minute, and say no more than that the database is locked.
+    diskcache would wait a minute, and then say only that the database is locked.
     """
     if not (folder / DATABASE).exists():
         return
@@ -234,4 +234,4 @@ def check_free(folder: Path) -> None:
                 f"the index in {folder} is locked by another process for {LOCKED_S:.0f} s: end that process"
             ) from error
     except sqlite3.DatabaseError:
-        return  # what it is worth is seen when it is read
+        return  # the damage is found when it is read

@@ -1,13 +1,13 @@
-"""One blob being recorded: a sparse file and the journal of what of it is written and what is durable.
+"""One blob being recorded: a sparse file, and a journal of which bytes are written and which are durable.
 
-Invariant: what `resume` reports present was written before it was journalled. In the boot that wrote it, "written" is
-enough (the kernel has it even after `kill -9`); after another boot only what was flushed counts. Nothing here is
-trusted to be right: a resumed prefix is hashed again like any other byte.
+Invariant: what `resume` reports present was written before it was journalled. During the same boot "written" is
+enough (the kernel has it even after `kill -9`); after a reboot only what was flushed counts. None of these bytes are
+trusted: a resumed prefix is hashed again like all others.
 
 The journal is lines of `<crc32, 8 hex> <JSON>`: a header, then `{"w": [start, stop]}` for a written interval,
 `{"f": [[start, stop], …]}` for all that was durable at that moment and, on disks that fill gaps, `{"p": [window, …]}`
-for the windows that got the next places. Reading stops at the first line that does not check, so a torn tail costs what
-it described and nothing else.
+for the windows that got the next places. Reading stops at the first line whose checksum is wrong, so a torn tail loses
+only what it described.
 """
 
 import contextlib
@@ -34,25 +34,25 @@ FORMAT: Final = 1
 INGEST: Final = "ingest"
 QUARANTINE: Final = "quarantine"
 WINDOW: Final = 256 << 20
-"""Bytes for which room on the disk is taken at once, where a blob is pulled."""
+"""Bytes of disk space that are reserved at a time while a blob is pulled."""
 SMALL: Final = 8 << 20
-"""Smaller blobs come in few writes: the file system finds them one place by itself."""
+"""Smaller blobs come in few writes, which the file system keeps together by itself."""
 _SLACK: Final = 1 << 20
 STRETCH: Final = 64 << 20
 """Bytes that any disk makes durable in a moment."""
-SLOW_STRETCH: Final = 8 << 20  # sticks and cards, by drivers that do one thing at a time
+SLOW_STRETCH: Final = 8 << 20  # USB sticks and cards, whose drivers do one thing at a time
 
 PARTIAL: Final = ".partial"
 JOURNAL: Final = ".journal"
 WHOLE: Final = ".whole"
-"""The bytes of a partial that is not in order, in order."""
+"""The copy, in order, of a partial whose bytes are not."""
 
 
 class Ingest:
     """The partial file and journal of `digest`. All methods may block on the disk and raise StoreUnwritable.
 
-    `resume` or `begin` comes first, then `file` is there. Writes from several threads may run at once as long as
-    their intervals do not overlap.
+    Call `resume` or `begin` first: they set `file`. Several threads may write at once as long as their intervals do
+    not overlap.
     """
 
     def __init__(
@@ -64,19 +64,19 @@ class Ingest:
         largest: int | None = None,
         change: Callable[[Callable[[], object]], None] = at_once,
     ) -> None:
-        """`stranger` is where a file of this name may lie that is no hit: `resume` takes it where it is.
+        """`stranger` is where an unverified file of this blob may lie; `resume` uses it in place.
 
-        On a disk that `fills_gaps` a large file grows at its end, and is put in order by `arrange`. `largest` is how
-        long a file may be there; `change` closes one.
+        On a disk that `fills_gaps`, a large file grows at its end, and `arrange` puts it in order. `largest` is the
+        longest file the disk can hold (bytes); `change` runs the call that closes a file.
         """
         self.digest = digest
         self._share = partial(SharedFile, change=change)
         self._fills_gaps = fills_gaps
         self.stretch = SLOW_STRETCH if fills_gaps else STRETCH
-        """How many bytes the disk makes durable in a moment."""
+        """Bytes that this disk makes durable in a moment."""
         self._largest = largest
         self.in_place = False
-        """The bytes lie among the blobs already, and are only to be verified."""
+        """Whether the bytes already lie among the blobs and need only be verified."""
         self._stranger = stranger
         self.partial_path = folder / f"{digest.file_name}{PARTIAL}"
         self.journal_path = folder / f"{digest.file_name}{JOURNAL}"
@@ -86,23 +86,23 @@ class Ingest:
         self._journal_size = 0
         self._journal_lock = threading.Lock()
         self._is_durable = False
-        """The journal may outlive the power: what it says, and that it is gone, has to be made durable."""
+        """Whether the journal would survive a power cut, so that removing it must be made durable too."""
         self.reserves = False
-        """Room is taken ahead of what is written: all of the blob is on its way."""
+        """Whether disk space is reserved ahead of the writes, because the whole blob is on its way."""
         self._windows: set[int] = set()
         self._write_lock = threading.Lock()
-        """The kernel has one write to a file at a time, too, and those that wait for it there spin."""
+        """The kernel also runs one write to a file at a time, but threads that wait for it there spin."""
 
     @staticmethod
     def sweep(folder: Path, *, oldest: float) -> None:
-        """Remove what no recording goes on with: halves, temporaries, and what was last written before `oldest`."""
+        """Remove what no recording resumes: incomplete pairs, temporaries, and pairs last written before `oldest`."""
         for pattern in (".sha256-*", ".manifest-*", ".verified.*", f"*{WHOLE}"):
             for path in folder.glob(pattern):
                 path.unlink()
         file_system.sweep(folder)
         for name in {path.stem for path in folder.glob("sha256-*")}:
             pair = [folder / f"{name}{JOURNAL}", folder / f"{name}{PARTIAL}"]
-            # An adopted blob keeps the time of its recording: its journal tells when it became a partial.
+            # An adopted blob keeps the mtime of its recording: the journal's tells when it became a partial.
             times = [path.stat().st_mtime for path in pair if path.exists()]
             if len(times) < len(pair) or max(times) < oldest:
                 for path in pair:
@@ -112,7 +112,7 @@ class Ingest:
 
     @staticmethod
     def _trim(journal: Path, partial: Path) -> None:
-        """Give back the room that a daemon which was killed has taken ahead."""
+        """Give back the space that a killed daemon had reserved."""
         with contextlib.suppress(OSError, InvalidRequest):
             ingest = Ingest(partial.parent, Digest.parse(partial.stem))
             found = ingest._read_journal()
@@ -126,15 +126,15 @@ class Ingest:
                 os.close(descriptor)
 
     def resume(self, permits: Callable[[int], bool] = lambda _size: True) -> tuple[int, Intervals] | None:
-        """(size, what is present) of the partial an earlier recording left; None if there is none to be used.
+        """Return (size, what is present) of the partial that an earlier recording left; None if there is none to use.
 
-        One that has a size which the blob cannot have, by `permits`, is of no use.
+        A partial whose size `permits` rejects is not used.
         """
         if self._stranger is not None:
             try:
                 descriptor = platform.open_regular(self._stranger)
             except OSError:
-                pass  # it is not there, or nothing that can be read
+                pass  # absent, or not readable
             else:
                 self.in_place, self.partial_path = True, self._stranger
                 size = os.fstat(descriptor).st_size
@@ -168,8 +168,9 @@ class Ingest:
         return size, present
 
     def takes(self, size: int) -> int:
-        """Return how much of the disk a recording of so many bytes may take. Raises StoreUnwritable if no file is
-        so long.
+        """Return how much disk space a recording of `size` bytes may need.
+
+        Raises StoreUnwritable if the disk cannot hold so long a file.
         """
         if self._largest is not None and size > self._largest:
             raise StoreUnwritable(f"recording {self.digest}: {size} bytes are more than a file of its disk may have")
@@ -181,8 +182,8 @@ class Ingest:
         try:
             descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR | os.O_CREAT)
             try:
-                # An old journal is gone for good before what it speaks of changes. Where there is none a small blob may
-                # come and be published before anything here has to be durable.
+                # Replace an old journal durably before the bytes it describes change. Where there is none, a small blob
+                # may be written and published before anything here has to be durable.
                 self._rewrite_journal(size, Intervals(), Intervals(), windows, sync=self.journal_path.exists())
                 os.ftruncate(descriptor, 0)
                 if windows is None:
@@ -195,7 +196,7 @@ class Ingest:
         self.file = self._share(descriptor, size, windows=windows).acquire()
 
     def begin_again(self) -> None:
-        """Nothing that was written counts any more."""
+        """Begin the journal again: nothing written so far counts."""
         assert self.file is not None
         try:
             with self._journal_lock:
@@ -222,9 +223,9 @@ class Ingest:
                 raise StoreUnwritable(f"recording {self.digest}: {error}") from error
 
     def arrange(self, position: int) -> int:
-        """Put a stretch more in order, durably, from `position`; returns up to where all is in order.
+        """Copy the next stretch from `position` into the ordered file, durably; returns where the next one begins.
 
-        Then `finished_path` is the whole file. All its bytes must be here.
+        Once that is the blob's size, `finished_path` is the whole file. All bytes must have been written before.
         """
         assert self.file is not None
         if self.file.windows is None or self.file.windows.in_order:
@@ -235,7 +236,7 @@ class Ingest:
             descriptor = platform.open_descriptor(self._whole_path, flags)
             try:
                 self.file.copy(descriptor, position, stop)
-                platform.sync_data(descriptor)  # all at the end would keep the disk from everybody for long
+                platform.sync_data(descriptor)  # syncing it all at the end would block the disk for long
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -244,12 +245,12 @@ class Ingest:
 
     @property
     def finished_path(self) -> Path:
-        """Where the bytes lie in order, once they are whole and arranged."""
+        """The file with the bytes in order, once all are written and arranged."""
         windows = self.file.windows if self.file is not None else None
         return self.partial_path if windows is None or windows.in_order else self._whole_path
 
     def _reserve(self, first: int, last: int) -> None:
-        """Take room for these windows. Where it cannot be had the writing itself says so, or does without."""
+        """Reserve space for these windows. A failure is ignored: the write then works without, or reports it."""
         assert self.file is not None
         for window in range(first, last + 1):
             if window not in self._windows:
@@ -258,7 +259,7 @@ class Ingest:
                 fallocate.reserve(self.file.descriptor, start, min(start + WINDOW, self.file.size))
 
     def give_back(self, present: Intervals) -> None:
-        """Give back the room that was taken for bytes that are not `present`: they are not expected any more."""
+        """Give back the space reserved for bytes that are not `present` and no longer expected."""
         assert self.file is not None
         for window in self._windows:
             start = window * WINDOW
@@ -292,7 +293,7 @@ class Ingest:
             raise StoreUnwritable(f"flushing {self.digest}: {error}") from error
 
     def close(self) -> None:
-        """Let go of the files; readers that share the descriptor keep it."""
+        """Close the files; readers that share the descriptor keep it open."""
         with self._journal_lock:
             self._close_journal()
         if self.file is not None:
@@ -300,7 +301,7 @@ class Ingest:
             self.file = None
 
     def forget(self) -> None:
-        """Remove the journal, and bytes that are not in order: they have moved on."""
+        """Remove the journal, and the files of an arranged blob, whose bytes have been moved elsewhere."""
         with contextlib.suppress(OSError):
             self.journal_path.unlink()
             if self._is_durable:
@@ -310,7 +311,7 @@ class Ingest:
                 self.partial_path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Remove partial and journal; what lies among the blobs stays."""
+        """Remove partial and journal; a file that lies among the blobs stays."""
         self.forget()
         if not self.in_place:
             with contextlib.suppress(OSError):
@@ -337,7 +338,7 @@ class Ingest:
     def _rewrite_journal(
         self, size: int, present: Intervals, flushed: Intervals, windows: WindowMap | None, *, sync: bool = True
     ) -> None:
-        """Put a fresh journal in place of the old, whole or not at all, open for more; durable if `sync`."""
+        """Replace the journal by a fresh one atomically, and open it for appending; durable if `sync`."""
         self._close_journal()
         header = {"format": FORMAT, "digest": str(self.digest), "size": size, "boot": platform.boot_id()}
         lines = [line_of(header)]
@@ -351,7 +352,7 @@ class Ingest:
         self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY)
 
     def _read_journal(self) -> tuple[int, Intervals, Intervals, WindowMap | None] | None:
-        """(size, present, what of it is durable, what lies where) as far as the journal checks, else None."""
+        """Return (size, present, durable, places) up to the journal's first bad line; None if it is of no use."""
         try:
             lines = self.journal_path.read_bytes().split(b"\n")
         except OSError:
@@ -361,7 +362,7 @@ class Ingest:
             size = int(header["size"])
             if header["format"] != FORMAT or header["digest"] != str(self.digest) or size < 0:
                 return None
-            # An empty boot id means that the system cannot tell: then it is another boot.
+            # An empty boot id means that the system cannot tell: assume another boot.
             same_boot = header["boot"] == platform.boot_id() != ""
             written, flushed = Intervals(), Intervals()
             order: list[int] | None = None

@@ -1,7 +1,7 @@
 """The folder of a store: its marker, its lock, its secret, its pins.
 
-Invariant: a folder with anything else in it is never taken for a store, two processes never have one at once, nothing
-in it is a link to elsewhere, and nobody but its owner may write to it.
+Invariant: a folder that holds anything else is never taken for a store, no two processes use a store at once, nothing
+in it is a link to elsewhere, and only its owner and group may write to it.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from pullthrough.store.ollama_dir import BLOBS, MANIFESTS, NAMED_DOCUMENTS
 from pullthrough.store.proofs import VERIFIED
 
 FORMAT: Final = 2
-"""1 had all blobs in `blobs/`, and manifests and pins in the index alone."""
+"""Format 1 had all blobs in `blobs/`, and manifests and pins only in the index."""
 OLDEST_FORMAT: Final = 1
-"""What `migration` knows to convert."""
+"""The oldest format that `migration` can convert."""
 MARKER: Final = "ollama-cache.json"
 PINS: Final = "pins"
 _LOCK: Final = "lock"
@@ -44,7 +44,7 @@ _FOLDERS: Final = (
 
 
 def prepare(folder: Path) -> int:
-    """Make a store of an absent or empty folder, and see that an old one can be used; returns its format.
+    """Make a store of an absent or empty folder, or check that an existing one is usable; returns its format.
 
     Raises StoreError, OSError.
     """
@@ -74,18 +74,18 @@ def prepare(folder: Path) -> int:
 
 
 def make_folders(folder: Path) -> None:
-    """Make what is missing of the store's folders. Raises OSError if the disk refuses."""
+    """Make the store's folders that are missing. Raises OSError if the disk refuses."""
     for name in _FOLDERS:
         (folder / name).mkdir(exist_ok=True, mode=0o700 if name == PRIVATE else 0o755)
 
 
 def restore(folder: Path) -> None:
-    """Make again what somebody has removed of the store's folders.
+    """Make the store's folders again if someone has removed them.
 
-    Raises OSError if the disk refuses, has gone, or is one that cannot be written to.
+    Raises OSError if the disk refuses, is gone, or is read-only.
     """
     if not (folder / MARKER).exists():
-        # Another disk, or none, is mounted there by now: nothing is made on it.
+        # Another disk, or none, is mounted there now: make nothing on it.
         raise FileNotFoundError(errno.ENOENT, f"no store any more, {MARKER} has gone", str(folder))
     make_folders(folder)
     if not os.access(folder, os.W_OK):
@@ -93,9 +93,9 @@ def restore(folder: Path) -> None:
 
 
 def check_safe(folder: Path) -> None:
-    """See that nobody else may write to the store, read its secret, or lead us elsewhere. Raises StoreError.
+    """Check that only owner and group can write to the store, only the owner reads its secret, and no link leads away.
 
-    Windows has other rights, which are inherited from the user's folder.
+    Raises StoreError. Not on Windows, whose access rights are inherited from the user's folder.
     """
     if sys.platform == "win32":
         return
@@ -120,13 +120,13 @@ def check_safe(folder: Path) -> None:
 
 
 def _check_mode(path: Path, status: os.stat_result, forbidden: int, mend: str) -> None:
-    if sys.platform == "win32":  # whose files have no owner or mode of this kind
+    if sys.platform == "win32":  # has no owners or modes of this kind
         return
     if status.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
         raise StoreError(
             f"{path} belongs to user {status.st_uid}: run this as that user, or give the store a new owner"
         )
-    # In a sticky folder nobody renames or removes what is another's.
+    # In a sticky folder, users cannot rename or remove each other's files.
     is_open = status.st_mode & forbidden and not (forbidden == 0o002 and status.st_mode & stat.S_ISVTX)
     if is_open and not file_system.lacks_modes(path):
         raise StoreError(
@@ -136,7 +136,7 @@ def _check_mode(path: Path, status: os.stat_result, forbidden: int, mend: str) -
 
 
 def read_marker(folder: Path) -> int:
-    """Return the format of the store in `folder`. Raises StoreError if it is none, or one that we do not know."""
+    """Return the format of the store in `folder`. Raises StoreError if it is not a store or its format is unknown."""
     try:
         text = (folder / MARKER).read_text()
     except OSError as error:
@@ -154,21 +154,21 @@ def read_marker(folder: Path) -> int:
 
 
 def check_marker(folder: Path) -> None:
-    """See that `folder` is a store that can be read as it is. Raises StoreError."""
+    """Check that `folder` is a store of the current format. Raises StoreError if it is not."""
     if read_marker(folder) != FORMAT:
         raise StoreError(f"store {folder} is of an earlier format: start the cache once, which converts it")
 
 
 def write_marker(folder: Path) -> None:
-    """The folder is a store of our format from now on."""
+    """Mark the folder as a store of the current format."""
     _write_new(folder / MARKER, json.dumps({"format": FORMAT}).encode() + b"\n", mode=0o644)
 
 
 def take_lock(folder: Path, *, writable: bool = True) -> contextlib.ExitStack:
-    """Return the lock of the one daemon, until it is closed. Raises StoreError if another process has it.
+    """Take the lock that only one daemon can have; closing it releases it. Raises StoreError if another process has it.
 
-    The folder is locked beside the file, which somebody may remove. The file says who has the lock, and is all there
-    is on systems that lock no folders; where nothing can be written the folder is all there is.
+    The lock file names the holder. The folder is locked as well, because someone may remove the file. Systems that
+    cannot lock folders lock only the file; a store that cannot be written to locks only the folder.
     """
     with contextlib.ExitStack() as undo:
         lock = None
@@ -196,8 +196,9 @@ def take_lock(folder: Path, *, writable: bool = True) -> contextlib.ExitStack:
 
 
 def load_secret(folder: Path, *, writable: bool = True) -> bytes:
-    """Return what signs capabilities; made where there is none, and lasting as long as this process on a disk that
-    is full.
+    """Return the key that signs capabilities, making one if there is none.
+
+    Without `writable`, a new key lasts only as long as this process.
     """
     path = folder / _SECRET
     if not path.exists():
@@ -211,7 +212,7 @@ def load_secret(folder: Path, *, writable: bool = True) -> bytes:
 
 
 def load_pins(folder: Path) -> set[str]:
-    """Return the patterns of models that stay, a line each. Raises StoreError if the file cannot be read."""
+    """Return the patterns of pinned models, one on each line. Raises StoreError if the file cannot be read."""
     try:
         text = (folder / PINS).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -222,17 +223,17 @@ def load_pins(folder: Path) -> set[str]:
 
 
 def save_pins(folder: Path, pins: Collection[str]) -> None:
-    """In place of those before. Raises OSError if the disk refuses."""
+    """Replace the stored pins. Raises OSError if the disk refuses."""
     _write_new(folder / PINS, "".join(f"{pattern}\n" for pattern in sorted(pins)).encode(), mode=0o644)
 
 
 def folds_case(folder: Path) -> bool:
-    """Return whether the disk takes two names for one that differ in capitals alone."""
+    """Return whether the disk treats names that differ only in case as the same."""
     return (folder / MARKER.upper()).exists()
 
 
 def _write_new(path: Path, data: bytes, *, mode: int) -> None:
-    """Put a small file in place whole: a crash leaves none or all of it."""
+    """Write a small file atomically: after a crash it is whole, or as it was before."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:

@@ -1,7 +1,8 @@
-"""What people and upstream have said, what was counted and what was handed out: pins, grants, days, signed addresses.
+"""Pins, upstream's grants, the totals of each day, and signed addresses that were handed out.
 
-Pins and grants are files of the store, the rest is in the index. Invariant: a pin that was set is in force at once and
-after a restart. A grant to an anonymous request says what everybody may have; what took credentials is kept nowhere.
+Pins and grants are files of the store, the rest is in the index. Invariant: a pin takes effect at once and survives a
+restart. Only grants to anonymous requests are kept, because they hold for everybody; those that took credentials are
+never stored.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
@@ -19,27 +20,27 @@ from pullthrough.store.usage import Totals
 
 
 class Ledger:
-    """The pins and days of one store."""
+    """The pins, days and signed addresses of one store."""
 
     def __init__(self, folder: Path, index: Index, contents: Contents) -> None:
         self._folder = folder
         self._index = index
         self.pins = load_pins(folder)
-        """Patterns of models that stay, besides those that the option names."""
+        """Patterns of pinned models, in addition to the option's."""
         self.days = contents.days
         self.addresses = contents.addresses
-        """By the HMAC of a signed address, the blob and when the address expires (Unix seconds)."""
+        """HMAC of a signed address → the blob and when the address expires (Unix seconds)."""
 
     def keeps(self, name: Name, pins: Iterable[str]) -> bool:
         """Return whether the model is pinned, here or by the option's `pins`."""
         return name.is_among((*pins, *self.pins))
 
     def pin(self, pattern: str) -> None:
-        """Keep what the pattern names. Raises StoreUnwritable if the disk refuses."""
+        """Pin the models that the pattern matches. Raises StoreUnwritable if the disk refuses."""
         self._save(self.pins | {pattern})
 
     def unpin(self, pattern: str) -> None:
-        """Take a pin back. Raises StoreUnwritable if the disk refuses."""
+        """Remove a pin. Raises StoreUnwritable if the disk refuses."""
         self._save(self.pins - {pattern})
 
     def _save(self, pins: set[str]) -> None:
@@ -67,31 +68,31 @@ class Ledger:
 
 
 class Grants:
-    """What upstream has granted of each (host, repository) to an anonymous request, besides what manifests list.
+    """The blobs of each (host, repository) that upstream has granted to an anonymous request.
 
-    A file keeps what no stored manifest of the repository lists: the rest follows from the manifests.
+    The repository's file has only those that none of its stored manifests lists: the rest follows from the manifests.
     """
 
     def __init__(self, index: Index, files: ModelFiles, members: Members, manifests: ManifestTable) -> None:
-        """`members` is what the index says."""
+        """`members` are the grants in the index."""
         self._index = index
         self._files = files
         self._manifests = manifests
         self._members: dict[Place, str | set[str]] = {**members}
 
     def of(self, place: Place) -> set[str]:
-        """Return the digests of the repository; taken apart when they are asked for first, because most never are."""
+        """Return the digests granted in the repository; split at the first use, because most are never used."""
         granted = self._members.get(place, "")
         if isinstance(granted, str):
             granted = self._members[place] = set(granted.split())
         return granted
 
     def places(self, digest: Digest) -> list[Place]:
-        """Return where the blob was granted."""
+        """Return each (host, repository) in which the blob was granted."""
         return [place for place, digests in self._members.items() if digest in digests]
 
     def add(self, place: Place, digests: Iterable[str], *, is_kept: bool = False) -> None:
-        """Upstream has granted these blobs there; `is_kept` where the file says so."""
+        """Add blobs that upstream has granted there; `is_kept` if the file already has them."""
         granted = self.of(place)
         if not granted.issuperset(digests := set(digests)):
             granted |= digests
@@ -100,18 +101,18 @@ class Grants:
                 self.keep(place)
 
     def drop(self, place: Place) -> None:
-        """Nothing is granted there any more."""
+        """Drop all grants in the repository."""
         if self._members.pop(place, ""):
             self._files.drop_grants(place)
             self._index.delete_members(*place)
 
     def keep(self, place: Place) -> None:
-        """Let the file have what is granted and not listed: one or the other has changed."""
+        """Write the file again, with the blobs that are granted but not listed, after either has changed."""
         if granted := self.of(place):
             self._files.put_grants(place, lambda: self._unlisted(place, granted))
 
     def compare(self, filed: Mapping[Place, Set[str]]) -> Iterator[None]:
-        """Let the files have what only the index knows; `filed` is what they say. Goes on place by place."""
+        """Write the grants that only the index has to the files, which say `filed`. Yields after each place."""
         for place, granted in list(self._members.items()):
             known = granted.split() if isinstance(granted, str) else granted
             if not self._unlisted(place, known) <= filed.get(place, set()):
@@ -119,7 +120,7 @@ class Grants:
             yield
 
     def _unlisted(self, place: Place, granted: Collection[str]) -> set[str]:
-        """May be called by another thread: what may change meanwhile is copied first."""
+        """Return the grants that no manifest lists. Copies first, because another thread may call it."""
         found = set(granted)
         for record in self._manifests.listing(place):
             found.difference_update(record.listed.split())

@@ -1,17 +1,17 @@
-"""The files of manifests, each upstream's bytes at a path that says which name they are stored under; and of grants.
+"""The files of manifests, each with upstream's bytes at a path made of the name; and the files of grants.
 
     manifests/<host>/<namespace>/<model>/<tag>      for clients that take no lists; as Ollama keeps its models
     manifests-v2/<host>/<namespace>/<model>/<tag>   for those that do; a copy of the document, as Ollama 0.40 reads it
-    other-names/<host/repository>/@<reference>      what Ollama's folders have no place for, percent-encoded in lower
-                                                    case, cut at `+/+` where it is long; `.lists` as the second
-    grants/<host/repository>.txt                    which blobs upstream has granted there, a digest on each line, as
-                                                    far as no stored manifest of the repository lists them
+    other-names/<host/repository>/@<reference>      names that do not fit Ollama's folders, percent-encoded in lower
+                                                    case, long ones split at `+/+`; `.lists` if the client takes lists
+    grants/<host/repository>.txt                    blobs that upstream has granted there and no stored manifest of
+                                                    the repository lists, a digest on each line
 
-They lie below `public/`, or below `private/` while upstream refuses them to an anonymous request; grants always do. On
-a disk that folds case, names with capitals are other names.
+Manifests lie below `public/`, or below `private/` while upstream refuses them to an anonymous request; grants always
+lie below `private/`. On a disk that folds case, names with capitals go to `other-names/`.
 
-Invariant: a file is there whole or not at all, the newest state of a name is the one that is written, and what is
-hidden is out of `public/` when `hide` returns. Folders without a file are removed: Ollama stops at them.
+Invariant: a file is there whole or not at all, a name's newest state is the one written, and a hidden manifest has
+left `public/` when `hide` returns. Folders without a file are removed: Ollama stops at them.
 """
 
 import contextlib
@@ -49,14 +49,14 @@ _log = logging.getLogger(__name__)
 OTHER_NAMES: Final = "other-names"
 GRANTS: Final = "grants"
 TEMPORARY: Final = ".manifest-"
-"""What a file on its way begins with, in `ingest/`."""
+"""The prefix of temporary files in `ingest/`."""
 
 _FOR_OLLAMA: Final = re.compile(
     r"[\w-]+/[A-Za-z0-9][A-Za-z0-9._-]*(%3A[0-9]+)?/[A-Za-z0-9_][A-Za-z0-9_-]{0,79}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,79}){2}"
 )
 """Paths that every version of Ollama reads as a name (types/model/name.go)."""
 _NOWHERE: Final = re.compile(r"(^|/)((con|prn|aux|nul|com\d|lpt\d)(\.[^/]*)?|[^/]*\.)(/|$)", re.IGNORECASE)
-"""What Windows takes for a device, or loses the end of."""
+"""Names that Windows takes for a device, or whose last dot it drops."""
 _GRANT: Final = re.compile(r"^sha256:([0-9a-f]{64})$", re.MULTILINE)
 _PIECE: Final = 120
 _LISTS: Final = ".lists"
@@ -67,16 +67,16 @@ Place = tuple[str, str]
 
 
 class Document(NamedTuple):
-    """What a file says of its name."""
+    """A manifest's file as read from the disk."""
 
     body: bytes
     denied: bool
-    """It lies below `private/`."""
+    """Whether it lies below `private/`."""
     changed: float
     """When it was written, Unix seconds."""
 
     def record(self, known: ManifestRecord | None) -> ManifestRecord | None:
-        """Return what the file says, with what is known besides; None if it is no manifest."""
+        """Return the manifest's record, merged with the known one; None if the file is not a manifest."""
         record = ManifestRecord.parse(self.body, type_of(self.body), now=0.0)
         if record is None:
             return None
@@ -89,7 +89,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What is to be written; `make` returns None for no file, and is called by the thread that writes."""
+    """The state to write; the writing thread calls `make`, which returns None for no file."""
 
     make: Callable[[], bytes | None]
     denied: bool = False
@@ -99,7 +99,7 @@ _NOTHING: Final = _State(lambda: None)
 
 
 class ModelFiles:
-    """Those of one store. A thread of its own writes them."""
+    """The manifest and grant files of one store, written by a thread of their own."""
 
     def __init__(
         self,
@@ -109,15 +109,15 @@ class ModelFiles:
         durable: bool = True,
         change: Callable[[Callable[[], object]], None] = at_once,
     ) -> None:
-        """`durable` False leaves it to the caller to flush; `change` does what cannot wait for the thread."""
+        """With `durable` False the caller flushes the disk; `change` runs what cannot wait for the thread."""
         self._change = change
         self._durable = durable or not hasattr(os, "sync")
         self._folder = folder
         self._folds_case = folds_case
         self._lock = threading.Lock()
-        """Of what is pending: nobody who has it waits for the disk."""
+        """Guards `_pending`; never held while waiting for the disk."""
         self._moving = threading.Lock()
-        """Of the files."""
+        """Guards the files and `_unsynced`."""
         self._pending: dict[Name | Place, _State] = {}
         self._unsynced: set[Path] = set()
         self._is_asked = False
@@ -126,21 +126,21 @@ class ModelFiles:
     # --- writing
 
     def put(self, name: Name, body: bytes, *, denied: bool) -> None:
-        """Write the name's file, soon."""
+        """Schedule writing the name's file."""
         self._ask(name, _State(lambda: body, denied))
 
     def remove(self, name: Name) -> None:
-        """Remove the name's file, soon."""
+        """Schedule removing the name's file."""
         self._ask(name, _NOTHING)
 
     def put_grants(self, place: Place, digests: Callable[[], Iterable[str]]) -> None:
-        """Write the repository's grants, soon; `digests` is called by another thread."""
+        """Schedule writing the repository's grants; another thread calls `digests`."""
         self._ask(
             place, _State(lambda: "".join(f"{each}\n" for each in sorted(digests())).encode() or None, denied=True)
         )
 
     def drop_grants(self, place: Place) -> None:
-        """Remove the repository's grants now, if the disk answers."""
+        """Remove the repository's grants: at once if the disk answers, else later."""
         self._ask(place, _NOTHING)
         self._change(partial(self._remove_grants, place))
 
@@ -151,7 +151,7 @@ class ModelFiles:
             self._unsynced.add(path.parent)
 
     def hide(self, name: Name, body: bytes) -> None:
-        """Let the name's file be a private one: it has left `public/` when this returns, if the disk answers."""
+        """Move the name's file to `private/`: before this returns if the disk answers, else later."""
         self._ask(name, _State(lambda: body, denied=True))
         self._change(partial(self._move_away, name))
 
@@ -165,15 +165,15 @@ class ModelFiles:
                     self._unsynced |= {target.parent, (self._folder / PUBLIC / path).parent}
 
     def is_pending(self, what: Name | Place) -> bool:
-        """Return whether the file is not yet as it was last said to be."""
+        """Return whether the last change to the file is still to be written."""
         return what in self._pending
 
     def flush(self) -> None:
-        """Wait until all that was said so far has been written, or has failed."""
+        """Wait until all changes so far have been written, or have failed."""
         self._writer.submit(lambda: None).result()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining changes, and stop the thread."""
         self._writer.submit(self._write)
         self._writer.shutdown(wait=True)
 
@@ -185,7 +185,7 @@ class ModelFiles:
             self._writer.submit(self._write)
 
     def _write(self) -> None:
-        """Write what has come since the last time. What the disk refuses is tried again with what comes next."""
+        """Write all pending changes. Those that the disk refuses stay pending until the next call."""
         with self._lock:
             pending = dict(self._pending)
             self._is_asked = False
@@ -243,7 +243,7 @@ class ModelFiles:
         return target
 
     def _remove_others(self, what: Name | Place, target: Path | None) -> None:
-        """Remove its files but for `target`, and the folders that are empty then."""
+        """Remove all files of the name or place except `target`, and the folders left empty."""
         for root in ROOTS:
             for path in self._paths(what):
                 other = self._folder / root / path
@@ -261,21 +261,21 @@ class ModelFiles:
             except FileNotFoundError:
                 pass
             except OSError:
-                return  # there is something in it
+                return  # not empty
             folder = folder.parent
 
     # --- reading
 
     def of(self, host: str, repository: str) -> dict[Name, Document]:
-        """Return what the files say of the repository. Raises OSError if the disk refuses."""
+        """Read the repository's manifest files. Raises OSError if the disk refuses."""
         found: dict[Name, Document] = {}
-        for root in ROOTS:  # what is in both is private
+        for root in ROOTS:  # `private/` last: a name in both is private
             for folder in self._folders(host, repository):
                 self._gather(root, PurePosixPath(folder), found, {(host, repository)})
         return found
 
     def walk(self) -> Iterator[tuple[tuple[str, str], dict[Name, Document]]]:
-        """Yield the same of each repository, with its (host, repository). Raises OSError if the disk refuses."""
+        """Yield each (host, repository) with its manifest files. Raises OSError if the disk refuses."""
         places: dict[tuple[str, str], None] = {}
         for root in ROOTS:
             for tree in (MANIFESTS, NAMED_DOCUMENTS, OTHER_NAMES):
@@ -286,7 +286,7 @@ class ModelFiles:
             yield place, self.of(*place)
 
     def grants(self, place: Place) -> set[Digest]:
-        """Return what the file says was granted in the repository. Raises OSError if the disk refuses."""
+        """Read the repository's grants from its file. Raises OSError if the disk refuses."""
         try:
             descriptor = platform.open_regular(self._folder / PRIVATE / _grants_path(place))
         except (FileNotFoundError, NotADirectoryError):
@@ -295,7 +295,7 @@ class ModelFiles:
             return set(map(Digest, _GRANT.findall(file.read(LONGEST_MANIFEST))))
 
     def walk_grants(self) -> Iterator[tuple[Place, set[Digest]]]:
-        """Yield the same of each repository, with its (host, repository). Raises OSError if the disk refuses."""
+        """Yield each (host, repository) with the grants in its file. Raises OSError if the disk refuses."""
         for path in _walk(self._folder / PRIVATE, PurePosixPath(GRANTS)):
             host, slash, repository = _decoded(path.removeprefix(f"{GRANTS}/").removesuffix(_TEXT)).partition("/")
             if slash and _grants_path((host, repository)) == path:
@@ -319,7 +319,7 @@ class ModelFiles:
     # --- paths
 
     def _paths(self, name: Name | Place) -> list[str]:
-        """Return where the file is to be, and where else another disk may have had it."""
+        """Return the file's path on this disk, and then the path it would have on a disk of the other kind."""
         if not isinstance(name, Name):
             return [_grants_path(name)]
         other = _other_path(name)
@@ -329,7 +329,7 @@ class ModelFiles:
         return [other, usual] if self._folds_case and usual != usual.lower() else [usual, other]
 
     def _folders(self, host: str, repository: str) -> list[str]:
-        """Return the folders with a repository's files."""
+        """Return the folders that can hold a repository's files."""
         folders = [str(PurePosixPath(_other_path(Name(host, repository, "x"))).parent)]
         for takes_lists in (False, True):
             usual = _usual_path(Name(host, repository, "x", takes_lists))
@@ -339,7 +339,7 @@ class ModelFiles:
 
 
 def _walk(root: Path, folder: PurePosixPath) -> Iterator[str]:
-    """Yield the paths below `root` of the files in the folder; no link is followed."""
+    """Yield the path, relative to `root`, of each file in the folder and below; links are not followed."""
     try:
         with os.scandir(root / folder) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
@@ -353,7 +353,7 @@ def _walk(root: Path, folder: PurePosixPath) -> Iterator[str]:
 
 
 def _usual_path(name: Name) -> str | None:
-    """Return its path in Ollama's folders, None where they have none for it."""
+    """Return the name's path in Ollama's folders; None if it does not fit them."""
     try:
         path = document_path(name) if name.takes_lists else manifest_path(name)
     except TransferRefused:
@@ -373,7 +373,7 @@ def _grants_path(place: Place) -> str:
 
 
 def _parse(path: str) -> Name | None:
-    """Return the name whose file lies there; None where none can."""
+    """Return the name whose file lies at this path; None if no name's can."""
     tree, _, rest = path.partition("/")
     if tree != OTHER_NAMES:
         name = parse_manifest_path(path)

@@ -1,8 +1,8 @@
 """The stored manifests and lists, and the manifests that lists refer to.
 
-Invariant: a list lists what each of its children lists as soon as that child's bytes are here, so whoever asks what a
-repository lists, what a model needs, or what may go, sees one flat set of blobs. Bytes are stored once, whoever has
-them: names and children. What a list refers to says nothing of who may have it.
+Invariant: a list's record includes the blobs of each child as soon as that child's bytes are here. So the questions
+what a repository lists, what a model needs and what may be evicted are answered from one flat set of blobs. Bytes are
+stored once, however many names and children share them. That a list refers to a manifest grants nobody access to it.
 """
 
 from collections import Counter
@@ -17,31 +17,31 @@ from pullthrough.store.index import Index
 from pullthrough.store.rows import Contents
 
 TOLD_S: Final = 600.0
-"""How far the index may lag behind with the time of a manifest's last pull."""
+"""The longest that the index may lag behind with the time of a manifest's last pull."""
 
 
 class ManifestTable:
-    """Of one store."""
+    """The manifests of one store."""
 
     def __init__(self, index: Index, contents: Contents, read: Callable[[Digest], ManifestRecord | None]) -> None:
-        """`read` gives the manifest that a held blob is, else None."""
+        """`read` parses a held blob as a manifest, and returns None if it is not one."""
         self._index = index
         self._read = read
         self._records = contents.manifests
         self._children = contents.children
         self.records: Mapping[Name, ManifestRecord] = MappingProxyType(self._records)
         self.children: Mapping[Digest, ManifestRecord] = MappingProxyType(self._children)
-        """Those that a stored list refers to and whose bytes have come."""
+        """The manifests that stored lists refer to and whose bytes are here."""
         self._names: dict[tuple[str, str], set[Name]] = {}
-        """Under which the manifests of each (host, repository) are stored."""
+        """(host, repository) → the names of its stored manifests."""
         self._denied: dict[tuple[str, str], set[Name]] = {}
-        """Those of them that are denied."""
+        """(host, repository) → the names of its denied manifests."""
         self._bodies = Counter(record.digest for record in self._children.values())
-        """By how many names and children the bytes of a manifest are stored."""
+        """How many names and children share the bytes of each manifest."""
         self._parents: dict[Digest, set[Name]] = {}
-        """Whose lists refer to the child."""
+        """Child → the names whose lists refer to it."""
         self._untold: dict[Name, float] = {}
-        """Since when the index lacks the time of a manifest's last pull."""
+        """Name → since when its last pull is missing from the index."""
         for name, record in self._records.items():
             self._names.setdefault(name.place, set()).add(name)
             if record.denied:
@@ -52,30 +52,30 @@ class ManifestTable:
                     self._parents.setdefault(child, set()).add(name)
 
     def open(self) -> None:
-        """Take in children whose bytes came without that being written."""
+        """Take in children whose bytes are here but were not recorded as such in the index."""
         for child in list(self._parents):
             self.take_in(child)
 
     def close(self) -> None:
-        """Write out what is pending."""
+        """Write the times of pulls that the index lacks."""
         for name in self._untold:
             self._index.put_manifest(name, self._records[name])
 
     def of(self, place: tuple[str, str]) -> Iterator[tuple[Name, ManifestRecord]]:
-        """Yield the manifests of the (host, repository)."""
+        """Return an iterator over the manifests of the (host, repository)."""
         return ((name, self._records[name]) for name in self._names.get(place, ()))
 
     def listing(self, place: tuple[str, str]) -> list[ManifestRecord]:
-        """Return those that are not denied; other threads may ask."""
+        """Return the repository's manifests that are not denied. May be called by other threads."""
         found = [self._records.get(name) for name in list(self._names.get(place, ()))]
         return [record for record in found if record is not None and not record.denied]
 
     def denied(self, place: tuple[str, str]) -> list[ManifestRecord]:
-        """Return those that are denied of the (host, repository)."""
+        """Return the repository's manifests that are denied."""
         return [self._records[name] for name in self._denied.get(place, ())]
 
     def put(self, name: Name, record: ManifestRecord) -> None:
-        """Store a manifest, in the place of what the name had."""
+        """Store a manifest, replacing the name's previous one."""
         before = self._records.get(name)
         for child in record.children:
             self._parents.setdefault(child, set()).add(name)
@@ -96,7 +96,7 @@ class ManifestTable:
         self.take_in(Digest(record.digest))
 
     def is_same(self, known: ManifestRecord, record: ManifestRecord) -> bool:
-        """Return whether `known` is what `put` would make of the record."""
+        """Return whether `put` would turn the record into `known`."""
         if not record.is_list:
             return known == record
         for child in record.children:
@@ -116,7 +116,7 @@ class ManifestTable:
         self._leave(name, record, still=())
 
     def touch(self, name: Name, now: float, *, by_client: bool = True) -> None:
-        """Note that a client has pulled it, or that it was brought; on disk every TOLD_S seconds, and at the end."""
+        """Note that a client has pulled it, or that it was brought; written every TOLD_S seconds, and at the end."""
         record = self._records.get(name)
         if record is None:
             return
@@ -126,7 +126,7 @@ class ManifestTable:
             self._index.put_manifest(name, record)
 
     def take_in(self, digest: Digest) -> None:
-        """Let the lists that refer to this blob list what it lists, if its bytes are here and are a manifest."""
+        """Add what this blob lists to the lists that refer to it, if its bytes are here and are a manifest."""
         parents = self._parents.get(digest)
         if parents is None or digest in self._children:
             return
@@ -143,7 +143,7 @@ class ManifestTable:
                 self._index.put_manifest(name, record)
 
     def _find(self, digest: Digest) -> ManifestRecord | None:
-        """Return the manifest that is this blob, as it is stored by name or held as a file. A list is none."""
+        """Return the blob as a manifest, stored by name or held as a file; None if it is not one, or is a list."""
         if digest.hex not in self._bodies:
             return self._read(digest)
         body = next(record.body for record in self._records.values() if record.digest == digest.hex)
@@ -151,7 +151,7 @@ class ManifestTable:
         return None if record is None or record.is_list else record
 
     def _leave(self, name: Name, record: ManifestRecord, *, still: list[Digest] | tuple[()]) -> None:
-        """The name no longer has this record, and refers only to the children in `still`."""
+        """Release what the name's old record referred to, except for the children in `still`."""
         for child in set(record.children).difference(still):
             parents = self._parents[child]
             parents.discard(name)

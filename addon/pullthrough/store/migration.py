@@ -1,8 +1,8 @@
-"""Make a store of an earlier format one of this format, in place.
+"""Convert a store of an earlier format to the current one, in place.
 
-Invariant: it may be interrupted anywhere and is done again from the beginning, because the marker changes last; no
-byte of a blob is copied or hashed. Who may have what is taken from the index of that time: without one, blobs are
-private until upstream says otherwise. For whoever has the store to himself.
+Invariant: a conversion that is interrupted starts over, because the marker changes last; no blob is copied or hashed.
+Access rights come from the old index: without one, blobs are private until upstream grants them. The caller must hold
+the store's lock.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _FORMER: Final = BLOBS
 
 
 def migrate(folder: Path, found: int) -> None:
-    """From format `found` to ours. Raises StoreError, OSError."""
+    """Convert the store from format `found` to ours. Raises StoreError, OSError."""
     if found == FORMAT:
         return
     _log.info("store %s: converting format %d to %d", folder, found, FORMAT)
@@ -40,7 +40,7 @@ def migrate(folder: Path, found: int) -> None:
             if (digest := parse_blob_path(f"{BLOBS}/{path.name}")) is not None:
                 record = known.blobs.get(digest)
                 os.replace(path, files.path(digest, public=record is not None and record.public))
-        with contextlib.suppress(OSError):  # something that is not ours is left where it is
+        with contextlib.suppress(OSError):  # leave files that are not ours where they are
             (folder / _FORMER).rmdir()
     held = {digest: record for digest, record in known.blobs.items() if record.held}
     # Without inodes: the store may have been copied since.
@@ -56,7 +56,7 @@ def migrate(folder: Path, found: int) -> None:
 
 
 def _read(folder: Path) -> tuple[Contents, set[str]]:
-    """Return what the index of that time says, and the pins in it; nothing where it is not sound."""
+    """Return the contents of the old index, and its pins; nothing if it is not sound."""
     try:
         with contextlib.closing(sqlite3.connect(folder / DATABASE)) as connection, connection:
             rows.rename_aliases(connection.execute)
@@ -67,7 +67,7 @@ def _read(folder: Path) -> tuple[Contents, set[str]]:
 
 
 def _renew(folder: Path) -> None:
-    """Let the index be one of ours, with the same facts. What is wrong with it is seen when it is opened."""
+    """Convert the index to the current version, keeping its facts. Opening it will find any damage."""
     with (
         contextlib.suppress(*rows.UNSOUND),
         contextlib.closing(sqlite3.connect(folder / DATABASE)) as connection,

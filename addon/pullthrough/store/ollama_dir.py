@@ -1,14 +1,14 @@
-"""Ollama's models folder: where it keeps what, found and read without trusting it.
+"""Ollama's models folder: its layout, and how to read it without trusting it.
 
     blobs/sha256-<hex>                              a blob; since v0.40.0 each document (a manifest or list) is one too
     manifests-v2/<host>/<namespace>/<model>/<tag>   since v0.40.0: a relative link to the document, or a copy of it
     manifests/<host>/<namespace>/<model>/<tag>      before: the manifest itself (since v0.19.0); since v0.40.0 an anchor
 
-An *anchor* is what an older Ollama runs: a manifest encoded anew, with one more layer for each document, so that its
-pruning leaves them. (server/manifest.go, manifest/paths.go, types/model/name.go.)
+An *anchor* is what an older Ollama runs: a manifest encoded anew, with one more layer for each document, which keeps
+the older version from pruning the documents. (server/manifest.go, manifest/paths.go, types/model/name.go.)
 
-Invariant: no name leads out of the folder, and no link below it is followed: a link says which blob is meant, and
-that blob is opened. A document that is told by its digest is hashed; other blobs are not.
+Invariant: no name leads out of the folder, and no link below it is followed: a link only says which blob to open. A
+document that is named by its digest is hashed; other blobs are not.
 """
 
 import json
@@ -32,10 +32,10 @@ NAMED_DOCUMENTS: Final = "manifests-v2"
 BLOBS: Final = "blobs"
 _TREES: Final = (NAMED_DOCUMENTS, MANIFESTS)
 LONGEST_MANIFEST: Final = 4 << 20
-"""Bytes; the largest of tensor models have a few hundred KiB."""
+"""Bytes; the largest manifests of tensor models have a few hundred KiB."""
 
 _PUBLIC_HOST: Final = "ollama.com"
-"""The directory of DEFAULT_HOST in the new tree; in the old one there may be either."""
+"""The folder of DEFAULT_HOST in the new tree; the old one may have either."""
 _HOST: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}(:[0-9]{1,5})?")
 _SHADOW: Final = re.compile(r"[0-9a-fA-F]{64}")
 
@@ -43,7 +43,7 @@ _SHADOW: Final = re.compile(r"[0-9a-fA-F]{64}")
 def manifest_path(name: Name) -> str:
     """Return the path of a manifest below the folder, in the old tree.
 
-    Raises TransferRefused for a name that Ollama has no place for.
+    Raises TransferRefused if the name does not fit Ollama's folders.
     """
     return _path(MANIFESTS, DEFAULT_HOST if name.host == _PUBLIC_HOST else name.host, name)
 
@@ -51,7 +51,7 @@ def manifest_path(name: Name) -> str:
 def document_path(name: Name) -> str:
     """Return the path of a document's name below the folder, in the new tree.
 
-    Raises TransferRefused for a name that Ollama has no place for.
+    Raises TransferRefused if the name does not fit Ollama's folders.
     """
     return _path(NAMED_DOCUMENTS, _PUBLIC_HOST if name.host == DEFAULT_HOST else name.host.replace(":", "%3A"), name)
 
@@ -75,7 +75,7 @@ def blob_path(digest: Digest) -> str:
 
 
 def parse_manifest_path(path: str) -> Name | None:
-    """Tell which model's manifest or list lies there, in either tree; None where none can."""
+    """Return the model whose manifest or list lies at this path, in either tree; None if no model's can."""
     parts = path.split("/")
     if len(parts) != 5 or parts[0] not in (MANIFESTS, NAMED_DOCUMENTS):
         return None
@@ -87,21 +87,21 @@ def parse_manifest_path(path: str) -> Name | None:
 
 
 def parse_blob_path(path: str) -> Digest | None:
-    """Tell which blob lies there; None where none can."""
+    """Return the blob that lies at this path; None if none can."""
     match = re.fullmatch(rf"{BLOBS}/sha256-([0-9a-f]{{64}})", path)
     return Digest(match[1]) if match else None
 
 
 def anchor(manifest: Mapping[str, Any], documents: Mapping[Digest, tuple[str, int]]) -> bytes:
-    """Make the anchor by which an older Ollama runs a manifest and keeps documents: digest → (media type, size)."""
+    """Make the anchor for an older Ollama: the manifest it runs, and the `documents` (media type, size) it keeps."""
     kept = [{"mediaType": kind, "digest": digest, "size": size} for digest, (kind, size) in documents.items()]
     return json.dumps({**manifest, "layers": [*(manifest["layers"] or []), *kept]}, separators=(",", ":")).encode()
 
 
 def anchored(body: bytes) -> Digest | None:
-    """Tell which document an anchor stands for: the list that it names, else the manifest; None if it is no anchor.
+    """Return the document an anchor stands for: the list that it names, else the manifest; None if it is no anchor.
 
-    Raises TransferRefused where it names several.
+    Raises TransferRefused if it names several.
     """
     found: dict[str, list[Digest]] = {LIST_TYPE: [], DOCKER_TYPE: []}
     try:
@@ -109,7 +109,7 @@ def anchored(body: bytes) -> Digest | None:
             if layer.get("mediaType") in found:
                 found[layer["mediaType"]].append(Digest.parse(layer["digest"]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidRequest):
-        return None  # nor a manifest, which is for others to say
+        return None  # not a manifest either, which the caller finds out
     documents = found[LIST_TYPE] or found[DOCKER_TYPE]
     if len(documents) > 1:
         raise TransferRefused(f"expected a manifest that stands for one document, got one for {len(documents)}")
@@ -117,9 +117,9 @@ def anchored(body: bytes) -> Digest | None:
 
 
 def default_tree(environment: Mapping[str, str]) -> Path:
-    """Find the models of the Ollama on this machine: OLLAMA_MODELS, the user's, or those of the Linux service.
+    """Find this machine's Ollama models folder: OLLAMA_MODELS, the user's, or the Linux service's.
 
-    Raises TransferRefused where there are none.
+    Raises TransferRefused if there is none.
     """
     if named := environment.get("OLLAMA_MODELS"):
         return Path(named)
@@ -133,19 +133,19 @@ def default_tree(environment: Mapping[str, str]) -> Path:
 
 
 class OllamaDir:
-    """A models folder that is there."""
+    """An existing models folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Raise TransferRefused if it is none."""
+        """Check the folder. Raises TransferRefused if it is not a models folder."""
         if not any((folder / tree).is_dir() for tree in _TREES):
             raise TransferRefused(f"expected a models folder of Ollama, with {MANIFESTS} in it, got {folder}")
         self.folder = folder
 
     def models(self) -> tuple[dict[Name, list[str]], list[str]]:
-        """Find the paths at which each model is named, in the order in which Ollama looks; and those that name none.
+        """Return the paths that name each model, in the order in which Ollama looks, and the paths that name none.
 
-        Paths are below the folder. Passed over are hidden files, as file managers and interrupted pulls leave them,
-        and what Ollama has named after its own conversions.
+        Paths are relative to the folder. Hidden files, which file managers and interrupted pulls leave, and the names
+        that Ollama gives to its own conversions are skipped.
         """
         named: dict[Name, list[str]] = {}
         strays = []
@@ -158,12 +158,12 @@ class OllamaDir:
                     named.setdefault(name, []).append(path)
         for name, paths in named.items():
             usual = document_path(name), manifest_path(name)
-            # Both names of the public registry, and both spellings of a colon, may be there.
+            # A model may be there under both names of the public registry, and both spellings of a colon.
             paths.sort(key=lambda path: (path.startswith(f"{MANIFESTS}/"), path not in usual))
         return named, strays
 
     def _walk(self, path: PurePosixPath, *, depth: int) -> Iterator[tuple[str, bool]]:
-        """Yield (path below the folder, whether it may name a model) of all that is no folder on the way to a name."""
+        """Yield (relative path, whether it may name a model) for everything but the folders that lead to names."""
         self._check_folder(path)
         try:
             with os.scandir(self.folder / path) as entries:
@@ -180,9 +180,9 @@ class OllamaDir:
                 yield str(below), depth == 1 and (entry.is_symlink() or entry.is_file(follow_symlinks=False))
 
     def read(self, path: str) -> bytes | None:
-        """Read the document that is named at this path, or that its anchor stands for; None where a link leads nowhere.
+        """Read the document named at this path, or that its anchor stands for; None if a link's blob is missing.
 
-        Raises TransferRefused if it cannot be the one that Ollama means, OSError as the disk says.
+        Raises TransferRefused if it cannot be the document that Ollama means, OSError if the disk fails.
         """
         if (self.folder / path).is_symlink():
             body = self.document(self._linked(path))
@@ -198,7 +198,7 @@ class OllamaDir:
         return body
 
     def document(self, digest: Digest) -> bytes | None:
-        """Read a manifest or list among the blobs; None where it is not there. Raises as `read`."""
+        """Read a manifest or list from the blobs; None if it is missing. Raises the same errors as `read`."""
         try:
             body = _read(self.open_blob(digest), blob_path(digest))
         except FileNotFoundError:
@@ -208,20 +208,20 @@ class OllamaDir:
         return body
 
     def has(self, digest: Digest) -> bool:
-        """Tell whether there is something at the blob's place."""
+        """Return whether anything exists at the blob's path."""
         return os.path.lexists(self.folder / blob_path(digest))
 
     def open_blob(self, digest: Digest) -> int:
-        """Open its file. Raises OSError where there is none, TransferRefused where the folder is a link."""
+        """Open the blob's file. Raises OSError if there is none, TransferRefused if the folder is a link."""
         self._check_folder(PurePosixPath(BLOBS))
         return platform.open_regular(self.folder / blob_path(digest))
 
     def _linked(self, path: str) -> Digest:
-        """Tell which blob a link names, without following it.
+        """Return the blob that a link names, without following it.
 
-        Raises TransferRefused where it leads elsewhere.
+        Raises TransferRefused if it leads elsewhere.
         """
-        target = os.readlink(self.folder / path)  # noqa: PTH115 -- a Path would lose what Windows says
+        target = os.readlink(self.folder / path)  # noqa: PTH115 -- a Path would change what Windows returns
         folder = Path(os.path.normpath(self.folder.absolute()))
         full = Path(os.path.normpath(folder / PurePosixPath(path).parent / target))
         digest = parse_blob_path(full.relative_to(folder).as_posix()) if full.is_relative_to(folder) else None
@@ -235,7 +235,7 @@ class OllamaDir:
 
 
 def _is_shadow(name: Name) -> bool:
-    """Tell whether Ollama names its own conversions so: manifests that no registry has."""
+    """Return whether Ollama made this name for one of its own conversions, which no registry has."""
     return name.place == (DEFAULT_HOST, "library/llamacpp") and bool(_SHADOW.fullmatch(name.reference))
 
 

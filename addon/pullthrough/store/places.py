@@ -1,8 +1,8 @@
-"""Where the parts of a store lie, by what the disk under it can do: the index on a disk of this machine, whatever holds
-the blobs.
+"""Where the parts of a store lie, depending on what its disk can do: the index is always on a local disk, even if the
+store is not.
 
-Invariant: what follows from a disk's facts is decided in `conclude`, which looks at nothing else; what cannot work is
-refused with the reason and what to do.
+Invariant: `conclude` alone decides what follows from a disk's facts, and looks at nothing else. A disk that cannot
+work is refused with the reason and the remedy.
 """
 
 import contextlib
@@ -33,24 +33,24 @@ OWNER: Final = "owner"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """What follows from a disk's facts."""
+    """How a store is kept on its disk."""
 
     index_elsewhere: bool = False
-    """The index is not in the store's folder."""
+    """Whether the index is outside the store's folder."""
     shared: bool = False
-    """Locks do not reach everybody: the lock is where the index is, and a file says who has the store."""
+    """Whether other machines may use the disk: the lock is beside the index, and a file names the store's owner."""
     unwritable: bool = False
-    """Nothing can be written now: what is noted in the index is forgotten at the end."""
+    """Whether the disk cannot be written to: an index in the store's folder is then replaced by a temporary copy."""
     in_order: bool = False
-    """A file must grow from its beginning: the disk fills what is left out with zeros."""
+    """Whether files must grow from their beginning, because the disk fills gaps with zeros."""
     largest: int | None = None
-    """How long a blob may be (bytes), None for no limit."""
+    """The longest blob that can be stored (bytes), None for no limit."""
     notes: tuple[str, ...] = ()
-    """What an operator should know."""
+    """Warnings for the operator."""
 
 
 def conclude(facts: Facts, *, index_given: bool = False) -> Place:
-    """Say how a store on such a disk is kept. Raises StoreError if it cannot be kept there."""
+    """Decide how a store is kept on such a disk. Raises StoreError if it cannot be kept there."""
     kind = facts.kind or "unknown"
     if not facts.renames:
         raise StoreError(
@@ -81,21 +81,21 @@ def conclude(facts: Facts, *, index_given: bool = False) -> Place:
 
 
 def local_folder(folder: Path, index_dir: Path | None) -> Path:
-    """Return where index and lock of the store are, if they are not in it."""
+    """Return the folder for the store's index and lock if they are not in the store itself."""
     store = folder.resolve()
     key = hashlib.sha256(os.fsencode(store)).hexdigest()[:12]
     return (index_dir or paths.default_index()) / f"{store.name}-{key}"
 
 
 def index_folder(folder: Path, index_dir: Path | None) -> Path:
-    """Return where the index of a store that is there is found."""
+    """Return the index folder of an existing store."""
     inside, local = folder / INDEX, local_folder(folder, index_dir) / INDEX
     is_local = index_dir is not None or (any(local.glob("*.db")) and not any(inside.glob("*.db")))
     return local if is_local else inside
 
 
 def look_at(folder: Path, *, index_given: bool) -> Place:
-    """Look at the disk under the store, and tell what an operator should know. Raises StoreError, OSError."""
+    """Examine the store's disk, and log warnings for the operator. Raises StoreError, OSError."""
     ingest = folder / INGEST
     facts = file_system.examine(ingest if ingest.is_dir() else folder)
     try:
@@ -108,7 +108,7 @@ def look_at(folder: Path, *, index_given: bool) -> Place:
 
 
 def prepare_index(folder: Path, at: Path, place: Place, undo: contextlib.ExitStack) -> Path:
-    """Return the folder of the index below `at`, with what an earlier place of it holds. Raises OSError."""
+    """Return the index folder below `at`, taking over an index that is still in the store. Raises OSError."""
     former, index = folder / INDEX, at / INDEX
     if place.unwritable and not place.index_elsewhere:
         index = Path(undo.enter_context(TemporaryFolder()), INDEX)
@@ -121,7 +121,7 @@ def prepare_index(folder: Path, at: Path, place: Place, undo: contextlib.ExitSta
 
 
 def lock_store(folder: Path, index_dir: Path | None, place: Place, undo: contextlib.ExitStack) -> Path:
-    """Be the one process that has the store; returns where its index is. Raises StoreError, OSError."""
+    """Take the store for this process; returns the folder above its index. Raises StoreError, OSError."""
     at = _make_local(folder, index_dir) if place.index_elsewhere else folder
     undo.enter_context(take_lock(at if place.shared else folder, writable=place.shared or not place.unwritable))
     if place.shared and not place.unwritable:
@@ -130,7 +130,7 @@ def lock_store(folder: Path, index_dir: Path | None, place: Place, undo: context
 
 
 def _make_local(folder: Path, index_dir: Path | None) -> Path:
-    """Return the folder for index and lock, made where it is missing. Raises StoreError if it cannot be used."""
+    """Return the folder for index and lock, making it if missing. Raises StoreError if it cannot be used."""
     local = local_folder(folder, index_dir)
     mend = f"name a folder on a disk of this machine with {PREFIX}index_dir"
     try:
@@ -144,7 +144,7 @@ def _make_local(folder: Path, index_dir: Path | None) -> Path:
 
 
 def _own(folder: Path, undo: contextlib.ExitStack) -> None:
-    """Be the one process of all machines that has the store. Raises StoreError if another one has it."""
+    """Take the store for this process among all machines. Raises StoreError if another process has it."""
     owner = OwnerFile(folder / OWNER, on_lost=lambda other: _end(folder, other))
     if (holder := owner.take()) is not None:
         raise StoreError(
@@ -155,6 +155,6 @@ def _own(folder: Path, undo: contextlib.ExitStack) -> None:
 
 
 def _end(folder: Path, other: Owner) -> None:
-    """Two processes would change the store at once."""
+    """End this process, because two would otherwise change the store at once."""
     _log.error("store %s: %s has taken it over, because this one gave no sign of life; ending", folder, other)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,12 +1,13 @@
-"""The proof that a blob was verified: its size, time and inode at that moment, a line each in one file of the store.
+"""The proofs that blobs were verified: size, mtime and inode at that moment, a line for each in one file of the store.
 
     ollama-cache verified <inode of this file>
     <64 hexadecimal digits> <size> <mtime in ns> <inode>
 
-The last line of a blob counts. Copying gives files new inodes and keeps their times (`cp -a`, `rsync -t`, a backup),
-and this file tells that it was copied by its own inode: then size and time are the proof, the time as far as it came.
+A blob's last line counts. Copying a store (`cp -a`, `rsync -t`, a backup) keeps the times of files but not their
+inodes. This file was copied if its first line names another inode than its own: then size and mtime are the proof, the
+mtime perhaps rounded down.
 
-Invariant: a line is believed whole or not at all, and what was never flushed may be lost: the blob is hashed again.
+Invariant: a line is believed whole or not at all. A line that was never flushed may be lost: the blob is hashed again.
 """
 
 import contextlib
@@ -25,21 +26,19 @@ VERIFIED: Final = "verified"
 _HEAD: Final = re.compile(rb"ollama-cache verified ([0-9]{1,20})\n")
 _LINE: Final = re.compile(rb"^([0-9a-f]{64}) ([0-9]{1,20}) ([0-9]{1,20}) ([0-9]{1,20})\n", re.MULTILINE)
 _UNITS: Final = (1, 100, 1000, 10_000_000, 1_000_000_000, 2_000_000_000)
-"""What times are cut to, in nanoseconds: by NTFS, archives, exFAT, GNU tar and FAT."""
+"""The units (ns) to which a copy may round times down: NTFS, archives, exFAT, GNU tar and FAT."""
 
 
 class Proof(NamedTuple):
-    """Of one blob."""
+    """The facts about one blob's file when it was verified."""
 
     size: int
     mtime_ns: int
     inode: int
-    """0 where it is of another disk."""
+    """0 if it is unknown or from another disk."""
 
     def proves(self, size: int, mtime_ns: int, inode: int) -> bool:
-        """Return whether these are of the file that was verified; times of a copy may have been cut by what carried
-        it.
-        """
+        """Return whether these facts are the verified file's; copying may have rounded its mtime down."""
         if size != self.size or self.inode not in (inode, 0):
             return False
         units = (1,) if self.inode else _UNITS
@@ -47,31 +46,31 @@ class Proof(NamedTuple):
 
 
 class Proofs:
-    """The file of one store. Its methods may be called from any thread, and wait for the disk."""
+    """The proofs of one store. Any thread may call its methods, which wait for the disk."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / VERIFIED
         self._temporary = folder / "ingest"
         self._lock = threading.Lock()
         self._known: dict[Digest, Proof] | None = None
-        """What the file says, until `tidy`."""
+        """The file's contents, until `tidy`."""
         self._added: dict[Digest, Proof] = {}
-        """What has come since the start, until `tidy`."""
+        """The proofs added since the start, until `tidy`."""
         self._is_tidy = False
         self._is_copy = False
 
     def load(self) -> None:
-        """Read the file, which takes some tenths of a second where it is long, if that has not been done."""
+        """Read the file if that has not been done yet; a long one takes some tenths of a second."""
         with self._lock:
             self._read()
 
     def find(self, digest: Digest) -> Proof | None:
-        """Return what proves the blob, as far as that was known before `tidy`."""
+        """Return the blob's proof as last read from the file, or None."""
         with self._lock:
             return self._read().get(digest)
 
     def add(self, digest: Digest, proof: Proof) -> None:
-        """The file was verified. Raises OSError if the disk refuses."""
+        """Note that the blob was verified. Raises OSError if the disk refuses."""
         with self._lock:
             if not self._is_tidy:
                 self._read()[digest] = self._added[digest] = proof
@@ -79,13 +78,13 @@ class Proofs:
                 self._write({})
             descriptor = platform.open_descriptor(self._path, os.O_WRONLY | os.O_APPEND)
             try:
-                # What a crash has cut off must not become one with this line.
+                # The newline keeps a line that a crash has cut off from merging with this one.
                 os.write(descriptor, b"\n" + _line(digest, proof))
             finally:
                 os.close(descriptor)
 
     def tidy(self, proofs: dict[Digest, Proof]) -> None:
-        """Keep only these, and what has been added since they were gathered. Raises OSError if the disk refuses."""
+        """Keep only these proofs, and those added since the start. Raises OSError if the disk refuses."""
         with self._lock:
             wanted = proofs | self._added
             if self._read() != wanted or self._is_copy:
@@ -100,14 +99,14 @@ class Proofs:
                 head = _HEAD.match(data)
                 is_ours = head is not None and int(head[1]) == os.fstat(file.fileno()).st_ino
                 self._is_copy = not is_ours
-                for line in _LINE.finditer(data):  # one by one: a list of all would hold the interpreter for long
+                for line in _LINE.finditer(data):  # one by one: building a list would hold the GIL for long
                     digest, size, mtime_ns, inode = line.groups()
                     proof = Proof(int(size), int(mtime_ns), int(inode) if is_ours else 0)
                     self._known[Digest(digest.decode())] = proof
         return self._known
 
     def _write(self, proofs: dict[Digest, Proof]) -> None:
-        """In place of the old file, whole or not at all."""
+        """Replace the file atomically."""
         temporary = self._temporary / f".{VERIFIED}.{secrets.token_hex(4)}"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         try:

@@ -1,8 +1,8 @@
-"""Hold what the index says against the files of the store, and let the files be right.
+"""Compare the index with the files of the store, and correct the index.
 
-What is asked for is compared before it is answered, everything else behind that, so a store whose index is missing, old
-or of another disk serves at once. A manifest that the index does not know is stale: it is asked for again, and served
-while upstream cannot be asked. Invariant: after `settle` every file is known, and nothing else is.
+A model is compared before a request for it is answered, everything else in the background. So a store whose index is
+missing, old or from another disk serves at once. A manifest that the index lacks counts as stale: it is fetched again,
+or served as it is while upstream is out of reach. Invariant: after `settle` the index knows every file and no others.
 """
 
 import asyncio
@@ -23,13 +23,13 @@ from pullthrough.store.manifest_table import ManifestTable
 _log = logging.getLogger(__name__)
 
 _MODELS = 20
-"""Repositories that are compared without a pause: some milliseconds, as their manifests are parsed."""
+"""Repositories compared without a pause: some milliseconds, because their manifests are parsed."""
 _STEP = 200
-"""Blobs of which the same is true."""
+"""Blobs, or places with grants, compared without a pause."""
 
 
 class Reconciliation:
-    """Of one store."""
+    """The comparison of one store."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Reconciliation:
         return self._blobs.settled
 
     def look(self, place: Place) -> None:
-        """Let what is known of a repository's manifests be what its files say."""
+        """Correct what is known of a repository's manifests and grants from its files."""
         if self.settled or place in self._seen:
             return
         try:

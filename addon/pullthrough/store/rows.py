@@ -1,19 +1,19 @@
-"""What an index says: its rows, and what they mean.
+"""The rows of an index, and what they mean.
 
     blob <digest>                         JSON of a BlobRecord, as a list
-    manifest <host> <repository> <ref>    JSON of a ManifestRecord's facts and their crc32; a fourth word `lists` in the
-                                          key of what clients get that accept manifest lists
-    child <digest>                        the same of a blob that is a manifest, which a stored list refers to
+    manifest <host> <repository> <ref>    JSON of a ManifestRecord's facts and their crc32; the key ends in ` lists` if
+                                          the manifest is for clients that accept manifest lists
+    child <digest>                        the same for a manifest that a stored list refers to
     body <sha256>                         a manifest's bytes
     members <host> <repository>           blobs that upstream has granted to an anonymous request there
-    day <day number>                      JSON: bytes served and fetched on that day
+    day <day number>                      JSON: bytes served, fetched and saved on that day
     address <hmac>                        JSON: digest, and when a signed address expires (Unix seconds)
     index version                         VERSION
 
-All of it is derived from the files of the store, or has a safe default there. Invariant: keys are text, values are
-text or bytes, and nothing is ever unpickled: a pickle in an index that somebody else may write to is code that runs
-here. A kind comes out of SQLite as one text, because a hundred thousand rows as Python objects take four times as
-long.
+All of it is derived from the files of the store, or has a safe default. Invariant: keys are text, values are text or
+bytes, and nothing is ever unpickled: a pickle in an index that someone else can write to would be code that runs here.
+SQLite joins the rows of blobs, days and addresses into one text each, because a hundred thousand rows as Python
+objects take four times as long.
 """
 
 import contextlib
@@ -35,10 +35,10 @@ from pullthrough.runtime.gc_pause import gc_paused
 from pullthrough.store.usage import Totals
 
 Sql = Callable[..., Iterable[tuple[Any, ...]]]
-"""Runs a statement with its parameters on the index."""
+"""A function that runs a statement with its parameters on the index."""
 
 UNSOUND: Final = (sqlite3.Error, CacheError, ValueError, KeyError, TypeError)
-"""What an index that is not ours, or broken, raises when it is read."""
+"""What reading a damaged or foreign index raises."""
 
 _FOREIGN: Final = """
     SELECT key, raw, mode FROM Cache NOT INDEXED
@@ -47,20 +47,20 @@ _FOREIGN: Final = """
         OR key GLOB 'members *' OR key GLOB 'day *' OR key GLOB 'address *' OR key IS 'index version'
     ) LIMIT 1
 """
-"""Rows that are not plain (MODE_RAW is 1: neither in files of their own nor pickled), or of no kind."""
+"""Rows that are not plain (MODE_RAW is 1: neither pickled nor in files of their own), or of no known kind."""
 VERSION: Final = "2"
-"""Of the rows; an index of another one is made anew."""
+"""The version of the rows; an index of another version is made anew."""
 VERSION_KEY: Final = "index version"
 _LISTS: Final = "lists"
 _SUM: Final = ', "sum": '
-"""What comes last in a row: a sum of what comes before."""
+"""The last field of a row: a checksum of the text before it."""
 _FACTS: Final = {*ManifestRecord._fields, "sum"} - {"digest"}
 _TEXTS: Final = """
     SELECT group_concat(substr(key, length(?1) + 1), char(10)), group_concat(value)
     FROM Cache WHERE key >= ?1 AND key < ?2
 """
 _MOST: Final = _TEXTS.replace("FROM Cache", "FROM Cache NOT INDEXED")
-"""The same, faster for a kind that is most of the table."""
+"""The same, faster for a kind that makes up most of the table."""
 _ROWS: Final = """
     SELECT substr(key, length(?1) + 1), value FROM Cache WHERE key >= ?1 AND key < ?2
 """
@@ -68,41 +68,41 @@ _ROWS: Final = """
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What is known of a store's blobs and models."""
+    """All that an index knows, except for the members."""
 
     blobs: dict[Digest, BlobRecord]
-    """Those that are not here, too."""
+    """Including those that are not here."""
     manifests: dict[Name, ManifestRecord]
     children: dict[Digest, ManifestRecord]
-    """The manifests that stored lists refer to, as far as their bytes have come."""
+    """The manifests that stored lists refer to and whose bytes are here."""
     days: dict[int, Totals]
     addresses: "Addresses"
 
 
 Members = dict[tuple[str, str], str]
-"""By (host, repository), the blobs that upstream has granted to an anonymous request there, `<digest> …`."""
+"""(host, repository) → the blobs that upstream has granted to an anonymous request there, `<digest> …`."""
 
 
 Addresses = dict[str, tuple[Digest, float]]
-"""By the HMAC of a signed address, the blob and when the address expires (Unix seconds)."""
+"""HMAC of a signed address → the blob and when the address expires (Unix seconds)."""
 
 
 def look(folder: Path) -> Contents:
-    """Return what the index in `folder` holds at this moment, whoever writes to it. Nothing is made, locked or changed.
+    """Read a snapshot of the index in `folder`, even while a daemon writes to it. Makes, locks and changes nothing.
 
-    StoreError where there is no sound index.
+    Raises StoreError if there is no sound index.
     """
     path = (folder / "cache.db").absolute()
     try:
         with gc_paused(), contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
-            connection.execute("BEGIN")  # one moment for all that is read
+            connection.execute("BEGIN")  # all reads see the same moment
             return read(connection.execute)
     except UNSOUND as error:
         raise StoreError(f"store {folder.parent}: expected an index in {folder}, got: {error}") from error
 
 
 def check(sql: Sql) -> None:
-    """See that the database is whole, and that every row is one of ours. UNSOUND."""
+    """Check that the database is whole, and that every row is one of ours. Raises UNSOUND."""
     for (problem,) in sql("PRAGMA quick_check(1)"):
         if problem != "ok":
             raise StoreError(str(problem))
@@ -113,7 +113,7 @@ def check(sql: Sql) -> None:
 
 
 def rename_aliases(sql: Sql) -> None:
-    """Let what was stored under another name of a registry stand under the one, unless there is something. UNSOUND."""
+    """Rename rows stored under an alias of a registry; a row that already has the proper name stays. Raises UNSOUND."""
     for alias, host in ALIASES.items():
         for kind in ("manifest", "members"):
             former, prefix = _range(f"{kind} {alias}"), f"{kind} {host} "
@@ -125,7 +125,7 @@ def rename_aliases(sql: Sql) -> None:
 
 
 def read(sql: Sql) -> Contents:
-    """Return all but the members. UNSOUND."""
+    """Return all but the members. Raises UNSOUND."""
     keys, rows = _texts(sql(_MOST, _range("blob")))
     if not set(map(len, keys)) <= {DIGEST_LETTERS} or not set(map(len, rows)) <= {len(BlobRecord._fields)}:
         raise StoreError("expected digests with six facts each, got others")
@@ -147,13 +147,13 @@ def read(sql: Sql) -> Contents:
 
 
 def read_pins(sql: Sql) -> set[str]:
-    """Return the pins of an index of version 1, whose rows `pin <pattern>` were. UNSOUND."""
+    """Return the pins of an index of version 1, its rows `pin <pattern>`. Raises UNSOUND."""
     return {pattern for pattern, _ in sql(_ROWS, _range("pin"))}
 
 
 def _facts(found: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield keys and facts of rows whose sums are right: what is wrong with a blob's facts shows at its file, with
-    these nowhere. UNSOUND.
+    """Yield each row's key and facts, checking its sum: wrong facts about a blob show at its file, but nothing else
+    would reveal wrong facts about a manifest. Raises UNSOUND.
     """
     rows = list(found)
     facts = json.loads(f"[{','.join([text for _, text in rows])}]")
@@ -173,7 +173,7 @@ def _record(key: str, fact: dict[str, Any], bodies: dict[str, bytes]) -> Manifes
         body = bodies[fact["body"]]
         if sha256(body).hexdigest() != fact["body"]:
             raise StoreError(f"manifest {key}: expected bytes of {fact['body']}, got others")
-        # Rows of before manifest lists have no references, older ones nothing of `brought`.
+        # Rows from before manifest lists have no `references`, other old ones no `brought`.
         if not fact.keys() <= _FACTS:
             raise StoreError(f"manifest {key}: expected known facts, got others")
         return ManifestRecord(
@@ -194,7 +194,7 @@ def _record(key: str, fact: dict[str, Any], bodies: dict[str, bytes]) -> Manifes
 
 
 def read_members(sql: Sql) -> Members:
-    """UNSOUND."""
+    """Return the members. Raises UNSOUND."""
     members: Members = {}
     for where, text in sql(_ROWS, _range("members")):
         host, repository = where.split(" ")
@@ -203,7 +203,7 @@ def read_members(sql: Sql) -> Members:
 
 
 def _range(kind: str) -> tuple[str, str]:
-    """Between which all keys of the kind lie; the first is what they begin with."""
+    """Return the bounds of the kind's keys; the first is also their prefix."""
     return f"{kind} ", f"{kind}!"
 
 
@@ -233,7 +233,7 @@ def child_key(digest: Digest) -> str:
 
 
 def manifest_value(record: ManifestRecord) -> str:
-    """Return its bytes are a row of their own."""
+    """Return the facts and their sum; the manifest's bytes are a row of their own."""
     facts = record._asdict() | {"body": record.digest}
     del facts["digest"]
     text = json.dumps(facts).removesuffix("}")

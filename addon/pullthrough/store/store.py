@@ -1,24 +1,24 @@
-"""The store: recorded blobs and manifests on disk, and what is known of them.
+"""The store: recorded blobs and manifests on disk, and their records.
 
     <dir>/ollama-cache.json   the marker: this folder is a store, and of which format
     <dir>/lock                held by the one daemon
-    <dir>/owner               the same where locks do not reach every machine that has the disk
+    <dir>/owner               names the daemon, on a disk that several machines may share
     <dir>/secret              signs capabilities (0600)
-    <dir>/pins                models that stay, besides those that the option names: a pattern on each line
+    <dir>/pins                models that are never evicted, besides the option's: a pattern on each line
     <dir>/public/             what everybody may have, in the shape of an Ollama models folder:
         blobs/sha256-<hex>    verified blobs, complete, never changed
-        manifests/, manifests-v2/, other-names/   as `manifest_files` says
-    <dir>/private/            the same of what upstream refuses to an anonymous request, or has not been asked (0700);
-        grants/               what it has granted to one besides what manifests list
+        manifests/, manifests-v2/, other-names/   see `manifest_files`
+    <dir>/private/            the same for what upstream refuses to anonymous requests, or has not been asked (0700)
+        grants/               blobs that upstream has granted to anonymous requests and no manifest lists
     <dir>/verified            proofs that blobs were verified (0600)
-    <dir>/index/              diskcache: what is known of blobs and manifests; derived, made anew where it is missing;
-                              elsewhere where `places` says so
+    <dir>/index/              diskcache: the facts about blobs and manifests; derived, made anew if missing; see
+                              `places` for when it is elsewhere
     <dir>/ingest/             recordings in progress: <name>.partial and <name>.journal, swept after two weeks
     <dir>/quarantine/         bytes that did not hash to their name, swept after two weeks
 
-Invariant: the files are right, and the index is compared with them: with those of a model before it is answered for,
-with all behind that. A file that is moved among the blobs was hashed in full before (ingest → verify → publish); one
-that came there otherwise is hashed before its end is served.
+Invariant: the files are right, and the index is compared with them: with a model's before a request for it is answered,
+with all others in the background. A file is hashed in full before it is moved among the blobs (ingest → verify →
+publish); one that got there another way is hashed before its end is served.
 """
 
 import contextlib
@@ -57,17 +57,17 @@ from pullthrough.store.rows import Contents, Members
 _log = logging.getLogger(__name__)
 
 KEPT_S: Final = 14 * 24 * 3600.0
-"""How long a partial and a quarantined file stay; Ollama's own client prunes partials after an hour (v0.21.0)."""
+"""How long partials and quarantined files are kept; Ollama's own client prunes partials after an hour (v0.21.0)."""
 
 STAGING: Final = ".import-"
-"""What the folder of an import begins with, in `ingest/`."""
+"""The prefix of an import's folder in `ingest/`."""
 
 
 class Store:
     """Blobs and manifests on disk. Made by `open`; one per folder and process.
 
-    `place`, `quarantine`, `partials`, `quarantined` and `remove_files` wait for the disk and change nothing that is
-    resident: the daemon calls them in a thread. The rest is for the one thread that owns the store.
+    `place`, `quarantine`, `partials`, `quarantined` and `remove_files` wait for the disk and change nothing in memory:
+    the daemon calls them in a thread. Only the thread that owns the store calls the others.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class Store:
         contents: Contents,
         members: Members,
     ) -> None:
-        """Of what the index says; `lock` is let go of at the end."""
+        """Build the store from the index's contents; `close` releases `lock`."""
         self.folder = folder
         self.disk = disk
-        """What follows from the disk under it."""
+        """How the store is kept on its disk."""
         self.secret = load_secret(folder, writable=not disk.unwritable)
         self._lock = lock
         self._index = index
         self._calls = DiskThread(may_hang=disk.shared)
         self.changes = Epoch()
-        """Goes on when what is known of a blob or a manifest changes, but for the time of a pull."""
+        """Advances when the record of a blob or a manifest changes, except for the time of a pull."""
         self.ledger = Ledger(folder, index, contents)
         self._files = ModelFiles(folder, folds_case=folds_case(folder), change=self._calls.change)
         self._blobs = BlobTable(folder, index, contents.blobs, self.changes, self._calls)
@@ -104,9 +104,9 @@ class Store:
     def open(cls, folder: Path, index_dir: Path | None = None) -> "Store":
         """Open the store in `folder`, making it if the folder is absent or empty.
 
-        `index_dir` holds the index and the lock in place of the folder, as a folder of this machine does where the
-        disk is shared. A store that is there is opened on a disk that is full or read-only too.
-        Raises StoreError: a foreign or newer folder, another daemon, a folder that is not safe, a disk that is no use.
+        `index_dir` holds the index instead of the store's folder, and on a shared disk the lock too; without it, a
+        shared disk uses a default folder of this machine. An existing store also opens on a full or read-only disk.
+        Raises StoreError if the folder is foreign, newer, unsafe, used by another daemon, or on an unsuitable disk.
         """
         with gc_paused(), contextlib.ExitStack() as undo:
             try:
@@ -127,18 +127,18 @@ class Store:
         return store
 
     def _sweep(self, *, oldest: float) -> None:
-        """Remove partials that nobody has come back for, and evidence that nobody has looked at."""
+        """Remove partials and quarantined files older than `oldest`, and the folders of interrupted imports."""
         Ingest.sweep(self.folder / "ingest", oldest=oldest)
         for path in list((self.folder / "ingest").glob(f"{STAGING}*")):
             shutil.rmtree(path, ignore_errors=True)
         self.remove_files(path for path, (_, changed) in self.quarantined().items() if changed < oldest)
 
     async def settle(self) -> None:
-        """Wait until all that is known has been compared with the files. Raises StoreUnwritable if that cannot be."""
+        """Compare all records with the files. Raises StoreUnwritable if the disk cannot be read."""
         await self._survey.settle()
 
     def close(self) -> None:
-        """Write out what is pending and give the folder free."""
+        """Write what is pending, and release the folder."""
         self._manifests.close()
         self._files.close()
         self._index.close()
@@ -148,73 +148,71 @@ class Store:
 
     @property
     def is_silent(self) -> bool:
-        """Whether the disk does not answer now."""
+        """Whether the disk has stopped answering."""
         return self._calls.is_silent
 
     @property
     def held_bytes(self) -> int:
-        """What all held blobs take together."""
+        """The size of all held blobs together (bytes)."""
         return self._blobs.held_bytes
 
     @property
     def evicted(self) -> int:
-        """Blobs that have gone since the start, to make room or because somebody said so."""
+        """Blobs removed since the start, to make room or on request."""
         return self._blobs.evicted
 
     @property
     def evicted_bytes(self) -> int:
-        """What they took."""
+        """The bytes of the blobs in `evicted`."""
         return self._blobs.evicted_bytes
 
     def blob(self, digest: Digest) -> BlobRecord | None:
-        """Return what is known of `digest`, whether or not its bytes are here."""
+        """Return the blob's record, whether or not its bytes are here."""
         return self._blobs.find(digest)
 
     def is_public(self, digest: Digest) -> bool:
-        """Return whether an anonymous request for it has succeeded upstream, and none was refused since."""
+        """Return whether upstream has granted the blob to an anonymous request, and refused none since."""
         record = self._blobs.find(digest)
         return record is not None and record.public
 
     def held(self, digest: Digest) -> BlobRecord | None:
-        """Return the record of a blob whose verified file is still the one that was verified, else None."""
+        """Return the record of a blob whose file is still the one that was verified, else None."""
         return self._blobs.held(digest)
 
     def blob_path(self, digest: Digest) -> Path:
-        """Return where its file lies, or would."""
+        """Return the path of the blob's file, or the path it would have."""
         return self._blobs.path(digest)
 
     def open_blob(self, digest: Digest) -> SharedFile | None:
-        """Return the blob's bytes to read, None when they are not here; `release` it after use."""
+        """Open the blob for reading; None if it is not a hit. Call `release` after use."""
         return self._blobs.acquire(digest)
 
     def disown(self, digest: Digest) -> None:
-        """The blob's file cannot be read any more: it is no hit from now on, and recorded anew when asked for."""
+        """Drop a blob whose file can no longer be read; the next request records it again."""
         self._blobs.disown(digest)
 
     def evict(self, digests: Sequence[Digest]) -> list[Path]:
-        """Return their blobs are no hits from now on; the files that are returned are the caller's to remove."""
+        """Mark the blobs as no longer held, and return their files, which the caller removes."""
         return self._blobs.evict(digests)
 
     def open_blobs(self) -> frozenset[Digest]:
-        """Return those that somebody reads now."""
+        """Return the blobs that are being read."""
         return frozenset(self._blobs.open)
 
     def is_open(self, digest: Digest) -> bool:
-        """Return whether somebody reads the blob."""
+        """Return whether the blob is being read."""
         return digest in self._blobs.open
 
     def partials(self) -> dict[Digest, tuple[int, float]]:
-        """Return what recordings, running or left, take of the disk: bytes, and when they last changed (Unix
-        seconds).
-        """
+        """Return each partial's disk usage (bytes) and last change (Unix seconds)."""
         return partials(self.folder)
 
     def quarantined(self) -> dict[Path, tuple[int, float]]:
-        """Return the same of the bytes that did not hash to their name."""
+        """Return the same for quarantined files, whose bytes did not hash to their name."""
         return quarantined(self.folder)
 
     def remove_files(self, paths: Iterable[Path]) -> None:
-        """Remove blobs' files, quarantined bytes, and partials with their journals; what the disk refuses is logged."""
+        """Remove files of blobs, of the quarantine, and of partials with their journals. Failures are logged."""
         for path in paths:
             try:
                 path.unlink(missing_ok=True)
@@ -224,31 +222,31 @@ class Store:
                 _log.warning("removing %s: %s", path, error)
 
     def ingest(self, digest: Digest) -> Ingest:
-        """Return the ingest of `digest`: a new one, or the partial that an earlier recording left."""
+        """Return an ingest of `digest`, which can begin anew or resume the partial of an earlier recording."""
         disk, stranger = self.disk, self.blob_path(digest)
         return Ingest(self.folder / "ingest", digest, stranger, disk.in_order, disk.largest, change=self._calls.change)
 
     def place(self, digest: Digest, verified: Path) -> BlobFile:
-        """Move a file among the blobs; it is no hit before `publish`.
+        """Move a hashed, durable file to its place among the blobs; it is not a hit before `publish`.
 
-        The caller has hashed it; its bytes are already durable. Raises StoreUnwritable if the disk refuses.
+        Raises StoreUnwritable if the disk refuses.
         """
         return self._blobs.place(digest, verified)
 
     def publish(self, digest: Digest, placed: BlobFile, *, now: float) -> BlobRecord:
-        """Return the blob is a hit from now on, as long as its file is the one that was placed."""
+        """Make the placed blob a hit, for as long as its file does not change, and return its record."""
         record = self._blobs.publish(digest, placed, now=now)
         self._manifests.take_in(digest)
         return record
 
     def quarantine(self, ingest: Ingest) -> Path:
-        """Put away bytes that do not hash to their name, in place of older ones; returns where they lie now."""
+        """Quarantine bytes that do not hash to their name, replacing the blob's older ones; returns their path."""
         path = self.folder / "quarantine" / f"{ingest.digest.file_name}-{secrets.token_hex(4)}"
         older = list(path.parent.glob(f"{ingest.digest.file_name}-*"))
         with contextlib.suppress(FileNotFoundError):
             os.replace(ingest.finished_path, path)
             if ingest.in_place:
-                platform.sync_folder(path.parent)  # else it may be back among the blobs
+                platform.sync_folder(path.parent)  # or a crash may bring it back among the blobs
         self.remove_files(older)
         ingest.forget()
         return path
@@ -256,25 +254,25 @@ class Store:
     # --- membership and visibility
 
     def is_member(self, host: str, repository: str, digest: Digest) -> bool:
-        """Return a stored manifest of the repository lists it, or upstream granted it there to an anonymous request."""
+        """Return whether a manifest of the repository lists it, or upstream granted it there to anonymous requests."""
         records = self.manifests_of(host, repository).values()
         return digest in self._grants.of(_place(host, repository)) or any(record.lists(digest) for record in records)
 
     def repositories(self, digest: Digest) -> list[tuple[str, str]]:
-        """Every (host, repository) that the digest is known to belong to: where a source can be obtained again."""
+        """Return every (host, repository) known to have the digest: where it can be fetched again."""
         records = self.manifests().items()
         listed = [name.place for name, record in records if not record.denied and record.lists(digest)]
         return list(dict.fromkeys(self._grants.places(digest) + listed))
 
     def confirm_public(self, host: str, repository: str, digest: Digest) -> None:
-        """Upstream granted the blob of this repository to an anonymous request."""
+        """Note that upstream granted the blob of this repository to an anonymous request."""
         self._blobs.show(digest, public=True)
         place = _place(host, repository)
         self._survey.look(place)
         self._grants.add(place, [digest])
 
     def adopt(self, name: Name, record: ManifestRecord) -> None:
-        """Store a manifest of the fleet's: a cache of it has recorded every blob, and each is public."""
+        """Store a manifest from the fleet: another of its caches has recorded every blob, and all are public."""
         self.put_manifest(name, record)
         for digest, size in record.sizes.items():
             known = self._blobs.find(digest) or BlobRecord()
@@ -292,11 +290,11 @@ class Store:
         return self._manifests.denied(_place(host, repository))
 
     def deny(self, host: str, repository: str) -> bool:
-        """Upstream refuses an anonymous request in this repository: nothing of it is known any more.
+        """Make the repository private, because upstream refuses an anonymous request in it.
 
-        All of it, because a repository is what access is granted to (`scope="repository:<name>:pull"`, OCI
-        distribution-spec); what the children of its lists list, too. A blob stays public while another repository is
-        confirmed to have it. The bytes stay, for those whom upstream grants them. Returns whether anything was known.
+        All of it, because access is granted per repository (`scope="repository:<name>:pull"`, OCI distribution-spec),
+        including what the children of its lists list. A blob stays public while another repository is confirmed to
+        have it. The bytes stay, for clients to which upstream grants them. Returns whether anything was public.
         """
         place = _place(host, repository)
         self._denials.advance(place)
@@ -315,7 +313,7 @@ class Store:
         return was_known
 
     def moment(self, host: str, repository: str) -> Moment:
-        """Return the moment until the repository is denied again: a yes to what was asked in it counts until then."""
+        """Return the current moment: upstream's grants in the repository hold until it ends, at the next denial."""
         return self._denials.now(_place(host, repository))
 
     # --- manifests
@@ -325,12 +323,12 @@ class Store:
         return self.manifests().get(name)
 
     def manifest_by_digest(self, host: str, repository: str, digest: Digest) -> ManifestRecord | None:
-        """Return the manifest of the repository whose bytes have this digest, whatever it was asked for by."""
+        """Return the repository's manifest whose bytes have this digest, under whatever name it is stored."""
         records = self.manifests_of(host, repository).values()
         return next((record for record in records if record.digest == digest.hex), None)
 
     def put_manifest(self, name: Name, record: ManifestRecord) -> None:
-        """Store a manifest that an anonymous request got. A list grows by what is known of its children."""
+        """Store a manifest that upstream gave to an anonymous request. A list gains what its known children list."""
         known = self.manifest(name)
         if known is None or (known.digest, known.denied) != (record.digest, record.denied):
             self._files.put(name, record.body, denied=record.denied)
@@ -340,36 +338,36 @@ class Store:
             self._grants.keep(name.place)
 
     def drop_manifest(self, name: Name) -> None:
-        """Forget this representation of the model; its blobs stay, and so do those that other manifests list."""
+        """Forget this representation of the model; the blobs that it lists stay."""
         self._files.remove(name)
         self._manifests.drop(name)
 
     def drop_model(self, name: Name) -> None:
-        """Forget the model, in both representations, as far as it is there."""
+        """Forget the model, in whichever of its two representations are stored."""
         for each in (name, name.twin):
             if self.manifest(each) is not None:
                 self.drop_manifest(each)
 
     def touch(self, name: Name, now: float, *, by_client: bool = True) -> None:
-        """Note that the model was used: this representation, or the other one where this is not stored."""
+        """Note that the model was used: this representation, or the other one if this is not stored."""
         self._manifests.touch(name if name in self.manifests() else name.twin, now, by_client=by_client)
 
     def manifests_of(self, host: str, repository: str, *, private: bool = False) -> dict[Name, ManifestRecord]:
-        """Return the repository's manifests; those that are private by now only if asked for."""
+        """Return the repository's manifests, including those that became private if `private`."""
         self._survey.look(_place(host, repository))
         found = self._manifests.of(_place(host, repository))
         return {name: record for name, record in found if private or not record.denied}
 
     def manifests(self) -> Mapping[Name, ManifestRecord]:
-        """Return all stored manifests, those that are private by now too."""
+        """Return all stored manifests, including those that became private."""
         return self._manifests.records
 
     def children(self) -> Mapping[Digest, ManifestRecord]:
-        """Return the manifests that stored lists refer to, as far as their bytes have come."""
+        """Return the manifests that stored lists refer to and whose bytes are here."""
         return self._manifests.children
 
     def read_manifest(self, digest: Digest) -> ManifestRecord | None:
-        """Return the manifest that a held blob is; None where it is none, or not here."""
+        """Parse a held blob as a manifest; None if it is not one, or not here."""
         known = self._blobs.find(digest)
         if known is None or (known.size or 0) > LONGEST or (file := self.open_blob(digest)) is None:
             return None
@@ -386,13 +384,11 @@ class Store:
     # --- all of it
 
     def known_blobs(self) -> dict[Digest, BlobRecord]:
-        """Return all that is known of blobs, held or not; a copy that costs a millisecond for 60,000, as it hashes
-        nothing.
-        """
+        """Return a copy of all blobs' records, held or not: a millisecond for 60,000, because nothing is hashed."""
         return dict(self._blobs.records)
 
     def blobs(self) -> dict[Digest, BlobRecord]:
-        """Return all held blobs; walks all that are known."""
+        """Return the records of all held blobs, by walking all records."""
         return {digest: record for digest, record in self._blobs.records.items() if record.held}
 
 

@@ -1,10 +1,9 @@
-"""How many bytes of blobs went to clients, came from upstream, and did not need to come again, by day.
+"""How many bytes of blobs were served to clients, fetched from upstream, and saved, by day.
 
-What has been fetched is to be served once before anything is saved by it: a blob that is fetched ahead takes nothing
-back, and its first client saves nothing.
+Bytes that were fetched must be served once before they save anything: fetching a blob ahead does not lower the savings,
+and its first client does not raise them.
 
-Invariant: a total never goes down; what has changed is told once (`take`), so that writing it can wait and be done
-for many requests together.
+Invariant: a total never goes down. `take` returns each change once, which lets one write cover many requests.
 """
 
 from collections.abc import Mapping
@@ -21,11 +20,11 @@ class Totals:
     served: int = 0
     fetched: int = 0
     saved: int | None = None
-    """None in what versions wrote that did not count it."""
+    """None if an old version wrote it, which did not count savings."""
 
 
 def settled(days: Mapping[int, Totals]) -> dict[int, Totals]:
-    """Return the days with what each has saved, in order; where that was not counted, as it follows from the rest."""
+    """Return the days in order, each with its savings; where they were not counted, computed from the rest."""
     found, saved, balance = {}, 0, 0
     for day, totals in sorted(days.items()):
         balance += totals.served - totals.fetched
@@ -39,15 +38,15 @@ class Usage:
     """The days so far, by their number since 1970-01-01 (UTC)."""
 
     def __init__(self, days: Mapping[int, Totals] | None = None) -> None:
-        """`days` are the totals that earlier runs have left."""
+        """`days` are the totals of earlier runs."""
         self.days = settled(days or {})
         self._changed: set[int] = set()
         self._counted = Totals()
         self._unserved = sum((each.saved or 0) - each.served + each.fetched for each in self.days.values())
-        """Bytes that were fetched and have yet to be served for the first time."""
+        """Bytes that were fetched but not yet served for the first time."""
 
     def count_up_to(self, *, served: int, fetched: int, now: float) -> None:
-        """Since the start so many bytes have gone to clients and come from upstream; what is new is this day's."""
+        """Set the bytes served and fetched since the start; the increase counts for the current day."""
         if (served, fetched) == (self._counted.served, self._counted.fetched):
             return
         day = int(now // DAY_S)
