@@ -1,4 +1,4 @@
-"""What the system gives: files, threads, clocks, the host's addresses, work that is done once for all who ask.
+"""Services of the operating system: files, threads, clocks, the host's addresses; and calls shared by all who wait.
 
-Nothing here knows models or HTTP. Begin with `platform`; `clock` says which clock measures what.
+Nothing here knows about models or HTTP. Begin with `platform`; `clock` says which clock measures what.
 """

@@ -1,13 +1,13 @@
 """Which clock measures what.
 
-- `Epoch`: whether what was learnt before still counts. It measures no time at all.
+- `Epoch`: whether an earlier finding still counts. It measures no time at all.
 
-- `steady`: how long a peer has been silent, deadlines, pauses. The event loop's clock, which `RunningTime` makes one of
-  the seconds that this process has run: while it was stopped (SIGSTOP, a frozen container, a machine that slept, a
-  call that held up the loop) nobody could be heard, and so nobody was silent.
-- `lasting`: until when that is good which we have signed or obtained for some hours: capabilities, addresses that an
-  object store has signed. Unix seconds, which go on while the machine sleeps and which setting its clock does not move.
-- `time.time`: what others write or read (certificates, leases among caches), and what is kept for a next start
+- `steady`: deadlines, pauses, and how long a peer has been silent. The event loop's clock, which `RunningTime` limits
+  to the seconds that this process has run: while it was stopped (SIGSTOP, a frozen container, a machine that slept, a
+  call that held up the loop) it could hear no peer, so no peer counts as silent.
+- `lasting`: the expiry of what is signed for some hours: our capabilities, and addresses that an object store has
+  signed. Unix seconds that continue while the machine sleeps and do not jump when its clock is set.
+- `time.time`: times that others write or read (certificates, leases among caches), and times kept for the next start
   (when a manifest was confirmed, a model pulled). Such a time is never believed to lie in the future.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 LONGEST_S: Final = 2.0
-"""Between two looks at the clock of a loop that is kept awake; more has not been run."""
+"""The longest time between two readings of the clock of a loop that is kept awake; a longer gap counts as not run."""
 
 
 def steady() -> float:
@@ -29,12 +29,12 @@ def steady() -> float:
 
 
 def lasting() -> float:
-    """Unix seconds, as the machine told them when this process began."""
+    """Return Unix seconds, counted from the machine's clock as it stood when this process began."""
     return _BEGAN + since_boot()
 
 
 def since_boot() -> float:
-    """Return seconds since the machine was started, its sleep included where the system tells."""
+    """Return seconds since the machine started, including its sleep if the system tells."""
     if sys.platform != "win32" and (clock := getattr(time, "CLOCK_BOOTTIME", None)) is not None:
         return time.clock_gettime(clock)
     return time.monotonic()
@@ -44,9 +44,9 @@ _BEGAN: Final = time.time() - since_boot()
 
 
 class RunningTime:
-    """A clock that leaves out what passed unseen between two looks at it.
+    """A clock that leaves out each gap of more than LONGEST_S between two readings.
 
-    Whoever uses it must look more often than every LONGEST_S.
+    So it must be read more often than that.
     """
 
     def __init__(self, read: Callable[[], float] = time.monotonic) -> None:
@@ -63,13 +63,13 @@ class RunningTime:
 
 
 class Epoch:
-    """A logical clock, which goes on whenever what was known before counts no more; for each key by itself."""
+    """A logical clock for each key: it advances whenever earlier findings about the key become invalid."""
 
     def __init__(self) -> None:
         self._counts: Counter[Hashable] = Counter()
 
     def advance(self, key: Hashable = None) -> None:
-        """End all former moments of the key."""
+        """End all earlier moments of the key."""
         self._counts[key] += 1
 
     def now(self, key: Hashable = None) -> "Moment":
@@ -84,9 +84,9 @@ class Moment:
     epoch: Epoch
     key: Hashable
     count: int
-    """How often the epoch had gone on."""
+    """How many times the epoch had advanced."""
 
     @property
     def is_over(self) -> bool:
-        """Whether what was learnt then counts no more."""
+        """Whether findings of that moment have become invalid."""
         return self != self.epoch.now(self.key)

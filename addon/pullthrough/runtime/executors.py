@@ -1,7 +1,7 @@
 """Threads for what must not run on the event loop: calls that wait for disk or network, and hashing.
 
-Invariant: a call that was begun is waited for even when its caller is cancelled, so that no descriptor is closed
-under a thread that still uses it.
+Invariant: a call that has begun is waited for even if its caller is cancelled, so that no descriptor is closed while a
+thread still uses it. `Crew.run_or_leave` and `DiskThread` are the exceptions: they do not wait for a late call.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ from pullthrough.runtime import platform
 _log = logging.getLogger(__name__)
 
 PATIENCE_S: Final = 1.0
-"""How long the event loop waits for a disk that may hang."""
+"""The longest that the event loop waits for a disk that may hang."""
 _IDLE_S: Final = 5.0
 """How long a thread of a crew waits for more work."""
 
 
 class Threads:
-    """Four pools: writes must not queue behind hashing, nor what has just come behind what has long been there, nor
-    anything behind the network."""
+    """Four pools: writes must not queue behind hashing, hashing of new bytes not behind that of old ones, and nothing
+    behind the network."""
 
     def __init__(self) -> None:
         self._disk = ThreadPoolExecutor(4, thread_name_prefix="ollama-cache-disk")
@@ -39,23 +39,23 @@ class Threads:
         self._network = ThreadPoolExecutor(8, thread_name_prefix="ollama-cache-network")
 
     async def disk[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what may wait for the disk."""
+        """Run work that may wait for the disk."""
         return await _run(self._disk, lambda: work(*args, **kwargs))
 
     async def hashing[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what burns CPU outside the interpreter lock."""
+        """Run CPU-bound work that releases the GIL."""
         return await _run(self._hashing, lambda: work(*args, **kwargs))
 
     async def rehashing[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return the same, for what nobody waits for: one at a time, behind everything else."""
+        """Run the same kind of work when nobody waits for it: one call at a time, at low priority."""
         return await _run(self._rehashing, lambda: work(*args, **kwargs))
 
     async def network[**P, T](self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what waits for another machine, and limits that itself."""
+        """Run work that waits for another machine and has its own time limit."""
         return await _run(self._network, lambda: work(*args, **kwargs))
 
     def close(self) -> None:
-        """End the pools once what runs in them has ended."""
+        """Wait for running work to end, then end the pools."""
         self._disk.shutdown(wait=True)
         self._hashing.shutdown(wait=True)
         self._rehashing.shutdown(wait=True)
@@ -72,18 +72,18 @@ async def _run[T](pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
 
 
 async def _settled(future: "asyncio.Future[Any]") -> None:
-    """Wait until it is done, whatever happens meanwhile."""
+    """Wait until the future is done, even if cancelled meanwhile."""
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([future])
     if not future.cancelled():
-        future.exception()  # looked at, so that it is not reported as lost
+        future.exception()  # marks it as retrieved, or asyncio would log it as lost
 
 
 class Crew:
-    """Threads that each wait for another machine, as many as there are at work, up to `most`; nothing waits for them.
+    """Up to `most` threads that each wait for another machine, started when needed and ended when idle.
 
-    They are daemons: one that the system holds (a name that is being resolved) keeps nobody from ending.
+    They are daemon threads: one that the system blocks (resolving a name) does not keep the process from ending.
     """
 
     def __init__(self, most: int) -> None:
@@ -94,7 +94,7 @@ class Crew:
         self._count = 0
 
     async def run[T](self, work: Callable[[], T], stop: Callable[[], None]) -> T:
-        """Return what `work` returns. Cancelled, it is stopped by `stop`, and waited for."""
+        """Return what `work` returns. If cancelled, call `stop` and wait until the work has ended."""
         future = asyncio.wrap_future(self._submit(work))
         try:
             return await asyncio.shield(future)
@@ -104,9 +104,7 @@ class Crew:
             raise
 
     async def run_or_leave[T](self, work: Callable[[], T], stop: Callable[[], None], discard: Callable[[T], None]) -> T:
-        """Return what `work` returns. Cancelled, it is stopped and left alone; what it may still return is
-        discarded.
-        """
+        """Return what `work` returns. If cancelled, call `stop` and do not wait; a late result goes to `discard`."""
         future = self._submit(work)
         try:
             return await asyncio.shield(asyncio.wrap_future(future))
@@ -126,7 +124,7 @@ class Crew:
         try:
             threading.Thread(target=self._run, name="ollama-cache-fetch", daemon=True).start()
         except RuntimeError:
-            # The system has no more threads: those that there are do it.
+            # The system allows no more threads: the existing ones do the work.
             with self._lock:
                 self._count -= 1
                 if not self._count:
@@ -159,27 +157,27 @@ def _discard[T](future: "Future[T]", discard: Callable[[T], None]) -> None:
 
 
 class DiskThread:
-    """Does what waits for one disk, one call after the other; whoever calls waits PATIENCE_S at most.
+    """A thread that makes one disk's calls in order; the caller waits PATIENCE_S at most.
 
-    For a loop that cannot wait for a share whose server has gone. A disk of this machine answers, or the machine is
-    lost: there nothing changes threads.
+    It keeps the event loop from hanging on a share whose server is gone. A local disk always answers, or the machine is
+    lost, so without `may_hang` calls run in the caller's thread.
     """
 
     def __init__(self, *, may_hang: bool) -> None:
         self._queue: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] | None = SimpleQueue() if may_hang else None
         self._awaited: Future[Any] | None = None
-        """What did not answer in time."""
+        """The last call that was not answered in time."""
         if self._queue is not None:
-            # A daemon: one that the system holds keeps nobody from ending.
+            # A daemon thread: if the system blocks it, the process can still end.
             threading.Thread(target=self._run, name="ollama-cache-share", daemon=True).start()
 
     @property
     def is_silent(self) -> bool:
-        """Whether a call has not been answered in time, and still is not."""
+        """Whether a call was not answered in time, and still is not."""
         return self._awaited is not None and not self._awaited.done()
 
     def ask[T](self, work: Callable[[], T], discard: Callable[[T], None] = lambda _: None) -> T:
-        """Return what `work` returns; what comes too late is discarded. Raises OSError while the disk is silent."""
+        """Return what `work` returns; a late result goes to `discard`. Raises OSError while the disk is silent."""
         if self._queue is None:
             return work()
         if self.is_silent:
@@ -191,8 +189,8 @@ class DiskThread:
         return future.result()
 
     def change(self, work: Callable[[], object]) -> None:
-        """Do `work` behind what was asked for before. Raises what it raises, if that is known in time; it is done in
-        any case.
+        """Do `work` after all earlier calls, even if the disk is silent now. Raises what it raises, if that is known
+        in time.
         """
         if self._queue is None:
             work()

@@ -1,6 +1,6 @@
-"""Room on the disk for a part of a file, before it is written: fallocate(2) itself.
+"""Disk space reserved for part of a file before it is written, by fallocate(2) itself.
 
-Invariant: the bytes that a file has, and its size, stay as they are, but for those that `give_back` is asked to drop.
+Invariant: a file's size never changes, and of its bytes only those that `give_back` drops.
 """
 
 import ctypes
@@ -11,15 +11,15 @@ _PUNCH_HOLE = 0x02
 
 
 def reserve(descriptor: int, start: int, stop: int) -> bool:
-    """Give the file its room on the disk for `[start, stop)`, in as few pieces as there are; False where it cannot be.
+    """Reserve disk space for `[start, stop)` of the file, in as few pieces as possible; False if that fails.
 
-    Linux, on file systems that know fallocate(2); posix_fallocate(3) writes to every block on those that do not.
+    Only on Linux, on file systems that support fallocate(2): on others posix_fallocate(3) would write to every block.
     """
     return _fallocate(descriptor, _KEEP_SIZE, start, stop)
 
 
 def give_back(descriptor: int, start: int, stop: int) -> bool:
-    """Take the file's room on the disk for `[start, stop)` from it, and the bytes there; False where it cannot be."""
+    """Free the disk space of `[start, stop)`, dropping the bytes there; False if that fails."""
     return _fallocate(descriptor, _KEEP_SIZE | _PUNCH_HOLE, start, stop)
 
 

@@ -1,7 +1,7 @@
-"""What a file system can do: told by its type where that is known, and by trying it elsewhere.
+"""What a file system can do: known by its type, or else found out by trying.
 
-Invariant: looking leaves nothing behind, and takes a fraction of a second also where every byte is slow. Says what is
-so, and nothing of what follows from it. Knows no store.
+Invariant: an examination leaves nothing behind, and takes about a second even on a slow disk. It states facts and
+draws no conclusions from them. Knows nothing of the store.
 """
 
 import contextlib
@@ -37,16 +37,16 @@ _ABLE: Final = frozenset(
         "refs",
     ]
 )
-"""File systems that are not tried: they can do all that is asked of one."""
+"""File systems that need no trial: they can do everything."""
 _SHARED: Final = frozenset(
     [
         *("nfs", "nfs3", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afpfs", "webdav", "9p", "virtiofs", "drvfs"),
         *("vboxsf", "vmhgfs", "prl_fs", "ceph", "glusterfs", "lustre", "gpfs", "beegfs", "afs", "gfs2", "ocfs2"),
     ]
 )
-"""File systems that other machines may have mounted too, or that are another machine's."""
+"""File systems that belong to another machine, or that other machines may have mounted too."""
 _LOCAL_FUSE: Final = frozenset(["fuse.exfat", "fuse.fusefat", "fuse.ntfs", "fuse.ntfs-3g", "fuse.fuse-overlayfs"])
-"""Drivers outside the kernel for disks of this machine, besides what says so by itself (`fuseblk`)."""
+"""FUSE drivers for local disks, besides `fuseblk`, whose name says so."""
 _FAT: Final = frozenset(["vfat", "msdos", "msdosfs", "fat", "fat32", "fuse.fusefat"])
 _WITHOUT_MODES: Final = _FAT | {
     "exfat",
@@ -60,42 +60,40 @@ _WITHOUT_MODES: Final = _FAT | {
     "9p",
     "drvfs",
 }
-"""File systems that show the same owner and mode for all files, as their mount says."""
+"""File systems that show all files with the owner and mode of their mount."""
 _LARGEST_OF_FAT: Final = (4 << 30) - 1
 _TRIAL: Final = ".trial-"
 _LENGTH: Final = 8 << 20
-"""Of the file that is tried: a disk that fills it with zeros takes a second where it is slow."""
+"""Length of the trial file: a slow disk that fills it with zeros takes a second."""
 _FULL: Final = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What is known of the file system under one folder."""
+    """The properties of the file system under one folder."""
 
     kind: str
-    """Its type, as the system calls it; "" where that is not known."""
+    """Its type, as the system calls it; "" if unknown."""
     shared: bool = False
-    """Other machines may write to it: locks may not reach them."""
+    """Whether other machines may write to it, so that locks may not reach all of them."""
     problem: str = ""
-    """Why nothing can be written, "" if that is not so."""
+    """Why nothing can be written; "" if it can."""
     full: bool = False
-    """The problem is lack of room."""
+    """Whether the problem is lack of space."""
     holes: bool = True
-    """What was never written takes no room, and no time."""
+    """Whether gaps that were never written take neither space nor time."""
     renames: bool = True
-    """A rename replaces a file; an open file stays what it is, and a renamed one can be written to."""
+    """Whether a rename replaces a file, leaves an open one readable, and the renamed one can be written to."""
     databases: bool = True
-    """SQLite works there."""
+    """Whether SQLite works on it."""
     locks: bool = True
-    """A locked file is refused to whoever else opens it here."""
+    """Whether a locked file refuses a second lock on this machine."""
     largest: int | None = None
-    """How long a file may be (bytes), None where that is no matter."""
+    """The longest possible file (bytes); None if there is no limit that matters."""
 
 
 def kind_of(path: Path) -> str:
-    """Return the type of the file system that holds the existing path, as the system calls it; "" where that is not
-    known.
-    """
+    """Return the type of the file system that holds the existing path, as the system calls it; "" if unknown."""
     found = ("", "")
     place = str(path.resolve())
     with contextlib.suppress(OSError):
@@ -107,26 +105,24 @@ def kind_of(path: Path) -> str:
 
 
 def is_shared(kind: str) -> bool:
-    """Return whether a file system of that type may be written to from elsewhere."""
+    """Return whether other machines may write to a file system of that type."""
     is_fuse = kind in ("fuse", "macfuse", "osxfuse") or kind.startswith("fuse.")
     return kind in _SHARED or (is_fuse and kind not in _LOCAL_FUSE)
 
 
 def lacks_modes(path: Path) -> bool:
-    """Return whether owner and mode of files mean nothing on the disk that holds the path."""
+    """Return whether the owners and modes of files mean nothing on the disk that holds the path."""
     return kind_of(path) in _WITHOUT_MODES
 
 
 def keeps_inodes(path: Path) -> bool:
-    """Return whether a file has the same inode for as long as it is there; FUSE, FAT and some shares number files
-    anew.
-    """
+    """Return whether a file keeps its inode number for life; FUSE, FAT and some shares may renumber files."""
     kind = kind_of(path)
     return not kind.startswith("fuse") and kind not in _WITHOUT_MODES
 
 
 def examine(folder: Path) -> Facts:
-    """Tell what the disk under the existing folder can do. Raises OSError if it cannot be asked at all."""
+    """Find out what the disk under the existing folder can do. Raises OSError if it cannot even be tried."""
     kind = kind_of(folder)
     largest = _LARGEST_OF_FAT if kind in _FAT else None
     known = Facts(kind=kind, shared=is_shared(kind), largest=largest)
@@ -153,7 +149,7 @@ def examine(folder: Path) -> Facts:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a process that was killed while it looked has left."""
+    """Remove what a process left that was killed during its trial."""
     for path in folder.glob(f"{_TRIAL}*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -169,7 +165,7 @@ def _has_holes(path: Path) -> bool:
 
 
 def _renames(trial: Path) -> bool:
-    """Return whether a rename takes a file's place, also of one that is open, and what is renamed can be written to."""
+    """Return whether a rename replaces a file, works on an open file, and leaves it writable."""
     for name in ("old", "new"):
         (trial / name).write_bytes(name.encode())
     try:
@@ -198,6 +194,6 @@ def _holds_databases(path: Path) -> bool:
 
 
 def _locks(path: Path) -> bool:
-    """Return whether a second opening of a locked file is refused its lock."""
+    """Return whether a second handle on a locked file is refused the lock."""
     with path.open("wb") as first, path.open("r+b") as second:
         return platform.lock_exclusively(first) and not platform.lock_exclusively(second)

@@ -1,4 +1,4 @@
-"""Let the garbage collector wait where nothing but keepers is made.
+"""Pause the garbage collector while long-lived objects are built.
 
 Invariant: it runs again afterwards, if it ran before.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Make a hundred thousand objects that stay: each collection would walk all of them, a quarter of the time."""
+    """Pause the collector: while a hundred thousand objects are built, its walks would take a quarter of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

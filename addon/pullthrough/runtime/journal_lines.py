@@ -1,6 +1,6 @@
 """Lines of a journal: `<crc32, 8 hexadecimal digits> <JSON object>`.
 
-Invariant: a line that was torn, and all behind it, is not read. Knows no meaning of what is said.
+Invariant: neither a torn line nor any line after it is read. Knows nothing of what the records mean.
 """
 
 import json
@@ -15,14 +15,15 @@ from pullthrough.runtime import platform
 
 
 def line_of(record: Mapping[str, Any]) -> bytes:
-    """Return the line that says this."""
+    """Return the record's line."""
     text = json.dumps(record, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
 def records_of(lines: list[bytes]) -> Iterable[dict[str, Any]]:
-    """Yield what the lines of a file say, up to the first that does not check. Raises ValueError for one that is no
-    JSON.
+    """Yield the records of a file's lines, up to the first line whose checksum is wrong.
+
+    Raises ValueError if a line with a correct checksum is not JSON.
     """
     # What follows the last newline is torn: the split leaves it as the last item.
     for line in lines[:-1]:
@@ -36,7 +37,7 @@ def records_of(lines: list[bytes]) -> Iterable[dict[str, Any]]:
 
 
 def replace_file(path: Path, lines: Iterable[bytes], *, sync: bool) -> None:
-    """Put a file of these lines in the place of another, whole or not at all; durable when this returns if `sync`."""
+    """Write these lines to the file, replacing it atomically; with `sync`, durably."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = platform.open_descriptor(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:

@@ -1,7 +1,7 @@
-"""How late the event loop is: everything else waits at least as long, and for that long nobody was silent.
+"""How late the event loop is: everything else waits at least that long, and no peer counts as silent meanwhile.
 
-While it looks, the loop's own clock leaves out what the process has not run (`clock`). Invariant: looking costs one
-short timer, whatever runs.
+While this watches, the loop's clock leaves out the time in which the process did not run (`clock`). Invariant: it costs
+one short timer, whatever else runs.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ SAMPLES: Final = 12_000
 """Ten minutes."""
 
 ALARM_S: Final = 1.0
-"""Clients of v0.1.23-v0.5.7 give a part up after 5 s without a byte; long before that an operator should know."""
+"""Clients of v0.1.23-v0.5.7 give up a part after 5 s without a byte; the operator should know well before that."""
 
 
 class LoopLag:
@@ -32,7 +32,7 @@ class LoopLag:
 
     def open(self) -> None:
         loop = asyncio.get_running_loop()
-        # An instance's attribute stands before the method of its class.
+        # An instance attribute shadows the method of its class.
         vars(loop)["time"] = RunningTime()
         self._task = loop.create_task(self._watch(), name="loop lag")
 
@@ -45,7 +45,7 @@ class LoopLag:
             _log.debug("event loop lag: %s", self)
 
     def quantiles(self, *parts: float) -> list[float]:
-        """Return the lags that these parts of the samples do not exceed; 0 where there are none."""
+        """Return the quantiles of the lag (seconds); 0 if there are no samples."""
         ordered = sorted(self._samples) or [0.0]
         return [ordered[min(len(ordered) - 1, int(len(ordered) * part))] for part in parts]
 

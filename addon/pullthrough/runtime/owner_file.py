@@ -1,11 +1,11 @@
-"""A file that says who has a folder, for disks whose locks do not reach every machine that has them mounted.
+"""A file that names the process that owns a folder, for disks whose locks do not reach every machine that mounts them.
 
-The file is made by whoever comes first, and renewed while he lives: others that see it change are refused. One that has
-not changed for STALE_S seconds, or whose process is known to be dead, is taken over. Time is measured by whoever waits:
-neither the clocks of machines need agree nor the times that a share gives its files.
+The first process makes the file and keeps renewing it: others see it change, and are refused. A file that has not
+changed for STALE_S seconds, or whose process is known to be dead, is taken over. The waiting process measures the time
+itself: machines' clocks need not agree, nor the times that a share gives its files.
 
-Invariant: of several that take over at once one stays. An owner that was taken for dead and comes back is told, and
-changes nothing. Knows nothing of what is owned.
+Invariant: of several that take over at once, one remains. An owner that was taken for dead and comes back is told
+(`on_lost`), and leaves the file alone. Knows nothing of what is owned.
 """
 
 import contextlib
@@ -29,24 +29,24 @@ _log = logging.getLogger(__name__)
 
 RENEW_S: Final = 15.0
 STALE_S: Final = 60.0
-"""After so long without a sign of life the owner counts as dead."""
+"""An owner that has not renewed the file for this long counts as dead."""
 SETTLE_S: Final = 2.0
-"""How long others that take over at the same time may need to see that somebody has."""
+"""How long to wait after taking over, until others that do so at the same time have written theirs too."""
 _NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 _LENGTH: Final = 512
-"""Bytes of the file, so that renewing changes no size."""
+"""Bytes of the file; fixed, so that renewing does not change its size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who has the folder."""
+    """The process that owns the folder."""
 
     host: str
     pid: int
     born: float
-    """When the process began (Unix seconds of its machine)."""
+    """When the process began (Unix seconds, by its machine's clock)."""
     machine: str
-    """The boot, and what process numbers mean in it."""
+    """The boot id, and the namespace of process numbers."""
     token: str
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Owner:
 
     @property
     def is_dead(self) -> bool:
-        """Whether the process is one of ours, and has ended. False where that is not known."""
+        """Whether the process ran on this machine and has ended. False if that is unknown."""
         return self.machine == _machine() != "" and not self._lives()
 
     def _lives(self) -> bool:
@@ -81,7 +81,7 @@ class OwnerFile:
         settle_s: float = SETTLE_S,
         on_lost: Callable[[Owner], object] = lambda _: None,
     ) -> None:
-        """`on_lost` is called from another thread if somebody has taken the folder over."""
+        """`on_lost` is called from another thread if another process has taken over the folder."""
         self._path = path
         self._renew_s = renew_s
         self._stale_s = stale_s
@@ -95,7 +95,7 @@ class OwnerFile:
         self._renewing: threading.Thread | None = None
 
     def take(self) -> Owner | None:
-        """Become the owner; returns who is it instead. Waits up to STALE_S to see whether one lives. Raises OSError."""
+        """Become the owner, or return the current one. Waits up to STALE_S for its sign of life. Raises OSError."""
         temporary = self._path.with_name(f".{self._path.name}.{self._owner.token}")
         self._descriptor = os.open(temporary, _NEW, 0o644)
         try:
@@ -114,7 +114,7 @@ class OwnerFile:
         return None
 
     def release(self) -> None:
-        """Let the next one in."""
+        """Remove the file if it is still ours, for the next owner."""
         self._over.set()
         if self._renewing is not None:
             self._renewing.join()
@@ -138,7 +138,7 @@ class OwnerFile:
             holder, content = found
             if content != seen:
                 if seen is not None:
-                    return holder  # it lives
+                    return holder  # it is alive
                 seen, changed = content, time.monotonic()
             age = time.monotonic() - changed
             if holder.is_dead or age > self._stale_s:
@@ -153,12 +153,12 @@ class OwnerFile:
             time.sleep(min(1.0, self._renew_s / 5))
 
     def _create(self, temporary: Path) -> bool:
-        """Make the file, if there is none."""
+        """Make the file; returns False if there is one."""
         try:
             os.link(temporary, self._path)
         except FileExistsError:
             return False
-        except OSError:  # a disk without links: what is in it comes a moment later
+        except OSError:  # a disk without links: the content follows a moment later
             return self._make()
         return True
 
@@ -183,9 +183,9 @@ class OwnerFile:
         return None
 
     def _read(self) -> tuple[Owner, bytes] | None:
-        """Return who has it, and the file's content."""
+        """Return the owner that the file names, and the file's content."""
         try:
-            content = self._path.read_bytes()  # a share's file is new each time it is opened
+            content = self._path.read_bytes()  # opening it anew makes a share fetch fresh content
         except FileNotFoundError:
             return None
         try:
@@ -202,21 +202,21 @@ class OwnerFile:
         os.fsync(self._descriptor)
 
     def _renew(self) -> None:
-        """Show that we live, until we end or somebody else has it."""
+        """Renew the file until `release`, or until another process owns it."""
         while not self._over.wait(self._renew_s):
             try:
                 found = self._read()
                 if found is not None and found[0].token not in (self._owner.token, ""):
                     self._on_lost(found[0])
                     return
-                if found is not None or not self._make():  # somebody may have removed it
+                if found is not None or not self._make():  # someone may have removed it
                     self._write()
             except OSError as error:
                 _log.warning("renewing %s: %s", self._path, error)
 
 
 def _machine() -> str:
-    """Return the boot and the process namespace of this process; "" where the system tells no boot."""
+    """Return this process's boot id and process namespace; "" if the system has no boot id."""
     boot = platform.boot_id()
     with contextlib.suppress(OSError):
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}" if boot else ""

@@ -26,16 +26,16 @@ from pullthrough.config.settings import Network
 
 _FICLONE = 0x40049409  # linux/fs.h
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-"""Of os.open: fail where the last part of the path is a link. 0 on Windows."""
+"""A flag of os.open: fail if the last part of the path is a link. 0 on Windows."""
 
-# Without pread and pwrite (Windows) the position is shared state: calls on one descriptor must not overlap. One lock
-# for all of them is enough, as the disk serialises them anyway.
+# Without pread and pwrite (Windows) a descriptor's position is shared state: calls on it must not overlap. One lock
+# for all descriptors is enough, because the disk serialises the calls anyway.
 _HAS_POSITIONED_IO = hasattr(os, "pread") and hasattr(os, "pwrite")
 _position = threading.Lock()
 
 
 def read_at(descriptor: int, offset: int, size: int) -> bytes:
-    """Up to `size` bytes at `offset`; may block on the disk."""
+    """Read up to `size` bytes at `offset`; may block on the disk."""
     if sys.platform != "win32" and _HAS_POSITIONED_IO:
         return os.pread(descriptor, size, offset)
     with _position:
@@ -44,7 +44,7 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Read into `buffer` at `offset`, and say how much; 0 at the end of the file. May block on the disk."""
+    """Read into `buffer` from `offset`; returns the byte count, 0 at the end of the file. May block on the disk."""
     if sys.platform != "win32" and hasattr(os, "preadv"):
         return os.preadv(descriptor, [buffer], offset)
     data = read_at(descriptor, offset, len(buffer))
@@ -53,7 +53,7 @@ def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
 
 
 def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
-    """Write all of `data` at `offset`; may block on the disk. OSError as the system says."""
+    """Write all of `data` at `offset`; may block on the disk. Raises OSError if the system refuses."""
     view = memoryview(data)
     while view:
         count = _write_some(descriptor, offset, view)
@@ -70,25 +70,25 @@ def _write_some(descriptor: int, offset: int, view: memoryview) -> int:
 
 
 def open_descriptor(path: Path, flags: int) -> int:
-    """os.open for binary data, readable and writable by the owner and readable by the group."""
+    """Call os.open for binary data; a new file is readable and writable by the owner, readable by the group."""
     return os.open(path, flags | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0), 0o640)
 
 
 def cores() -> int:
-    """Return how many cores this process may use; where the system does not tell, how many there are."""
+    """Return how many cores this process may use; if the system does not tell, how many there are."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def open_regular(path: Path) -> int:
-    """Open an existing file to read. OSError for a link (ELOOP), and for anything that is no regular file (EINVAL).
+    """Open an existing file to read. Raises OSError if it is a link (ELOOP) or another non-regular file (EINVAL).
 
-    Windows has neither O_NOFOLLOW nor O_NONBLOCK: there a link is told by looking first.
+    Windows has neither O_NOFOLLOW nor O_NONBLOCK: there only the check beforehand finds a link.
     """
     if path.is_symlink():
         raise OSError(errno.ELOOP, "expected a regular file, got a link", str(path))
-    # Without O_NONBLOCK the opening of a pipe waits for a writer.
+    # Without O_NONBLOCK, opening a pipe waits for a writer.
     descriptor = open_descriptor(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -97,7 +97,7 @@ def open_regular(path: Path) -> int:
 
 
 def reflink(source: int, target: int) -> bool:
-    """Let the file `target` share the blocks of `source` until one is written to; False where that cannot be.
+    """Make the file `target` share the blocks of `source` (copy-on-write); False if that is not possible.
 
     Linux on btrfs, XFS and bcachefs within one file system (FICLONE, ioctl_ficlone(2)); elsewhere False.
     """
@@ -108,7 +108,7 @@ def reflink(source: int, target: int) -> bool:
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError:
-        # Whatever the reason: a copy does it, or says what is wrong.
+        # The reason does not matter: the caller's copy works, or reports what is wrong.
         return False
     return True
 
@@ -126,9 +126,9 @@ def sync_data(descriptor: int) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames within the folder durable, on disks that do so when they are asked (some FUSE drivers do not).
+    """Make renames within the folder durable, if the file system can (some FUSE drivers cannot).
 
-    Windows cannot open a folder: NTFS journals its metadata itself.
+    Does nothing on Windows, which cannot open folders: NTFS journals its metadata itself.
     """
     if sys.platform == "win32":
         return
@@ -143,12 +143,12 @@ def sync_folder(path: Path) -> None:
 
 
 def lock_exclusively(file: BinaryIO) -> bool:
-    """Try to lock the open file for this process until it is closed; False when another process has it."""
+    """Try to lock the open file for this process until it is closed; False if another process has it."""
     try:
         if sys.platform == "win32":
             import msvcrt
 
-            file.seek(0)  # what is locked is the byte at the position
+            file.seek(0)  # it locks the byte at the position
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -160,16 +160,16 @@ def lock_exclusively(file: BinaryIO) -> bool:
 
 
 def open_folder(path: Path) -> int | None:
-    """Return a descriptor of the folder to lock; None on Windows, which opens none."""
+    """Return a descriptor of the folder for locking; None on Windows, which cannot open folders."""
     if sys.platform == "win32":
         return None
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def lock_folder(descriptor: int) -> bool:
-    """Lock the open folder until it is closed; False when another process has it.
+    """Lock the open folder until it is closed; False if another process has it.
 
-    True without a lock where the file system has none for folders (NFS).
+    True without a lock if the file system cannot lock folders (NFS).
     """
     if sys.platform != "win32":
         import fcntl
@@ -184,14 +184,14 @@ def lock_folder(descriptor: int) -> bool:
 
 
 def sync_all() -> None:
-    """Make all that was written to any disk durable. Windows cannot: files are flushed one by one there."""
+    """Make everything written to any disk durable. Does nothing on Windows, where files are flushed one by one."""
     if hasattr(os, "sync"):
         os.sync()
 
 
 def become_owner(path: Path) -> None:
-    """Go on as the user who owns the existing path, if we are root and he is another: a link of his leads us nowhere
-    where he may not go, and what is made there is his."""
+    """Switch from root to the user who owns the existing path: that user's links then lead us only where the user may
+    go, and the files we make belong to the user."""
     if sys.platform == "win32" or os.geteuid() != 0 or not path.exists():
         return
     status = path.stat()
@@ -202,9 +202,9 @@ def become_owner(path: Path) -> None:
 
 
 def release_memory() -> None:
-    """Collect garbage, and give the system back what is free. Takes some tens of milliseconds.
+    """Collect garbage, and return free memory to the system. Takes some tens of milliseconds.
 
-    Only glibc keeps what is free until it is told (malloc_trim(3)); elsewhere the collection is all.
+    Only glibc keeps free memory until told otherwise (malloc_trim(3)); elsewhere collecting is enough.
     """
     gc.collect()
     if sys.platform == "linux":
@@ -213,9 +213,9 @@ def release_memory() -> None:
 
 
 def allow_descriptors(wanted: int) -> int:
-    """Raise the limit on open files towards `wanted`, as far as this process may, and return how many it may have.
+    """Raise this process's limit on open files as far towards `wanted` as allowed; returns how many it may have.
 
-    Many systems give 1024 to a process that does not ask. Windows has no such limit.
+    Many systems allow only 1024 by default. Windows has no such limit.
     """
     if sys.platform == "win32":
         return wanted
@@ -226,7 +226,7 @@ def allow_descriptors(wanted: int) -> int:
     if soft == resource.RLIM_INFINITY:
         return wanted
     if soft < allowed:
-        # macOS names no hard limit and still has one.
+        # macOS reports no hard limit, but has one.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     return min(wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -243,9 +243,7 @@ def descriptors() -> int:
 
 
 def free_memory() -> int:
-    """Return the bytes that this machine can give to programs without swapping; within a control group, at most its
-    limit.
-    """
+    """Return the bytes that programs can get without swapping; in a control group, at most its limit."""
     available = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):
         available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -253,10 +251,10 @@ def free_memory() -> int:
 
 
 def boot_id() -> str:
-    """Return what changes with every boot of the machine; "" where nothing of the kind can be had.
+    """Return an id that changes with every boot of the machine.
 
-    Elsewhere than on Linux the boot time, which a clock that is set may shift: then a partial is believed only as
-    far as it was flushed.
+    Outside Linux this is the boot time, which setting the clock may shift: a partial then counts only as far as it was
+    flushed.
     """
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -264,11 +262,11 @@ def boot_id() -> str:
 
 
 def lower_priority() -> None:
-    """Let the calling thread stand back behind the others.
+    """Lower the priority of the calling thread.
 
-    Only on Linux, where each thread has a nice value, which counts for its disk reads too (ioprio_set(2)); elsewhere it
-    is the process's, and nothing happens. 10 leaves a tenth of a busy core: a thread that gets next to nothing may
-    hold the interpreter lock all the while.
+    Only on Linux, where each thread has its own nice value, which also counts for disk reads (ioprio_set(2)); elsewhere
+    it belongs to the process, and this does nothing. 10 still leaves a tenth of a busy core: a thread with hardly any
+    CPU time might hold the GIL for long.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a sandbox may forbid it
@@ -277,21 +275,21 @@ def lower_priority() -> None:
 
 
 def in_container() -> bool:
-    """Return whether this process has a network of its own, as far as Docker, Podman, Kubernetes, LXC and systemd tell.
+    """Return whether this process runs in a container, as far as Docker, Podman, Kubernetes, LXC and systemd tell.
 
-    One that shares its host's network looks the same.
+    A container that shares its host's network looks the same as one with its own.
     """
     if any(Path(path).exists() for path in ("/.dockerenv", "/run/.containerenv", "/run/systemd/container")):
         return True
     with contextlib.suppress(OSError):
-        # Version 1 of cgroups names the container; under version 2 it reads "0::/" here.
+        # Under cgroups version 1 the file names the container; under version 2 it reads "0::/".
         groups = Path("/proc/1/cgroup").read_text()
         return any(word in groups for word in ("docker", "kubepods", "libpod", "containerd", "lxc"))
     return False
 
 
 def address_towards(host: str, port: int) -> str | None:
-    """Return the address of this machine on the way to another one; None if there is no way. Sends nothing."""
+    """Return this machine's address on the route to another one; None if there is no route. Sends nothing."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as sock:
@@ -312,11 +310,9 @@ def own_addresses() -> frozenset[str]:
 
 
 def lan_address() -> str:
-    """Return our address towards other networks, else loopback: of the interface that a packet to one would leave
-    by.
-    """
+    """Return the address of the interface that leads to other networks, or loopback if none does."""
     for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        # Nothing is sent to these, which are for documentation (RFC 5737, RFC 3849).
+        # Nothing is sent to these addresses, which are for documentation (RFC 5737, RFC 3849).
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.connect((elsewhere, 9))
             return str(sock.getsockname()[0])
@@ -335,7 +331,7 @@ def local_networks() -> tuple[Network, ...]:
                 mask = ipaddress.ip_address(entry.netmask)
                 prefix = int(mask).bit_count()
                 gapless = int(mask) == (1 << mask.max_prefixlen) - (1 << (mask.max_prefixlen - prefix))
-                # A /0 would admit the whole Internet, an interface without a network admits nobody.
+                # A prefix that short is no real network: a /0 would admit the whole Internet.
                 if mask.version == address.version and gapless and prefix >= (8 if address.version == 4 else 32):
                     networks.append(ipaddress.ip_network(f"{address}/{prefix}", strict=False))
     return tuple(networks)
@@ -347,22 +343,22 @@ class LocalNetworks:
     def __init__(
         self, read: Callable[[], tuple[Network, ...]] = local_networks, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`clock` tells monotonic seconds."""
+        """`clock` returns monotonic seconds."""
         self._read = read
         self._clock = clock
         self._known: tuple[Network, ...] = ()
         self._read_at = -math.inf
 
     def known(self, *, age_s: float) -> tuple[Network, ...]:
-        """Return the networks, as they were at most `age_s` ago."""
+        """Return the networks as they were at most `age_s` seconds ago."""
         if (now := self._clock()) - self._read_at > age_s:
             self._known, self._read_at = self._read(), now
         return self._known
 
 
 def allocated(status: os.stat_result) -> int:
-    """Return the bytes that a file takes of the disk: less than its size where it has holes."""
-    if sys.platform == "win32":  # which does not tell
+    """Return the disk space that a file takes (bytes): less than its size if it has holes."""
+    if sys.platform == "win32":  # does not tell
         return status.st_size
-    # POSIX's unit, whatever the file system's own is.
+    # st_blocks counts 512-byte units, whatever the file system's block size.
     return status.st_blocks * 512

@@ -1,6 +1,6 @@
-"""Listening on a TCP port, and who has it where that fails.
+"""Listening on a TCP port, and the reason if that fails.
 
-Invariant: a port that cannot be had is told in one line that says who has it, or what to set.
+Invariant: the reason is one line that says which process has the port, or what to set.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ def listening(host: str, port: int) -> list[socket.socket]:
     """Return listening sockets for each address of `host`; for "", of each family that this machine has.
 
     Raises:
-        OSError: one of them cannot be had.
+        OSError: one of them is not available.
     """
     sockets: list[socket.socket] = []
     problem: OSError | None = None
@@ -55,7 +55,7 @@ def listens(port: int) -> bool:
 
 
 def reason(error: OSError, port: int) -> str:
-    """Return why a port cannot be listened on: who has it, or what would allow it."""
+    """Return why a port cannot be listened on: which process has it, or what would allow it."""
     if error.errno == errno.EADDRINUSE:
         return f"it is taken by {_holder(port)}"
     if error.errno == errno.EADDRNOTAVAIL:
@@ -69,8 +69,8 @@ def reason(error: OSError, port: int) -> str:
 
 
 def _holder(port: int) -> str:
-    """Return whom a port belongs to, as far as this user may know."""
-    # macOS tells it to root only, and a process may end meanwhile.
+    """Return the process that listens on a port, as far as this user may know."""
+    # macOS tells only root, and a process may end meanwhile.
     with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             is_it = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr[1] == port
@@ -83,7 +83,7 @@ def _holder(port: int) -> str:
 
 
 def _users(port: int) -> Iterator[str]:
-    """Yield the users that listen on a port: Linux tells these of every process."""
+    """Yield the users that listen on a port, which Linux tells for every process."""
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
             for line in Path(table).read_text(encoding="ascii").splitlines()[1:]:

@@ -1,6 +1,7 @@
 """A descriptor that several readers share.
 
-Invariant: it is open for as long as one of them has it, whatever happens to the file's name. Knows nothing of the file.
+Invariant: it stays open as long as one of them uses it, even if the file is renamed or removed. Knows nothing of the
+file's contents.
 """
 
 import errno
@@ -16,12 +17,12 @@ _PIECE: Final = 4 << 20
 
 
 def at_once(work: Callable[[], object]) -> None:
-    """Do it."""
+    """Do `work` in the calling thread."""
     work()
 
 
 class SharedFile:
-    """A counted descriptor: it stays open for whoever reads it, whatever happens to the file's name."""
+    """A descriptor with a count of its readers, closed when the last one releases it."""
 
     __slots__ = ("_change", "_on_close", "_users", "descriptor", "size", "windows")
 
@@ -34,7 +35,7 @@ class SharedFile:
         windows: WindowMap | None = None,
         change: Callable[[Callable[[], object]], None] = at_once,
     ) -> None:
-        """`windows` tells where what is where, if the file is not in order; `change` does what may wait for a disk."""
+        """`windows` maps offsets to places in a file that is not in order; `change` runs what may wait for the disk."""
         self._change = change
         self.descriptor = descriptor
         self.size = size
@@ -47,21 +48,21 @@ class SharedFile:
         return self
 
     def locate(self, start: int, stop: int) -> tuple[int, int]:
-        """Return where the byte `start` lies, and up to where, at most `stop`, the file goes on behind it."""
+        """Return the place of byte `start` in the file, and the end (at most `stop`) of the contiguous bytes there."""
         return (start, stop) if self.windows is None else self.windows.locate(start, stop)
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes from `start` up to `stop`, or fewer of them; may block on the disk."""
+        """Read bytes from `start` up to `stop`, or fewer; may block on the disk."""
         place, end = self.locate(start, stop)
         return platform.read_at(self.descriptor, place, end - start)
 
     def read_into(self, buffer: memoryview, start: int) -> int:
-        """Read into `buffer` from `start`, and say how much; 0 at the end. May block on the disk."""
+        """Read into `buffer` from `start`; returns the byte count, 0 at the end. May block on the disk."""
         place, end = self.locate(start, start + len(buffer))
         return platform.read_into(self.descriptor, buffer[: end - start], place)
 
     def copy(self, target: int, start: int, stop: int) -> None:
-        """Put the bytes of `[start, stop)` where they belong in another open file. Raises OSError."""
+        """Copy the bytes of `[start, stop)` to the same offsets of another open file. Raises OSError."""
         while start < stop:
             if not (data := self.read(start, min(start + _PIECE, stop))):
                 raise OSError(errno.EIO, f"its file ends at byte {start}")

@@ -1,7 +1,7 @@
-"""Run equal work once: whoever asks while it runs gets the same result.
+"""Run equal work once: callers that come while it runs share its result.
 
-Invariant: a follower's cancellation never touches the work; the work is cancelled only when nobody waits any more;
-every exit (value, error, cancellation) releases all who wait.
+Invariant: a caller that is cancelled does not affect the work, which is cancelled only when no caller waits any more.
+Every outcome (value, error, cancellation) releases all waiting callers.
 """
 
 import asyncio
@@ -9,21 +9,21 @@ from collections.abc import Awaitable, Callable, Hashable
 
 
 class SingleFlight[K: Hashable, V]:
-    """Collapses concurrent calls by key."""
+    """Concurrent calls collapsed by key."""
 
     def __init__(self) -> None:
         self._running: dict[K, tuple[asyncio.Task[V], list[None]]] = {}
 
     async def join(self, key: K, work: Callable[[], Awaitable[V]]) -> tuple[V, bool]:
-        """(result, collapsed): the result of `work` for `key`, and whether another caller had started it.
+        """Return the result of `work` for `key`, and whether another caller had started it.
 
         Raises what the work raises.
         """
         entry = self._running.get(key)
         collapsed = entry is not None
         if entry is None:
-            # mitmproxy's loop starts tasks eagerly: the work could even end before create_task returns, so its end
-            # is looked at by a callback, which never runs before this function has registered the task.
+            # mitmproxy's loop starts tasks eagerly: the work could even end before create_task returns. A callback
+            # handles its end, because callbacks never run before this function has registered the task.
             task = asyncio.get_running_loop().create_task(self._run(work), name=f"collapsed {key}")
             entry = (task, [])
             if not task.done():
@@ -36,7 +36,7 @@ class SingleFlight[K: Hashable, V]:
         finally:
             waiters.pop()
             if not waiters and not task.done():
-                # Forgotten before it has ended: nobody may join work that is being cancelled.
+                # Forgotten at once: no caller may join work that is being cancelled.
                 self._forget(key, task)
                 task.cancel()
 

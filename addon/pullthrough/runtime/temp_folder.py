@@ -1,9 +1,9 @@
-"""A temporary folder for as long as this process lives, also when it is killed.
+"""A temporary folder for as long as this process lives, removed even if the process is killed.
 
-Whoever is killed leaves its folder, which may hold keys; the next to come removes it. A lock tells whether the owner
-lives: process numbers do not, as another container that shares /tmp has its own.
+A killed process leaves its folder, which may hold keys; the next process removes it. A lock tells whether the owner is
+alive: process numbers cannot, because another container that shares /tmp has its own.
 
-Invariant: no folder is removed whose owner lives, and nothing that is not such a folder of this user's.
+Invariant: only such folders of this user are removed, and none whose owner is alive.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _LOCK: Final = "lock"
 
 
 class TemporaryFolder(tempfile.TemporaryDirectory[str]):
-    """A folder for this user alone, removed by `cleanup`, at the end of the process, or by the next one."""
+    """A folder that only this user can open, removed by `cleanup`, when the process ends, or by the next process."""
 
     def __init__(self) -> None:
         _remove_abandoned()
@@ -29,7 +29,7 @@ class TemporaryFolder(tempfile.TemporaryDirectory[str]):
         unlocked = Path(self.name, f"{_LOCK}.new")
         self._lock = unlocked.open("wb")
         lock_exclusively(self._lock)
-        # Only now does it show: a folder without its lock's file is left alone.
+        # Rename after locking: `_remove_abandoned` leaves a folder without a lock file alone.
         unlocked.rename(Path(self.name, _LOCK))
 
     def cleanup(self) -> None:
@@ -42,7 +42,7 @@ def _remove_abandoned() -> None:
     if sys.platform == "win32":
         return
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # it is going, or another user's
+        with contextlib.suppress(OSError):  # being removed, or another user's
             if path.is_symlink() or path.lstat().st_uid != os.geteuid():
                 continue
             descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW)

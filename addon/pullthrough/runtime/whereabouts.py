@@ -1,7 +1,7 @@
-"""The note that a running cache leaves for the commands: which store it has, under which user and process.
+"""The note that a running cache leaves for the commands: its store, its user and its process.
 
-Invariant: a note counts only while the very process that wrote it runs, as the note's owner, since this boot. Whoever
-only looks writes and removes nothing.
+Invariant: a note counts only while the process that wrote it still runs, as the note's owner, in the same boot. Reading
+notes writes and removes nothing.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from typing import Final
 import psutil
 
 SYSTEM: Final = Path("/run/ollama-cache" if Path("/run").is_dir() else "/var/run/ollama-cache")
-"""Where root's caches and services leave theirs."""
-SHARED: Final = Path("/tmp")  # noqa: S108 -- a folder in it counts only for the user whose number it has
-"""Where everybody may have a folder that all can find: XDG_RUNTIME_DIR is hidden from others."""
+"""The folder for the notes of root's caches and of services."""
+SHARED: Final = Path("/tmp")  # noqa: S108 -- a folder in it counts only for the user whose id is in its name
+"""The folder in which any user can make one that all can find: XDG_RUNTIME_DIR is hidden from other users."""
 _PREFIX: Final = "ollama-cache-"
 LONGEST: Final = 65_536
-"""Bytes of a note."""
-_AGE_S: Final = 2.0  # what a process's start may differ by between two readings
+"""The most bytes that are read of a note."""
+_AGE_S: Final = 2.0  # how much two readings of a process's start may differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +33,17 @@ class Running:
     store: str
     certs: str
     page: str
-    """The status page; empty where the plain port is off."""
+    """The status page; empty if the plain port is off."""
     pid: int
     started: float
     boot: str
     user: str = ""
     is_vouched_for: bool = False
-    """Whether only root or the user who asks could have left the note where it is."""
+    """Whether the note's folder is not one that any user could have made in /tmp."""
 
     @property
     def is_ours(self) -> bool:
-        """Whether it runs as the user who asks."""
+        """Whether it runs as the current user."""
         return self.user == _own_name()
 
     def __str__(self) -> str:
@@ -51,10 +51,10 @@ class Running:
 
 
 def announce(chosen: Path | None, *, store: Path, certs: Path, page: str) -> Path:
-    """Leave the note of this process; `chosen` is a folder for it, else there is one for the user.
+    """Write the note of this process to the folder `chosen`, by default the user's own.
 
     Raises:
-        OSError: no folder can be written to.
+        OSError: the folder cannot be written to, or is not safe.
     """
     folder = chosen or own_folder()
     if not folder.is_dir():
@@ -77,7 +77,7 @@ def announce(chosen: Path | None, *, store: Path, certs: Path, page: str) -> Pat
 
 
 def running_caches(chosen: Path | None) -> list[Running]:
-    """Return the caches that run here, those of the user who asks first."""
+    """Return the caches that run on this machine, the current user's first."""
     if sys.platform == "win32":
         return []
     usual = [SYSTEM, *SHARED.glob(f"{_PREFIX}*"), own_folder()]
@@ -87,7 +87,7 @@ def running_caches(chosen: Path | None) -> list[Running]:
 
 
 def own_folder() -> Path:
-    """Return where this user's caches leave their notes: what systemd made for the service, root's place, or /tmp."""
+    """Return the folder for this user's notes: systemd's for the service, root's, or one in /tmp."""
     if sys.platform == "win32":
         return Path(os.environ.get("TEMP", ".")) / "ollama-cache"
     if made := os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
@@ -96,16 +96,16 @@ def own_folder() -> Path:
 
 
 def _notes(folder: Path) -> Iterator[tuple[Path, Running | None]]:
-    """Yield each note, and the cache if it runs."""
+    """Yield each note's path, and its cache if that is running."""
     for path in sorted(folder.glob("*.json")):
-        # It may be gone, half of something, or made by somebody to do harm.
+        # It may be gone, incomplete, or made to do harm.
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             text, owner = _read(path)
             yield path, _alive(_parse(text), owner, is_vouched_for=folder.parent != SHARED)
 
 
 def _read(path: Path) -> tuple[bytes, int]:
-    """Return a note and its owner, of a regular file alone. Raises OSError."""
+    """Return a note's content and owner. Raises OSError if it is not a regular file of the folder's owner."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(descriptor, "rb") as file:
         state = os.fstat(descriptor)
@@ -115,7 +115,7 @@ def _read(path: Path) -> tuple[bytes, int]:
 
 
 def _parse(text: bytes) -> Running:
-    """Raise ValueError, TypeError or RecursionError unless it is a note whose texts can be shown."""
+    """Parse a note. Raises one of the errors that `_notes` suppresses if it is malformed or has unprintable text."""
     fields = json.loads(text)
     texts = [fields.get(name, "") for name in ("store", "certs", "page", "boot", "user")]
     if not all(isinstance(each, str) and each.isprintable() for each in texts):
@@ -139,7 +139,7 @@ def _alive(made: Running, owner: int, *, is_vouched_for: bool) -> Running | None
 
 
 def _is_safe(folder: Path) -> bool:
-    """Return whether a folder that anybody could have made belongs to whom its name says."""
+    """Return whether a folder in /tmp, where anyone can make one, belongs to the user in its name. True elsewhere."""
     if sys.platform == "win32" or folder.parent != SHARED:
         return True
     try:
