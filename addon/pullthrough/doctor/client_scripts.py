@@ -1,7 +1,7 @@
-"""The doctor for a client: a script that needs no Python there, and that the plain port gives to everybody.
+"""The doctor for a client: a script that needs no Python, and that the plain port serves to everyone.
 
-Invariant: a script depends on the settings alone, never on who asks for it. What it looks at and how it judges stands
-in `client/`: one for POSIX shells, one for PowerShell.
+Invariant: a script depends only on the settings, never on the client that requests it. Its checks and judgements are in
+`client/`: one script for POSIX shells, one for PowerShell.
 """
 
 import shutil
@@ -21,11 +21,11 @@ from pullthrough.pki.client_setup import TEXT, SetupDocument, Template
 
 SCRIPTS: Final = ("doctor.sh", "doctor.ps1")
 _PATIENCE_S: Final = 90.0
-"""More than all that a script tries may take together."""
+"""Longer than all checks of a script together may take."""
 
 
 def scripts(settings: Settings) -> Mapping[str, SetupDocument]:
-    """Return both by the path they are served at."""
+    """Return both scripts by the path at which they are served."""
     first, last = (".".join(map(str, version)) for version in BYPASSING)
     published = settings.advertise.port if settings.advertise is not None else 0
     values = {
@@ -44,10 +44,10 @@ def scripts(settings: Settings) -> Mapping[str, SetupDocument]:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Run the script of this system here.
+    """Run the script for this machine's system.
 
     Raises:
-        CacheError: it does not come to an end that it knows, or to none in time.
+        CacheError: it cannot be run, exits with an unknown status, or does not end in time.
     """
     windows = sys.platform == "win32"
     name, shell = ("doctor.ps1", "powershell") if windows else ("doctor.sh", "sh")

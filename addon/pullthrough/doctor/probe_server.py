@@ -1,7 +1,7 @@
-"""Finding out about a cache what `rules` judges: its ports, its authority, the registry, the store, the disk.
+"""The facts about a cache that `rules` judges: its ports, its authority, the registry, the store, the disk.
 
-Invariant: nothing is changed, here or elsewhere, but that missing copies of a certificate are written again; every
-attempt ends within seconds; what cannot be done is a fact and not an error. Does not know what is wrong.
+Invariant: probing changes nothing here or elsewhere, except that missing copies of a certificate are written again.
+Every attempt ends within seconds, and one that fails is a fact, not an error. Judges nothing.
 """
 
 import contextlib
@@ -43,13 +43,13 @@ from pullthrough.upstream.client import Upstream
 from pullthrough.upstream.reachability import Role, State
 
 SAMPLE: Final = "library/all-minilm"
-"""A small public model: its config is what is asked for in parts."""
+"""A small public model, whose config is requested to see whether ranges work."""
 PATIENCE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """How the registry answers us, as ServerFacts has it."""
+    """How the registry answers us; the fields are those of ServerFacts."""
 
     upstream: str = ""
     displaced: str = ""
@@ -64,9 +64,9 @@ class Outlook:
 
 
 async def look_out(upstream: Upstream, settings: Settings, now: datetime) -> Outlook:
-    """Ask the first registry for a manifest and for one byte of a blob; `now` is aware.
+    """Ask the first registry for a manifest and for one byte of a blob; `now` is timezone-aware.
 
-    What is down is told as everywhere else: by what was found out last.
+    For the blob host and the object store it reports their last known state, as everywhere else.
     """
     found = await _ask(upstream, settings, now)
     down = {
@@ -92,7 +92,7 @@ async def _ask(upstream: Upstream, settings: Settings, now: datetime) -> Outlook
     except CacheError as error:
         return Outlook(upstream=f"{host}: {str(error).removeprefix(f'{host}: ')}")
     skew_s = 0.0
-    with contextlib.suppress(KeyError, ValueError, TypeError):  # no date, no true date, a date without a zone
+    with contextlib.suppress(KeyError, ValueError, TypeError):  # no date, a malformed one, or one without a zone
         skew_s = (now - email.utils.parsedate_to_datetime(response.headers["Date"])).total_seconds()
     if response.status != 200:
         return Outlook(skew_s=skew_s)  # another registry need not have the sample
@@ -112,7 +112,7 @@ async def _ask(upstream: Upstream, settings: Settings, now: datetime) -> Outlook
 
 
 def _unsigned(settings: Settings, location: str) -> str:
-    """Return why a redirect of the registry's is no use to clients that fetch past this proxy."""
+    """Return why the registry's redirect does not help clients that fetch past this proxy; "" if it does."""
     host = urlsplit(location).hostname or ""
     if not location:
         return f"{settings.registries[0]} answers with the bytes themselves"
@@ -122,10 +122,10 @@ def _unsigned(settings: Settings, location: str) -> str:
 
 
 def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: bool, now: datetime) -> ServerFacts:
-    """`proxy` is where the proxy listens, or would; `running` as in the facts."""
+    """Gather the facts. `proxy` is where the proxy listens, or would; `running` is as in ServerFacts."""
     rollover, problem = None, ""
     try:
-        # Before the first start there is none, and nothing is wrong with that.
+        # Before the first start there is no authority, and that is no problem.
         if running or any((settings.certs / name).exists() for name in (KEY_NAME, CERTIFICATE_NAME)):
             rollover = Rollover.load(settings.certs, settings.intercepted, now=now)
     except AuthorityError as error:
@@ -165,7 +165,7 @@ def server_facts(settings: Settings, proxy: Endpoint, out: Outlook, *, running: 
 
 
 def try_leg(proxy: Endpoint, host: str) -> Leg:
-    """Reach `host` through `proxy`, and look at who signed what is presented. Nothing is verified."""
+    """Connect to `host` through `proxy`, and see who signed the certificate presented. Verifies nothing."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
@@ -185,7 +185,7 @@ def try_leg(proxy: Endpoint, host: str) -> Leg:
 
 @contextlib.contextmanager
 def tunnel(proxy: Endpoint, host: str, context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
-    """TLS with `host` through `proxy`. OSError, of which ssl.SSLError is one; HTTPException."""
+    """Open TLS with `host` through `proxy`. Raises OSError (including ssl.SSLError), HTTPException."""
     connection = http.client.HTTPConnection(local_host(proxy.host), proxy.port, timeout=PATIENCE_S)
     with contextlib.closing(connection):
         connection.set_tunnel(host, 443)
@@ -195,13 +195,13 @@ def tunnel(proxy: Endpoint, host: str, context: ssl.SSLContext) -> Iterator[ssl.
 
 
 def common_name(name: x509.Name) -> str:
-    """Return the CN, or the whole name where there is none."""
+    """Return the CN, or the whole name if there is none."""
     found = name.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(found[0].value) if found else name.rfc4514_string()
 
 
 def _reach(endpoint: Endpoint) -> str:
-    """Return why nobody takes a connection there."""
+    """Return why no connection to the endpoint succeeds; "" if one does."""
     try:
         socket.create_connection((local_host(endpoint.host), endpoint.port), PATIENCE_S).close()
     except OSError as error:
@@ -210,7 +210,7 @@ def _reach(endpoint: Endpoint) -> str:
 
 
 def local_host(host: str) -> str:
-    """Return where we reach what listens on `host`."""
+    """Return the address at which this machine reaches a listener on `host`."""
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- not listened on
 
 
@@ -239,7 +239,7 @@ def _store_problem(folder: Path) -> str:
 
 
 def _owner(folder: Path) -> str:
-    """Return whose the folder is, if this user may not judge it."""
+    """Return who owns the folder if this user may not judge it, else ""."""
     try:
         owner = _existing(folder).stat().st_uid if folder.exists() else None
     except PermissionError as error:
@@ -257,11 +257,11 @@ def _write_problem(folder: Path) -> str:
 
 
 def _index_problem(folder: Path) -> str:
-    """Return why SQLite takes no part of the index for whole."""
+    """Return what SQLite's quick check finds wrong with the index; "" if nothing."""
     file = folder / "index" / "cache.db"
     try:
         journal = file.with_name(f"{file.name}-wal")
-        # What is still in the journal belongs to it, and only a writer may put it there.
+        # A journal with content belongs to the database, and only a writer may merge it: do not judge.
         if not file.exists() or (journal.exists() and journal.stat().st_size):
             return ""
         with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro&immutable=1", uri=True)) as database:
@@ -276,7 +276,7 @@ def _elsewhere(settings: Settings) -> tuple[str, ...]:
 
 
 def _advertised_problem(settings: Settings) -> str:
-    """Return why the blob server is not found under its advertised name, as far as can be told from here."""
+    """Return why the blob server cannot be reached under its advertised name, as far as this machine can tell."""
     if settings.advertise is None or not settings.listen:
         return ""
     host, port = settings.advertise.host, settings.advertise.port or settings.listen[0][1]
@@ -284,7 +284,7 @@ def _advertised_problem(settings: Settings) -> str:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except OSError as error:
         return f"{host}: {error.strerror or error}"
-    # What leads elsewhere may be a router that leads back here.
+    # Skip addresses that are not ours: they may belong to a router that leads back here.
     for address in sorted(found & own_addresses()):
         if why := _reach(Endpoint("http", address, port)):
             return f"{host} is {address} too, and there at port {port}: {why}"
@@ -299,5 +299,5 @@ def _count(folder: Path) -> int:
 
 
 def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that there is."""
+    """Return the folder, or its nearest parent that exists."""
     return next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))

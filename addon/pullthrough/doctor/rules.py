@@ -1,7 +1,7 @@
-"""What is wrong with a cache, from what was found out about it.
+"""Judgement of a cache from the facts about it.
 
-Invariant: every finding names what was found, what comes of it, and what mends it. Pure: looking is done elsewhere, and
-each fact is a value that says "" or True where all is well.
+Invariant: every finding names the problem, its cause or effect, and the remedy. Pure: other modules gather the facts,
+most of which are texts that are "" when all is well.
 """
 
 import math
@@ -12,25 +12,25 @@ from typing import Final
 from pullthrough.core.humanize import size_text
 
 SKEW_S: Final = 300.0
-"""More than a clock that is set by NTP is ever off; certificates bear a day."""
+"""More than a clock set by NTP is ever off; certificates tolerate a day."""
 NEAR_END_S: Final = 90 * 86400.0
 LEAF_S: Final = 7 * 86400.0
-"""A leaf that has less left was not made anew, which is due when a third of its 90 days is left."""
+"""A leaf with less time left was not renewed, which is due when a third of its 90 days is left."""
 FEW_DESCRIPTORS: Final = 4096
-"""Some fifteen hundred connections; one Ollama opens sixteen and more."""
+"""Enough for about fifteen hundred connections; one Ollama opens sixteen or more."""
 SET_CLOCK: Final = "timedatectl set-ntp true"
 PAST_PROXY: Final = (
     "upgrade Ollama, make the cache the client's gateway (--mode transparent@8081), or pull from its port 9200: "
     "ollama pull --insecure http://CACHE:9200/NAMESPACE/MODEL"
 )
-"""What helps a client that downloads past every proxy."""
+"""The remedies for a client that downloads past every proxy."""
 ISSUER: Final = "ollama-cache CA"
-"""How the name of each of our authorities begins."""
+"""The prefix of all our authorities' names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong, or that will be where not `grave`."""
+    """A problem, or, if not `grave`, one that limits the cache or is still to come."""
 
     what: str
     why: str
@@ -45,13 +45,13 @@ class Leg:
     address: str
     """host:port of the proxy."""
     reached: str = ""
-    """Why nothing took the connection."""
+    """Why the proxy could not be reached."""
     answered: str = ""
-    """Why there was no TLS behind CONNECT."""
+    """Why CONNECT led to no TLS."""
     issuer: str = ""
-    """The common name of who signed what was presented."""
+    """The common name of the presented certificate's issuer."""
     left_s: float = math.inf
-    """How long what was presented is still valid."""
+    """How long the presented certificate is still valid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,59 +61,59 @@ class ServerFacts:
     authority: str
     """Why the CA cannot be used."""
     expires_s: float
-    """How long the CA is still good."""
+    """How long the CA is still valid."""
     issuer: str
-    """The CA's common name, "" where it cannot be used."""
+    """The CA's common name; "" if the CA cannot be used."""
     store: str
-    """Why the folder is no store."""
+    """Why the folder is not a store."""
     owner: str
-    """Why this user may not judge the folder: whose it is."""
+    """Why this user may not judge the folder: who owns it."""
     unwritable: str
-    """Why nothing can be written to it."""
+    """Why the folder cannot be written to."""
     index: str
-    """Why its index cannot be read."""
+    """Why the store's index cannot be read."""
     quarantined: int
     running: bool
-    """Whether a daemon answers at the store's control socket; True where there is no such socket."""
+    """Whether a daemon answers at the store's control socket; True on systems without such sockets."""
     elsewhere: tuple[str, ...]
-    """The stores of caches that run here on others than this one."""
+    """The other stores that caches on this machine are running on."""
     leg: Leg
     port: str
-    """Why the blob server's port does not give our certificate."""
+    """Why the blob server's port does not serve our certificate."""
     taken: bool
-    """Whether anybody listens at that port."""
+    """Whether anything listens at that port."""
     local: tuple[str, ...]
-    """The ports that nobody but this machine can reach."""
+    """The ports that only this machine can reach."""
     advertised: str
-    """Why clients cannot reach the blob server under the name that they are given."""
+    """Why clients cannot reach the blob server under its advertised name."""
     refused: str
-    """How many connections of clients were refused since the start, and whose was the last."""
+    """How many client connections were refused since the start, and whose was the last."""
     descriptors: int
-    """How many files and sockets the daemon may have open; 0 where none tells."""
+    """How many files and sockets the daemon may have open; 0 if unknown."""
     upstream: str
     """Why the registry cannot be used."""
     displaced: str
-    """What answered last in the place of a registry."""
+    """What last answered in a registry's place."""
     blob_host: str
     """Why the blob host cannot be used."""
     object_store: str
     """Why the fleet's object store cannot be used."""
     ranges: str
-    """Why its blobs cannot be had in parts."""
+    """Why the registry's blobs cannot be fetched in parts."""
     unsigned: str
-    """Why its redirects are no use to clients that fetch past this proxy."""
+    """Why the registry's redirects do not help clients that fetch past this proxy."""
     bypassed: int
     """Pulls since the start that went past the cache."""
     skew_s: float
     """How far our clock is ahead of the registry's."""
     disk: int
-    """Bytes of the store's disk, and how many are free."""
+    """The size of the store's disk (bytes); `free` and `min_free` are bytes too."""
     free: int
     min_free: int
 
 
 def of_server(facts: ServerFacts) -> list[Finding]:
-    """Return what is wrong, the causes first."""
+    """Return the findings, causes first."""
     found = [*_of_authority(facts), *_of_store(facts), *_of_ports(facts), *_of_clients(facts), *_of_upstream(facts)]
     if facts.bypassed:
         why = f"{facts.bypassed} pulls since the start, by Ollama 0.35.0 to 0.40.2, which download past every proxy"
@@ -176,7 +176,7 @@ def _of_ports(facts: ServerFacts) -> list[Finding]:
     leg, start = facts.leg, "ollama-cache run"
     if not facts.running:
         if facts.owner:
-            return []  # whether it runs is not told to us
+            return []  # this user cannot tell whether it runs
         if facts.elsewhere:
             why = f"nobody serves this one, and {', '.join(facts.elsewhere)} is served"
             mend = f"ollama-cache doctor --dir {shlex.quote(facts.elsewhere[0])}, or ollama-cache run for this one too"
@@ -212,7 +212,7 @@ def _of_ports(facts: ServerFacts) -> list[Finding]:
 
 
 def _of_clients(facts: ServerFacts) -> list[Finding]:
-    """Return what keeps clients of other machines away."""
+    """Return what keeps clients on other machines from using the cache."""
     found = []
     if facts.local:
         why = f"{', '.join(facts.local)}: no other machine can connect to it"
@@ -263,7 +263,7 @@ def _of_upstream(facts: ServerFacts) -> list[Finding]:
 
 
 def _opens(problem: str) -> str:
-    """Return what opens the way to a server that cannot be reached."""
+    """Return the remedy for a server that cannot be reached."""
     problem = problem.lower()
     if "certificate" in problem:
         return "--set ssl_verify_upstream_trusted_ca=FILE, with the CA of whoever inspects TLS here"
