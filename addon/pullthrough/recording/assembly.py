@@ -1,7 +1,7 @@
 """Assemble a blob from byte intervals that arrive in any order.
 
-Invariant: present, claimed and missing partition `[0, size)`; the frontier is the end of the present prefix, and
-what is hashed never passes it. Touches no file, socket or hash: it says which bytes, others move them.
+Invariant: present, claimed and missing partition `[0, size)`; the frontier is the end of the present prefix, and the
+hash never passes it. Touches no file, socket or hash: it only keeps track of which bytes are where.
 """
 
 from pullthrough.core.intervals import Intervals
@@ -9,7 +9,7 @@ from pullthrough.runtime.clock import Epoch
 
 
 class Assembly:
-    """Which bytes of a blob of `size` bytes are here, which are being fetched, and how far the hash has gone."""
+    """The bytes of a blob of `size` bytes: which are here, which are being fetched, and which are hashed."""
 
     __slots__ = ("_taken", "hashed", "present", "shown", "size", "versions")
 
@@ -22,11 +22,11 @@ class Assembly:
             raise ValueError(f"expected intervals within 0-{size}, got {self.present!r}")
         self._taken = self.present.copy()
         self.hashed = 0
-        """The length of the prefix that has gone through the hash."""
+        """The length of the prefix that has been hashed."""
         self.shown = size
-        """Readers get no byte from here on: what follows waits for the verification."""
+        """Readers get only the bytes before this offset: the rest waits for the verification."""
         self.versions = Epoch()
-        """Goes on when it is begun again: what was hashed before counts no more."""
+        """Advances when the blob is begun again: what was hashed before no longer counts."""
 
     def begin_again(self) -> None:
         """Forget every byte and every claim: the source serves another version."""
@@ -56,12 +56,12 @@ class Assembly:
         self._taken.add(start, stop)
 
     def release(self, start: int, stop: int) -> None:
-        """Give up a claim; what of it is present by now stays."""
+        """Give up a claim; the bytes of it that are present stay."""
         for gap in list(self.present.missing(start, stop)):
             self._taken.remove(*gap)
 
     def add(self, start: int, stop: int) -> None:
-        """`[start, stop)` has been written."""
+        """Note that `[start, stop)` has been written."""
         if not 0 <= start <= stop <= self.size:
             raise ValueError(f"expected an interval within 0-{self.size}, got {start}-{stop}")
         self.present.add(start, stop)
@@ -76,7 +76,7 @@ class Assembly:
         return self._taken.start_before(offset)
 
     def first_missing(self, start: int) -> int:
-        """Return the lowest offset at or after `start` that is not present; `size` when there is none."""
+        """Return the lowest offset at or after `start` that is not present; `size` if there is none."""
         return min(self.size, self.present.stop_at(start))
 
 

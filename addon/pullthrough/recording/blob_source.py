@@ -1,7 +1,7 @@
 """The source of one blob: kept, shared by all its connections, obtained again when it has expired.
 
-Invariant: sources live in memory only, and are obtained once for all who miss one; the fleet's own come first, and
-one of them that fails is let go at once.
+Invariant: sources live only in memory, and connections that miss one wait for a single request. The fleet's own sources
+come first, and one of these that fails is dropped at once.
 """
 
 import asyncio
@@ -20,38 +20,38 @@ from pullthrough.upstream.data_stream import DataStream, Source
 _log = logging.getLogger(__name__)
 
 MAX_CONTRADICTIONS: Final = 3
-"""How often upstream tells one and the same other length, before what is here is what is wrong."""
+"""How often upstream must report the same other length before our length counts as the wrong one."""
 
 Obtain = Callable[[], Awaitable[Source]]
 
 
 class BlobSource:
-    """Opens checked responses for the blob, from whatever source is good now."""
+    """The blob's current source, from which it opens checked responses."""
 
     def __init__(
         self, upstream: Upstream, obtain: Obtain, source: Source | None, nearby: NearbySources | None = None
     ) -> None:
         """`obtain` asks a registry for a source; `source` is one that a client's request has just got.
 
-        `nearby_sources` are the fleet's own.
+        `nearby` has the fleet's own sources.
         """
         self._upstream = upstream
         self._obtain = obtain
         self._nearby = nearby
         self._source: Source | None = None
         self._proofs: set[Callable[[], None] | None] = set()
-        """What each source so far would have proven."""
+        """The `proves` callback of each source so far."""
         self._given = source if nearby is not None else None
-        """Of upstream's, for when the fleet has none."""
+        """A source of upstream's, for when the fleet has none."""
         if source is not None and nearby is None:
             self._use(source)
         self._obtaining: asyncio.Task[Source] | None = None
         self._validator: str | None = None
         self._told: Counter[int] = Counter()
-        """The complete lengths that contradict what is here, and how often each was told."""
+        """How often upstream reported each complete length that contradicts ours."""
 
     def offer(self, source: Source, obtain: Obtain) -> None:
-        """A client has just got this source: use it if ours is gone, and that client's right from now on."""
+        """Take a source that a client has just got, if ours is gone; `obtain` uses that client's access from now on."""
         self._obtain = obtain
         if self._nearby is not None:
             self._given = source
@@ -59,10 +59,10 @@ class BlobSource:
             self._use(source)
 
     async def source(self) -> Source:
-        """Return the source now; UpstreamError if none can be had."""
+        """Return the current source, obtaining one if needed. Raises UpstreamError if that fails."""
         if self._source is not None:
             return self._source
-        # Where tasks start eagerly it may be done before it is named.
+        # Where tasks start eagerly, it may be done before it is assigned.
         if self._obtaining is None or self._obtaining.done():
             self._obtaining = asyncio.get_running_loop().create_task(self._obtain_once(), name="obtain source")
         return await asyncio.shield(self._obtaining)
@@ -71,7 +71,7 @@ class BlobSource:
         near: Source | None = None
         if self._nearby is not None:
             if not self._nearby.is_public:
-                # Obtaining it from upstream may show that it is.
+                # Obtaining the blob from upstream may show that it is public.
                 self._given = self._given or await self._obtain()
             if self._nearby.is_public:
                 near = await self._nearby.source()
@@ -86,29 +86,28 @@ class BlobSource:
         return source
 
     def permits(self, size: int) -> bool:
-        """Return whether the blob may be so long, by what is known where the source is from."""
+        """Return whether the blob may have this size, by the sizes that came with the source."""
         source = self._source or self._given
         return source is None or not source.sizes or size in source.sizes
 
     def prove(self) -> None:
-        """Let the source know that the blob has its digest, unless some of it may have come from another one."""
+        """Tell the source that the blob has its digest, unless some bytes may have come from another one."""
         if len(self._proofs) == 1 and (proves := self._proofs.pop()) is not None:
             proves()
 
     def expect(self, validator: str | None) -> None:
-        """Hold all later responses against this validator."""
+        """Check all later responses against this validator."""
         self._validator = validator
 
     @property
     def host(self) -> str:
-        """Of the source now, "" where there is none."""
+        """The current source's host, "" if there is none."""
         return self._source.host if self._source is not None else ""
 
     async def open_first(self, size: Callable[[str], int]) -> DataStream:
-        """Return the first response: at most so many bytes from the start as `size` says of the host; it tells the
-        length.
+        """Return the first response, which tells the length: at most `size(host)` bytes from the start.
 
-        Raises what nothing speaks for another try after.
+        Tries again after failures. Raises UpstreamError if another try would be in vain.
         """
         tries = FirstTries(steady())
         while True:
@@ -122,7 +121,7 @@ class BlobSource:
             except UpstreamError as error:
                 problem = error
             if source is not None:
-                # One of the fleet may be just asking upstream itself: it has one try more.
+                # A cache of the fleet may itself just be asking upstream: it gets one more try.
                 self.failed(source, problem, silent_s=FIRST_TRY_S * tries.count)
             pause_s = tries.fail(problem, steady())
             if pause_s is None:
@@ -131,7 +130,7 @@ class BlobSource:
             await asyncio.sleep(pause_s)
 
     async def open(self, source: Source, start: int, stop: int, *, length: int | None) -> DataStream:
-        """Return a response with `[start, stop)`, or with the whole where the source ignores Range."""
+        """Return a response with `[start, stop)`, or with the whole blob if the source ignores Range."""
         validator = None if source.near else self._validator
         try:
             stream = await self._upstream.open_range(source, start, stop, expected_length=length, validator=validator)
@@ -142,25 +141,25 @@ class BlobSource:
             error.discards = length is not None and self._is_wrong(source, length, error.told)
             raise
         self._validator = self._validator or stream.validator
-        # The next slices need not ask all the way again: what expires is obtained anew, from the registry on.
+        # Later slices skip the redirects that led here. If this address expires, the registry is asked again.
         if self._source is source and stream.source is not None:
             self._source = stream.source
         return stream
 
     def _is_wrong(self, source: Source, length: int, told: int) -> bool:
-        """Return whether the blob has another length than the one that an earlier answer told."""
+        """Return whether `length`, from an earlier answer, is wrong, now that one has `told` another."""
         if source.sizes:
             return length not in source.sizes or told in source.sizes
         self._told[told] += 1
         return len(self._told) == 1 and self._told[told] >= MAX_CONTRADICTIONS
 
     def failed(self, source: Source, error: UpstreamError, *, silent_s: float) -> None:
-        """`source` did not bring all that it was asked for, and nothing at all for `silent_s`."""
+        """Note that `source` did not deliver all it was asked for, and nothing at all for `silent_s`."""
         if source.near and lets_go(error, silent_s):
             self._drop(source)
 
     def mistrust(self) -> None:
-        """The bytes do not have the digest."""
+        """Note that the bytes do not have the digest."""
         if self._nearby is not None:
             self._nearby.mistrust()
 
@@ -171,7 +170,7 @@ class BlobSource:
                 self._nearby.failed()
 
     def slot(self, source: Source) -> asyncio.Semaphore:
-        """Return a place among all connections to the source's host."""
+        """Return the semaphore that limits connections to the source's host."""
         return self._upstream.slot(source)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Hash what has been assembled, keep the journal, and publish the blob once it is whole and right.
 
-Invariant: the hash goes over the file as it is on disk, in order, once; nothing is published before its digest was
-compared. What an earlier daemon has written is hashed again behind everything else.
+Invariant: the hash reads the file as it is on disk, in order, once; nothing is published before its digest is
+compared. Bytes that were already there are hashed again, at low priority.
 """
 
 import asyncio
@@ -24,23 +24,23 @@ from pullthrough.store.store import Store
 _log = logging.getLogger(__name__)
 
 HASH_PIECE: Final = 256 << 10
-"""What stays in a core's cache between the reading and the hashing."""
-# What one visit to the thread may hash: each visit waits for the event loop twice, and on a busy machine that costs
+"""Bytes that stay in a core's cache between reading and hashing."""
+# The most that one call in the thread hashes: each call waits for the event loop twice, which on a busy machine costs
 # more than the hashing itself.
 HASH_STRETCH: Final = 64 << 20
-# A visit at low priority may take ten times as long, and the daemon's end waits for it.
+# A call at low priority may take ten times as long, and the daemon's shutdown waits for it.
 REHASH_STRETCH: Final = 16 << 20
 HELD_BACK: Final = 1 << 20
-"""Bytes at the end of a blob found without proof that nobody gets before its digest is right."""
+"""Bytes at the end of a blob found without proof, which no client gets before its digest is verified."""
 FLUSH_S: Final = 2.0
 FLUSH_BYTES: Final = 256 << 20
 FLUSH_TIME_S: Final = 1.0
-"""So long a flush may take: some disks do nothing else meanwhile, and whoever reads or writes there waits."""
+"""The longest that a flush should take: some disks do nothing else meanwhile, and block readers and writers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """How long the commit took (seconds), and how much of the blob was unhashed when its last byte came."""
+    """The durations of a commit and its fsync (seconds), and the bytes still unhashed when the last byte came."""
 
     commit_s: float
     fsync_s: float
@@ -48,7 +48,7 @@ class Sealed:
 
 
 class BlobWriter:
-    """Follows one assembly to its end."""
+    """The writer of one assembly, from its first byte to the published blob."""
 
     def __init__(
         self,
@@ -58,27 +58,27 @@ class BlobWriter:
         assembly: Assembly,
         on_landed: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
-        """`on_landed` is told each interval that has been written."""
+        """`on_landed` is called with each interval that has been written."""
         self._on_landed = on_landed
         self._store = store
         self._threads = threads
         self._ingest = ingest
         self._assembly = assembly
         self._found = assembly.present.copy()
-        """What an earlier daemon has written."""
+        """The bytes that were already there: of an earlier recording, or of a file found among the blobs."""
         if ingest.in_place:
             assembly.shown = max(0, assembly.size - HELD_BACK)
         self._grown = asyncio.Event()
         self._much = asyncio.Event()
-        # What an earlier daemon has written may not be durable yet.
+        # Bytes that were already there may not be durable yet.
         self._unflushed = assembly.present.size
         self.flush_bytes = ingest.stretch
-        """After so many bytes what is written is made durable."""
+        """The number of unflushed bytes that triggers a flush."""
         self._unhashed = 0
         self._journal = asyncio.Lock()
 
     async def write(self, offset: int, data: memoryview) -> None:
-        """Write bytes that have arrived; StoreUnwritable if the disk refuses."""
+        """Write bytes that have arrived. Raises StoreUnwritable if the disk refuses."""
         await self._threads.disk(self.put, offset, data)
         self.landed(offset, offset + len(data))
 
@@ -87,7 +87,7 @@ class BlobWriter:
         self._ingest.write_at(offset, data)
 
     def landed(self, start: int, stop: int) -> None:
-        """The bytes have been written."""
+        """Note that the bytes have been written."""
         self._assembly.add(start, stop)
         if self._assembly.complete:
             self._unhashed = self._assembly.size - self._assembly.hashed
@@ -98,12 +98,12 @@ class BlobWriter:
         self._on_landed(start, stop)
 
     async def mark(self, start: int, stop: int) -> None:
-        """Journal what is present of `[start, stop)`."""
+        """Journal the present bytes of `[start, stop)`."""
         present = self._assembly.present.within(start, stop)
         await self._threads.disk(self._ingest.mark, present)
 
     async def keep_flushed(self) -> None:
-        """Make what is written durable, every FLUSH_S seconds or as soon as that takes FLUSH_TIME_S, for ever."""
+        """Make what is written durable, for ever: every FLUSH_S seconds, or when a flush would take FLUSH_TIME_S."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH_S):
@@ -122,7 +122,7 @@ class BlobWriter:
                 self.flush_bytes = min(FLUSH_BYTES, max(self._ingest.stretch, int(rate * FLUSH_TIME_S)))
 
     async def abandon(self) -> None:
-        """Make what is written durable, and give back the room for what is not, unless all is."""
+        """Unless the blob is complete, make what is written durable and give back the space reserved for the rest."""
         if self._assembly.complete:
             return
         await self.flush()
@@ -137,13 +137,13 @@ class BlobWriter:
         self._grown.set()
 
     async def hash(self) -> str:
-        """Hash the prefix as it grows; returns the hexadecimal sha256 when all of it has gone through."""
+        """Hash the prefix as it grows; returns the blob's hexadecimal sha256."""
         while (actual := await self._hash_version()) is None:
             pass
         return actual
 
     async def _hash_version(self) -> str | None:
-        """As `hash`; None if the assembly was begun again meanwhile."""
+        """Do what `hash` does; returns None if the assembly was begun again meanwhile."""
         assert self._ingest.file is not None
         hasher = hashlib.sha256()
         file, assembly = self._ingest.file, self._assembly
@@ -181,7 +181,7 @@ class BlobWriter:
         return hasher.hexdigest()
 
     async def seal(self, actual: str) -> Sealed:
-        """Publish the blob if it is what it claims to be; DigestMismatch after it was quarantined if not."""
+        """Publish the blob if `actual` is its digest. Raises DigestMismatch, after quarantining it, if not."""
         began = time.monotonic()
         digest = self._ingest.digest
         arranged = self._assembly.size if self._ingest.finished_path == self._ingest.partial_path else 0
@@ -198,11 +198,11 @@ class BlobWriter:
         return Sealed(time.monotonic() - began, synced - began, self._unhashed)
 
     def _place(self) -> tuple[BlobFile, float]:
-        """Make the bytes durable and move them among the blobs; returns the file, and when they were durable.
+        """Make the bytes durable and move them among the blobs; returns the file, and when they became durable.
 
         Raises StoreUnwritable if the disk refuses.
         """
-        # In one visit to the thread: for a small blob each costs as much as what is done there.
+        # All in one call in the thread: for a small blob, each call costs as much as the work itself.
         self._ingest.sync()
         synced = time.monotonic()
         placed = self._store.place(self._ingest.digest, self._ingest.finished_path)

@@ -1,4 +1,4 @@
-"""One reader's place in a recording, and its waiting for the next byte.
+"""One reader's position in a recording, and how it waits for the next byte.
 
 Invariant: a reader waits for bytes, never for another reader.
 """
@@ -17,30 +17,30 @@ from pullthrough.runtime.shared_file import SharedFile
 _log = logging.getLogger(__name__)
 
 HUNGRY_S: Final = 4.0
-"""A reader that waits so long for a byte is told of in the log: clients of v0.1.23-v0.5.7 give up after 5 s."""
+"""A reader that waits longer than this for a byte is logged: clients of v0.1.23-v0.5.7 give up after 5 s."""
 
 
 class Feed(Protocol):
-    """What a place needs of its recording."""
+    """The recording, as its cursors see it."""
 
     digest: Digest
 
     @property
     def readers(self) -> int:
-        """How many read it now."""
+        """How many readers it has."""
 
     def check(self) -> None:
-        """Raise what the recording has failed of, if it has."""
+        """Raise the error with which the recording has failed, if it has."""
 
     def miss(self, position: int) -> None:
-        """See to it that somebody brings this byte: a reader waits for it."""
+        """Make sure that a connection fetches this byte, for which a reader waits."""
 
     def detach(self, cursor: "Cursor") -> None:
-        """The reader has gone."""
+        """Forget a reader that has gone."""
 
 
 class Cursor(Demand):
-    """One reader's place in a recording."""
+    """One reader's position in a recording."""
 
     def __init__(self, feed: Feed, assembly: Assembly, file: SharedFile, start: int, stop: int) -> None:
         super().__init__(start, stop, steady())
@@ -52,14 +52,14 @@ class Cursor(Demand):
 
     @property
     def present(self) -> int:
-        """How far bytes are present from `position`."""
+        """The end of the bytes that are present from `position` on."""
         assembly = self._assembly
         return min(assembly.present.stop_at(self.position), max(assembly.shown, self.position))
 
     async def wait(self, timeout_s: float) -> int:
-        """Return how far bytes are present from `position`; `position` itself if none came within `timeout_s`.
+        """Return the end of the bytes present from `position` on; `position` itself if none came within `timeout_s`.
 
-        Raises what the recording failed of, once no byte is left to hand out.
+        Raises the error with which the recording failed, once no byte is left to hand out.
         """
         if (present := self.present) > self.position or self.position >= self.stop:
             return present
@@ -90,21 +90,21 @@ class Cursor(Demand):
         self._told = False
 
     def rouse(self) -> None:
-        """Let `wait` look again."""
+        """Wake `wait` to check again."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def close(self) -> None:
-        """Let go of the recording and its file."""
+        """Leave the recording, and release its file."""
         self._feed.detach(self)
         self.file.release()
 
 
 class Readers(set[Cursor]):
-    """The readers of one recording: each waits for the byte at its position, and for no other reader."""
+    """The readers of one recording, each waiting only for the byte at its own position."""
 
     def rouse(self, start: int, stop: int) -> None:
-        """Let those look again that wait for a byte of `[start, stop)`."""
+        """Wake the readers that wait for a byte of `[start, stop)`."""
         for cursor in self:
             if start <= cursor.position < stop:
                 cursor.rouse()

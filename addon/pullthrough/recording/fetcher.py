@@ -1,7 +1,7 @@
-"""Fetch the slices of one blob over several connections, as its plan says, and absorb what goes wrong with them.
+"""Fetch the slices of one blob over several connections, as its plan says, and handle their failures.
 
-Invariant: a slice is claimed before it is asked for and given up however its fetch ends; a failure is retried with
-back-off while there is progress, and given up after a silence. What fails for good is raised by `run`.
+Invariant: a slice is claimed before it is requested, and released however its fetch ends. Failures are retried with
+back-off while there is progress; after a long silence the fetch fails, and `run` raises the error.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class Fetcher:
     """The connections of one recording."""
 
     def __init__(self, name: str, plan: Plan, blob_source: BlobSource, blob_writer: BlobWriter) -> None:
-        """`blob_writer` takes the bytes; `name` is for the log."""
+        """`blob_writer` writes the bytes; `name` is for the log."""
         self._name = name
         self._plan = plan
         self._blob_source = blob_source
@@ -37,7 +37,7 @@ class Fetcher:
         self._workers: set[asyncio.Task[None]] = set()
         self._scopes: dict[Attempt, asyncio.Timeout] = {}
         self._changed = asyncio.Event()
-        """Set when what is known of ranges may have changed, or an attempt or a connection is no more."""
+        """Set when `plan.ranges` may have changed, or an attempt or a connection has ended."""
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -46,11 +46,11 @@ class Fetcher:
         return bool(self._workers)
 
     async def run(self) -> None:
-        """Raise what the recording fails of, as soon as it does."""
+        """Wait until fetching fails for good. Raises the error."""
         await self._failure
 
     def wake(self) -> None:
-        """Put as many connections to work as there are slices for."""
+        """Start as many connections as there are slices for, within the limit."""
         while self._plan.wants_another(len(self._workers), steady()):
             task = asyncio.get_running_loop().create_task(self._work(), name=f"fetch {self._name}")
             self._workers.add(task)
@@ -61,12 +61,12 @@ class Fetcher:
         self._changed.set()
 
     def rescue(self, position: int) -> None:
-        """A reader waits for the byte at `position`: a silent connection that has it claimed loses it."""
+        """End the silent connections that have claimed the byte at `position`, for which a reader waits."""
         for attempt in self._plan.overdue(position, steady()):
             self._end_attempt(attempt)
 
     def drop(self) -> None:
-        """End what is being fetched now, which is no failure; what has come stays."""
+        """End all current fetches without counting failures; bytes that have come stay."""
         for attempt in self._plan.attempts:
             attempt.is_dropped = True
             self._end_attempt(attempt)
@@ -80,7 +80,7 @@ class Fetcher:
         await asyncio.gather(*workers, return_exceptions=True)
 
     async def take(self, stream: DataStream) -> None:
-        """Take in the first response, whose bytes nobody else has claimed."""
+        """Receive the first response, whose bytes no other connection has claimed."""
         got = _got(stream)
         claimed = self._plan.first_claim(stream.start, stream.stop, got)
         try:
@@ -129,7 +129,7 @@ class Fetcher:
                 raise
 
     async def _attempt(self, claimed: Slice, work: Callable[[Attempt], Awaitable[None]]) -> None:
-        """Do `work` for a slice and give it up. Raises UpstreamTimeout if another connection is to do it."""
+        """Do `work` for a slice, and release it. Raises UpstreamTimeout if another connection is to take over."""
         attempt = self._plan.begin(claimed, steady())
         scope = self._scopes[attempt] = asyncio.timeout(None)
         try:
@@ -146,12 +146,12 @@ class Fetcher:
             self._changed.set()
 
     def _end_attempt(self, attempt: Attempt) -> None:
-        """Let it end with TimeoutError."""
-        with contextlib.suppress(RuntimeError):  # it is just ending
+        """Make the attempt end with TimeoutError."""
+        with contextlib.suppress(RuntimeError):  # it is ending already
             self._scopes[attempt].reschedule(asyncio.get_running_loop().time())
 
     async def _receive(self, stream: DataStream, attempt: Attempt, got: Got) -> None:
-        """Hand on the stream's bytes, if they are of use."""
+        """Write the stream's bytes, if they are of use."""
         is_of_use = self._plan.answer(attempt, stream.start, stream.stop, got)
         self._changed.set()
         self.wake()
@@ -171,7 +171,7 @@ class Fetcher:
             self._plan.show_rate(host, attempt.position - stream.start, now - began, now)
 
     async def _pour(self, stream: DataStream, attempt: Attempt) -> None:
-        """Let a thread write what was claimed: nobody else brings it."""
+        """Write the claimed range in a thread: no other connection brings its bytes."""
         loop = asyncio.get_running_loop()
         waits = self._plan.is_limited
 
@@ -194,7 +194,7 @@ class Fetcher:
             told.set_result(pause)
 
     async def _sift(self, stream: DataStream, attempt: Attempt) -> None:
-        """Write what of a response is not here already: it is longer than what was claimed.
+        """Write the bytes of a response that are not here yet: it is longer than the claim.
 
         While another connection finds out whether the source serves ranges, nothing is read beyond the claim.
         """
@@ -215,7 +215,7 @@ class Fetcher:
                 await asyncio.sleep(pause)
 
     async def _write_missing(self, offset: int, data: memoryview) -> None:
-        """Write what of the data, which begins at `offset`, is not here."""
+        """Write those bytes of the data, which begins at `offset`, that are not here."""
         position = offset
         while (gap := self._plan.unwritten(position, offset + len(data))) is not None:
             start, position = gap
@@ -226,7 +226,7 @@ class Fetcher:
                 self._plan.written(start, position)
 
     async def _find_out(self) -> None:
-        """Return when it is known whether the source knows Range, or when no connection is finding out."""
+        """Wait until it is known whether the source serves ranges, or until no connection is finding out."""
         await self._until(lambda: self._plan.ranges is not Ranges.UNKNOWN or not self._workers)
 
     async def _until(self, is_so: Callable[[], bool]) -> None:
@@ -235,7 +235,7 @@ class Fetcher:
             await self._changed.wait()
 
     async def _change_version(self, error: ValidatorChanged) -> None:
-        """Begin again with the source's new version, once every other connection has let go."""
+        """Begin again with the source's new version, once every other attempt has ended."""
         if self._plan.is_held or self._plan.is_over:
             return
         if not self._plan.restart():
@@ -251,7 +251,7 @@ class Fetcher:
         self.wake()
 
     def _note(self, error: UpstreamError) -> None:
-        """Count a failure; give up when nothing speaks for another try."""
+        """Count a failure; give up if another try would be in vain."""
         now = steady()
         silent = now - self._plan.heard
         _log.info("recording %s: %s; trying again (%.1f s without a byte)", self._name, error, silent)
@@ -259,7 +259,7 @@ class Fetcher:
             self._fail(error)
 
     def _fail(self, error: CacheError) -> None:
-        """Ask for nothing any more, and let `run` raise it."""
+        """Stop requesting slices, and make `run` raise the error."""
         self._plan.is_over = True
         if not self._failure.done():
             self._failure.set_exception(error)

@@ -1,10 +1,10 @@
-"""The plan of one recording: which bytes are here, who waits for which, who fetches which, and what upstream said.
+"""The plan of one recording: which bytes are here, which are awaited or being fetched, and what upstream has said.
 
-All that is decided while bytes come is decided here. Readers, connections and the disk tell the plan what has
-happened and ask it what is next, each from the event loop: its turns are the plan's lock.
+It makes every decision while bytes come. Readers, connections and the disk tell the plan what has happened and ask it
+what is next. They all run on the event loop, so the plan needs no lock.
 
-Invariant: a byte is claimed by one attempt at most, and given up however that ends; whatever a reader misses is
-claimed, or is the next slice, unless the plan is held or over. Pure state: `now` is a parameter, in seconds of any
+Invariant: a byte is claimed by one attempt at most, and released however that ends. A byte that a reader misses is
+claimed, or is in the next slice, unless the plan is held or over. Pure state: `now` is a parameter, in seconds of any
 steady clock.
 """
 
@@ -23,16 +23,16 @@ from pullthrough.recording.slicing import MAX_SLICE, MIN_SLICE, Demand, Slice, n
 from pullthrough.recording.states import LEARN, Event, Got, Ranges
 
 MAX_RESTARTS: Final = 3
-"""Changes of version: then the source cannot make up its mind."""
+"""The most changes of version that are tolerated: a source that changes more often never settles."""
 
 
 @dataclass
 class Counters:
-    """What recordings have done since the start of the daemon."""
+    """The counts of all recordings since the daemon started."""
 
     upstream_bytes: int = 0
     near_bytes: int = 0
-    """From the fleet's own sources."""
+    """Bytes from the fleet's own sources."""
     retries: int = 0
     mismatches: int = 0
     restarts: int = 0
@@ -48,33 +48,33 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """What all recordings share of the way to upstream."""
+    """The path to upstream that all recordings share."""
 
     per_recording: int
-    """Connections."""
+    """Connections of each recording."""
     rate_limit: RateLimit
     rates: Rates = field(default_factory=Rates)
     counters: Counters = field(default_factory=Counters)
 
     @property
     def connections(self) -> int:
-        """Return how many of its connections a recording can keep busy."""
+        """How many connections a recording can keep busy."""
         return self.rate_limit.connections(self.per_recording)
 
 
 @dataclass(eq=False, slots=True)
 class Interest:
-    """How much of a blob is wanted, and by whom."""
+    """The demand for a blob: its readers, and whether it is wanted whole."""
 
     readers: Collection[Demand]
     finish: Finish
     is_wanted: bool = False
-    """It is to be whole even if nobody reads."""
+    """Whether it is to be completed even without readers."""
     is_pulled: bool = False
-    """Somebody pulls the blob, and does not only look into it."""
+    """Whether a client pulls the blob, rather than only reading its head."""
 
     def is_whole(self, assembly: Assembly) -> bool:
-        """Return whether bytes that no reader asks for are fetched too."""
+        """Return whether bytes that no reader requests are fetched too."""
         is_half = self.finish is Finish.AUTO and assembly.present.size * 2 >= assembly.size
         return self.is_pulled and bool(self.readers or self.is_wanted or self.finish is Finish.ALWAYS or is_half)
 
@@ -86,20 +86,20 @@ class Attempt:
     claimed: Slice
     pace: Pace
     position: int
-    """Up to where its bytes are written."""
+    """The end of the bytes it has written."""
     stop: int
     """Where the response ends."""
     is_whole: bool = False
-    """The response is the whole blob."""
+    """Whether the response is the whole blob."""
     is_dropped: bool = False
-    """Nobody wants it any more."""
+    """Whether its bytes are no longer wanted."""
 
 
 class Plan:
-    """What the readers and the connections of one recording share."""
+    """The state that the readers and the connections of one recording share."""
 
     def __init__(self, assembly: Assembly, interest: Interest, line: Line, *, host: str, now: float) -> None:
-        """`host` is the one that the blob comes from now, "" while that is not known."""
+        """`host` is the blob's current host, "" while unknown."""
         self.assembly = assembly
         self.interest = interest
         self.host = host
@@ -108,9 +108,9 @@ class Plan:
         self.fetched = 0
         """Bytes that have come, whether or not they were of use."""
         self.is_held = False
-        """Nothing is asked for until it has been begun again."""
+        """Whether requests must wait until the blob has been begun again."""
         self.is_over = False
-        """Nothing is asked for any more."""
+        """Whether no more requests are to be made."""
         self._line = line
         self._patience = Patience(now)
         self._rate: float | None = None
@@ -120,7 +120,7 @@ class Plan:
     # --- what is next
 
     def next(self, now: float) -> Slice | None:
-        """Return the slice that a free connection should ask for; None where there is nothing for it to do."""
+        """Return the slice that a free connection should request; None if there is nothing for it to do."""
         is_served = self.ranges is Ranges.NO and any(attempt.is_whole for attempt in self.attempts)
         if self.is_over or self.is_held or is_served:
             return None
@@ -134,14 +134,14 @@ class Plan:
         )
 
     def wants_another(self, working: int, now: float) -> bool:
-        """Return whether there is something to do for one connection more than those at work."""
+        """Return whether there is work for one more connection than the `working` ones."""
         limit = self._line.connections if self.ranges is Ranges.YES else 1
-        # Those that have just been started have not claimed yet, but each will take this much at least.
+        # Connections that have just started have not claimed yet, but each will claim MIN_SLICE at least.
         worth = -(-self.assembly.unclaimed // MIN_SLICE)
         return working < min(limit, worth) and self.next(now) is not None
 
     def begin(self, claimed: Slice, now: float) -> Attempt:
-        """Claim a slice for a connection; `end` gives it up. An empty one is the answer for an empty blob."""
+        """Claim a slice for a connection; `end` releases it. The slice of an empty blob is empty."""
         if claimed.start < claimed.stop:
             self.assembly.claim(claimed.start, claimed.stop)
         attempt = Attempt(claimed, Pace(now), claimed.start, claimed.stop)
@@ -149,23 +149,23 @@ class Plan:
         return attempt
 
     def end(self, attempt: Attempt) -> None:
-        """Give up the claim, however the attempt went; what has come stays."""
+        """Release the claim, however the attempt went; bytes that have come stay."""
         self.attempts.discard(attempt)
         self.assembly.release(attempt.claimed.start, attempt.claimed.stop)
 
     @staticmethod
     def first_claim(start: int, stop: int, got: Got) -> Slice:
-        """Return what a first response claims of `[start, stop)`, which it has.
+        """Return the part of `[start, stop)` that a first response with these bytes claims.
 
-        One that was asked for without Range says nothing of whether the source knows it. So it counts as a slice,
-        while another connection tries; where that gets the whole too, this one goes on.
+        One requested without Range does not show whether the source serves ranges. So it counts as one slice while
+        another connection tries; if that one gets the whole blob too, this one goes on.
         """
         return Slice(start, min(stop, MAX_SLICE) if got is Got.UNASKED else stop)
 
     # --- what upstream says
 
     def answer(self, attempt: Attempt, start: int, stop: int, got: Got) -> bool:
-        """Note the response of an attempt; return whether it is of use: the whole is read from one connection."""
+        """Note an attempt's response; returns whether to read it: only one connection reads the whole blob."""
         self.ranges = LEARN[self.ranges, got]
         if got is not Got.PART and any(other.is_whole for other in self.attempts):
             return False
@@ -174,34 +174,35 @@ class Plan:
         return True
 
     def reach(self, attempt: Attempt) -> int:
-        """Return up to where the response of an attempt is read, as far as is known by now."""
+        """Return the offset up to which an attempt's response is to be read, as far as is known by now."""
         is_bounded = attempt.is_whole and self.ranges is not Ranges.NO
         return min(attempt.claimed.stop, attempt.stop) if is_bounded else attempt.stop
 
     def unwritten(self, start: int, stop: int) -> tuple[int, int] | None:
-        """Return the first part of `[start, stop)` that is neither present nor just being written, for a response that
-        is longer than what was claimed: it may overlap with others, and may differ from them.
+        """Return the first part of `[start, stop)` that is neither present nor being written.
+
+        For a response that is longer than its claim: it may overlap with others, and differ from them.
         """
         missing = self.assembly.present.missing(start, stop)
         return next((free for gap in missing for free in self._landing.missing(*gap)), None)
 
     def write(self, start: int, stop: int) -> None:
-        """Note that these bytes are just being written: no byte is written twice."""
+        """Note that these bytes are being written, so that none is written twice."""
         self._landing.add(start, stop)
 
     def written(self, start: int, stop: int) -> None:
-        """Note that they are not being written any more."""
+        """Note that these bytes are no longer being written."""
         self._landing.remove(start, stop)
 
     def come(self, attempt: Attempt, count: int, now: float, *, near: bool) -> float:
-        """Note that bytes have come, `near` ones from the fleet; return for how long to read no more."""
+        """Note that bytes have come, from the fleet if `near`; returns how long to pause before reading more."""
         self._line.counters.take(count, near=near)
         self.fetched += count
         self._patience.hear(now)
         attempt.pace.bring(count, now)
         pause_s = self._line.rate_limit.spend(count, live=bool(self.interest.readers), now=now)
         if pause_s:
-            attempt.pace.hold_back(now + pause_s)  # not silent: held back by ourselves
+            attempt.pace.hold_back(now + pause_s)  # not silent: we hold it back
         return pause_s
 
     @property
@@ -212,13 +213,13 @@ class Plan:
     # --- how fast it is
 
     def usual(self, now: float) -> float | None:
-        """Return what one connection delivers, in bytes a second; None while that is not known."""
+        """Return what one connection usually delivers (bytes/s); None while unknown."""
         return self._rate or self._line.rates.of(self.host, now)
 
     def show_rate(self, host: str | None, count: int, elapsed_s: float, now: float) -> None:
-        """Note what a connection to the host has brought in so much time.
+        """Note the bytes that a connection to the host has brought in that time.
 
-        What was too slow counts as well: so a line that has become slow is not taken for slow connections.
+        Slow connections count too: when the whole line becomes slow, its connections are then not taken for silent.
         """
         if elapsed_s <= 0 or count < MIN_SLICE:
             return
@@ -230,11 +231,11 @@ class Plan:
     # --- what fails
 
     def listen(self, now: float) -> None:
-        """Note that somebody has begun to wait: silence is counted from now."""
+        """Note that a reader has come: silence is counted from now."""
         self._patience.listen(now)
 
     def overdue(self, position: int, now: float) -> list[Attempt]:
-        """Return who should bring the byte at `position` to a reader that waits for it, and is silent."""
+        """Return the silent attempts that should bring the byte at `position`, for which a reader waits."""
         usual, silent_s = self.usual(now), self._patience.silent_s
         return [
             attempt
@@ -253,17 +254,17 @@ class Plan:
         return self._patience.heard
 
     def quiet_s(self, now: float) -> float:
-        """Return how long upstream still wants to be left alone."""
+        """Return how long upstream still asks for no requests."""
         return self._patience.quiet_s(now)
 
     def fail(self, error: UpstreamError, now: float) -> bool:
-        """Note a failure of an attempt; return whether nothing speaks for another."""
+        """Note a failed attempt; returns whether to give up."""
         self._line.counters.retries += 1
         return self._patience.fail(error, now) or error.discards
 
     def restart(self) -> bool:
-        """Hold the plan, as the source serves another version, until all attempts have ended and it is begun again;
-        False if that happens all the time.
+        """Hold the plan, because the source serves another version, until all attempts have ended and the blob is begun
+        again; returns False after too many changes.
         """
         self.is_held = True
         self._restarts += 1

@@ -1,20 +1,20 @@
-"""How fast bytes may come in from upstream: one token bucket for all recordings.
+"""The limit on bytes from upstream: one token bucket for all recordings.
 
-Invariant: over any time the bytes spent are at most the rate times that time and one burst; whoever spends waits for
-what it has spent, so equal spenders get equal shares. What nobody waits for stands back while somebody is waiting.
-Pure state: `now` is a parameter.
+Invariant: over any time, the bytes spent are at most the rate times that time plus one burst. A connection that spends
+waits until the bucket has recovered, so equal connections get equal shares. Background fetches pause while a client is
+reading. Pure state: `now` is a parameter.
 """
 
 from typing import Final
 
 BURST_S: Final = 0.25
-"""How much may come at once, in seconds of the rate."""
+"""The largest burst, in seconds of the rate."""
 
 STAND_BACK_S: Final = 1.0
-"""How long after a live reader's last byte the background goes on."""
+"""How long background fetches wait after a byte for a reader."""
 
 LEAST_PER_CONNECTION: Final = 128 * 1024
-"""Bytes/s: slower connections would be taken for silent ones."""
+"""Bytes/s: a slower connection would count as silent."""
 
 
 class RateLimit:
@@ -32,11 +32,11 @@ class RateLimit:
         return self._rate is not None
 
     def connections(self, wanted: int) -> int:
-        """As many of the wanted connections as the rate can keep busy."""
+        """Return how many of the wanted connections the rate can keep busy."""
         return wanted if self._rate is None else max(1, min(wanted, int(self._rate // LEAST_PER_CONNECTION)))
 
     def spend(self, count: int, *, live: bool, now: float) -> float:
-        """Take `count` bytes that have arrived into account; how long to wait before reading more, in seconds."""
+        """Account for `count` bytes that have arrived; returns how many seconds to wait before reading more."""
         if live:
             self._live_at = now
         if self._rate is None:

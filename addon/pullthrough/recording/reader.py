@@ -15,7 +15,7 @@ from pullthrough.recording.relay import Relay
 from pullthrough.runtime.shared_file import SharedFile
 
 WAIT_S: Final = 1.0
-"""How long a sender waits for missing bytes before it looks whether its client is still there."""
+"""How long a sender waits for missing bytes before it checks that its client is still there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Nothing yet: look whether your client is still there, then ask again."""
+    """No bytes yet: the sender checks that its client is still there, then asks again."""
 
 
 class Reader:
@@ -51,15 +51,15 @@ class Reader:
         recording: Recording | None = None,
         on_unreadable: Callable[[], None] = lambda: None,
     ):
-        """Exactly one of `file` (acquired for this reader; a complete blob) and `recording`.
+        """Give exactly one of `file` (acquired for this reader; a complete blob) and `recording`.
 
-        `on_unreadable` is called when a span of the file could not be read.
+        The sender calls `on_unreadable` if a span of the file cannot be read.
         """
         self.on_unreadable = on_unreadable
         self.on_close: Callable[[], None] | None = None
         """Called once, when the reader is closed."""
         self.sent = 0
-        """Bytes that have gone to the client, as whoever sends them tells before it closes the reader."""
+        """Bytes sent to the client; the sender sets this before it closes the reader."""
         self.start = start
         self.stop = stop
         self.position = start
@@ -75,7 +75,7 @@ class Reader:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all bytes are here: then `next` never waits, and may be asked for the whole interval."""
+        """Whether all bytes are here: then `next` never waits, and can return the whole interval at once."""
         return self._file is not None
 
     @property
@@ -84,14 +84,13 @@ class Reader:
 
     @property
     def passes_through(self) -> bool:
-        """Whether the bytes come past the disk, and nobody compares their digest."""
+        """Whether the bytes bypass the disk, without a check of their digest."""
         return self._relay is not None
 
     async def next(self, limit: int, wait_s: float) -> FileSpan | Memory | Pending:
-        """At most `limit` bytes from where the last ones ended; Pending when there are none within `wait_s`.
+        """Return at most `limit` bytes after the last ones; Pending if none come within `wait_s`.
 
-        UpstreamError or StoreError when the recording has failed for good: what was handed out so far is all
-        there is.
+        Raises UpstreamError or StoreError if the recording has failed for good: no more bytes will come.
         """
         if self._file is not None:
             return self._span(self._file, min(self.position + limit, self.stop))
@@ -112,7 +111,7 @@ class Reader:
         return Memory(data) if data else Pending()
 
     async def whole(self, wait_s: float) -> bool:
-        """Return whether all bytes are here, or as good as: what the disk cannot keep never is, and is passed through.
+        """Return whether there is nothing to wait for: all bytes are here, or are passed through, past the disk.
 
         Waits up to `wait_s` for more of them. Raises what `next` raises.
         """
@@ -127,7 +126,7 @@ class Reader:
             self._cursor.advance(present)
         if present < self.stop:
             return False
-        # From the beginning again: a recording may have been begun again behind the cursor.
+        # Check again from the beginning: the recording may have been begun again meanwhile.
         self._cursor.advance(self.position)
         return self._cursor.present >= self.stop
 
@@ -138,7 +137,7 @@ class Reader:
         return span
 
     def _pass_through(self) -> None:
-        """The disk is no use: take the rest from upstream. A pull never fails because of our disk."""
+        """Take the rest from upstream, past the unusable disk: a pull never fails because of our disk."""
         if self._cursor is not None:
             self._cursor.close()
             self._cursor = None
@@ -146,7 +145,7 @@ class Reader:
         self._relay = self._recording.relay(self.position, self.stop)
 
     def close(self) -> None:
-        """Let go of the file or the recording. May be called twice."""
+        """Release the file or the recording. May be called twice."""
         if self.on_close is not None:
             on_close, self.on_close = self.on_close, None
             on_close()

@@ -1,6 +1,6 @@
-"""Record blobs: the one door through which blob bytes come in from upstream.
+"""Record blobs: all blob bytes from upstream come in here.
 
-Invariant: there is at most one recording per digest, whoever asks.
+Invariant: there is at most one recording per digest, however many clients request it.
 """
 
 import asyncio
@@ -48,16 +48,16 @@ class Recorder:
         self._closing: dict[Digest, Recording] = {}
 
     def find(self, digest: Digest) -> Recording | None:
-        """Return the recording of `digest` that runs now."""
+        """Return the running recording of `digest`, or None."""
         return self._recordings.get(digest)
 
     def recordings(self) -> list[Recording]:
-        """Return all that run now."""
+        """Return all running recordings."""
         return list(self._recordings.values())
 
     @property
     def running(self) -> KeysView[Digest]:
-        """What is being recorded, at any time one looks."""
+        """The digests being recorded: a live view."""
         return self._recordings.keys()
 
     def open(
@@ -72,9 +72,9 @@ class Recorder:
     ) -> Recording:
         """Return the recording of `digest`: the running one, or a new one.
 
-        `obtain` gets a source again when the present one has expired; `stream` is a response whose body is the blob
-        from byte 0, and belongs to the recording from here on. `wanted` has it completed though nobody
-        reads; of any other new one somebody surely wants the first `look` bytes.
+        `obtain` gets a new source when the current one has expired; `stream` is a response whose body is the blob
+        from byte 0, and belongs to the recording from here on. `wanted` completes the blob even without readers;
+        otherwise the first `look` bytes of a new recording are surely wanted.
         """
         recording = self._recordings.get(digest)
         if recording is None:
@@ -97,10 +97,10 @@ class Recorder:
         return recording
 
     async def open_unasked(self, digest: Digest, obtain: Obtain) -> Recording | None:
-        """Return the recording of a blob that no client has asked for yet, for everybody; None where it is here.
+        """Record a blob that no client has requested yet; returns None if it is here already.
 
-        `obtain` gets a source as an anonymous request does: then the blob is public by upstream's word. Raises
-        UpstreamError if upstream gives it to nobody.
+        `obtain` gets a source by an anonymous request, which makes the blob public if upstream grants it. Raises
+        UpstreamError if upstream refuses.
         """
         if self._store.held(digest) is None:
             return self.open(digest, obtain=obtain, wanted=True)
@@ -110,7 +110,7 @@ class Recorder:
         return None
 
     async def read_manifest(self, digest: Digest, obtain: Obtain) -> ManifestRecord:
-        """Return the manifest that a blob is, recorded as `open_unasked` does. Raises CacheError if it is none."""
+        """Record a blob as `open_unasked` does, and parse it as a manifest. Raises CacheError if it is not one."""
         if (recording := await self.open_unasked(digest, obtain)) is not None:
             await recording.over.wait()
         record = self._store.read_manifest(digest)

@@ -1,7 +1,7 @@
 """One blob being recorded: its readers, and its life from the first response to the published file.
 
-Invariant: readers wait for bytes, never for a leader: a client that leaves changes nothing for others. When the
-recording fails its readers get what is present and then the error; the partial stays for the next one.
+Invariant: readers wait for bytes, never for one another: a client that leaves changes nothing for the others. If the
+recording fails, its readers get what is present and then the error; the partial stays for the next recording.
 """
 
 import asyncio
@@ -31,19 +31,19 @@ from pullthrough.upstream.data_stream import DataStream
 _log = logging.getLogger(__name__)
 
 IDLE_S: Final = 30.0
-"""How long a recording without readers stays open: an Ollama client's probe and its parts are separate requests,
-and its retries come after 1, 2, 4, 8 and 16 s (server/download.go)."""
+"""How long a recording without readers stays open: an Ollama client's probe and parts are separate requests, and its
+retries come after 1, 2, 4, 8 and 16 s (server/download.go)."""
 
 LINGER_S: Final = 0.5
-"""How long bytes under way keep coming after the last reader has gone: the next part may be asked for at once."""
+"""How long current fetches continue after the last reader has gone: the next part may be requested at once."""
 
 UNKEPT_S: Final = 30.0
-"""How long a blob that the disk had no room for is passed through before the disk is tried again."""
+"""How long a blob for which the disk had no room is passed through before the disk is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What works on a recording once its size is known and there is room for it."""
+    """The parts of a recording that exist once its size is known and there is room for it."""
 
     plan: Plan
     file: SharedFile
@@ -66,13 +66,13 @@ class Recording:
         wanted: bool = False,
         look: int = 0,
     ) -> None:
-        """`on_end` is called once, when no reader can be added; `wanted` is whole even if nobody reads, else `look`."""
+        """`on_end` is called once, when the recording ends; `wanted` and `look` are as for `Recorder.open`."""
         self.digest = digest
         self.blob_source = blob_source
         self.state = State.BEGINNING
         self.over = asyncio.Event()
         self.size: int | None = None
-        """The blob's size, None while nothing has told it."""
+        """The blob's size, None while unknown."""
         self._look = MAX_SLICE if wanted else look
         self._room = room
         self._line = line
@@ -91,23 +91,23 @@ class Recording:
     # --- readers
 
     async def ready(self) -> int:
-        """Return the blob's size, once a response or an earlier partial has told it. Raises what it failed of."""
+        """Wait for the blob's size, from a response or an earlier partial. Raises the error if the recording fails."""
         return await asyncio.shield(self._ready)
 
     @property
     def present(self) -> int:
-        """How many of its bytes are here."""
+        """How many of the blob's bytes are here."""
         return self._parts.plan.assembly.present.size if self._parts is not None else 0
 
     @property
     def readers(self) -> int:
-        """How many read it now."""
+        """How many readers it has."""
         return len(self._cursors)
 
     def attach(self, start: int, stop: int) -> Cursor:
         """Return a cursor for a reader of `[start, stop)`. The recording must be ready; it may have ended meanwhile.
 
-        StoreUnwritable if it cannot be written: then only `relay` has the bytes.
+        Raises StoreUnwritable if the blob cannot be written: then only `relay` has the bytes.
         """
         if isinstance(self._error, StoreUnwritable):
             raise self._error
@@ -121,7 +121,7 @@ class Recording:
         return cursor
 
     def relay(self, start: int, stop: int) -> Relay:
-        """Return the interval from upstream, past the disk."""
+        """Return a relay of the interval from upstream, past the disk."""
         if self._relays is None:
             assert self.size is not None
             self._relays = Relays(self.blob_source, self._line, self.size)
@@ -135,30 +135,30 @@ class Recording:
             asyncio.get_running_loop().call_later(LINGER_S, self._stop_reading_ahead)
 
     def _stop_reading_ahead(self) -> None:
-        """What was asked for ahead of readers that have gone is wanted by nobody."""
+        """Drop what was being fetched ahead of readers that have gone."""
         if (parts := self._parts) and not self._cursors and not self._interest.is_whole(parts.plan.assembly):
             parts.fetcher.drop()
 
     def check(self) -> None:
-        """Raise what the recording has failed of, if it has."""
+        """Raise the error with which the recording has failed, if it has."""
         if self._error is not None:
             raise self._error
 
     def miss(self, position: int) -> None:
-        """See to it that somebody brings this byte: a reader waits for it."""
+        """Make sure that a connection fetches this byte, for which a reader waits."""
         if self._parts is not None:
-            # Nobody may be fetching: connections end when all that was wanted has been claimed.
+            # There may be no connection: they end once all wanted bytes have been claimed.
             self._parts.fetcher.wake()
             self._parts.fetcher.rescue(position)
 
     def pull(self) -> None:
-        """A client has shown that it pulls the blob: from now on it is recorded ahead of its readers."""
+        """Record the blob ahead of its readers from now on: a client has shown that it pulls it."""
         pulled, self._interest.is_pulled = self._interest.is_pulled, True
         if not pulled and self.state in (State.BEGINNING, State.OPEN):
             self._spawn(self._reserve_whole(), "reserve")
 
     def want(self) -> None:
-        """Record all of the blob from now on, even if nobody reads."""
+        """Record the whole blob from now on, even without readers."""
         self._interest.is_wanted = True
         self.pull()
         if self._parts is not None:
@@ -167,9 +167,9 @@ class Recording:
     # --- beginning
 
     def start(self, stream: DataStream | None, *, after: "Recording | None") -> None:
-        """Begin: from an earlier partial, from `stream` (a first response, ours from here on), or by asking.
+        """Begin from an earlier partial, from `stream` (a first response, ours from here on), or by a new request.
 
-        `after` is a recording of the same digest that has ended but may not have let go of its files.
+        `after` is a recording of the same digest that has ended but may not have released its files.
         """
         self._spawn(self._begin(stream, after), "begin")
 
@@ -194,7 +194,7 @@ class Recording:
         return first_slice(self._line.rates.of(host, steady()), self._look)
 
     async def _has_room(self, size: int, *, begins: bool = False) -> bool:
-        """Make room for what is to come; where that cannot be, clients are served past the disk."""
+        """Make room for the coming bytes; if that fails, serve clients past the disk and return False."""
         try:
             await self._room.make(size, is_pulled=self._interest.is_pulled, begins=begins)
         except StoreUnwritable as error:
@@ -203,13 +203,13 @@ class Recording:
         return True
 
     async def _reserve_whole(self) -> None:
-        """Make room for all of the blob; where that cannot be, clients are served past the disk."""
+        """Make room for the whole blob; if that fails, serve clients past the disk."""
         size = await self.ready()
         if self._parts is not None and self.state is State.OPEN and await self._has_room(size):
             self._parts.fetcher.wake()
 
     def _open(self, assembly: Assembly) -> Fetcher:
-        """Put everything to work; returns what takes the first response."""
+        """Start all parts; returns the fetcher, which takes the first response."""
         plan = Plan(assembly, self._interest, self._line, host=self.blob_source.host, now=steady())
         file, blob_writer = self._room.open(assembly, self._cursors.rouse)
         fetcher = Fetcher(self.digest.short, plan, self.blob_source, blob_writer)
@@ -231,7 +231,7 @@ class Recording:
     # --- ending
 
     def _pass(self, event: Event) -> bool:
-        """Note what has happened; return whether it changes the state."""
+        """Apply an event; returns whether it changes the state."""
         before, self.state = self.state, TRANSITIONS[self.state].get(event, self.state)
         if self._parts is not None:
             self._parts.plan.is_over |= self.state is not State.OPEN
@@ -241,7 +241,7 @@ class Recording:
         return is_changed
 
     def _give_up_keeping(self, size: int, error: StoreUnwritable) -> None:
-        """Clients are told the size and served past the disk; after UNKEPT_S the disk is tried again."""
+        """Tell clients the size and serve them past the disk; the disk can be tried again after UNKEPT_S."""
         if not self._pass(Event.UNKEPT):
             return
         level = self._room.disk.level_of_unkept(self.digest)
@@ -279,7 +279,7 @@ class Recording:
         self._end()
 
     def _watch_idleness(self) -> None:
-        """Run the clock that closes a recording nobody reads, or stop it."""
+        """Start the timer that ends a recording without readers, or stop it."""
         if self._idle is not None:
             self._idle.cancel()
             self._idle = None
@@ -302,12 +302,12 @@ class Recording:
         self._error = error
         if not self._ready.done():
             self._ready.set_exception(error)
-            # Perhaps nobody waits: then it has been logged, which is all there is to do.
+            # Nothing may be waiting for it: mark it as retrieved. It has been logged above.
             self._ready.exception()
         self._end()
 
     def _fields(self, result: Event, error: CacheError | None = None) -> dict[str, object]:
-        """Return the fields of the line that says how the recording ends."""
+        """Return the structured fields of the log line on how the recording ends."""
         fields = {
             "event": "recording",
             "digest": str(self.digest),
@@ -323,7 +323,7 @@ class Recording:
         return f"{self.present} of {self.size} bytes" if self.size is not None else "nothing"
 
     def _end(self) -> None:
-        """Let everybody know, and go."""
+        """Notify all waiting readers, and start closing."""
         self._watch_idleness()
         self.over.set()
         self._on_end(self)
@@ -331,8 +331,8 @@ class Recording:
         self._closing = asyncio.get_running_loop().create_task(self._close(), name=f"close {self.digest.short}")
 
     async def _close(self) -> None:
-        """Stop every task, then let go of the files."""
-        # The task that ended the recording may have called this, on a loop that runs tasks eagerly.
+        """Stop every task, then release the files."""
+        # On a loop that runs tasks eagerly, the task that ended the recording may be running this.
         await asyncio.sleep(0)
         self.blob_source.close()
         if self._parts is not None:
@@ -346,12 +346,12 @@ class Recording:
         await self._room.leave(self._parts.blob_writer if self._parts is not None else None, self._error)
 
     async def closed(self) -> None:
-        """Wait until an ended recording has let go of its files."""
+        """Wait until an ended recording has released its files."""
         if self._closing is not None:
             await asyncio.wait([self._closing])
 
     async def stop(self) -> None:
-        """End now and keep the partial: the daemon is going down."""
+        """End now and keep the partial: the daemon is shutting down."""
         self._fail(UpstreamUnreachable("the cache is shutting down"))
         await self.closed()
 

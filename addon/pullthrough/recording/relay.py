@@ -1,8 +1,9 @@
-"""Bytes of one blob straight from upstream, kept in a small window: what is left when the store cannot be written.
+"""Bytes of one blob straight from upstream, kept in a small window: the fallback if the store cannot be written to.
 
 Invariant: bytes come in order and without gaps, from responses that were checked like a recording's; a failure is
-tried again from the next byte. Readers at about the same place share one response through what it has brought last;
-all windows of a blob together hold at most WINDOW bytes, and whoever falls out of them gets a response of its own.
+retried from the next byte. Readers at about the same position share one response and the window of its latest bytes.
+Up to 64 windows of a blob together hold about WINDOW bytes, and each further one about 2 * AHEAD; a reader that falls
+out of its window gets a response of its own.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 WINDOW: Final = 64 << 20
 AHEAD: Final = 512 << 10
-"""How far a response is read beyond its foremost reader."""
+"""How far a response is read ahead of its foremost reader."""
 
 
 class Relays:
@@ -36,11 +37,11 @@ class Relays:
 
     @property
     def share(self) -> int:
-        """How much one response may keep."""
+        """How many bytes one response may keep."""
         return max(2 * AHEAD, WINDOW // max(1, len(self.lines)))
 
     def join(self, relay: "Relay") -> "_Line":
-        """Return the response that has the relay's next byte, or brings it next; a new one if there is none."""
+        """Return a response that has the relay's next byte, or brings it next; a new one if there is none."""
         position = relay.position
         line = next((line for line in self.lines if line.offers(position)), None)
         if line is None:
@@ -52,7 +53,7 @@ class Relays:
 
 
 class _Line:
-    """One response, or the chain of them that failures make, from `start` up to `stop`."""
+    """One response from `start` up to `stop`, or a chain of them if some fail."""
 
     def __init__(self, relays: Relays, start: int, stop: int) -> None:
         self.users: set[Relay] = set()
@@ -72,7 +73,7 @@ class _Line:
         return self.error is None and self._start <= position <= self._end and position < self._stop
 
     def read(self, position: int, limit: int) -> bytes:
-        """At most `limit` bytes from `position`, b"" if they have not come yet."""
+        """Return at most `limit` bytes from `position`; b"" if none have come yet."""
         start = self._start
         for data in self._kept:
             if position < start + len(data):
@@ -81,7 +82,7 @@ class _Line:
         return b""
 
     def leave(self, relay: "Relay") -> None:
-        """The last one that leaves ends it."""
+        """Remove a reader; the last one ends the response."""
         self.users.discard(relay)
         if not self.users:
             with contextlib.suppress(ValueError):
@@ -90,7 +91,7 @@ class _Line:
                 self._task.cancel()
 
     def moved(self) -> None:
-        """A reader has moved on, or bytes have come."""
+        """Wake all who wait: a reader has moved on, or bytes have come."""
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -123,7 +124,7 @@ class _Line:
                     with contextlib.closing(stream):
                         async for data in stream.batches():
                             relays.line.counters.take(len(data), near=stream.near)
-                            # Of a source that ignores Range only the interval is handed on.
+                            # If the source ignores Range, pass on only the interval.
                             piece = data[max(0, position - offset) : max(0, self._stop - offset)]
                             offset += len(data)
                             if piece:
@@ -146,7 +147,7 @@ class _Line:
 
 
 class Relay:
-    """One reader's place: the interval `[start, stop)`. `close` it, whatever happens."""
+    """One reader's position in the interval `[start, stop)`. `close` it, whatever happens."""
 
     def __init__(self, relays: Relays, start: int, stop: int) -> None:
         self.position = start
@@ -155,7 +156,10 @@ class Relay:
         self._line: _Line | None = None
 
     async def next(self, limit: int, wait_s: float) -> bytes:
-        """At most `limit` of the next bytes; b"" if none came within `wait_s`. UpstreamError when all is in vain."""
+        """Return at most `limit` of the next bytes; b"" if none came within `wait_s`.
+
+        Raises UpstreamError if upstream has failed for good.
+        """
         if self._line is not None and self._line.error is None and not self._line.offers(self.position):
             self._leave()
         if self._line is None:
@@ -174,7 +178,7 @@ class Relay:
         return data
 
     def close(self) -> None:
-        """Let go of the response."""
+        """Leave the response."""
         self._leave()
 
     def _leave(self) -> None:

@@ -1,11 +1,10 @@
-"""How long to go on with a source that fails, how soon to try again, which connection counts as silent, and how
-fast hosts are.
+"""How long to keep trying a source that fails, how soon to retry, which connections count as silent, and how fast
+hosts are.
 
-The one place for back-off and failure: whoever fetches notes what it hears and what goes wrong, and is told what
-follows.
+The one place for back-off and failure: fetchers report received bytes and failures, and are told what to do next.
 
-Invariant: with one byte of progress a minute nothing is ever given up, but for a source that answers wrongly all the
-time. Pure state: `now` is a parameter, in seconds of any steady clock.
+Invariant: one byte of progress a minute keeps a recording alive, unless the source keeps giving wrong answers. Pure
+state: `now` is a parameter, in seconds of any steady clock.
 """
 
 from collections import deque
@@ -14,44 +13,44 @@ from typing import Final
 from pullthrough.core.errors import UnexpectedResponse, UpstreamError, UpstreamRefused, UpstreamTimeout
 
 GIVE_UP_S: Final = 60.0
-"""Without one byte of progress for this long a recording fails; Ollama's own six tries take 63 s."""
+"""A recording without a byte of progress for this long fails; Ollama's own six tries take 63 s."""
 
 MAX_UNEXPECTED: Final = 20
-"""Wrong answers in a row: a source that lies does not get better by asking."""
+"""The most failures in a row after which a wrong answer is still retried: more requests will not correct the source."""
 
 BACKOFF_S: Final = 0.1
 BACKOFF_LIMIT_S: Final = 2.0
 RETRY_AFTER_LIMIT_S: Final = 10.0
-"""Clients wait 30 s for a byte: upstream's wish for peace is granted up to a third of it."""
+"""Clients wait 30 s for a byte: upstream's Retry-After is honoured up to a third of that."""
 
 SILENT_S: Final = 3.0
-"""A connection that has brought no byte for this long while a reader waits for its slice loses the slice to another
-one: clients of v0.1.23-v0.5.7 wait 5 s. Doubled by each failure in a row, up to eightfold: the line may be slow."""
+"""A connection that brings no byte for this long while a reader waits for its slice loses the slice to another one:
+clients of v0.1.23-v0.5.7 wait 5 s. Doubled by each failure in a row, up to eightfold: the line may be slow."""
 
 FAR_BELOW: Final = 1 / 8
-"""A connection that delivers less than this part of what connections usually do counts as silent, too: a line that
-drops packets leaves single connections at a hundredth of the others for many seconds."""
+"""A connection that delivers less than this fraction of the usual rate also counts as silent: a line that drops packets
+can leave single connections at a hundredth of the others' rate for many seconds."""
 
 FIRST_S: Final = 15.0
 FIRST_TRY_S: Final = 4.0
 FIRST_BACKOFF_S: Final = 1.0
 MAX_LIES: Final = 4
-"""How often a wrong first answer is asked for again: a source that lies does not get better by asking."""
+"""How often a wrong first answer is retried: more requests will not correct the source."""
 NEAR_SILENT_S: Final = 2.5
-"""So long without a byte on any connection: a source of the fleet's is let go. Clients wait 5 s for one."""
+"""A source of the fleet is dropped after this long without a byte on any connection. Clients wait 5 s for one."""
 
 _STEP_S: Final = 0.25
 _REMEMBERED_S: Final = 8 * SILENT_S + 1.0
 
 
 class Patience:
-    """With all sources of one blob together."""
+    """The patience with all sources of one blob together."""
 
     def __init__(self, now: float) -> None:
         self.heard = now
         """When the last byte came."""
         self.failures = 0
-        """In a row, without a byte between them."""
+        """Failures in a row, without a byte between them."""
         self._quiet_until = 0.0
 
     @property
@@ -64,11 +63,11 @@ class Patience:
         self.heard, self.failures = now, 0
 
     def listen(self, now: float) -> None:
-        """Count silence from now on: before, nobody waited."""
+        """Count silence from now on: no reader was waiting before."""
         self.heard = now
 
     def fail(self, error: UpstreamError, now: float) -> bool:
-        """Note a failure; return whether nothing speaks for another try."""
+        """Note a failure; returns whether to give up."""
         self.failures += 1
         if isinstance(error, UpstreamRefused):
             self._quiet_until = max(self._quiet_until, now + min(error.retry_after_s, RETRY_AFTER_LIMIT_S))
@@ -76,39 +75,39 @@ class Patience:
         return is_wrong or now - self.heard > GIVE_UP_S
 
     def quiet_s(self, now: float) -> float:
-        """Return how long upstream still wants to be left alone."""
+        """Return how long upstream still asks for no requests."""
         return max(0.0, self._quiet_until - now)
 
 
 class Backoff:
-    """Of one connection, which tries again and again."""
+    """The back-off of one connection, which tries again and again."""
 
     def __init__(self) -> None:
         self._tries = 0
         self._failed_at = 0.0
 
     def fail(self, heard: float, now: float) -> float:
-        """Return how long to wait before the next try, where any connection has `heard` a byte then."""
+        """Return how long to wait before the next try; `heard` is when any connection last brought a byte."""
         self._tries = 1 if heard > self._failed_at else self._tries + 1
         self._failed_at = now
         return backoff_s(self._tries)
 
 
 def backoff_s(tries: int) -> float:
-    """Return how long to wait after so many tries in vain; callers that are many take a random part of it."""
+    """Return how long to wait after so many failed tries; callers with many connections wait a random part of it."""
     return min(BACKOFF_LIMIT_S, BACKOFF_S * 2.0 ** min(max(tries - 1, 0), 10))
 
 
 class FirstTries:
-    """Tries to get a first response: clients have not been answered yet, and wait 30 s for that."""
+    """The tries to get a first response, while clients wait up to 30 s for their own."""
 
     def __init__(self, now: float) -> None:
         self._until = now + FIRST_S
         self.count = 0
-        """In vain."""
+        """Tries that have failed."""
 
     def fail(self, error: UpstreamError, now: float) -> float | None:
-        """Return how long to wait before the next try; None where nothing speaks for one."""
+        """Note a failed try; returns how long to wait before the next one, None to give up."""
         self.count += 1
         peace_s = error.retry_after_s if isinstance(error, UpstreamRefused) else 0.0
         is_settled = isinstance(error, UpstreamRefused) and 400 <= error.status_hint < 429
@@ -118,25 +117,25 @@ class FirstTries:
 
 
 def lets_go(error: UpstreamError, silent_s: float) -> bool:
-    """Return whether a source of the fleet's that has failed so is done without, with no byte from it for `silent_s`.
+    """Return whether to drop a source of the fleet after this error, with no byte from it for `silent_s`.
 
-    Not for one connection that is slow among others. Upstream's is tried again.
+    Not because one connection is slower than others. Upstream's own sources are always tried again.
     """
     return silent_s >= NEAR_SILENT_S or not isinstance(error, UpstreamTimeout)
 
 
 class Pace:
-    """What one connection has brought lately."""
+    """The recent progress of one connection."""
 
     def __init__(self, now: float) -> None:
         self.heard = now
         """When it brought its last byte, or began; in the future while it is held back."""
         self._brought = 0
         self._marks = deque([(now, 0)])
-        """(when, how much until then), oldest first."""
+        """(time, bytes brought until then), oldest first."""
 
     def bring(self, count: int, now: float) -> None:
-        """Note that it has brought so many bytes."""
+        """Note that it has brought `count` bytes."""
         self.heard = now
         self._brought += count
         if now - self._marks[-1][0] >= _STEP_S:
@@ -145,12 +144,12 @@ class Pace:
                 self._marks.popleft()
 
     def hold_back(self, until: float) -> None:
-        """Note that nothing is read from it until then, which is no fault of its own."""
+        """Note that we read nothing from it until then, so that it does not count as silent."""
         self.heard = until
         self._marks = deque([(until, self._brought)])
 
     def is_silent(self, usual: float | None, silent_s: float, now: float) -> bool:
-        """Return whether it has brought nothing for `silent_s`, or far less than the `usual` bytes a second."""
+        """Return whether it has brought nothing for `silent_s`, or far less than the `usual` rate (bytes/s)."""
         if now - self.heard >= silent_s:
             return True
         since = now - silent_s
@@ -161,23 +160,23 @@ class Pace:
 
 
 RATE_LASTS_S: Final = 10.0
-"""How long what a host has shown says something of what it will show."""
+"""How long a host's measured rate stays valid."""
 RATE_WEIGHT: Final = 0.3
 
 
 class Rates:
-    """What one connection to each host delivers, in bytes a second, as it has lately shown."""
+    """The recent rate (bytes/s) of one connection to each host."""
 
     def __init__(self) -> None:
         self._shown: dict[str, tuple[float, float]] = {}
 
     def show(self, host: str, rate: float, now: float) -> None:
-        """Note what a connection has delivered."""
+        """Note a connection's rate."""
         before = self.of(host, now)
         self._shown = {each: shown for each, shown in self._shown.items() if now - shown[1] < RATE_LASTS_S}
         self._shown[host] = (rate if before is None else before + RATE_WEIGHT * (rate - before), now)
 
     def of(self, host: str, now: float) -> float | None:
-        """Return what a connection to the host delivers; None if it has shown nothing lately."""
+        """Return the rate of a connection to the host; None if none was measured lately."""
         rate, at = self._shown.get(host, (0.0, -RATE_LASTS_S))
         return rate if now - at < RATE_LASTS_S else None

@@ -1,6 +1,6 @@
-"""The room on the disk for one blob that is being recorded: made before its bytes come, given back after.
+"""Disk space for one blob that is being recorded: made before its bytes come, given back afterwards.
 
-Invariant: what is reserved counts in full until `leave`, and a partial that is of no use to the next recording goes.
+Invariant: what is reserved counts in full until `leave`, and a partial that the next recording cannot use is removed.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pullthrough.store.store import Store
 
 
 class Disk:
-    """Where all recordings of a daemon are kept."""
+    """The disk on which a daemon keeps all its recordings."""
 
     def __init__(self, store: Store, evictor: Evictor, threads: Threads) -> None:
         self.store = store
@@ -30,14 +30,14 @@ class Disk:
         self._unkept: set[Digest] = set()
 
     def level_of_unkept(self, digest: Digest) -> int:
-        """Return how loud it is said that the blob cannot be kept: a warning once."""
+        """Return the log level of the message that the blob cannot be kept: a warning only the first time."""
         level = logging.INFO if digest in self._unkept else logging.WARNING
         self._unkept.add(digest)
         return level
 
 
 class Room:
-    """For one recording. `resume` or `make` comes first."""
+    """The disk space of one recording. Call `resume` or `make` first."""
 
     def __init__(self, disk: Disk, digest: Digest) -> None:
         self.disk: Final = disk
@@ -45,17 +45,18 @@ class Room:
         self._ingest = disk.store.ingest(digest)
 
     async def resume(self, permits: Callable[[int], bool]) -> tuple[int, Intervals] | None:
-        """Return the size and the bytes that an earlier recording has left, if the blob may be so long, and the disk
-        answers.
+        """Return the size and the bytes that an earlier recording has left.
+
+        None if there are none, if `permits` rejects the size, or if the disk does not answer.
         """
         if self.disk.store.is_silent:
             return None
         return await self.disk.threads.disk(self._ingest.resume, permits)
 
     async def make(self, size: int, *, is_pulled: bool, begins: bool = False) -> None:
-        """Make room for a blob of `size` bytes, all of it if somebody pulls it; with `begins`, its file.
+        """Make room for a blob of `size` bytes, for all of it if `is_pulled`; with `begins`, make its file.
 
-        StoreUnwritable where that cannot be.
+        Raises StoreUnwritable if that fails.
         """
         if self.disk.store.is_silent:
             raise StoreUnwritable(f"recording {self._digest}: the disk does not answer")
@@ -66,18 +67,18 @@ class Room:
         self._ingest.reserves = is_pulled
 
     def open(self, assembly: Assembly, on_landed: Callable[[int, int], None]) -> tuple[SharedFile, BlobWriter]:
-        """Return the file, to be released by the caller, and what writes it."""
+        """Return the file, which the caller releases, and its writer."""
         assert self._ingest.file is not None
         writer = BlobWriter(self.disk.store, self.disk.threads, self._ingest, assembly, on_landed)
         return self._ingest.file.acquire(), writer
 
     async def leave(self, blob_writer: BlobWriter | None, error: CacheError | None) -> None:
-        """Make what has come durable, and let go of the rest: of all of it where the recording failed of the disk."""
+        """Make what has come durable, and release the rest; remove the partial if `error` says so (`discards`)."""
         if blob_writer is not None:
             with contextlib.suppress(StoreError):
                 await blob_writer.abandon()
         if error is not None and error.discards:
-            # What it holds is the room that the next recording may need, or not of this blob.
+            # The partial takes space that the next recording may need, or its bytes are not this blob's.
             await self.disk.threads.disk(self._ingest.discard)
         await self.disk.threads.disk(self._ingest.close)
         self.disk.evictor.release(self._digest)

@@ -1,10 +1,10 @@
-"""Which slice of a recording to ask upstream for next.
+"""Choose the slice of a recording to request next.
 
 Invariant: a slice is a free, non-empty interval, so no byte is fetched twice. Pure: reads an `Assembly`, changes
 nothing; `now` is a parameter.
 
-The order: a reader that starves; else the lowest free byte that some reader will need (so the hash keeps up with the
-download); else, when the blob is to be completed, the lowest free byte of all.
+The order: first the slice of a starving reader; else the lowest free byte that some reader will need (so the hash keeps
+up with the download); else, if the blob is to be completed, the lowest free byte of all.
 """
 
 from collections.abc import Iterable
@@ -17,24 +17,24 @@ MIB = 1024 * KIB
 
 MIN_SLICE = 64 * KIB
 MAX_SLICE = 8 * MIB
-"""Ollama's own parts are 100 MB and more (server/download.go): ours stay small because a starving reader may have
-to wait for one to end, and a `kill -9` costs one per connection."""
+"""Ollama's own parts are 100 MB and more (server/download.go). Ours stay small because a starving reader may have to
+wait for one to end, and a `kill -9` loses one per connection."""
 
 FIRST_SLICE = 512 * KIB
-"""Asked for first of all, while the size is not known either: most blobs of a model are smaller."""
+"""The first request, made before the size is known: most blobs of a model are smaller."""
 
 PROBE_SLICE = 128 * KIB
-"""Asked for while no rate has been measured: on a line that turns out slow, all connections are busy with these while
-other readers wait."""
+"""The slice while no rate has been measured: if the line turns out slow, these keep all connections busy while other
+readers wait."""
 
 STARVING_S = 1.0
 """Clients give up on a part after 5 s without a byte (v0.1.23-v0.5.7), 30 s (later): a starving reader gets the next
-free connection, which is busy for SHARED_SLICE_S at most."""
+free connection, after one slice at most."""
 
 ALONE_SLICE_S = 2.0
 SHARED_SLICE_S = 0.75
 LEAST_SLICE_S = 0.1
-"""A slice that takes less costs more in requests than another connection gains: small blobs are one slice or two."""
+"""A shorter slice costs more in requests than another connection gains: small blobs are one slice or two."""
 
 
 @dataclass(eq=False, slots=True)
@@ -55,9 +55,7 @@ class Slice:
 
 
 def first_slice(rate: float | None, wanted: int) -> int:
-    """Return how much to ask for first of all of a blob whose size is not known, where `wanted` bytes are surely
-    wanted.
-    """
+    """Return the size of the first request for a blob of unknown size, of which `wanted` bytes are surely needed."""
     return max(FIRST_SLICE, min(wanted + -wanted % MIN_SLICE, _least(rate)))
 
 
@@ -70,16 +68,16 @@ def next_slice(
     complete: bool,
     now: float,
 ) -> Slice | None:
-    """Return the slice to fetch next, or None when no free byte is wanted.
+    """Return the slice to fetch next, or None if no free byte is wanted.
 
-    `rate` is what one connection delivers (bytes/s), None when unknown; `complete` says that the blob is wanted
-    whole even where no reader asks.
+    `rate` is what one connection delivers (bytes/s), None if unknown; `complete` says that the whole blob is wanted,
+    not only what readers request.
     """
     waiting: list[tuple[float, int]] = []
     needed: int | None = None
     last = assembly.size if complete else 0
     for demand in demands:
-        # Up to the grid: crumbs cost a request each later.
+        # Round up to the grid: each leftover crumb would cost a request later.
         last = max(last, demand.stop + -demand.stop % MIN_SLICE)
         position = assembly.first_missing(demand.position)
         if position >= demand.stop:
@@ -100,7 +98,7 @@ def next_slice(
         needed = gap[0] if gap is not None else None
     if needed is None:
         return None
-    # Towards the end the rest is shared out, so that no connection is left alone with a large slice.
+    # Towards the end, share out the rest, so that no connection is left alone with a large slice.
     fair = max(_least(rate), _floor_power(assembly.unclaimed // connections))
     return _cut(assembly, needed, min(fair, _slice_size(rate, seconds)), last)
 
@@ -124,9 +122,7 @@ def _floor_power(value: int) -> int:
 
 
 def _cut(assembly: Assembly, position: int, size: int, last: int) -> Slice:
-    """Return an aligned slice of at most `size` bytes around the free byte `position`, in its free gap and before
-    `last`.
-    """
+    """Return an aligned slice of at most `size` bytes around the free byte `position`, within its gap and `last`."""
     start = max(position - position % MIN_SLICE, assembly.free_from(position))
     gap = assembly.next_free(position, assembly.size)
     assert gap is not None

@@ -1,4 +1,4 @@
-"""The states of a recording, and of what is known of its source; what leads from one to another, as tables.
+"""Tables of states and transitions: of a recording, and of what is known about its source.
 
 Pure.
 """
@@ -8,19 +8,19 @@ from typing import Final
 
 
 class State(StrEnum):
-    """Where a recording stands."""
+    """The state of a recording."""
 
     BEGINNING = "beginning"
-    """Nothing has told the size yet."""
+    """The size is not known yet."""
     OPEN = "open"
-    """Bytes come and are kept."""
+    """Bytes arrive and are kept."""
     UNKEPT = "unkept"
     """The disk has no room for it: readers are served past the disk."""
     ENDED = "ended"
 
 
 class Event(StrEnum):
-    """What happens to a recording."""
+    """An event in a recording's life."""
 
     OPENED = "opened"
     """The size is known, and there is room."""
@@ -29,13 +29,13 @@ class Event(StrEnum):
     STORED = "stored"
     FAILED = "failed"
     LEFT = "left"
-    """By all clients, for long."""
+    """All clients have been gone for long."""
     EXPIRED = "expired"
-    """It has not been kept for so long that the disk is worth another try."""
+    """It was passed through for long enough: the disk is worth another try."""
 
 
 ENDINGS: Final = (Event.STORED, Event.FAILED, Event.LEFT, Event.UNKEPT)
-"""What becomes of a recording, as it is counted and logged."""
+"""The outcomes of a recording that are counted and logged."""
 
 TRANSITIONS: Final = {
     State.BEGINNING: {Event.OPENED: State.OPEN, Event.UNKEPT: State.UNKEPT, Event.FAILED: State.ENDED},
@@ -45,33 +45,33 @@ TRANSITIONS: Final = {
         Event.FAILED: State.ENDED,
         Event.LEFT: State.ENDED,
     },
-    # All of it may have come before there was no room left for more.
+    # All bytes may have come before the room ran out.
     State.UNKEPT: {Event.STORED: State.ENDED, Event.FAILED: State.ENDED, Event.EXPIRED: State.ENDED},
     State.ENDED: {},
 }
-"""What is not named changes nothing: it comes too late."""
+"""An event that a state does not list comes too late, and changes nothing."""
 
 
 class Ranges(StrEnum):
-    """What is known of whether the source serves ranges."""
+    """What is known about whether the source serves ranges."""
 
     UNKNOWN = "unknown"
-    """The whole was asked for, and comes: another connection tries a range."""
+    """The first request had no Range: another connection tries one."""
     YES = "yes"
-    """As far as is known: every recording but such a one begins so."""
+    """Assumed until proven wrong: every other recording begins so."""
     NO = "no"
-    """It answers with the whole, from its first byte: that is fetched over one connection."""
+    """It answers with the whole blob from byte 0, which one connection fetches."""
 
 
 class Got(StrEnum):
-    """What a source has answered with."""
+    """The kind of a source's answer."""
 
     PART = "part"
-    """The range that it was asked for."""
+    """The requested range."""
     WHOLE = "whole"
-    """The whole, though a range was asked for."""
+    """The whole blob, though a range was requested."""
     UNASKED = "unasked"
-    """The whole, which is all that was asked for."""
+    """The whole blob, as requested: no range was."""
 
 
 LEARN: Final = {
