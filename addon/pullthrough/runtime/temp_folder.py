@@ -29,8 +29,10 @@ class TemporaryFolder(tempfile.TemporaryDirectory[str]):
         unlocked = Path(self.name, f"{_LOCK}.new")
         self._lock = unlocked.open("wb")
         lock_exclusively(self._lock)
-        # Rename after locking: `_remove_abandoned` leaves a folder without a lock file alone.
-        unlocked.rename(Path(self.name, _LOCK))
+        # Rename after locking: `_remove_abandoned` leaves a folder without a lock file alone. Windows renames no open
+        # file, and abandoned folders are not looked for there.
+        if sys.platform != "win32":
+            unlocked.rename(Path(self.name, _LOCK))
 
     def cleanup(self) -> None:
         self._lock.close()
@@ -38,7 +40,7 @@ class TemporaryFolder(tempfile.TemporaryDirectory[str]):
 
 
 def _remove_abandoned() -> None:
-    """Remove the folders of processes that were killed. Not on Windows, where an open file cannot be renamed."""
+    """Remove the folders of processes that were killed. Not on Windows, where they have no lock file."""
     if sys.platform == "win32":
         return
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
