@@ -15,7 +15,7 @@ _WORD: Final = re.compile(rb"\S{1,200}")
 
 
 def check(body: bytes) -> int:
-    """Return the size of the blob that the lines `<digest> <first>-<last>` cover. UnexpectedResponse if they do not."""
+    """Return the size of the blob that the lines `<digest> <first>-<last>` cover. Raises UnexpectedResponse."""
     position = 0
     words = (match[0].decode("ascii", "replace") for match in _WORD.finditer(body))
     for number, text in enumerate(words, start=1):
@@ -35,5 +35,5 @@ def check(body: bytes) -> int:
 
 
 def whole(digest: Digest, size: int) -> bytes:
-    """Return the list with one chunk: all of the blob."""
+    """Return the list that has the whole blob as its one chunk."""
     return f"{digest} 0-{size - 1}\n".encode()

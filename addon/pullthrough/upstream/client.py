@@ -1,8 +1,8 @@
 """Our own HTTP client towards registries and blob sources.
 
-Invariant: every address it connects to is a configured one or public; every data response handed on has been checked
-against what was asked (status, Content-Range, complete length, validator, encoding). Signed addresses and credentials
-stay in memory and out of every message.
+Invariant: every address that the client connects to is configured or public; every data response handed on has been
+checked against the request (status, Content-Range, complete length, validator, encoding). Signed addresses and
+credentials stay in memory and out of every message.
 """
 
 import asyncio
@@ -57,23 +57,23 @@ MAX_CONTROL_BODY: Final = 8 << 20
 """A manifest of a tensor model with 1000+ layers takes about 300 KiB."""
 
 STALL_TIMEOUT_S: Final = 10.0
-"""Half of what the shortest-lived clients in use wait for a byte would be 2.5 s; a slow line needs more. Clients that
-wait behind a stalled slice are fed by other connections meanwhile only once it is given up."""
+"""Half the time that the least patient clients in use wait for a byte would be 2.5 s, but a slow line needs more. Only
+once a stalled slice is given up do other connections fetch it for the clients that wait behind it."""
 
 PAUSES_S: Final = (0.1, 0.4)
 """Before the second and the third try of a control-plane request."""
 
 DEADLINE_S: Final = 20.0
-"""All work for one control-plane request, retries included: Ollama's probe gives up after 30 s."""
+"""For all the work of one control-plane request, retries included: Ollama's probe gives up after 30 s."""
 
 DENIED: Final = frozenset({401, 403, 404})
-"""What a registry answers to somebody who may not know, or may not be told."""
+"""A registry's answers for "there is no such thing" and "not for you"."""
 
 PRIVATE: Final = frozenset({401, 403})
-"""Those of them that cannot mean that there is nothing."""
+"""The subset of DENIED that cannot mean that nothing is there."""
 
 LOOP_DETECTED: Final = 508
-"""What a cache says to a request that has been there before (RFC 5842 section 7.2): it will say so again."""
+"""A cache's answer to a request that it has seen before (RFC 5842 section 7.2): a retry would get the same."""
 
 MAX_HOPS: Final = 5
 
@@ -92,7 +92,7 @@ class Upstream:
         own_ports: Callable[[], Collection[int]] = frozenset,
         parents: ParentProxies = ParentProxies(),  # noqa: B008 -- frozen
     ) -> None:
-        """`trusted_ca` is a PEM file that replaces certifi's; the addresses are this machine's, the ports ours."""
+        """`trusted_ca` is a PEM file that replaces certifi's; `own_addresses` are this machine's, `own_ports` ours."""
         self.loop = LoopGuard(f"ollama-cache-{secrets.token_hex(8)}")
         self.errors = Errors()
         self._settings = settings
@@ -108,7 +108,7 @@ class Upstream:
             self._policy, settings.intercepted, own_addresses, own_ports, self._named, self._near
         )
         self.dialer = Dialer(self._context, self._rules, parents, self.loop)
-        """Connections for threads, under the same rules."""
+        """Opens connections for threads, under the same rules."""
         self._slots: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(CONNECTIONS_PER_HOST))
         self._down_until: dict[str, float] = {}
         self._control, self._data = Getting(self.dialer), Getting(self.dialer)
@@ -116,13 +116,13 @@ class Upstream:
         self.impostors = Impostors(settings.registries, self.errors, self.reachability)
 
     async def open(self) -> None:
-        """Begin to ask."""
+        """Allow requests."""
         self._is_open = True
         for getting in (self._control, self._data):
             getting.open()
 
     async def close(self) -> None:
-        """Ask nobody any more."""
+        """Refuse further requests and close the idle connections."""
         self._is_open = False
         for getting in (self._control, self._data):
             getting.close()
@@ -130,22 +130,22 @@ class Upstream:
     # --- whether a registry answers at all
 
     def down_until(self, host: str) -> float:
-        """Until when (monotonic seconds) the registry counts as down; 0 when it does not."""
+        """Return until when (monotonic seconds) the registry counts as down; 0 if it does not."""
         return self._down_until.get(host, 0.0)
 
     def is_up(self, host: str) -> bool:
-        """Return whether the registry does not count as down."""
+        """Return whether the registry counts as up."""
         return self.down_until(host) <= time.monotonic()
 
     def mark_down(self, host: str, seconds: float) -> None:
         self._down_until[host] = time.monotonic() + seconds
 
     def admit(self, host: str, port: int) -> None:
-        """A host of the fleet's own: it may have any address, and is no registry that `offline` is about."""
+        """Let a host of the fleet have any address; the option `offline` does not apply to it."""
         self._near.add((host, port))
 
     def slot(self, source: Source) -> asyncio.Semaphore:
-        """Return one of the places that all recordings share towards the source's host; first come, first served."""
+        """Return the semaphore of the source's host: it limits the connections of all recordings, first come first."""
         return self._slots[source.host]
 
     # --- control plane
@@ -153,9 +153,9 @@ class Upstream:
     async def ask(
         self, method: str, host: str, target: str, headers: Mapping[str, str], *, timeout_s: float
     ) -> Response:
-        """Return one exchange with a registry; redirects are handed on, not followed.
+        """Send one request to a registry and return the response; redirects are handed on, not followed.
 
-        NotTheRegistry if the answer has not the shape of a registry's; the other errors are those of `converse`.
+        Raises NotTheRegistry if the response does not look like a registry's, else as `converse` does.
         """
         response = await self._exchange(method, host, target, headers, timeout_s=timeout_s)
         return self.impostors.judged(host, response, head=method == "HEAD")
@@ -163,16 +163,16 @@ class Upstream:
     async def converse(
         self, method: str, host: str, target: str, headers: Mapping[str, str], *, timeout_s: float
     ) -> Response:
-        """Return the same, whoever has answered: for what has no shape to tell a registry by.
+        """Do what `ask` does for requests whose answers have no form to recognise a registry by.
 
-        UpstreamUnreachable, UpstreamTimeout or UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no usable
-        answer.
+        Raises UpstreamUnreachable, UpstreamTimeout or UnexpectedResponse (a body over MAX_CONTROL_BODY) if there is no
+        usable answer.
         """
         response = await self._exchange(method, host, target, headers, timeout_s=timeout_s)
         return self.impostors.unjudged(host, response)
 
     async def knock(self, host: str) -> None:
-        """Connect to a host, encryption included, and hang up. UpstreamUnreachable, UpstreamTimeout, AddressRefused."""
+        """Connect (with TLS) and hang up. Raises UpstreamUnreachable, UpstreamTimeout or AddressRefused."""
         with self.reachability.asking(host):
             await self._data.knock(self._settings.endpoint(host))
         self.reachability.answered(host)
@@ -207,17 +207,17 @@ class Upstream:
         asked: tuple[int, int] | None = None,
         timeout_s: float,
     ) -> tuple[Source, DataStream | None]:
-        """Ask the registry for a blob: its source, and the body itself where the registry has no other.
+        """Ask the registry for a blob. Return its source, and the body too if the registry serves it itself.
 
-        Of such a body no more than `[asked)` is wanted. UpstreamRefused with the registry's status where it says no;
-        NotTheRegistry where something else does.
+        Of such a body only `[asked)` is wanted. Raises UpstreamRefused with the registry's status if the registry
+        refuses, NotTheRegistry if something else does.
         """
         target = f"/v2/{repository}/blobs/{digest}"
         url = self._settings.endpoint(host).origin + target
         if asked:
             headers = {**headers, "Range": format_range(*asked)}
         response = await self._patiently(host, lambda: self._request(self._control, url, headers), timeout_s)
-        # Under the registry's public name: that is what signatures are made for, and what redirects start from.
+        # The registry's public name: signatures are made for it, and redirects are relative to it.
         source = Source(f"https://{host}{target}", {k: v for k, v in headers.items() if k.lower() == "authorization"})
         if response.status < 400 and not is_page(response.headers):
             self.reachability.answered(host)
@@ -243,10 +243,10 @@ class Upstream:
     async def _patiently[T: (Response, DataResponse)](
         self, host: str, once: Callable[[], Awaitable[T]], timeout_s: float
     ) -> T:
-        """Return an answer of the registry; connections that fail and 5xx are tried again, as clients do not (HEAD,
-        manifest).
+        """Return the registry's answer. Failed connections and 5xx are tried again, because clients do not retry HEAD
+        and manifests.
 
-        The limit is for all tries together.
+        The time limit is for all tries together.
         """
         with self.errors.counted(), self.reachability.asking(host):
             async with within(timeout_s):
@@ -281,9 +281,9 @@ class Upstream:
     ) -> DataStream:
         """Return a checked response to a GET of `[start, stop)`.
 
-        The stream may be the whole blob from byte 0, when the source ignores Range. SourceExpired if the address is
-        no longer good; LengthContradicted if the blob has not the length that was expected, or none of those that the
-        source is known by; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable, UpstreamTimeout.
+        The stream is the whole blob from byte 0 if the source ignores Range. Raises SourceExpired if the address is no
+        longer good, LengthContradicted if the blob's length is neither the expected one nor one of the source's
+        `sizes`; UpstreamRefused (429, 5xx), UnexpectedResponse, UpstreamUnreachable or UpstreamTimeout.
         """
         with self.errors.counted():
             async with within(CONNECT_S + STALL_TIMEOUT_S):
@@ -303,7 +303,7 @@ class Upstream:
         return stream
 
     async def _follow(self, source: Source, headers: dict[str, str]) -> tuple[DataResponse, Source]:
-        """Return the response behind all redirects, and where it came from."""
+        """Follow redirects; return the final response and its source."""
         for _ in range(MAX_HOPS + 1):
             response = await self._fetch(source, headers)
             location = response.headers.get("Location")
@@ -314,7 +314,7 @@ class Upstream:
         raise UnexpectedResponse(f"expected at most {MAX_HOPS} redirects, got more")
 
     def _reach(self, url: str) -> str:
-        """Return the address with the host replaced where `upstream` says so; AddressRefused for what we never ask."""
+        """Return the address, its host replaced as `upstream` says. Raises AddressRefused for one we never ask."""
         parsed = URL(url, encoded=True)
         host, port = (parsed.host or "").rstrip("."), parsed.port or 0
         endpoint = self._settings.upstream.get(host)
@@ -331,7 +331,7 @@ class Upstream:
         return url
 
     async def _fetch(self, source: Source, headers: Mapping[str, str]) -> DataResponse:
-        """Return a response to a GET for blob bytes."""
+        """Send a GET for blob bytes and return the response."""
         name = OBJECT_STORE if source.near else source.host
         url = self._reach(source.url)
         with self.reachability.asking(name):
@@ -342,7 +342,7 @@ class Upstream:
     async def _request(
         self, getting: Getting, url: str, headers: Mapping[str, str], method: str = "GET"
     ) -> DataResponse:
-        """Return the response's head. Raises UpstreamUnreachable, UpstreamTimeout, or ValueError for no address."""
+        """Return the response's head. Raises UpstreamUnreachable, UpstreamTimeout, or ValueError if `url` is none."""
         there = URL(url, encoded=True)
         if there.host is None or there.port is None:
             raise ValueError("no host")
@@ -350,7 +350,7 @@ class Upstream:
             raise Offline("offline: upstream is not asked")
         if not self._is_open:
             raise UpstreamUnreachable("expected an open client, got a closed one")
-        # No signature breaks: those of R2 and CloudFront cover the host and the query alone.
+        # CDN-Loop breaks no signature: those of R2 and CloudFront cover only the host and the query.
         fields = {"Accept-Encoding": "identity", **headers, CDN_LOOP: self.loop.extend(headers.get(CDN_LOOP))}
         endpoint = Endpoint(there.scheme, there.host, there.port)
         return await getting.get(Ask(endpoint, there.raw_path_qs, fields, STALL_TIMEOUT_S, method))
@@ -360,7 +360,7 @@ class Upstream:
 async def within(timeout_s: float) -> AsyncIterator[None]:
     """Raise UpstreamTimeout if the block takes longer, and UnexpectedResponse for an address that cannot be used.
 
-    It is not quoted: it may be signed.
+    The message does not quote the address, which may be signed.
     """
     try:
         async with asyncio.timeout(timeout_s):

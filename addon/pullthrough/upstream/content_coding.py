@@ -1,6 +1,6 @@
-"""Content codings of control-plane answers (RFC 9110 section 8.4.1). Blobs have none, ever.
+"""Content codings of control-plane answers (RFC 9110 section 8.4.1). Blobs never have one.
 
-Invariant: what is returned is complete and no longer than the limit; everything else is UnexpectedResponse.
+Invariant: what is returned is complete and no longer than the limit; anything else raises UnexpectedResponse.
 """
 
 import zlib
@@ -20,7 +20,7 @@ def decode(body: bytes, coding: str, *, limit: int) -> bytes:
 
 
 def _inflate(body: bytes, limit: int) -> bytes:
-    """Return all members of a gzip stream (RFC 1952 section 2.2); nothing is nothing, as in the answer to HEAD."""
+    """Decode all members of a gzip stream (RFC 1952 section 2.2). No bytes give none, as in the answer to HEAD."""
     decoded = b""
     while body:
         inflater = zlib.decompressobj(31)

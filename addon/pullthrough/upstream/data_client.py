@@ -1,7 +1,7 @@
-"""Requests to other servers, from threads: HTTP/1.1 over connections that are kept for the next one.
+"""Requests to other servers, from threads: HTTP/1.1 over connections that are kept for the next request.
 
-Invariant: a connection is used again only after the whole of a response, and nothing more, was read from it; heads
-are bounded. No message quotes what was asked for or sent.
+Invariant: a connection is used again only after exactly one whole response was read from it; heads are bounded. No
+message quotes the request or the response.
 """
 
 import asyncio
@@ -25,36 +25,36 @@ from pullthrough.upstream.dialer import Caller, Dialed, Dialer, translated
 _log = logging.getLogger(__name__)
 
 MOST: Final = 128
-"""Threads that fetch, for all hosts together, and that ask registries."""
+"""Threads for all hosts together: so many that fetch blobs, and so many that ask registries."""
 
 KEPT_S: Final = 30.0
-"""How long a connection that nobody uses is kept."""
+"""How long an idle connection is kept."""
 PIECE: Final = 1 << 20
-"""Bytes that are handed on at once where they come fast."""
+"""The most bytes handed on at once, when they come fast."""
 GATHER_S: Final = 0.01
 """A slow connection delivers 16 KiB TLS records: waiting this long for more saves most writes."""
 HELD_S: Final = 0.1
-"""Bytes are handed on so long after they have come at the latest: readers wait for them."""
+"""The longest that received bytes are held back: readers wait for them."""
 
 PROXY_AUTHENTICATION_REQUIRED: Final = 407
-"""Never a registry's own word, which goes through a tunnel (RFC 9110 section 15.5.8)."""
+"""Never a registry's own answer, which comes through a tunnel (RFC 9110 section 15.5.8)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request without a body, which may be asked again."""
+    """A request without a body, which may be sent again."""
 
     endpoint: Endpoint
     target: str
     """Path and query, as they go over the wire."""
     headers: Mapping[str, str]
     silent_s: float
-    """How long the other end may bring no byte."""
+    """How long the server may send nothing."""
     method: str = "GET"
 
     @property
     def host(self) -> str:
-        """The Host field: without the port where it is the scheme's own (RFC 9110 section 4.2.3)."""
+        """The Host field, without the scheme's default port (RFC 9110 section 4.2.3)."""
         here = self.endpoint
         is_usual = here.port == {"https": 443, "http": 80}.get(here.scheme)
         return here.authority.removesuffix(f":{here.port}") if is_usual else here.authority
@@ -66,7 +66,7 @@ class DataResponse:
     def __init__(
         self, keep: "DataClient", ask: Ask, line: Dialed, caller: Caller, head: h11.Response, connection: h11.Connection
     ) -> None:
-        """`connection` has read the head, and holds what has come of the body with it."""
+        """`connection` has read the head, and holds the part of the body that came with it."""
         self.status = head.status_code
         self.headers = CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in head.headers)
         self._keep = keep
@@ -80,19 +80,19 @@ class DataResponse:
 
     @property
     def silent_s(self) -> float:
-        """How long the other end may bring no byte."""
+        """How long the server may send nothing."""
         return self._ask.silent_s
 
     def stop(self) -> None:
-        """Free whatever reads it, from another thread."""
+        """Unblock the thread that reads the response, from another thread."""
         self._caller.stop()
 
     def pause(self, seconds: float) -> None:
-        """Do nothing for so long. UpstreamUnreachable once stopped."""
+        """Sleep. Raises UpstreamUnreachable once stopped."""
         self._caller.pause(seconds)
 
     def take(self, buffer: memoryview) -> int | None:
-        """Read what is there; 0 at the end of the connection, None if nothing has come. Raises OSError if it fails."""
+        """Read what has come; 0 at the end of the connection, None if nothing has come. Raises OSError if it fails."""
         if self._body:
             count = min(len(self._body), len(buffer))
             buffer[:count] = self._body[:count]
@@ -102,14 +102,14 @@ class DataResponse:
         return self._line.take(buffer)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until `take` may have more; False if it has not within the time, or as long as may be waited."""
+        """Wait until `take` may have more. Return False if nothing comes within `timeout_s`, by default `silent_s`."""
         assert self._line is not None
         return self._line.wait(self._ask.silent_s if timeout_s is None else timeout_s)
 
     def text(self, limit: int) -> bytes | None:
-        """Return the body, however it is framed, of an answer that is no blob's; None if it is longer than `limit`.
+        """Return the body, however framed, of a response without a blob; None if it is longer than `limit`.
 
-        UpstreamError if it does not come to its end.
+        Raises UpstreamError if the body breaks off.
         """
         assert self._line is not None
         found, buffer = bytearray(), memoryview(bytearray(16 << 10))
@@ -127,7 +127,7 @@ class DataResponse:
         return None
 
     def skip(self) -> None:
-        """Nobody reads the body: keep the connection if all of it has come with the head, else close it."""
+        """Discard the body: keep the connection if the whole body came with the head, else close it."""
         with contextlib.suppress(h11.RemoteProtocolError):
             while isinstance(event := self._connection.next_event(), h11.Data):
                 pass
@@ -136,13 +136,13 @@ class DataResponse:
         self.close()
 
     def _end(self) -> None:
-        """The parser has seen the end of the body."""
+        """Finish once the parser has seen the end of the body."""
         self._persists = self._persists and not self._connection.trailing_data[0]
         self._body = memoryview(b"")
         self.finish()
 
     def finish(self) -> None:
-        """The body has been read to its end: keep the connection. UnexpectedResponse if more has come than that."""
+        """Keep the connection after the whole body was read. Raises UnexpectedResponse if more than the body came."""
         if self._body:
             self.close()
             raise UnexpectedResponse("expected the end of the body, got more")
@@ -171,12 +171,12 @@ class DataClient:
         self._closed = False
 
     def get(self, ask: Ask, caller: Caller) -> DataResponse:
-        """Return the response's head, on a kept connection or a new one. Blocks until `caller` is stopped.
+        """Return the response's head, on a kept connection or a new one. Blocks, unless `caller` is stopped.
 
-        UpstreamUnreachable, UpstreamTimeout, UnexpectedResponse or AddressRefused.
+        Raises UpstreamUnreachable, UpstreamTimeout, UnexpectedResponse or AddressRefused.
         """
         while (line := self._take(ask.endpoint)) is not None:
-            # One that the other end has closed just now fails before a byte has come, and a new one is opened.
+            # If the server has just closed it, it fails before any byte comes, and a new one is opened.
             if (response := self._exchange(ask, line, caller, is_kept=True)) is not None:
                 return response
         line = self._dialer.dial(ask.endpoint, caller)
@@ -185,7 +185,7 @@ class DataClient:
         return response
 
     def _exchange(self, ask: Ask, line: Dialed, caller: Caller, *, is_kept: bool) -> DataResponse | None:
-        """Ask; None if a kept connection has ended before it answered."""
+        """Send the request and read the response's head; None if a kept connection ended before any answer."""
         has_come = False
         try:
             caller.watch(line.sock)
@@ -207,7 +207,7 @@ class DataClient:
                 raise UpstreamUnreachable(f"parent proxy {line.proxy.origin} answered {event.status_code}")
             response = DataResponse(self, ask, line, caller, event, connection)
             if {"Transfer-Encoding", "Content-Length"} <= response.headers.keys():
-                # RFC 9112 section 6.3: whoever sends both may be read in two ways.
+                # RFC 9112 section 6.3: a message with both can be read in two ways.
                 raise UpstreamUnreachable("expected one length of the body, got two")
             return response
         except UpstreamUnreachable:
@@ -240,7 +240,7 @@ class DataClient:
         line.close()
 
     def expire(self, *, everything: bool = False) -> None:
-        """Close what nobody has used for long."""
+        """Close the connections that have been idle for KEPT_S, or all of them."""
         before = time.monotonic() - KEPT_S
         old: list[Dialed] = []
         with self._lock:
@@ -253,7 +253,7 @@ class DataClient:
             line.close()
 
     def close(self) -> None:
-        """Keep nothing any more."""
+        """Close the kept connections, and keep no more."""
         with self._lock:
             self._closed = True
         self.expire(everything=True)
@@ -269,7 +269,7 @@ class Getting:
         self._sweep: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
-        """Begin to close connections that nobody uses, now and then."""
+        """Begin to close idle connections from time to time."""
         self._client.expire()
         self._sweep = asyncio.get_running_loop().call_later(KEPT_S / 3, self.open)
 
@@ -279,7 +279,7 @@ class Getting:
         self._client.close()
 
     async def get(self, ask: Ask) -> DataResponse:
-        """As the client's; whoever does not want it any more need not wait."""
+        """Do what the client's `get` does; a caller that is cancelled need not wait."""
         caller = Caller()
         return await self.crew.run_or_leave(lambda: self._client.get(ask, caller), caller.stop, DataResponse.close)
 
@@ -290,18 +290,18 @@ class Getting:
         line.close()
 
     async def text(self, response: DataResponse, limit: int) -> bytes | None:
-        """As the response's."""
+        """Return what the response's `text` returns."""
         return await self.crew.run(lambda: response.text(limit), response.stop)
 
     async def refusal(self, response: DataResponse, limit: int) -> bytes:
-        """Return the text that tells whose an answer of 400 and above is, and close it; b"" if it does not come to its
-        end in time, or is longer.
+        """Return the body that tells who sent a response of 400 or above, and close the response; b"" if the body is
+        longer than `limit` or does not end in time.
         """
         try:
             async with asyncio.timeout(response.silent_s):
                 return await self.text(response, limit) or b""
         except (UpstreamError, TimeoutError) as error:
-            # What is missing proves nothing either.
+            # A missing body proves nothing.
             _log.debug("a refusal broke off: %s", error)
             return b""
         finally:
@@ -309,11 +309,11 @@ class Getting:
 
 
 def _request(connection: h11.Connection, ask: Ask, line: Dialed) -> bytes:
-    """Return the request's head. Raises UnexpectedResponse if it is about something that cannot be asked for."""
+    """Return the request's head. Raises UnexpectedResponse if the target cannot be put into a request."""
     target = ask.target if line.proxy is None else f"{ask.endpoint.scheme}://{ask.host}{ask.target}"
     fields = {"Host": ask.host, **ask.headers, **(line.proxy.fields if line.proxy is not None else {})}
     try:
-        # As the client's bytes were, which need not be ASCII.
+        # The client's bytes as they were: they need not be ASCII.
         headers = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in fields.items()]
         head = connection.send(h11.Request(method=ask.method, target=target, headers=headers)) or b""
     except (h11.LocalProtocolError, UnicodeError) as error:

@@ -1,6 +1,6 @@
-"""The body of a checked data response, and where it is from.
+"""The body of a checked data response, and its source.
 
-Invariant: exactly the bytes that the response's head announced are handed on, or an error is raised; no message
+Invariant: either exactly the bytes that the response's head announced are handed on, or an error is raised; no message
 quotes an address, which may be signed.
 """
 
@@ -30,26 +30,24 @@ class Source:
     url: str = field(repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     near: bool = field(default=False, repr=False)
-    """It is the fleet's own, and no upstream's."""
+    """The address belongs to the fleet, not to upstream."""
     sizes: frozenset[int] = field(default=frozenset(), repr=False)
     """The complete lengths that the blob may have; empty where nothing is known."""
     proves: Callable[[], None] | None = field(default=None, repr=False, compare=False)
-    """To be called once all of the blob has come from here, and has its digest: then who gave the source was right."""
+    """To be called once the whole blob has come from here with its digest: whoever named the source was right."""
 
     @property
     def host(self) -> str:
         return URL(self.url, encoded=True).host or ""
 
     def moved(self, location: str) -> Self:
-        """Return where a Location leads that an answer of this source has: with its credentials only within its
-        origin.
-        """
+        """Return the source that a Location in this source's answer leads to; credentials stay within the origin."""
         there = join(self.url, location)
         return replace(self, url=there, headers=self.headers if _origin(there) == _origin(self.url) else {})
 
 
 def join(base: str, location: str) -> str:
-    """Return where a Location leads. UnexpectedResponse if it is no address; it may be signed, so it is not quoted."""
+    """Return the address that a Location leads to. Raises UnexpectedResponse, not quoting it: it may be signed."""
     try:
         return str(URL(base, encoded=True).join(URL(location, encoded=True)))
     except ValueError:
@@ -59,17 +57,17 @@ def join(base: str, location: str) -> str:
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
-    """Scheme, host and port: what an Authorization is for (RFC 6454 section 4)."""
+    """Return scheme, host and port: the scope of an Authorization field (RFC 6454 section 4)."""
     parsed = URL(url, encoded=True)
     return parsed.scheme, parsed.host, parsed.port
 
 
 class Errors(Counter[type[UpstreamError]]):
-    """How often upstream has failed us since the start, by what it was."""
+    """Upstream's failures since the start, by kind."""
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Count the failure that leaves the block."""
+        """Count an upstream error that leaves the block."""
         try:
             yield
         except UpstreamError as error:
@@ -90,18 +88,18 @@ class DataStream:
         *,
         ranged: bool = True,
     ) -> None:
-        """`source` is where the bytes came from, behind all redirects; `ranged` says that a Range was asked for.
+        """`source` is where the bytes came from after all redirects; `ranged` says that a Range was asked for.
 
-        `crew` has the threads that read the body, and `errors` counts how it fails.
+        The threads of `crew` read the body, and `errors` counts its failures.
         """
         self.source = source
         self.ranged = ranged
         self.whole = response.status == 200
-        """The complete blob is the answer to whatever was asked."""
+        """The source answered with the complete blob, whatever was asked for."""
         self.start = extent.start
         self.stop = extent.stop
         self.length = extent.length
-        # The fleet's sources need not agree on one: the digest tells whether their bytes fit together.
+        # The fleet's sources need not share a validator: the digest tells whether their bytes fit together.
         tag = response.headers.get("ETag")
         self.validator = tag if tag is not None and not self.near and is_clean("ETag", tag) else None
         self._response = response
@@ -109,32 +107,32 @@ class DataStream:
         self._errors = errors
         self._left = self.stop - self.start
         if not self._left:
-            # What says that there is nothing has a body of its own.
+            # A response that says that the blob is empty may have another body.
             response.close()
 
     @property
     def near(self) -> bool:
-        """The bytes are the fleet's own, and cost upstream nothing."""
+        """Whether the bytes come from the fleet and cost upstream nothing."""
         return self.source is not None and self.source.near
 
     def close(self) -> None:
-        """A response that was read to its end has given its connection back; any other is closed with it."""
+        """Close the response. One that was read to its end has already given its connection back."""
         self._response.close()
 
     async def pour(self, write: Callable[[int, memoryview], None], piece: int = PIECE) -> None:
-        """Have a thread give all bytes to `write(offset, bytes)`, at most `piece` of them at once.
+        """Have a thread pass all bytes to `write(offset, bytes)`, at most `piece` of them at once.
 
-        UpstreamUnreachable or UpstreamTimeout if the body ends early or stalls, when what has come was given.
+        Raises UpstreamUnreachable or UpstreamTimeout if the body ends early or stalls, after writing what came.
         """
         with self._errors.counted():
             await self._crew.run(lambda: self._pour(write, piece), self._response.stop)
 
     def pause(self, seconds: float) -> None:
-        """Read nothing for so long, in the thread that gives the bytes."""
+        """Read nothing for some seconds; for the thread that writes the bytes."""
         self._response.pause(seconds)
 
     async def first(self, count: int) -> bytes:
-        """Return the first `count` bytes, or all if there are fewer; the rest is given up. Raises as `batches`."""
+        """Return the first `count` bytes, or all if there are fewer; abandon the rest. Raises as `batches` does."""
         found = b""
         async with contextlib.aclosing(self.batches()) as batches:
             while len(found) < count and (data := await anext(batches, b"")):
@@ -143,7 +141,7 @@ class DataStream:
         return found[:count]
 
     async def batches(self) -> AsyncGenerator[bytes]:
-        """Yield the body in batches; UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
+        """Yield the body in batches. Raises UpstreamUnreachable or UpstreamTimeout if it ends early or stalls."""
         buffer = memoryview(bytearray(min(BATCH, self._left)))
         with self._errors.counted():
             while self._left:
@@ -157,7 +155,7 @@ class DataStream:
             write(offset, buffer[: self._fill(buffer)])
 
     def _fill(self, buffer: memoryview) -> int:
-        """Read until the buffer or the body is full, or what has come should wait no longer; at least a byte."""
+        """Read at least a byte, until the buffer is full, the body ends, or bytes should be held back no longer."""
         response, filled, until = self._response, 0, 0.0
         room = min(len(buffer), self._left)
         problem: UpstreamError | None = None
@@ -178,7 +176,7 @@ class DataStream:
                             f"expected {self._left - filled} more bytes, got the end of the response"
                         )
         except UpstreamError as error:
-            # These bytes are here: the failure is for the next read.
+            # Hand on the bytes that came: the next read fails again.
             if not filled:
                 raise
             problem = error

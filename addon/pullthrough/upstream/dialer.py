@@ -1,7 +1,7 @@
-"""Connections to other servers, for threads: by name and port, through the parent proxy where one is prescribed.
+"""Connections to other servers, for threads: by name and port, through the parent proxy if one is configured.
 
-Invariant: the chain and the host name of every TLS server are verified; a name is connected to only at addresses that
-the rules let through; the parent's credentials go to the parent alone. No message quotes what was sent.
+Invariant: the certificate chain and host name of every TLS server are verified; a name is connected to only at
+addresses that the rules allow; the parent's credentials go to the parent alone. No message quotes what was sent.
 """
 
 import contextlib
@@ -28,48 +28,48 @@ from pullthrough.upstream.resolver import AddressRules
 from pullthrough.upstream.wording import worded
 
 CONNECT_S: Final = 10.0
-"""How long the addresses of a name may take together, and then each handshake."""
+"""How long all addresses of a name may take together to connect, and then each handshake."""
 SILENT_S: Final = 60.0
-"""How long the other end may take no byte, and give none, unless the caller says otherwise."""
+"""How long the server may neither take nor send a byte, unless the caller says otherwise."""
 _TICK_S: Final = 0.25
-"""How often a connection attempt looks whether it is still wanted: a socket that is connecting cannot be shut down."""
+"""How often a connection attempt checks whether it is still wanted: a connecting socket cannot be shut down."""
 _UNDER_WAY: Final = (0, errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0))
 
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # which costs no descriptor
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)  # they need no descriptor
 
 
 class Caller:
-    """Who wants a connection, for as long as it does: `stop` may come from any thread, and frees what blocks."""
+    """A party that wants a connection. `stop`, which any thread may call, ends its blocking calls."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
         self._sock: socket.socket | None = None
 
     def stop(self) -> None:
-        """Let what is under way end with UpstreamUnreachable."""
+        """Make what is under way raise UpstreamUnreachable."""
         self._stop.set()
         if (sock := self._sock) is not None:
-            with contextlib.suppress(OSError):  # it is not connected yet, or no more
-                # Not the method of a TLS socket, which would have it go on in the clear.
+            with contextlib.suppress(OSError):  # not connected yet, or no longer
+                # Not SSLSocket.shutdown, which would let the connection go on in the clear.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     @property
     def stopped(self) -> bool:
-        """Whether nobody wants it any more."""
+        """Whether the connection is no longer wanted."""
         return self._stop.is_set()
 
     def pause(self, seconds: float) -> None:
-        """Do nothing for so long. UpstreamUnreachable once stopped."""
+        """Sleep. Raises UpstreamUnreachable once stopped."""
         self._stop.wait(seconds)
         self.check()
 
     def watch(self, sock: socket.socket | None) -> None:
-        """Shut this socket down when stopped. Raises UpstreamUnreachable if that has happened."""
+        """Shut this socket down when stopped. Raises UpstreamUnreachable if already stopped."""
         self._sock = sock
         self.check()
 
     def check(self) -> None:
-        """UpstreamUnreachable once stopped."""
+        """Raise UpstreamUnreachable once stopped."""
         if self.stopped:
             raise UpstreamUnreachable("nobody wants it any more")
 
@@ -79,23 +79,23 @@ class Dialed:
 
     def __init__(self, sock: socket.socket, layer: Layer, proxy: Proxy | None) -> None:
         self.sock = sock
-        """Of the first leg, to wait on."""
+        """The socket of the first leg, to wait on."""
         self.proxy = proxy
-        """What is asked in absolute form in the server's place; None for the server itself, or a tunnel to it."""
+        """The proxy that takes requests in absolute form; None if the server is reached directly or by a tunnel."""
         self.used = time.monotonic()
-        """When it was last of use."""
+        """When the connection was last used (monotonic seconds)."""
         self._layer = layer
 
     def take(self, buffer: memoryview) -> int | None:
-        """Read what is there; 0 at the end, None if nothing has come. Raises OSError if the connection fails."""
+        """Read what has come; 0 at the end, None if nothing has come. Raises OSError if the connection fails."""
         return self._layer.read_into(buffer)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until `take` may have more; False if it has not within the time."""
+        """Wait until `take` may have more. Return False if nothing comes in time."""
         return _wait(self.sock, self._layer.wants or selectors.EVENT_READ, timeout_s)
 
     def read_into(self, buffer: memoryview, timeout_s: float = SILENT_S) -> int:
-        """Read at least a byte; 0 at the end. Raises OSError if the connection fails, TimeoutError among them."""
+        """Read at least a byte; 0 at the end. Raises OSError if the connection fails, TimeoutError if it stalls."""
         return _until(self.sock, self._layer, lambda: self._layer.read_into(buffer), timeout_s)
 
     def read(self) -> bytes:
@@ -111,16 +111,16 @@ class Dialed:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the other end has kept silent: one that has something to say when not asked is of no use."""
+        """Whether the server has been silent: a connection with unrequested bytes cannot be used again."""
         return not _wait(self.sock, selectors.EVENT_READ, 0.0)
 
     def close(self) -> None:
-        """Let go of it at once."""
+        """Close the connection at once."""
         self.sock.close()
 
 
 class Dialer:
-    """Opens connections from threads."""
+    """An opener of connections, for threads."""
 
     def __init__(self, context: ssl.SSLContext, rules: AddressRules, parents: ParentProxies, loop: LoopGuard) -> None:
         """`context` verifies; `rules` say which addresses a name may lead to."""
@@ -130,7 +130,7 @@ class Dialer:
         self._loop = loop
 
     def dial(self, endpoint: Endpoint, caller: Caller | None = None) -> Dialed:
-        """Return a connection to the endpoint. UpstreamUnreachable, UpstreamTimeout, or AddressRefused."""
+        """Return a connection to the endpoint. Raises UpstreamUnreachable, UpstreamTimeout or AddressRefused."""
         proxy = self._parents.of(endpoint.scheme, endpoint.host, endpoint.port)
         first = Endpoint(proxy.scheme, proxy.host, proxy.port) if proxy is not None else endpoint
         caller = caller or Caller()
@@ -159,9 +159,7 @@ class Dialer:
         return Dialed(sock, layer, proxy)
 
     def _connect(self, host: str, port: int, caller: Caller) -> socket.socket:
-        """Return a socket that is connected to one of the name's addresses; each is given DELAY_S before the
-        next joins.
-        """
+        """Return a socket connected to one of the name's addresses; each has DELAY_S before the next is tried too."""
         try:
             entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
@@ -214,7 +212,7 @@ class Dialer:
         fields = [("Host", endpoint.authority), (CDN_LOOP, self._loop.identifier), *proxy.fields.items()]
         _send(sock, layer, connection.send(h11.Request(method="CONNECT", target=endpoint.authority, headers=fields)))
         _send(sock, layer, connection.send(h11.EndOfMessage()))
-        # Byte by byte: what follows the head is the server's.
+        # Byte by byte: what follows the head belongs to the TLS connection with the server.
         byte = memoryview(bytearray(1))
         while (event := connection.next_event()) is h11.NEED_DATA or isinstance(event, h11.InformationalResponse):
             if event is h11.NEED_DATA:
@@ -228,7 +226,7 @@ class Dialer:
 
 @contextlib.contextmanager
 def _blamed_on(proxy: Proxy | None) -> Iterator[None]:
-    """What goes wrong on the way to the parent proxy, where there is one, is told of it."""
+    """Name the parent proxy, if there is one, in the errors of the way to it."""
     try:
         yield
     except (UpstreamUnreachable, UpstreamTimeout) as error:
@@ -239,7 +237,7 @@ def _blamed_on(proxy: Proxy | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def translated(endpoint: Endpoint | None = None) -> Iterator[None]:
-    """What the network and the peer do, as errors of ours; without the bytes that they sent."""
+    """Turn the failures of network and peer into our errors, which quote no bytes that were received."""
     where = f"{endpoint.host}:{endpoint.port}: " if endpoint is not None else ""
     try:
         yield
@@ -252,7 +250,7 @@ def translated(endpoint: Endpoint | None = None) -> Iterator[None]:
 
 
 def _until(sock: socket.socket, layer: Layer, once: Callable[[], int | None], timeout_s: float) -> int:
-    """Return what `once` returns when it need not wait any more; TimeoutError if nothing happens for that long."""
+    """Call `once` until it need not wait, and return its result. Raises TimeoutError if nothing happens for so long."""
     while (result := once()) is None:
         if not _wait(sock, layer.wants, timeout_s):
             raise TimeoutError

@@ -1,7 +1,7 @@
-"""Who answers in a registry's place, and what was seen of it last: a captive portal, a web filter, a gateway.
+"""What answers in a registry's place (a captive portal, a web filter, a gateway), as last seen.
 
-Invariant: an answer that is handed on by `judged` has the shape of a registry's. What is remembered and logged is a
-status, a media type and a length, and nothing of a page's text.
+Invariant: an answer that `judged` hands on has the form of a registry's. What is remembered and logged is a status, a
+media type and a length, and nothing of a page's text.
 """
 
 import logging
@@ -24,13 +24,13 @@ _log = logging.getLogger(__name__)
 
 REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 HEAD_UNKNOWN: Final = frozenset({405, 501})
-"""What a server says to HEAD that answers GET."""
+"""What a server may answer to HEAD although it answers GET."""
 TOO_MANY_REQUESTS: Final = 429
 _NOT_IMPLEMENTED: Final = 501
 LOGGED_S: Final = 600.0
-"""How often a line is logged of the same kind of trouble."""
+"""How often a line about the same kind of trouble is logged."""
 KINDS: Final = 256
-"""Of how many kinds it is remembered when that was."""
+"""How many kinds are remembered with the time of their last line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +49,14 @@ class Trouble:
     when: float
     """Unix seconds."""
     what: str
-    """Status and type, or what did not agree."""
+    """Status and media type, or what did not agree."""
 
 
 class Impostors:
-    """What answered last in the place of each registry, until the registry itself does."""
+    """What last answered in place of each registry, forgotten once the registry itself answers."""
 
     def __init__(self, registries: Collection[str], errors: Errors, reachability: Reachability) -> None:
-        """`reachability` is told of each answer whose it is: the registry's, or an impostor's."""
+        """`reachability` is told whether each answer came from the registry or from an impostor."""
         self.seen: dict[str, Trouble] = {}
         """By the registry's name."""
         self._registries = registries
@@ -70,10 +70,10 @@ class Impostors:
         return [f"something else answers in the place of {host}: {trouble.what}" for host, trouble in self.seen.items()]
 
     def judged(self, host: str, response: Response, *, head: bool = False) -> Response:
-        """Return the response, if it is the registry's own word. NotTheRegistry otherwise.
+        """Return the response if it is the registry's own. Raises NotTheRegistry otherwise.
 
-        429 and 5xx mean the same whoever says them: not now. What comes with them is the registry's or is left out.
-        What a HEAD gets instead of a registry's yes or no is not remembered: a GET will tell.
+        429 and 5xx mean "not now" whoever sends them; their body is dropped unless it is the registry's. What something
+        else answers to a HEAD is not remembered: a GET will tell.
         """
         status, fields = response.status, response.headers
         if status >= 400 and not is_refusal(status, fields, response.body, head=head):
@@ -94,21 +94,21 @@ class Impostors:
         return response
 
     def unjudged(self, host: str, response: Response) -> Response:
-        """Return an answer that has no shape to tell a registry by. Somebody is there, unless it is a page."""
+        """Return an answer that has no form to recognise a registry by. Any but a page shows that the host answers."""
         if not is_page(response.headers):
             self._reachability.answered(host, response.status)
         return response
 
     def displaced(self, host: str, what: str) -> NotTheRegistry:
-        """Return the error for an answer that is not the registry's, once it is remembered and counted."""
+        """Remember and count an answer that is not the registry's, and return the error for it."""
         self._remember(host, what)
         self._errors[NotTheRegistry] += 1
         return NotTheRegistry(f"something else answered in the place of {host}: {what}")
 
     def disagreeing(self, host: str, what: str, detail: str) -> Disagreement:
-        """Return the error for an answer that is not the blob as far as it is known, once it is remembered and counted.
+        """Remember and count an answer that contradicts what is known of the blob, and return the error for it.
 
-        `what` is the kind of it, which is remembered; `detail` is for this one message.
+        `what` is the kind of contradiction, which is remembered; `detail` is for this one message.
         """
         self._remember(host, what)
         self._errors[Disagreement] += 1
@@ -128,6 +128,6 @@ class Impostors:
             _log.warning(said, host, what, extra=SHOWN)
 
     def _stays(self, host: str, location: str) -> bool:
-        """Return whether a redirect leads to the registry again, or to another one that is configured."""
+        """Return whether a redirect leads back to the registry, or to another configured one."""
         there = URL(join(f"https://{host}", location), encoded=True)
         return there.scheme == "https" and there.host in (host, *self._registries)

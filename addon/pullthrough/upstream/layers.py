@@ -1,6 +1,6 @@
-"""What a connection's bytes pass through on their way out of this machine: nothing, TLS, or TLS within TLS.
+"""The layers of an outgoing connection: plain, TLS, or TLS within TLS.
 
-Invariant: no call blocks; bytes are handed out in order, and a failure only behind those that came before it.
+Invariant: no call blocks; bytes are handed out in order, and a failure only after the bytes that came before it.
 """
 
 import selectors
@@ -11,19 +11,19 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 READ: Final = 256 << 10
-"""Bytes that are read at once where the caller has no wish of its own."""
+"""Bytes read at once unless the caller says otherwise."""
 
 
 class Layer(Protocol):
-    """Bytes in and out without blocking: None where that would be needed, and `wants` says for what."""
+    """Bytes in and out without blocking: None where a call would block, and `wants` says on what."""
 
     wants: int
 
     def read_into(self, buffer: memoryview) -> int | None:
-        """Read what is there; 0 at the end. Raises OSError if the connection fails."""
+        """Read what has come; 0 at the end. Raises OSError if the connection fails."""
 
     def write(self, data: memoryview) -> int | None:
-        """Send what can be sent at once; says how much. Raises OSError if the connection fails."""
+        """Send what can be sent at once and return how much. Raises OSError if the connection fails."""
 
 
 class Plain:
@@ -49,7 +49,7 @@ class Plain:
 
 
 _TURN: Final = threading.Lock()
-"""Held while records are read: threads that did so at once would hand the interpreter to each other at each of them."""
+"""Held while records are read: threads doing so at once would pass the interpreter lock on at every record."""
 
 
 class Tls:
@@ -59,13 +59,13 @@ class Tls:
         self.wants = 0
         self.sock = sock
         self._problem: OSError | None = None
-        """For the next read: it came behind bytes."""
+        """A failure that came after bytes, to be raised by the next read."""
 
     def read_into(self, buffer: memoryview) -> int | None:
         if self._problem is not None:
             raise self._problem
-        # A call returns one record, of 16 KiB at most: what there is of them is read in one go. The standard library
-        # counts what the buffer holds, which takes longer than the record, unless it is told.
+        # A call returns one record, of 16 KiB at most: all that have come are read in one go. Without an explicit size
+        # the standard library computes the buffer's, which takes longer than the record.
         filled, size, receive = 0, len(buffer), self.sock.recv_into
         try:
             with _TURN:
@@ -122,7 +122,7 @@ class InnerTls:
             return 0
 
     def write(self, data: memoryview) -> int | None:
-        # What was taken is sent before more is taken.
+        # What was accepted is sent before more is accepted.
         return self._do(lambda: self._tls.write(data)) if self._flush() else None
 
     def handshake(self) -> int | None:
@@ -153,7 +153,7 @@ class InnerTls:
                 return result
 
     def _flush(self) -> bool:
-        """Send what TLS has to say; False if not all of it could be."""
+        """Send what TLS has produced; False if not all of it could be sent."""
         while self._unsent or self._outgoing.pending:
             self._unsent = self._unsent or memoryview(self._outgoing.read())
             count = self._outer.write(self._unsent)

@@ -1,9 +1,9 @@
-"""Whether the servers that this cache draws on answer: the registries, the blob host, the fleet's object store.
+"""Whether the servers that this cache uses answer: the registries, the blob host, the fleet's object store.
 
 The one source for the status page, the metrics, `/readyz`, `stats` and the doctor.
 
-Invariant: a server is up because it has answered, and down because an attempt to ask it has failed, for the reason that
-is told; a failed attempt that began before the last answer proves nothing. No reason quotes an address with a query.
+Invariant: a server is up because it has answered, and down because an attempt to ask it failed for the given reason; a
+failed attempt that began before the last answer proves nothing. No reason quotes an address with a query.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from pullthrough.core.errors import AddressRefused, Offline, TierError, Upstream
 _log = logging.getLogger(__name__)
 
 OBJECT_STORE: Final = "object store"
-"""Its name here, whatever its URL."""
+"""The object store's name here, whatever its URL."""
 OFFLINE: Final = "offline"
 _FAILURES: Final = (UpstreamUnreachable, UpstreamTimeout, AddressRefused, TierError)
 NOBODY: Final = "nobody has needed it since the start"
@@ -57,17 +57,17 @@ class Fetching(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A server, as it has been found last."""
+    """A server, as it was last found."""
 
     role: Role
     host: str
     state: State = State.NOT_ASKED
     why: str = ""
-    """The reason why it is down, or has not been asked."""
+    """Why the server is down, or has not been asked."""
     since: float | None = None
-    """Unix seconds of its coming to this state; None before anybody has asked."""
+    """When it entered this state, Unix seconds; None before it was first asked."""
     asked: float | None = None
-    """Unix seconds of what was found last."""
+    """When it was last found so, Unix seconds."""
 
     def __str__(self) -> str:
         since = f" since {datetime.fromtimestamp(self.since, UTC):%Y-%m-%d %H:%M:%S} UTC" if self.since else ""
@@ -84,35 +84,35 @@ class Reachability:
             found.append(Service(Role.BLOB_HOST, settings.blob_host, why=why))
         self._services = {service.host: service for service in found}
         if settings.object_store is not None:
-            # `offline` is not about it.
+            # The option `offline` does not apply to it.
             self._services[OBJECT_STORE] = Service(Role.OBJECT_STORE, settings.object_store, why=NOBODY)
         self._heard: dict[str, float] = {}
-        """Monotonic seconds of what was found last."""
+        """Monotonic seconds of the last answer or failure."""
         self._answered: dict[str, float] = {}
         """Monotonic seconds of the last answer."""
         self._news = asyncio.Event()
 
     @property
     def services(self) -> tuple[Service, ...]:
-        """All of them: the registries, the blob host, the object store."""
+        """All servers: the registries, the blob host, the object store."""
         return tuple(self._services.values())
 
     def find(self, name: str) -> Service | None:
-        """Return a server by its host name, or OBJECT_STORE; None for a host of somebody else's."""
+        """Return a server by its host name or OBJECT_STORE; None for any other host."""
         return self._services.get(name)
 
     def quiet_s(self, name: str) -> float:
-        """Return how long nothing has been found out about a server; infinity where nothing ever has."""
+        """Return how long ago a server last answered or failed, in seconds; infinity if it never has."""
         return time.monotonic() - self._heard.get(name, -math.inf)
 
     async def news(self) -> None:
-        """Wait until anything more is found out."""
+        """Wait until a server answers or fails."""
         self._news.clear()
         await self._news.wait()
 
     @contextlib.contextmanager
     def asking(self, name: str) -> Iterator[None]:
-        """Note the failure to ask a server that leaves the block."""
+        """Note a failure to ask a server that leaves the block."""
         began = time.monotonic()
         try:
             yield
@@ -123,7 +123,7 @@ class Reachability:
             raise
 
     def answered(self, name: str, status: int = 200) -> None:
-        """Note that a server has answered. With 500 and above it says that it cannot serve."""
+        """Note that a server has answered. A status of 500 or above says that it cannot serve."""
         if status >= 500:
             self.failed(name, f"it answers {status}")
             return
@@ -154,7 +154,7 @@ class Reachability:
 def fetching(services: Iterable[Service]) -> Fetching:
     """Return whether what is not stored can be fetched, as far as is known.
 
-    The object store does not count: what it has can be had from upstream too.
+    The object store does not count: upstream has everything that it has.
     """
     registries = {service.state for service in services if service.role is Role.REGISTRY}
     blob_hosts = {service.state for service in services if service.role is Role.BLOB_HOST}

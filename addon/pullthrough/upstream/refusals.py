@@ -1,4 +1,4 @@
-"""Tell a registry's own words from a page that answers in its place: a captive portal, a web filter, a gateway.
+"""Tells a registry's own refusals from a page that answers in its place: a captive portal, a web filter, a gateway.
 
 Invariant: a status alone proves nothing. Pure: knows status, fields and the first bytes of a body.
 """
@@ -9,12 +9,12 @@ from typing import Final
 from pullthrough.core.bounded_json import loads
 
 REFUSAL_LIMIT: Final = 64 << 10
-"""Bytes of a refusal's body that are looked at; a registry's have some hundred."""
+"""Bytes of a refusal's body that are looked at; a registry's has a few hundred."""
 
 _KEYS: Final = frozenset({"errors", "message", "error"})
-"""One of them is in the JSON of a refusal (OCI distribution-spec, "Error codes"; client2; hf.co)."""
+"""The JSON of a refusal has one of these (OCI distribution-spec, "Error codes"; client2; hf.co)."""
 _PLAIN: Final = frozenset({404, 412})
-"""What Ollama's registry says in plain text: its router's "404 page not found", and that the client is too old."""
+"""Statuses that Ollama's registry sends with plain text: its router's "404 page not found", and "client too old"."""
 
 
 def media_type(headers: Mapping[str, str]) -> str:
@@ -28,9 +28,7 @@ def is_page(headers: Mapping[str, str]) -> bool:
 
 
 def is_refusal(status: int, headers: Mapping[str, str], body: bytes, *, head: bool = False) -> bool:
-    """Return whether a response of 400 and above has the shape of a registry's. One to a HEAD has only its fields
-    to show.
-    """
+    """Return whether a response of 400 or above has the form of a registry's; one to a HEAD is known by its fields."""
     if is_page(headers):
         return False
     if "WWW-Authenticate" in headers:
@@ -45,7 +43,7 @@ def is_refusal(status: int, headers: Mapping[str, str], body: bytes, *, head: bo
 
 
 def described(status: int, headers: Mapping[str, str]) -> str:
-    """Status and media type, for people; nothing of what the page says."""
+    """Return status and media type, for people, and nothing of the page's text."""
     kind = media_type(headers)
     challenge = ", a challenge for browsers" if "cf-mitigated" in headers else ""
     return f"{status} {kind[:60] or 'without a type'}{challenge}"

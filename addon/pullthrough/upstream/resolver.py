@@ -1,6 +1,6 @@
 """Which addresses a name may lead to, for our own connections.
 
-Invariant: a name is resolved only to addresses that the policy lets through, all of them or none.
+Invariant: a name is resolved only to addresses that the policy allows, all of them or none.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -11,14 +11,14 @@ from pullthrough.net.address_policy import AddressPolicy, check_elsewhere
 
 @dataclass
 class Named:
-    """What the option `upstream` names, and by which addresses that was found: a parent cache redirects to its own."""
+    """The endpoints of the option `upstream`, and their addresses: a parent cache redirects to its own address."""
 
     endpoints: set[tuple[str, int]]
     addresses: set[tuple[str, int]] = field(default_factory=set)
 
 
 class AddressRules:
-    """Which addresses a name may lead to."""
+    """The rules for the addresses that a name may lead to."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class AddressRules:
         named: Named,
         near: Collection[tuple[str, int]] = (),
     ) -> None:
-        """`near` are (host, port) of the fleet's own, of any address; it may grow."""
+        """`near` are the fleet's (host, port), allowed at any address; the collection may grow."""
         self._policy = policy
         self._intercepted = intercepted
         self._own = own
@@ -38,7 +38,7 @@ class AddressRules:
         self._near = near
 
     def check(self, host: str, port: int, addresses: Sequence[str]) -> None:
-        """Raise AddressRefused if the name has led to an address that we never connect to. From any thread."""
+        """Raise AddressRefused if the name led to an address that we never connect to. For any thread."""
         if (host, port) in self._named.addresses:
             return
         if not self._policy.is_exempt(host, port) and (host, port) not in self._near:

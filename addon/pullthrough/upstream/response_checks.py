@@ -1,7 +1,7 @@
-"""Check a response with a blob's bytes against what was asked: one check, one error each, as nginx's slice filter.
+"""Checks of a response with a blob's bytes against the request: an error for each check, like nginx's slice filter.
 
-Invariant: an interval is returned only if the response's every claim about itself fits the request. Pure: knows
-status and header fields, no connection and no bytes.
+Invariant: an interval is returned only if every claim that the response makes about itself fits the request. Pure:
+knows status and header fields, no connection and no bytes.
 """
 
 import re
@@ -25,12 +25,12 @@ _RELAYED: Final = (
 
 
 LONGEST_BLOB: Final = 1 << 53
-"""Bytes; more are no size but a mistake, and JSON readers may not tell it from the next one (RFC 8259 section 6)."""
+"""Bytes. Anything longer is a mistake, and JSON readers may confuse it with its neighbour (RFC 8259 section 6)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """The response carries `[start, stop)` of a blob of `length` bytes."""
+    """The part `[start, stop)` that a response carries of a blob of `length` bytes."""
 
     start: int
     stop: int
@@ -40,8 +40,8 @@ class Extent:
 def check_data(status: int, headers: Mapping[str, str], *, asked: tuple[int, int] | None, length: int | None) -> Extent:
     """Return what a response to a GET of `[asked)` (None: of the whole) carries.
 
-    `headers` finds names in any case; `length` is the complete length where it is known. SourceExpired,
-    UpstreamRefused (429, 5xx) or UnexpectedResponse otherwise.
+    `headers` finds names in any case; `length` is the complete length if known. Raises SourceExpired, UpstreamRefused
+    (429, 5xx) or UnexpectedResponse otherwise.
     """
     if status in SOURCE_GONE:
         raise SourceExpired(status, relayable(headers))
@@ -51,7 +51,7 @@ def check_data(status: int, headers: Mapping[str, str], *, asked: tuple[int, int
         return Extent(0, 0, 0)
     told = _UNSATISFIED.fullmatch(headers.get("Content-Range", "").strip()) if status == 416 else None
     if told is not None and length and int(told[1]) < length:
-        # What was asked for lies within what was expected: the blob is shorter.
+        # The request lay within the expected length: the blob is shorter.
         raise LengthContradicted(str(length), int(told[1]))
     if status not in (200, 206) or (status == 206 and asked is None):
         raise UnexpectedResponse(f"expected {'200' if asked is None else '206 or 200'}, got {status}")
@@ -63,7 +63,7 @@ def check_data(status: int, headers: Mapping[str, str], *, asked: tuple[int, int
     text = headers.get("Content-Length", "")
     content_length = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
     if content_length is None:
-        # Without it an early end looks like the end.
+        # Without it a body that breaks off looks complete.
         raise UnexpectedResponse(f"expected a Content-Length, got {text!r}")
     if status == 200:
         extent = Extent(0, content_length, content_length)
@@ -83,9 +83,9 @@ def check_data(status: int, headers: Mapping[str, str], *, asked: tuple[int, int
 
 
 def check_length(length: int, sizes: Collection[int]) -> None:
-    """Raise LengthContradicted unless a blob that has one of these `sizes`, if they are known, may be so long.
+    """Raise LengthContradicted unless `length` is one of the blob's possible `sizes`.
 
-    Of unknown size it is anything but empty: only one digest is that of nothing, and its size is known.
+    If none is known, the blob is not empty: only one digest is that of no bytes, and its size is known.
     """
     if sizes and length not in sizes:
         raise LengthContradicted(" or ".join(map(str, sorted(sizes)[:4])), length)
@@ -94,5 +94,5 @@ def check_length(length: int, sizes: Collection[int]) -> None:
 
 
 def relayable(headers: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the fields of an upstream answer that a client may need."""
+    """Return the fields of an upstream response that a client may need."""
     return [(name, headers[name]) for name in _RELAYED if name in headers]

@@ -1,6 +1,6 @@
-"""What the network says is wrong, in words for people.
+"""Network errors in words for people.
 
-Invariant: the system's and TLS's own words, without error numbers and without anything that a peer sent.
+Invariant: the words are the system's and TLS's own, without error numbers and without anything that a peer sent.
 """
 
 import os
