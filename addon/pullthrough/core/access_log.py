@@ -1,7 +1,7 @@
-"""One line per answered request, the same whichever port it came to, and the count of them.
+"""One log line per answered request, the same for every port, and counts of them.
 
-Invariant: query strings are cut: they may be capabilities. The fields beside a line's text have the same names for
-good: scripts read them.
+Invariant: query strings are cut, because they may be capabilities. The names of the fields beside a line's text never
+change: scripts read them.
 """
 
 import logging
@@ -14,22 +14,22 @@ from pullthrough.core.cache_status import CacheStatus, Outcome
 _log = logging.getLogger(__name__)
 
 SHOWN: Final = {"is_shown": True}
-"""For the `extra` of a line that anybody may see on the page: it names no model, no blob and no client."""
+"""For the `extra` of a line that anybody may see on the status page: it names no model, no blob and no client."""
 
 
 class RequestLog:
-    """Of one daemon."""
+    """The requests of one daemon."""
 
     def __init__(self) -> None:
         self.answers: Counter[tuple[Outcome, int]] = Counter()
-        """How many requests ended with an outcome and a status."""
+        """Requests by outcome and status."""
         self.sent = 0
-        """Bytes of blobs that went to clients."""
+        """Blob bytes sent to clients."""
         self.on_sent: Callable[[str, int], None] = lambda client, count: None
-        """Called with a client's address and the bytes of a body that it was sent."""
+        """Called with a client's address and the number of body bytes that were sent to it."""
 
     def answer(self, client: str, method: str, target: str, status: int, cache: CacheStatus) -> None:
-        """A request that was answered at once."""
+        """Log a request that was answered at once."""
         fields = self._count(client, method, target, status, cache)
         _log.info("%s %s %s -> %d %s", client, method, fields["path"], status, cache, extra={"fields": fields})
 
@@ -45,7 +45,7 @@ class RequestLog:
         seconds: float,
         problem: str,
     ) -> None:
-        """A body has been sent; `problem` is why it ended before its time, "" if it did not."""
+        """Log a body that was sent; `problem` is why it ended early, "" if it did not."""
         fields = self._count(client, method, target, status, cache)
         fields |= {"bytes": sent, "seconds": round(seconds, 3), "problem": problem}
         self.sent += sent

@@ -1,6 +1,6 @@
-"""JSON from outside, within bounds: a few bytes of it may stand for many objects, and brackets for a deep stack.
+"""JSON from outside, within bounds: a few bytes can stand for many objects, and brackets for a deep stack.
 
-Invariant: what is returned took memory in proportion to `limit`; everything else is ValueError.
+Invariant: a returned value took memory in proportion to `limit`; anything else raises ValueError.
 """
 
 import json
@@ -14,10 +14,10 @@ _SEPARATOR: Final = re.compile(rb"[,\[{]")
 
 
 def loads(body: bytes, *, limit: int) -> Any:
-    """Return the value of at most `limit` bytes. Raises ValueError if they are no JSON, too many, or too nested."""
+    """Parse at most `limit` bytes. Raises ValueError if they are not JSON, too many, or too deeply nested."""
     if len(body) > limit:
         raise ValueError(f"expected at most {limit} bytes of JSON, got {len(body)}")
-    # Also counts those in strings: none that are meant to be read have so many.
+    # This also counts separators in strings: no real document has so many.
     if sum(1 for _ in _SEPARATOR.finditer(body)) > MAX_VALUES:
         raise ValueError(f"expected at most {MAX_VALUES} values in a document, got more")
     try:

@@ -1,4 +1,4 @@
-"""The words one exchange can end with, from RFC 9211, used alike in the Cache-Status field, the log and counters."""
+"""The outcomes of a request, from RFC 9211: the same words in the Cache-Status field, the log and the counters."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,11 +16,11 @@ class Outcome(StrEnum):
     STALE = "fwd=stale"
     """Stored but stale: forwarded to revalidate."""
     PARTIAL = "fwd=partial"
-    """Some of it is recorded, the rest is being recorded."""
+    """Part of it is recorded, and the rest is being recorded."""
     BYPASS = "fwd=bypass"
-    """Policy says that this is not for the cache."""
+    """The policy keeps this out of the cache."""
     REQUEST = "fwd=request"
-    """The request itself demanded upstream: credentials, a push."""
+    """The request itself required upstream: credentials, a push."""
 
 
 @dataclass(frozen=True, slots=True)

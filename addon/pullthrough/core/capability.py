@@ -1,7 +1,7 @@
-"""The signed query of a canonical blob address: who holds it may read that one blob until it expires.
+"""The signed query of a canonical blob address: whoever holds it may read that one blob until it expires.
 
-Invariant: a query verifies only if this very secret signed this digest, size and expiry. Like a presigned
-object-store URL (the thing it stands in for) it is a bearer right and is cut from logs.
+Invariant: a query verifies only if this very secret signed this digest, size and expiry. Like the presigned
+object-store URL that it stands in for, it is a bearer right and is cut from logs.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pullthrough.core.digest import Digest
 
 LIFETIME_S = 24 * 3600
-"""As long as the registry's own signatures live (X-Amz-Expires=86400 since 2024-08)."""
+"""The lifetime of the registry's own signatures (X-Amz-Expires=86400 since 2024-08)."""
 
 _QUERY = re.compile(r"size=(\d{1,16})&expires=(\d{1,12})(&offload=1)?&access=([0-9a-f]{64})", re.ASCII)
 
@@ -25,7 +25,7 @@ class Capability:
     size: int
     expires: int
     offload: bool = False
-    """Its holder may be redirected to the fleet's object store."""
+    """The holder may be redirected to the fleet's object store."""
 
     def to_query(self, secret: bytes) -> str:
         """Return the query string, without the question mark."""
@@ -38,14 +38,12 @@ class Capability:
 
 
 def is_claimed(query: str) -> bool:
-    """Return whether `query` has the form of a capability, whoever signed it for whatever and until whenever."""
+    """Return whether `query` has the form of a capability, valid or not."""
     return _QUERY.fullmatch(query) is not None
 
 
 def verify(query: str, digest: Digest, *, secret: bytes, now: float) -> Capability | None:
-    """Return the capability that `query` carries for `digest`; None if it is foreign, altered, for another blob or
-    expired.
-    """
+    """Return the capability in `query`; None if it is foreign, altered, expired or for another blob than `digest`."""
     match = _QUERY.fullmatch(query)
     if match is None:
         return None

@@ -16,19 +16,19 @@ _FORM = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
 
 
 LETTERS: Final = 71
-"""Of a digest."""
+"""The length of a digest's hexadecimal."""
 
 
 class Digest(str):
     """The sha256 of a blob, normalised: the text `sha256:<64 hex>`.
 
-    A text, because digests are hashed and compared by the hundred thousand.
+    A subclass of str, because digests are hashed and compared by the hundred thousand.
     """
 
     __slots__ = ()
 
     def __new__(cls, hexadecimal: str) -> Self:
-        """Of 64 lower-case hexadecimal digits."""
+        """`hexadecimal` is 64 lower-case digits."""
         return super().__new__(cls, f"sha256:{hexadecimal}")
 
     def __getnewargs__(self) -> tuple[str]:
@@ -36,7 +36,7 @@ class Digest(str):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`sha256:<64 hex>` or `sha256-<64 hex>` in any case; InvalidRequest otherwise."""
+        """Parse `sha256:<64 hex>` or `sha256-<64 hex>`, in any case. Raises InvalidRequest."""
         match = _FORM.fullmatch(text)
         if match is None:
             raise InvalidRequest(f"expected sha256:<64 hexadecimal digits>, got {text[:100]!r}")
@@ -44,12 +44,12 @@ class Digest(str):
 
     @property
     def hex(self) -> str:
-        """Bare, as hashlib gives it."""
+        """The bare hexadecimal, as hashlib gives it."""
         return self[7:]
 
     @property
     def file_name(self) -> str:
-        """The name used in folders, where a colon is not portable."""
+        """The name of the blob's file: a colon is not portable in one."""
         return f"sha256-{self.hex}"
 
     @property
@@ -59,7 +59,7 @@ class Digest(str):
 
 
 trusted: Final[Callable[[str], Digest]] = partial(str.__new__, Digest)
-"""The digest of the text that one is, unchecked; quick."""
+"""The digest of a text that is known to be one: fast and unchecked."""
 
 EMPTY: Final = Digest("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
-"""Of no bytes: the one digest whose size is known, and whose blob may be empty."""
+"""The digest of no bytes: the only one whose size is known, and whose blob may be empty."""

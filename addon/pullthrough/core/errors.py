@@ -7,21 +7,21 @@
     │   └── StoreUnwritable    a write to the store failed: pulls go on without it
     │       └── SourceDistrusted   what came had another digest, twice: pulls go on without the store for a while
     ├── NoSuchModel            a verb names a model that is not stored, or several (404)
-    ├── ModelPinned            a model that is to go is pinned (409)
+    ├── ModelPinned            a model to be removed is pinned (409)
     ├── ControlError           the daemon could not do what the command line asked
-    │   └── NoDaemon           nobody listens at the store's control socket
+    │   └── NoDaemon           nothing listens at the store's control socket
     ├── InvalidRequest         the client sent what no client may send (400)
     ├── Misdirected            the names on an intercepted connection disagree (421)
-    ├── TransferRefused        what is to be imported or exported is not whole, not right or not to be had
+    ├── TransferRefused        what is to be imported or exported is incomplete, wrong or not to be had
     ├── DigestMismatch         recorded bytes do not hash to their name: quarantined, never a hit
     ├── TierError              the fleet's object store could not be used: pulls go on without it
     ├── ForgedDocument         what lies in the object store was not written by this fleet: ignored
     └── UpstreamError          upstream could not be used (502)
         ├── UpstreamUnreachable    no answer at all: DNS, connect, TLS, reset
-        │   ├── Offline            nobody is to be asked (504)
+        │   ├── Offline            the options forbid asking upstream (504)
         │   └── NotTheRegistry     something else answered in the registry's place: a portal, a filter, a gateway
         ├── UpstreamTimeout        no answer in time (504)
-        ├── UpstreamRefused        an answer that settles the matter, to be relayed (its own status)
+        ├── UpstreamRefused        an answer to be relayed as final (its own status)
         ├── UnexpectedResponse     an answer that does not fit what was asked; never recorded
         │   ├── ValidatorChanged   the source serves another version than before
         │   ├── Disagreement       an answer to an anonymous request that is not the blob as far as it is known
@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from typing import Final
 
 MAX_RETRY_AFTER_S: Final = 3600.0
-"""The longest silence that an answer can ask for: nobody may silence the cache for a day by one field."""
+"""The longest Retry-After that is respected: one field must not silence the cache for a day."""
 
 
 class CacheError(Exception):
@@ -45,7 +45,7 @@ class CacheError(Exception):
 
     status_hint = 500
     discards = False
-    """What a recording that fails of it leaves behind is of no use to the next one."""
+    """Whether what a recording that fails so leaves behind is of no use to the next one."""
 
 
 class SettingsError(CacheError):
@@ -53,7 +53,7 @@ class SettingsError(CacheError):
 
 
 class CannotListen(SettingsError):
-    """An address of an option is taken, or not there: another start with the same options may go better."""
+    """An address to listen on is in use or does not exist: a later start with the same options may succeed."""
 
 
 class AuthorityError(CacheError):
@@ -61,7 +61,7 @@ class AuthorityError(CacheError):
 
 
 class StoreError(CacheError):
-    """The store folder cannot be used as it is."""
+    """The store folder cannot be used in its present state."""
 
 
 class StoreUnwritable(StoreError):
@@ -72,11 +72,11 @@ class StoreUnwritable(StoreError):
 
 
 class SourceDistrusted(StoreUnwritable):
-    """The blob's source has brought bytes of another digest lately, more than once: they are not recorded again."""
+    """The blob's source has lately sent bytes of another digest more than once, and is not recorded from for now."""
 
 
 class NoSuchModel(CacheError):
-    """What a user typed names no stored model, or more than one."""
+    """What the user typed names no stored model, or several."""
 
     status_hint = 404
 
@@ -88,7 +88,7 @@ class ModelPinned(CacheError):
 
 
 class ControlError(CacheError):
-    """The daemon said no, or broke off."""
+    """The daemon refused, or broke off."""
 
 
 class NoDaemon(ControlError):
@@ -108,11 +108,11 @@ class Misdirected(CacheError):
 
 
 class TransferRefused(CacheError):
-    """A model, folder or bundle cannot be carried over as it is."""
+    """A model, folder or bundle cannot be imported or exported as it is."""
 
 
 class DigestMismatch(CacheError):
-    """The bytes do not have the digest they were asked by."""
+    """The bytes do not have the digest by which they were asked for."""
 
     status_hint = 502
 
@@ -129,7 +129,7 @@ class TierError(CacheError):
 
 
 class ForgedDocument(CacheError):
-    """A document in the object store is not signed by the fleet, or not for its place."""
+    """A document in the object store is not signed by the fleet, or was signed for another place."""
 
 
 class UpstreamError(CacheError):
@@ -143,7 +143,7 @@ class UpstreamUnreachable(UpstreamError):
 
 
 class Offline(UpstreamUnreachable):
-    """The options say that no registry is contacted."""
+    """The options forbid contacting a registry."""
 
     status_hint = 504
 
@@ -169,7 +169,7 @@ class UpstreamRefused(UpstreamError):
 
     @property
     def retry_after_s(self) -> float:
-        """How long upstream wants to be left alone; 0 where it does not say so in seconds (RFC 9110 10.2.3)."""
+        """How long upstream asks us to wait; 0 if it does not say so in seconds (RFC 9110 section 10.2.3)."""
         for name, value in self.headers:
             if name.lower() == "retry-after" and value.isascii() and value.isdecimal():
                 return min(float(value[:8]), MAX_RETRY_AFTER_S)
@@ -193,7 +193,7 @@ class Disagreement(UnexpectedResponse):
 
 
 class LengthContradicted(UnexpectedResponse):
-    """The source tells another complete length than was expected, or than any that is claimed."""
+    """The source gives another complete length than was expected, or than any that is claimed."""
 
     def __init__(self, expected: str, actual: int) -> None:
         super().__init__(f"expected a complete length of {expected}, got {actual}")
@@ -204,7 +204,7 @@ class SourceExpired(UpstreamError):
     """The signed address of a blob is no longer accepted (401, 403, 404 or 410 from the CDN)."""
 
     def __init__(self, status: int, headers: Sequence[tuple[str, str]] = (), *, what: str = "") -> None:
-        """`what` describes an answer that has not the shape of a registry's refusal."""
+        """`what` describes an answer that does not look like a registry's refusal."""
         super().__init__(f"the source answered {status}")
         self.status = status
         self.headers = tuple(headers)
@@ -212,7 +212,7 @@ class SourceExpired(UpstreamError):
 
 
 class AddressRefused(UpstreamError):
-    """The destination's address is not one this cache connects to."""
+    """The address is one that this cache does not connect to."""
 
 
 class LoopDetected(AddressRefused):

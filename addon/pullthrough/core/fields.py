@@ -1,7 +1,7 @@
-"""Fields of upstream's answers, made safe to look at, to log and to send on.
+"""Fields of upstream's answers, made safe to read, to log and to send on.
 
-Invariant: a field that is kept is printable ASCII and no longer than its meaning needs; the others are as if they had
-not been sent (RFC 9110 section 5.5).
+Invariant: a field that is kept is printable ASCII and no longer than its meaning needs; all others are treated as not
+sent (RFC 9110 section 5.5).
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Final
 from multidict import CIMultiDict
 
 LONGEST: Final = 8190
-"""What the client library reads of one line; signed addresses have up to 2500 characters."""
+"""The most that the client library reads of one line; signed addresses have up to 2500 characters."""
 LONGEST_OF: Final = {
     "accept-ranges": 64,
     "content-encoding": 64,
@@ -24,7 +24,7 @@ LONGEST_OF: Final = {
     "retry-after": 64,
     "www-authenticate": 2048,
 }
-"""Characters, by the name in lower case."""
+"""The most characters of a field, by its name in lower case."""
 
 
 def cleaned(headers: Mapping[str, str]) -> CIMultiDict[str]:
@@ -33,6 +33,6 @@ def cleaned(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 
 def is_clean(name: str, value: str) -> bool:
-    """Return whether the field has printable ASCII only, and not too much of it."""
+    """Return whether the field is printable ASCII and not too long."""
     text = value.replace("\t", " ")
     return text.isascii() and text.isprintable() and len(text) <= LONGEST_OF.get(name.lower(), LONGEST)

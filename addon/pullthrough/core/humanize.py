@@ -16,11 +16,11 @@ _SPANS: Final = (
 GAP: Final = "    "
 NARROW_GAP: Final = "  "
 SHORTEST: Final = 9
-"""Characters of a shortened text that tell something yet."""
+"""The fewest characters with which a shortened text still says something."""
 
 
 def size_text(size: int) -> str:
-    """Say a size in decimal units, as Ollama does: `4.7 GB`, `274 MB`, `12 B`."""
+    """Return a size in decimal units, as Ollama writes it: `4.7 GB`, `274 MB`, `12 B`."""
     for unit, worth in _UNITS:
         if size >= worth:
             value = size / worth
@@ -29,7 +29,7 @@ def size_text(size: int) -> str:
 
 
 def ago_text(seconds: float | None) -> str:
-    """Say how long ago: `3 days ago`, `just now`; None is never."""
+    """Return how long ago: `3 days ago`, `just now`; None is never."""
     if seconds is None:
         return "never"
     for word, worth in _SPANS:
@@ -40,7 +40,7 @@ def ago_text(seconds: float | None) -> str:
 
 
 def count_text(count: int, noun: str) -> str:
-    """Say how many: `1 model`, `2 models`."""
+    """Return how many: `1 model`, `2 models`."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
@@ -51,9 +51,9 @@ def columns(rows: Sequence[Sequence[str]], *, gap: str = GAP) -> list[str]:
 
 
 def fitted(rows: Sequence[Sequence[str]], width: int, *, elastic: int, spare: Sequence[int] = ()) -> list[str]:
-    """Return the rows as lines of at most `width` characters, as far as that can be had.
+    """Return the rows as lines of at most `width` characters, as far as possible.
 
-    What is too wide gets narrower gaps, then loses the columns in `spare`, the first one first; then the cells of the
+    Rows that are too wide get narrower gaps, then lose the columns in `spare`, in that order; then the cells of the
     column `elastic` are shortened in the middle.
     """
     lines = columns(rows)
@@ -70,7 +70,7 @@ def fitted(rows: Sequence[Sequence[str]], width: int, *, elastic: int, spare: Se
 
 
 def shortened(text: str, width: int) -> str:
-    """Return the text in at most `width` characters, SHORTEST at least, by leaving out its middle."""
+    """Shorten the text to `width` characters, or SHORTEST if that is more, by leaving out its middle."""
     width = max(width, SHORTEST)
     if len(text) <= width:
         return text

@@ -51,7 +51,7 @@ class Intervals:
         return other
 
     def add(self, start: int, stop: int) -> None:
-        """Put `[start, stop)` in; merges with what it overlaps or touches."""
+        """Add `[start, stop)`, merged with the intervals that it overlaps or touches."""
         if start >= stop:
             return
         low = bisect_left(self._stops, start)
@@ -64,7 +64,7 @@ class Intervals:
         self._stops[low:high] = [stop]
 
     def remove(self, start: int, stop: int) -> None:
-        """Take `[start, stop)` out; what is not there is ignored."""
+        """Remove `[start, stop)`; offsets that are not in the set are ignored."""
         if start >= stop:
             return
         low = bisect_right(self._stops, start)

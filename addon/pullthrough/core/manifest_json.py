@@ -1,7 +1,7 @@
-"""The JSON of manifests and of manifest lists, read without trusting it.
+"""The JSON of manifests and manifest lists, parsed without trusting it.
 
 A manifest has `layers` and perhaps a `config`. A list, which Ollama accepts since 0.40, has `manifests`: each child
-is a reference to a blob that is a manifest (`digest`, `runner`, `format`, no size), or a whole manifest in place. The
+is a reference to a blob that is a manifest (`digest`, `runner`, `format`, no size), or a whole inline manifest. The
 `mediaType` inside the document tells them apart, as in the client (manifest package of 0.40), never the Content-Type.
 Invariant: whatever the bytes are, the result is a document or ValueError.
 """
@@ -20,23 +20,23 @@ LIST_TYPE: Final = "application/vnd.ollama.manifest.list.v2+json"
 OCI_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
 
 LONGEST: Final = 4 << 20
-"""Bytes of a document that is read; the largest of tensor models have a few hundred KiB."""
+"""The most bytes of a document; the largest, of tensor models, have a few hundred KiB."""
 
 MAX_SIZE: Final = 1 << 53
-"""Of a blob, in bytes: up to here all readers of JSON agree on integers (RFC 8259 section 6)."""
+"""The largest blob, in bytes: all JSON readers agree on integers up to here (RFC 8259 section 6)."""
 
 MAX_CHILDREN: Final = 64
-"""How many children of a list are followed; real ones have one for each runner."""
+"""How many children of a list are followed; real lists have one for each runner."""
 
 _ZERO: Final = re.compile(r"\s*q\s*=\s*0(\.0*)?\s*", re.IGNORECASE)
 
 
 PREFERENCE: Final = ("llamacpp", "ggml", "mlx")
-"""Which child clients choose, by its runner: the first that the list has (0.40; on Apple Silicon mlx comes first)."""
+"""Clients choose the child of the first of these runners in the list (0.40; on Apple Silicon mlx comes first)."""
 
 
 class Layer(NamedTuple):
-    """A blob of a model, as its manifest describes it; the config too."""
+    """A blob of a model as its manifest describes it, or the config."""
 
     digest: Digest
     size: int
@@ -47,29 +47,27 @@ class Child(NamedTuple):
     """A manifest that a list offers."""
 
     digest: Digest | None
-    """The blob that is the manifest; None for a manifest in place."""
+    """The blob that is the manifest; None for an inline manifest."""
     runner: str
     """In lower case, "" if the list names none: llamacpp, ggml, mlx."""
     format: str
     layers: tuple[Layer, ...]
-    """Of a manifest in place."""
+    """The layers of an inline manifest."""
 
 
 class Document(NamedTuple):
     """A manifest, or a list of manifests."""
 
     layers: tuple[Layer, ...] = ()
-    """The layers in their order, then the config."""
+    """The layers in order, then the config."""
     children: tuple[Child, ...] | None = None
-    """Those that can be followed; None for a manifest."""
+    """The children that can be followed; None for a manifest."""
     runner: str = ""
-    """Of a manifest, as in Child."""
+    """The runner of a manifest, as in Child."""
 
 
 def takes_lists(accept: str | None) -> bool:
-    """Return whether a client that sends this Accept field takes manifest lists; a field that is malformed asks for
-    none.
-    """
+    """Return whether a client with this Accept field takes manifest lists; one with a malformed field does not."""
     for member in (accept or "").split(","):
         media_type, *parameters = member.split(";")
         if media_type.strip().lower() == LIST_TYPE and not any(map(_ZERO.fullmatch, parameters)):
@@ -78,15 +76,15 @@ def takes_lists(accept: str | None) -> bool:
 
 
 def accept_of(*, takes_lists: bool) -> str:
-    """Return the Accept field of that class of clients, as Ollama sends it.
+    """Return the Accept field that Ollama sends: with or without manifest lists.
 
-    The docker type is always named: without it the registry has answered 400 (ollama#769).
+    The docker type is always in it: without it the registry answered 400 (ollama#769).
     """
     return f"{LIST_TYPE}, {DOCKER_TYPE}" if takes_lists else DOCKER_TYPE
 
 
 def parse(body: bytes) -> Document:
-    """Return the document of these bytes. Raises ValueError if they are none."""
+    """Parse a document. Raises ValueError if the bytes are none."""
     try:
         document = loads(body, limit=LONGEST)
         if document.get("mediaType") == LIST_TYPE:
@@ -97,9 +95,7 @@ def parse(body: bytes) -> Document:
 
 
 def type_of(body: bytes) -> str:
-    """Return the Content-Type of a document whose registry's word is not known: the one that it names, if that is
-    one.
-    """
+    """Return the Content-Type of a document if the registry's is not known: its own `mediaType`, if valid."""
     try:
         named = loads(body, limit=LONGEST).get("mediaType")
     except (ValueError, AttributeError):
@@ -109,12 +105,12 @@ def type_of(body: bytes) -> str:
 
 @lru_cache(maxsize=16)
 def children_of(body: bytes) -> tuple[Child, ...]:
-    """Return the children of a list's bytes, which have been parsed before; none for a manifest."""
+    """Return the children in the bytes of a valid list; none for a manifest."""
     return parse(body).children or ()
 
 
 def in_place(body: bytes, child: Child) -> dict[str, Any]:
-    """Return the JSON of a manifest in place, which is one of the children of this list's bytes."""
+    """Return the JSON of an inline manifest, which is a child in the bytes of this list."""
     manifest: dict[str, Any] = next(
         item for item in loads(body, limit=LONGEST)["manifests"] if _child_of(item) == child
     )
@@ -122,7 +118,7 @@ def in_place(body: bytes, child: Child) -> dict[str, Any]:
 
 
 def preferred(children: Iterable[Child]) -> Child | None:
-    """Return the child that most clients choose; None of none."""
+    """Return the child that most clients choose; None if there are none."""
     ranks = {runner: rank for rank, runner in enumerate(PREFERENCE)}
     return min(children, key=lambda child: ranks.get(child.runner, len(ranks)), default=None)
 
@@ -135,7 +131,7 @@ def _list_of(manifests: Any) -> Document:
 
 
 def _child_of(item: Any) -> Child | None:
-    """None for what is no child to follow: a list inside the list, and what is of no form that is known."""
+    """Parse a child; None for one that is not followed: a list in the list, or an unknown form."""
     if not isinstance(item, dict) or item.get("mediaType") == LIST_TYPE or "manifests" in item:
         return None
     runner, form = _word(item, "runner"), _word(item, "format")
@@ -163,6 +159,6 @@ def _layer_of(item: Any) -> Layer:
 
 
 def _word(item: dict[str, Any], key: str) -> str:
-    """As the client compares it: trimmed, in lower case."""
+    """Return a member as the client compares it: trimmed, in lower case."""
     word = item.get(key)
     return word.strip().lower() if isinstance(word, str) else ""

@@ -2,7 +2,7 @@
 
 Invariant: evaluated before Range and If-Range, in the order of section 13.2.2. A blob has an entity tag and no
 modification date, so If-Unmodified-Since and If-Modified-Since are ignored (sections 13.1.4 and 13.1.3); If-Range is
-`ranges`'s.
+handled in `ranges`.
 """
 
 import re
@@ -15,7 +15,7 @@ _TAGS = re.compile(_TAG)
 
 
 class Precondition(Enum):
-    """What the conditions say."""
+    """The result of the conditions."""
 
     HOLDS = auto()
     FAILED = auto()
@@ -25,9 +25,9 @@ class Precondition(Enum):
 
 
 def evaluate(if_match: str | None, if_none_match: str | None, entity_tag: str) -> Precondition:
-    """Return what the two fields make of a GET or HEAD of the representation with the strong `entity_tag`.
+    """Evaluate the two fields of a GET or HEAD of the representation with the strong `entity_tag`.
 
-    A field that is no list of entity tags matches nothing.
+    A field that is not a list of entity tags matches nothing.
     """
     # If-Match compares strongly (section 13.1.1), If-None-Match weakly (section 13.1.2).
     if if_match is not None and not _matches(if_match, {entity_tag}):

@@ -1,20 +1,20 @@
 """Presigned addresses of an object store (AWS Signature Version 4, "Authenticating Requests: Using Query Parameters").
 
-Invariant: nothing of such an address is ever changed, because the signature covers all of its query. Reads no clock.
+Invariant: such an address is never changed in any part, because the signature covers the whole query. Reads no clock.
 """
 
 from datetime import UTC, datetime
 from urllib.parse import parse_qs, urlsplit
 
 LONGEST_S = 7 * 86400
-"""The longest that a signature may live, in seconds (the same page, X-Amz-Expires)."""
+"""The longest lifetime of a signature, in seconds (same page, X-Amz-Expires)."""
 
 
 def expiry(url: str, *, now: float) -> float | None:
-    """Return when a presigned https address expires that was obtained `now`, in Unix seconds.
+    """Return when a presigned https address, obtained `now`, expires (Unix seconds).
 
-    One that is not valid at that moment says that our clock is wrong: its lifetime counts from now. None if it is not
-    presigned, or malformed.
+    If the address is not valid `now`, our clock is wrong, and its lifetime counts from `now`. None if the address is
+    malformed or not presigned.
     """
     try:
         parts = urlsplit(url)

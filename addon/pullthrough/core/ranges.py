@@ -1,8 +1,8 @@
-"""Range requests (RFC 9110 section 14): the grammar, and the one place where inclusive meets half-open.
+"""Range requests (RFC 9110 section 14): the grammar, and the one place that converts inclusive and half-open ranges.
 
 Invariant: everything returned is half-open, `start <= stop <= length`; only text on the wire is inclusive. Multiple
-ranges, unknown units and malformed fields are ignored, as section 14.2 allows: the whole representation is then the
-answer.
+ranges, unknown units and malformed fields are ignored, as section 14.2 allows: the answer is then the whole
+representation.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pullthrough.core.errors import UnexpectedResponse
 
-# More digits than any file has: `int` of a longer string costs quadratic time.
+# More digits than the size of any file has: `int` takes quadratic time for a longer string.
 _DIGITS = r"\d{1,19}"
 _SPEC = re.compile(rf"bytes=[ \t]*(?:({_DIGITS})-({_DIGITS})?|-({_DIGITS}))[ \t]*", re.IGNORECASE | re.ASCII)
 _CONTENT_RANGE = re.compile(rf"bytes[ \t]+({_DIGITS})-({_DIGITS})/({_DIGITS}|\*)", re.IGNORECASE | re.ASCII)
@@ -36,7 +36,7 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True)
 class Unsatisfiable:
-    """A valid range that selects no byte: 416."""
+    """A valid range that selects no byte (416)."""
 
     length: int
 
@@ -47,9 +47,9 @@ class Unsatisfiable:
 
 
 def parse_range(field: str | None, length: int) -> ByteRange | Unsatisfiable | None:
-    """Return what a Range field selects of `length` bytes; None where the whole representation is the answer.
+    """Return what a Range field selects of `length` bytes; None if the answer is the whole representation.
 
-    None stands for an absent field, another unit, a malformed field and several ranges alike.
+    That is so for an absent field, another unit, a malformed field and several ranges.
     """
     match = _SPEC.fullmatch(field.strip(" \t")) if field is not None else None
     if match is None:
@@ -70,7 +70,7 @@ def if_range_matches(field: str | None, entity_tag: str) -> bool:
     """Return whether If-Range leaves the Range in force: absent, or the same strong entity tag (RFC 9110 section
     13.1.5).
 
-    A date never matches: no date that is a strong validator is ever sent with a blob.
+    A date never matches: a blob is never sent with a date that is a strong validator.
     """
     return field is None or field.strip(" \t") == entity_tag
 
@@ -81,7 +81,7 @@ def format_range(start: int, stop: int) -> str:
 
 
 def parse_content_range(field: str | None) -> tuple[int, int, int | None]:
-    """(start, stop, complete length or None) of a 206's Content-Range; UnexpectedResponse if it is not one."""
+    """Return (start, stop, complete length or None) of a 206's Content-Range. Raises UnexpectedResponse."""
     match = _CONTENT_RANGE.fullmatch(field.strip(" \t")) if field is not None else None
     if match is None:
         raise UnexpectedResponse(f"expected a Content-Range like 'bytes 0-99/200', got {field!r}")

@@ -1,7 +1,6 @@
 """What is known of blobs and manifests, as values.
 
-Invariant: all are tuples, because a start makes them by the hundred thousand, and names are looked up for each
-request.
+Invariant: all are tuples, because a start creates hundreds of thousands, and every request looks up names.
 """
 
 import re
@@ -15,23 +14,23 @@ from pullthrough.core.digest import Digest, trusted
 from pullthrough.core.errors import InvalidRequest
 
 DEFAULT_HOST: Final = "registry.ollama.ai"
-"""Of models that are typed without a host."""
+"""The host of models that are typed without one."""
 ALIASES: Final = {"registry.ollama.com": DEFAULT_HOST}
-"""Other names of a registry, and the one under which all of it is stored."""
+"""Other names of a registry, and the name under which everything from it is stored."""
 
 _TENSOR: Final = b"application/vnd.ollama.image.tensor"
 
 Version = tuple[int, ...]
-"""An Ollama's, as its User-Agent tells it."""
+"""The version of an Ollama, from its User-Agent."""
 
 BYPASSING: Final = ((0, 35, 0), (0, 40, 2))
-"""The first and the last Ollama known to fetch parts past every proxy. Only words depend on it."""
+"""The first and the last Ollama known to fetch parts without any proxy. Only messages depend on it."""
 
 _OLLAMA: Final = re.compile(r"ollama/(\d{1,6})\.(\d{1,6})\.(\d{1,6})")
 
 
 def version_of(agent: str) -> Version | None:
-    """Return the Ollama of a User-Agent, None for other clients and for 0.0.0, which is a build from source."""
+    """Return the Ollama version in a User-Agent; None for other clients and for 0.0.0, a build from source."""
     match = _OLLAMA.match(agent)
     version = tuple(int(number) for number in match.groups()) if match else (0, 0, 0)
     return version if any(version) else None
@@ -41,29 +40,29 @@ class BlobRecord(NamedTuple):
     """What is known of one digest."""
 
     size: int | None = None
-    """None until upstream or its bytes have told."""
+    """None until upstream or the bytes have shown it."""
     held: bool = False
-    """Its bytes are here; verified, unless `mtime_ns` is 0."""
+    """The bytes are stored; verified, unless `mtime_ns` is 0."""
     public: bool = False
     """An anonymous request for it succeeded upstream."""
     mtime_ns: int = 0
     inode: int = 0
-    """0 where the file has been copied since."""
+    """0 if the file has been copied since."""
     recorded: float = 0.0
-    """When it was verified, Unix seconds."""
+    """When the bytes were verified, Unix seconds."""
 
     def is_file(self, size: int, mtime_ns: int, inode: int) -> bool:
-        """Return whether these are of the file that was verified."""
+        """Return whether these belong to the file that was verified."""
         return self.held and (size, mtime_ns) == (self.size, self.mtime_ns) and self.inode in (inode, 0)
 
 
 def canonical(host: str) -> str:
-    """Return the name under which what a registry says is stored."""
+    """Return the name under which a registry's answers are stored."""
     return ALIASES.get(host, host)
 
 
 class Name(NamedTuple):
-    """Under which a manifest is asked for: a model, and which of its two representations.
+    """The name by which a manifest is requested: a model, and one of its two representations.
 
     The registry answers clients that accept manifest lists (Ollama since 0.40) and others differently. Both
     representations of a tag are one model.
@@ -73,7 +72,7 @@ class Name(NamedTuple):
     repository: str
     reference: str
     takes_lists: bool = False
-    """Whether the representation is that for clients that accept manifest lists, which may be a plain manifest too."""
+    """Whether this is the representation for clients that accept manifest lists; it may still be a plain manifest."""
 
     def __str__(self) -> str:
         separator = "@" if ":" in self.reference else ":"
@@ -81,9 +80,7 @@ class Name(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the model that a user types, as Ollama completes it (types/model/name.go). InvalidRequest if it is
-        none.
-        """
+        """Parse a model that a user types, completed as by Ollama (types/model/name.go). Raises InvalidRequest."""
         model, at, digest = text.partition("@")
         *before, last = model.split("/")
         base, colon, tag = last.partition(":")
@@ -96,12 +93,12 @@ class Name(NamedTuple):
 
     @property
     def model(self) -> "Name":
-        """The same for both representations."""
+        """The name of the model, the same for both representations."""
         return self._replace(takes_lists=False) if self.takes_lists else self
 
     @property
     def twin(self) -> "Name":
-        """The other representation."""
+        """The name of the other representation."""
         return self._replace(takes_lists=not self.takes_lists)
 
     @property
@@ -111,14 +108,14 @@ class Name(NamedTuple):
 
     @property
     def forms(self) -> tuple[str, str, str]:
-        """In full, without the host, and without `library/` too."""
+        """The name in full, without the host, and without both host and `library/`."""
         full = str(self)
         short = full.removeprefix(f"{self.host}/")
         return full, short, short.removeprefix("library/")
 
     @property
     def typed(self) -> str:
-        """What a user types for it, and Ollama shows."""
+        """The name as users type it and Ollama shows it."""
         full = str(self)
         return full.removeprefix(f"{DEFAULT_HOST}/").removeprefix("library/") if self.host == DEFAULT_HOST else full
 
@@ -133,21 +130,21 @@ class Name(NamedTuple):
 
 
 class Series(NamedTuple):
-    """The blobs of one manifest, in the order in which a client asks for them."""
+    """The blobs of one manifest, in the order in which clients ask for them."""
 
     key: str
-    """Tells it from the other manifests of a repository."""
+    """A key that tells the manifest from the others of its repository."""
     body: bytes
-    """The document that it stands in."""
+    """The document that contains the manifest."""
     digests: list[Digest]
 
     @property
     def is_of_tensors(self) -> bool:
-        """Whether x/transfer pulls it, by hundreds of blobs (x/transfer/download.go, v0.14.0 to today)."""
+        """Whether x/transfer pulls it, in hundreds of blobs (x/transfer/download.go, since v0.14.0)."""
         return _TENSOR in self.body
 
     def behind(self, digest: Digest) -> list[Digest]:
-        """Return what is asked for after this one of them."""
+        """Return the blobs that are asked for after `digest`."""
         return self.digests[self.digests.index(digest) + 1 :]
 
 
@@ -160,25 +157,25 @@ class ManifestRecord(NamedTuple):
     content_type: str
     confirmed: float
     listed: str
-    """The blobs it lists, `<digest> …`: a text, because most are stored and never looked at.
+    """The blobs it lists, `<digest> …`: a text, because most records are stored and never looked at.
 
-    Of a list: its children that are references, and the blobs of all children that are known."""
+    For a list: the children that are references, and the blobs of all known children."""
     claimed: str
-    """The sizes it claims for them, `<bytes> …`; `-` where none is known, as of a child that nobody has asked for."""
+    """The sizes it claims for them, `<bytes> …`; `-` if unknown, as for a child that nobody has asked for."""
     oldest: Version | None = None
-    """The oldest client version that upstream has granted these bytes to; None if nobody has told one."""
+    """The oldest client version to which upstream has granted these bytes; None if no client sent one."""
     denied: bool = False
-    """Upstream refuses it to an anonymous request by now: it is nobody's until upstream grants it again."""
+    """Upstream now refuses it to anonymous requests: nobody gets it until upstream grants it again."""
     pulled: float = 0.0
     """When a client last asked for it, Unix seconds."""
     references: str | None = None
-    """Of a list, the children that are blobs, `<digest> …`; None for a manifest."""
+    """The children of a list that are blobs, `<digest> …`; None for a manifest."""
     brought: float = 0.0
     """When it last came without a client: warmed, imported, or found as a file. Unix seconds."""
 
     @classmethod
     def parse(cls, body: bytes, content_type: str, *, now: float) -> Self | None:
-        """Return the record of a document's bytes; None if they are none (a captive portal also answers 200)."""
+        """Return the record of a document; None if the bytes are none (a captive portal answers 200, too)."""
         try:
             document = manifest_json.parse(body)
         except ValueError:
@@ -198,7 +195,7 @@ class ManifestRecord(NamedTuple):
 
     @property
     def used(self) -> float:
-        """When it was last pulled or brought: what is used least goes first. Unix seconds, 0 for never."""
+        """When it was last pulled or brought (Unix seconds, 0 for never); the least recently used is removed first."""
         return max(self.pulled, self.brought)
 
     @property
@@ -207,12 +204,12 @@ class ManifestRecord(NamedTuple):
 
     @property
     def children(self) -> list[Digest]:
-        """Of a list, the children that are blobs."""
+        """The children of a list that are blobs."""
         return list(map(trusted, (self.references or "").split()))
 
     @property
     def sizes(self) -> dict[Digest, int | None]:
-        """The blobs it lists, and the sizes it claims for them, None where unknown; each call makes them anew."""
+        """The blobs it lists and the sizes it claims for them, None if unknown; built anew by each call."""
         return dict(zip(self.digests, map(_parse_size, self.claimed.split()), strict=True))
 
     @property
@@ -222,35 +219,33 @@ class ManifestRecord(NamedTuple):
 
     @property
     def size(self) -> int:
-        """What they take together, as far as it is known."""
+        """The total of the known sizes."""
         return sum(int(size) for size in self.claimed.split() if size != _UNKNOWN)
 
     def needed(self, known: Container[Digest]) -> list[Digest]:
-        """Return the blobs without which it is not whole: of a list all but the children that are not among those
-        `known`.
-        """
+        """Return the blobs that it needs to be whole: all but the children of a list that are not `known`."""
         absent = {child for child in self.children if child not in known}
         return [digest for digest in self.digests if digest not in absent]
 
     def is_whole(self, known: Container[Digest], held: Container[str]) -> bool:
-        """Return whether all that it needs is held; a list offers one child at least."""
+        """Return whether all blobs that it needs are held; a list must have at least one known child."""
         if not self.is_list:
             return all(map(held.__contains__, self.listed.split()))
         needed = self.needed(known)
         return bool(needed) and all(map(held.__contains__, needed))
 
     def lists(self, digest: Digest) -> bool:
-        """Return whether it lists the blob; quick."""
+        """Return whether it lists the blob (fast)."""
         return digest in self.listed
 
     def claim(self, digest: Digest) -> int | None:
-        """Return the size that it claims for a blob, None where it lists none of that digest or knows no size."""
+        """Return the size that it claims for a blob; None if it does not list the blob or has no size for it."""
         if not self.lists(digest):
             return None
         return _parse_size(self.claimed.split()[self.listed.split().index(digest)])
 
     def grown(self, child: "ManifestRecord") -> Self:
-        """Return a list that lists what its child lists, too."""
+        """Return the list with the blobs of `child` added."""
         sizes = self.sizes
         for digest, size in {Digest(child.digest): len(child.body), **child.sizes}.items():
             if sizes.get(digest) is None:
@@ -258,9 +253,7 @@ class ManifestRecord(NamedTuple):
         return self._listing(sizes)
 
     def series(self, known: Mapping[Digest, "ManifestRecord"]) -> list[Series]:
-        """Return the blobs of each manifest that it stands for: of itself, or of its children as far as they are
-        `known`.
-        """
+        """Return the blobs of each manifest it stands for: itself, or those of its children that are `known`."""
         if not self.is_list:
             return [Series(self.digest, self.body, self.digests)]
         found = []

@@ -1,7 +1,7 @@
-"""Request targets: which of them name a manifest, a blob, its chunk sums, or its bytes at the canonical address.
+"""Request targets: those that name a manifest, a blob, its chunk sums, or its bytes at the canonical address.
 
 Invariant: a route holds only names that the registry's grammar allows, and a normalised digest; None means "not ours,
-pass it through untouched".
+pass it through unchanged".
 """
 
 import re
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pullthrough.core.digest import Digest
 
-# A namespace may have several components on other OCI registries; `.` and `..` are no names.
+# On other OCI registries a namespace may have several components; `.` and `..` are not names.
 _COMPONENT = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}"
 _REPOSITORY = rf"{_COMPONENT}(?:/{_COMPONENT}){{0,7}}"
 _COLON_DIGEST = r"sha256(?::|%3[aA])[0-9a-fA-F]{64}"
@@ -51,7 +51,7 @@ class ChunksumsRoute:
 
 @dataclass(frozen=True, slots=True)
 class CanonicalRoute:
-    """An address of a blob's bytes, with whatever query stands behind it."""
+    """The canonical address of a blob's bytes, with any query."""
 
     digest: Digest
     query: str
@@ -63,7 +63,7 @@ Route = ManifestRoute | BlobRoute | ChunksumsRoute
 def parse_registry_target(target: str) -> Route | None:
     """Return the route of an origin-form target on a registry host.
 
-    A target with a query is never ours: what the query asks for is the registry's to know.
+    A target with a query is never ours: only the registry knows what the query means.
     """
     if match := _BLOB.fullmatch(target):
         return BlobRoute(match[1], _parse_digest(match[2]))
