@@ -1,8 +1,8 @@
 """The configuration file: TOML with the names of the options as its keys.
 
-Invariant: a key that is no option, and a value that no option can have, stop with the line, and with nothing of the
-value: it may be a secret in the wrong place. Of a value that is of the right type and not what its option takes,
-`options.shown` decides what may be quoted.
+Invariant: a key that is no option, or a value that no option can have, raises an error that names the line and quotes
+nothing of the value, which may be a secret in the wrong place. For a value that has the right type but does not suit
+its option, `options.shown` decides what may be quoted.
 """
 
 import json
@@ -40,15 +40,15 @@ class ConfigFile:
 
 
 def parse_config(path: Path, text: str) -> ConfigFile:
-    """Read the file's text.
+    """Parse the file's text.
 
     Raises:
-        SettingsError: what is not TOML, not an option, or not a value for one.
+        SettingsError: the text is not TOML, a key is not an option, or a value cannot be an option's.
     """
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        # Names of keys and characters are quoted in it.
+        # The parser's message quotes keys and characters.
         mistake = _QUOTED.sub("...", str(error))
         raise SettingsError(f"{path}: expected TOML, got a mistake: {mistake}") from None
     except (ValueError, RecursionError):
@@ -75,7 +75,7 @@ def parse_config(path: Path, text: str) -> ConfigFile:
 def template(defaults: Mapping[str, str]) -> str:
     """Return a file that changes nothing: every option with its meaning and default, as comments.
 
-    `defaults` are those that depend on the machine.
+    `defaults` has the defaults that depend on the machine.
     """
     parts = [_HEAD]
     for group, options in GROUPS.items():
@@ -99,7 +99,7 @@ def _text_of(value: Any) -> str:
 
 
 def _line_of(key: str, text: str) -> int:
-    """Return where the key is; TOML's reader does not tell."""
+    """Return the line of a key: the TOML parser does not tell."""
     found = re.search(rf"""^[ \t]*\[*[ \t]*["']?{re.escape(key)}["']?[ \t]*[=.\]]""", text, re.MULTILINE)
     return text.count("\n", 0, found.start()) + 1 if found else 1
 

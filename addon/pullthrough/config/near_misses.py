@@ -1,6 +1,6 @@
-"""Which unknown name was meant to be one of ours, and what was meant.
+"""Unknown names that were meant to be options of ours, and which option was meant.
 
-Invariant: a name that Ollama, mitmproxy or Kubernetes gives a meaning of its own is never taken for a misspelt one.
+Invariant: a name that has a meaning for Ollama, mitmproxy or Kubernetes is never taken for a misspelt option.
 """
 
 import re
@@ -12,13 +12,13 @@ from pullthrough.config.settings import ENVIRONMENT, PREFIX
 
 _ALIKE: Final = 0.8
 _PREFIX_ALIKE: Final = 0.6
-"""`ollama_`, `olama_cache_` and `cach_` are meant for ours; what follows them must be an option's name exactly."""
+"""`ollama_`, `olama_cache_` and `cach_` are meant as our prefix; an option's exact name must follow."""
 _SHORT: Final = 5
-"""A bare name of fewer letters, such as `dir`, counts only as it stands."""
+"""A shorter bare name, such as `dir`, counts only if spelt exactly."""
 _SERVICE: Final = re.compile(r"SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?")
-"""What Kubernetes puts into the environment for a Service called ollama-cache, behind `OLLAMA_CACHE_`."""
+"""What Kubernetes adds to the environment, after `OLLAMA_CACHE_`, for a Service called ollama-cache."""
 _SERVICE_URL: Final = re.compile(r"(tcp|udp|sctp)://\S+")
-"""The value of `OLLAMA_CACHE_PORT` there, which others set, too."""
+"""Kubernetes' value of `OLLAMA_CACHE_PORT`, a variable that users set, too."""
 _SAME: Final = dict.fromkeys(("store", "folder", "path", "data", "data_dir", "home"), "dir") | {"size": "max_size"}
 """Other words for our options."""
 _OF_MITMDUMP: Final = {
@@ -28,7 +28,7 @@ _OF_MITMDUMP: Final = {
     "listen_host": "it is mitmdump's own option: --listen-host ADDRESS",
     "mode": "it is mitmdump's own option: --mode MODE",
 }
-"""What is no option of ours, and may be thought one."""
+"""Options of mitmdump that may be taken for ours, and what to do."""
 
 
 _FLAGS: Final = (
@@ -36,11 +36,11 @@ _FLAGS: Final = (
     *("--upstream-auth", "--ssl-insecure", "--allow-hosts", "--ignore-hosts", "--tcp-hosts", "--quiet", "--verbose"),
     *("--version", "--help", "--help-mitmdump", "--show-ignored-hosts"),
 )
-"""The flags of mitmdump that somebody may give who runs the cache."""
+"""The flags of mitmdump that a user of the cache may give."""
 
 
 def near_flag(flag: str) -> str | None:
-    """Return which of mitmdump's flags this one is a misspelling of; None for a flag, or the beginning of one."""
+    """Return the flag of mitmdump that this one misspells; None for a real flag, or the beginning of one."""
     switched_on = f"--{flag.removeprefix('--no-').removeprefix('--')}"
     if not flag.startswith("--") or any(known.startswith(switched_on) for known in _FLAGS):
         return None
@@ -48,7 +48,7 @@ def near_flag(flag: str) -> str | None:
 
 
 def hint(name: str, known: Collection[str], *, spelt: Callable[[str], str], otherwise: str) -> str:
-    """Return what to do about an unknown name: the option that was meant, as `spelt` writes it, else `otherwise`."""
+    """Return advice on an unknown name: the option that was meant, as `spelt` writes it, else `otherwise`."""
     if elsewhere := _OF_MITMDUMP.get(_plain(name)):
         return elsewhere
     found = closest(name, known)
@@ -56,13 +56,13 @@ def hint(name: str, known: Collection[str], *, spelt: Callable[[str], str], othe
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that this one is a misspelling of."""
+    """Return the known name that this one misspells."""
     plain = _plain(name)
     return _SAME.get(plain) or next(iter(get_close_matches(plain, known, n=1, cutoff=0.6)), None)
 
 
 def meant(name: str, known: Collection[str]) -> str | None:
-    """Return the option that somebody meant who gave mitmproxy the unknown option `name`."""
+    """Return our option that was meant by an option `name` unknown to mitmproxy."""
     plain = _plain(name)
     for option in known:
         head = plain.removesuffix(option)
@@ -75,7 +75,7 @@ def meant(name: str, known: Collection[str]) -> str | None:
 
 
 def unknown_variables(environ: Mapping[str, str], known: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield each variable of the environment that is meant for us and names no option, and the name it may mean."""
+    """Yield each environment variable that is meant for us and names no option, with the name it may mean."""
     variables = {f"{ENVIRONMENT}{option.upper()}" for option in known}
     for name in sorted(environ.keys() - variables):
         if name.startswith(ENVIRONMENT):

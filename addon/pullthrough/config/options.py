@@ -1,6 +1,6 @@
-"""Every option: its name, default, meaning and grammar; from texts to `Settings`.
+"""Every option: its name, default, meaning and grammar; conversion of texts to `Settings`.
 
-Invariant: `Settings` are made only if every option was understood; a bad value raises SettingsError that names the
+Invariant: `Settings` are made only if every option was understood; a bad value raises a SettingsError that names the
 option, what was expected and what was got.
 """
 
@@ -50,11 +50,11 @@ _SECRETS: Final = (
     (re.compile(r"\b(?:AKIA|ASIA|hf_|ghp_|glpat-|sk-)[\w-]{8,}|\b[0-9a-fA-F]{40,}\b"), "..."),
     (re.compile(r"(?<![\w/+=-])(?=[\w/+=-]*[0-9])(?=[\w/+=-]*[a-z])(?=[\w/+=-]*[A-Z])[\w+=-][\w/+=-]{19,}"), "..."),
 )
-"""What may be a password, a signature, a token or a key, and what is shown of it."""
+"""Patterns of what may be a password, a signature, a token or a key, and what is shown instead."""
 
 
 def shown(text: str) -> str:
-    """Return what an error may quote of a text, which may be a secret in the wrong place."""
+    """Return what an error may quote of a value, which may be a secret in the wrong place."""
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     return text if len(text) <= 200 else f"{text[:200]}..."
@@ -68,14 +68,14 @@ def _parse_secret_file(text: str) -> Path | None:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One row of the option table; `default` is the text a user would type, "" where it depends on the machine."""
+    """One row of the option table; `default` is what a user would type, "" if it depends on the machine."""
 
     name: str
     default: str
     help: str
     parse: Callable[[str], object]
     may_be_empty: bool = False
-    """An empty text is a value of its own and does not stand for the default."""
+    """Whether an empty text is a value of its own rather than the default."""
 
 
 GROUPS: Final[Mapping[str, tuple[Option, ...]]] = {
@@ -236,7 +236,7 @@ GROUPS: Final[Mapping[str, tuple[Option, ...]]] = {
         Option("log_level", "info", "How much the cache logs: debug, info, warning or error.", parse_level),
     ),
 }
-"""Every option, by what it is about."""
+"""Every option, grouped by subject."""
 OPTIONS: Final = tuple(option for group in GROUPS.values() for option in group)
 
 
@@ -244,14 +244,14 @@ REMOVED: Final = {
     "direct": "Ollama since 0.35 refuses every redirect from https to http, so parts stay in TLS; "
     f"in place of direct=object-store there is {PREFIX}offload=true",
 }
-"""Options of earlier versions, and what to do without them."""
+"""Options of earlier versions, and what to do instead."""
 
 
 def environment_texts(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the option texts that the environment has, by bare name; an empty one is none.
+    """Return the option texts in the environment, by bare name; an empty variable counts as unset.
 
     Raises:
-        SettingsError: a variable is meant for us and is no option, or is one of an earlier version.
+        SettingsError: a variable is meant for us but names no option, or one of an earlier version.
     """
     known = [option.name for option in OPTIONS]
     for name in REMOVED:
@@ -270,10 +270,10 @@ def environment_texts(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_foreign(names: Iterable[str]) -> None:
-    """Stop at options that mitmproxy does not know and that were meant for us.
+    """Refuse options that mitmproxy does not know and that were meant for us.
 
     Raises:
-        SettingsError: it has our prefix, or is as good as one of our names.
+        SettingsError: an option has our prefix, or is close to one of our names.
     """
     known = [option.name for option in OPTIONS]
     for name in names:
@@ -287,10 +287,10 @@ def check_foreign(names: Iterable[str]) -> None:
 
 
 def check_flags(arguments: Iterable[str]) -> None:
-    """Stop at what mitmdump would answer with its own usage: `--max-size`, `--listen-prot`; and at its `--certs`.
+    """Refuse flags that would make mitmdump print its own usage (`--max-size`, `--listen-prot`), and its `--certs`.
 
     Raises:
-        SettingsError: an argument is an option of ours, given as if it were one of mitmdump's, or nearly one of its.
+        SettingsError: an argument is an option of ours given like one of mitmdump's, or a misspelt one of mitmdump's.
     """
     known = [option.name for option in OPTIONS]
     for argument in arguments:
@@ -321,10 +321,10 @@ def parse_settings(
     certs: Path,
     sources: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Return the settings of the option texts by bare name; absent or empty ones take their default.
+    """Convert option texts, by bare name, to settings; absent or empty ones take their default.
 
-    `dir` and `certs` are the defaults of the two options that depend on the machine; `sources` says where each text is
-    from.
+    `dir` and `certs` are the defaults of the two options that depend on the machine; `sources` says where each text
+    comes from.
 
     Raises:
         SettingsError: a name is unknown, or a value does not parse.
@@ -348,7 +348,7 @@ def parse_settings(
             raise SettingsError(
                 f"option {PREFIX}{option.name}: expected {error}, got {shown(text)!r}{source}"
             ) from None
-    settings = Settings(**values)  # type: ignore[arg-type]  # the table above is the typing
+    settings = Settings(**values)  # type: ignore[arg-type]  # the table above has the types
     _check_together(settings)
     return settings
 

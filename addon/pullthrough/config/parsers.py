@@ -1,6 +1,6 @@
 """The grammar of the options.
 
-Invariant: a text either makes a value that can be used as it is, or raises ValueError that says what was expected.
+Invariant: a text either yields a value that is ready for use, or raises a ValueError that says what was expected.
 """
 
 import ipaddress
@@ -28,7 +28,7 @@ def parse_host(text: str) -> str:
 
 
 def _split(text: str, expected: str) -> SplitResult:
-    """Return the parts of a URL. Raises ValueError, which quotes nothing of it."""
+    """Return the parts of a URL. Raises a ValueError that does not quote the URL."""
     try:
         return urlsplit(text)
     except ValueError:
@@ -36,7 +36,7 @@ def _split(text: str, expected: str) -> SplitResult:
 
 
 def port_of(split: SplitResult) -> int | None:
-    """Return the port of a URL, if it has one. Raises ValueError, which quotes nothing of it."""
+    """Return the port of a URL, if it has one. Raises a ValueError that does not quote the URL."""
     try:
         return split.port
     except ValueError:
@@ -114,7 +114,7 @@ def parse_advertise(text: str) -> Endpoint | None:
 
 
 def parse_front(text: str) -> Mapping[int, str] | None:
-    """Return the registry that each port speaks for; None for `off`."""
+    """Return the registry that each port represents; None for `off`."""
     if text.strip().lower() == "off":
         return None
     result: dict[int, str] = {}

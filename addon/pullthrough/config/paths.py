@@ -1,4 +1,4 @@
-"""Where things lie on this machine when no option says so, this installation's own program among them."""
+"""The default places of files on this machine, including this installation's own program."""
 
 import os
 import re
@@ -34,17 +34,17 @@ _COMMAND: Final = re.compile(rf"(?<![\w./-])ollama-cache (?=(?:{'|'.join(VERBS)}
 
 
 def default_store() -> Path:
-    """Return a data folder: cleaners sweep cache folders."""
+    """Return a data folder, because cleaners empty cache folders."""
     return Path(platformdirs.user_data_dir("ollama-cache", appauthor=False))
 
 
 def default_index() -> Path:
-    """Return where indexes of stores on shares are kept: a state folder, as they can be made anew."""
+    """Return the folder for the indexes of stores on network shares: a state folder, as they can be rebuilt."""
     return Path(platformdirs.user_state_dir("ollama-cache", appauthor=False))
 
 
 def default_certs() -> Path:
-    """`certs/` of a checkout, but for an empty one that is read-only; else a folder beside the user's configuration."""
+    """Return a checkout's `certs/`, unless empty and read-only; else a folder beside the user's configuration."""
     checkout = Path(__file__).resolve().parents[3]
     folder = checkout / "certs"
     if (checkout / "pyproject.toml").is_file() and folder.is_dir() and (_has_key(folder) or os.access(folder, os.W_OK)):
@@ -62,24 +62,24 @@ def default_configs() -> tuple[Path, ...]:
 
 
 def config_beside(store: Path) -> Path:
-    """Return where a store that was chosen may have its configuration file."""
+    """Return where the configuration file of an explicitly chosen store may be."""
     return store.parent / CONFIG_NAME
 
 
 def own_program() -> str:
-    """Return how the command line of this installation is called from here."""
+    """Return the command that calls this installation's command line from the current folder."""
     beside = Path(sys.executable).with_name("ollama-cache.exe" if sys.platform == "win32" else "ollama-cache")
     found = shutil.which("ollama-cache")
     if not beside.exists() or (found is not None and Path(found).resolve() == beside.resolve()):
         return "ollama-cache"
     here = Path.cwd()
-    # From the root folder, or from its own, the shorter form would name something else.
+    # In the root folder, or in the program's own, the shorter form would name something else.
     is_short = beside.is_relative_to(here) and here not in (Path(here.anchor), beside.parent)
     return str(beside.relative_to(here)) if is_short else str(beside)
 
 
 def as_called_here(text: str) -> str:
-    """Return a message with the commands in it as they are called from here: `ollama-cache run` may not be on PATH."""
+    """Return a message with its commands as they can be called from here: `ollama-cache` may not be on PATH."""
     return _COMMAND.sub(lambda found: f"{shlex.quote(own_program())} ", text)
 
 

@@ -1,6 +1,6 @@
-"""The grammar of sizes and durations: a number that is not below zero, and a unit in any case.
+"""The grammar of sizes and durations: a non-negative number, and a unit in upper or lower case.
 
-Invariant: a text is exactly the number that it says, or raises ValueError that says what was expected.
+Invariant: a text yields exactly the number that it says, or raises a ValueError that says what was expected.
 """
 
 import re
@@ -30,7 +30,7 @@ _SECONDS: Final = {
 
 
 def parse_size(text: str) -> int:
-    """Return a number of bytes; KB is 1000 of them, KiB 1024. Raises ValueError."""
+    """Return a number of bytes; 1 KB is 1000, 1 KiB is 1024. Raises ValueError."""
     return int(_parse(text, _BYTES, "a size such as 500MB, 200GiB or 2TB"))
 
 

@@ -1,4 +1,4 @@
-"""The effective options, as values that the other modules get."""
+"""The effective options, as values for the other modules."""
 
 import ipaddress
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ PREFIX: Final = "ollama_cache_"
 ENVIRONMENT: Final = "OLLAMA_CACHE_"
 
 PROXY_PORT: Final = 8080
-"""Where mitmproxy listens unless it is told otherwise."""
+"""The port that mitmproxy listens on by default."""
 
 R2_HOST: Final = "dd20bb891979d25aebc8bec07b2b3bbc.r2.cloudflarestorage.com"
 """The object-store account that registry.ollama.ai has redirected blobs to since 2023-11."""
@@ -22,30 +22,30 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Tunnel(StrEnum):
-    """What happens to a CONNECT for a host that is not intercepted."""
+    """The treatment of a CONNECT for a host that is not intercepted."""
 
     ANY = "any"
     NONE = "none"
 
 
 class Withdrawn(StrEnum):
-    """What becomes of a stored manifest that upstream has no more (404)."""
+    """The treatment of a stored manifest that upstream no longer has (404)."""
 
     SERVE = "serve"
     DROP = "drop"
 
 
 class Finish(StrEnum):
-    """Whether a recording that nobody reads any more is completed."""
+    """The choice whether a recording that no client reads any more is completed."""
 
     AUTO = "auto"
-    """When half of it is present."""
+    """If half of it is present."""
     ALWAYS = "always"
     NEVER = "never"
 
 
 class Log(StrEnum):
-    """How lines of the log are written."""
+    """The format of log lines."""
 
     TEXT = "text"
     JSON = "json"
@@ -53,7 +53,7 @@ class Log(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a host is really reached."""
+    """The place where a host is really reached."""
 
     scheme: str
     host: str
@@ -73,11 +73,11 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Lifetimes:
-    """How long manifests are served unasked, in seconds."""
+    """The time for which manifests are served without asking upstream, in seconds."""
 
     default_s: float
     rules: tuple[tuple[str, float], ...] = ()
-    """(pattern, seconds); the first that matches counts."""
+    """(pattern, seconds); the first match counts."""
 
     def of(self, name: Name) -> float:
         return next((seconds for pattern, seconds in self.rules if name.matches(pattern)), self.default_s)
@@ -89,12 +89,12 @@ class Settings:
 
     dir: Path
     index_dir: Path | None
-    """Where the index is, None for where the disk under the store wants it."""
+    """The folder of the index; None if the kind of disk under the store is to decide."""
     certs: Path
     config: Path | None
     """The configuration file that was read."""
     runtime_dir: Path | None
-    """Where the note of a running cache lies; None for the usual place."""
+    """The folder of the file that tells of a running cache; None for the usual place."""
     registries: tuple[str, ...]
     blob_host: str
     upstream: Mapping[str, Endpoint]
@@ -104,14 +104,14 @@ class Settings:
     listen: tuple[tuple[str, int], ...]
     """(host, port) of the blob server; host "" for all addresses of this machine."""
     front: Mapping[int, str] | None
-    """The registry that a port of the blob server speaks for, as configured; None: none does."""
+    """The registry that each port of the blob server represents, as configured; None if none does."""
     advertise: Endpoint | None
-    """Under which clients reach the blob server, port 0 for the one it listens on; None: where they reached us."""
+    """The address for clients of the blob server (port 0: the port it listens on); None: the one they reached us by."""
     offload: bool
     """Redirect large parts of public blobs to the object store."""
     manifest_lifetime: Lifetimes
     refresh: float | None
-    """Seconds between two looks at a tag."""
+    """Seconds between two checks of a tag."""
     withdrawn: Withdrawn
     pins: tuple[str, ...]
     offline: bool
@@ -126,7 +126,7 @@ class Settings:
     object_store: str | None
     """The URL of a folder that the caches of a fleet share."""
     fleet_secret_file: Path | None
-    """What they sign with."""
+    """What these caches sign with."""
     log: Log
     log_level: str
 
@@ -137,14 +137,14 @@ class Settings:
 
     @property
     def fronts(self) -> Mapping[int, str]:
-        """The registry that each port speaks for: as `front` says, else the first of them all."""
+        """The registry that each port represents: as `front` says, else the first of `registries` for all ports."""
         if self.front is None:
             return {}
         return {**dict.fromkeys((port for _, port in self.listen), self.registries[0]), **self.front}
 
     @property
     def named_hosts(self) -> frozenset[tuple[str, int]]:
-        """The (host, port) pairs that may have any address: what the configuration names."""
+        """The (host, port) pairs that may have any address, because the configuration names them."""
         named = {(host, port) for host in self.intercepted for port in (80, 443)}
         return frozenset(named | {(endpoint.host, endpoint.port) for endpoint in self.upstream.values()})
 
@@ -155,9 +155,7 @@ class Settings:
         return tuple(dict.fromkeys([*self.listen, *((host, port) for port in self.front or () for host in hosts)]))
 
     def asked(self, host: str) -> str:
-        """Return the configured registry that what is stored under `host` comes from: that one, or another name of
-        it.
-        """
+        """Return the configured registry whose answers are stored under `host`: that host, or another name of it."""
         names = (name for name in self.registries if canonical(name) == host)
         return host if host in self.registries else next(names, host)
 

@@ -1,6 +1,6 @@
-"""The options in force: the command line before the environment before the configuration file before the defaults.
+"""The options in force: the command line overrides the environment, that the configuration file, that the defaults.
 
-Invariant: every place is held to the same names and grammar, and each option knows which place it is from.
+Invariant: every source is held to the same names and grammar, and each option knows its source.
 """
 
 import os
@@ -20,12 +20,12 @@ from pullthrough.config.settings import Settings
 from pullthrough.core.errors import SettingsError
 
 DEFAULT: Final = "default"
-"""The source of what nobody chose."""
+"""The source of an option that nobody chose."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What was chosen, and where."""
+    """The chosen options and their sources."""
 
     texts: Mapping[str, str]
     sources: Mapping[str, str]
@@ -34,24 +34,24 @@ class Choices:
         """Return the options as values.
 
         Raises:
-            SettingsError: one cannot be understood.
+            SettingsError: an option cannot be understood.
         """
         made = parse_settings(self.texts, dir=paths.default_store(), certs=paths.default_certs(), sources=self.sources)
-        # Who reads of a folder, in a message or a note, may be in another one.
+        # Whoever reads a path in a message or a note may be in another folder.
         return replace(made, dir=made.dir.absolute(), certs=made.certs.absolute())
 
     def rows(self) -> list[dict[str, str]]:
-        """Return {name, value, source} of each option; those that depend on the machine as they are on it.
+        """Return {name, value, source} of each option; machine-dependent defaults have this machine's values.
 
         Raises:
-            SettingsError: one cannot be understood, and might be a secret in the wrong place.
+            SettingsError: an option cannot be understood, and might be a secret in the wrong place.
         """
         settings = self.settings()
         own = {"dir": str(settings.dir), "certs": str(settings.certs)}
         rows = []
         for option in OPTIONS:
             text = self.texts.get(option.name, "")
-            # An empty text stands for the default, which nobody chose then.
+            # An empty text stands for the default, so nobody chose it.
             is_chosen = bool(text) or (option.may_be_empty and option.name in self.texts)
             value = own.get(option.name) or (text if is_chosen else option.default)
             source = self.sources.get(option.name, DEFAULT) if is_chosen else DEFAULT
@@ -60,7 +60,7 @@ class Choices:
 
 
 def choices(command_line: Mapping[str, str], environ: Mapping[str, str]) -> Choices:
-    """Return what these two and the configuration file choose.
+    """Return what the command line, the environment and the configuration file choose.
 
     Raises:
         SettingsError: a name is no option, or the file cannot be used.
@@ -77,10 +77,10 @@ def choices(command_line: Mapping[str, str], environ: Mapping[str, str]) -> Choi
 
 
 def config_file(command_line: Mapping[str, str], environment: Mapping[str, str]) -> ConfigFile | None:
-    """Return the file in force: the one that is named, else the first of the usual ones.
+    """Return the file in force: the named one, else the first that exists in the usual places.
 
     Raises:
-        SettingsError: it cannot be read, or does not hold options.
+        SettingsError: the file cannot be read, or does not hold options.
     """
     given = {**environment, **command_line}
     if named := given.get("config"):
@@ -92,13 +92,13 @@ def config_file(command_line: Mapping[str, str], environment: Mapping[str, str])
 
 
 def config_places(store: str) -> tuple[Path, ...]:
-    """Return where the file may lie: beside the store, where one was chosen, then the user's and the system's place."""
+    """Return where the file may be: beside the store, if one was chosen, then the user's and the system's place."""
     beside = (paths.config_beside(_expanded(store)),) if store else ()
     return (*beside, *paths.default_configs())
 
 
 def new_config_file(named: str, store: str) -> Path:
-    """Return where a new one is to be: as named, else beside a store that was chosen, else in the user's place."""
+    """Return where a new file goes: as named, else beside a chosen store, else in the user's place."""
     return _expanded(named) if named else config_places(store)[0]
 
 
@@ -112,7 +112,7 @@ def _expanded(text: str) -> Path:
 
 def _read(path: Path, *, owned: bool = False) -> ConfigFile:
     try:
-        # A FIFO that somebody left in a usual place would keep the start waiting.
+        # A FIFO in a usual place would block the start.
         flags = os.O_RDONLY | (getattr(os, "O_NONBLOCK", 0) if owned else 0)
         with open(path, encoding="utf-8", opener=lambda name, _: os.open(name, flags)) as file:
             if owned:
@@ -125,7 +125,7 @@ def _read(path: Path, *, owned: bool = False) -> ConfigFile:
 
 
 def _check_owner(path: Path, state: os.stat_result) -> None:
-    """Refuse a file that somebody else could have put there: a store may lie in a folder that all share."""
+    """Refuse a file that somebody else could have put there: a store may be in a shared folder."""
     if sys.platform == "win32":
         return
     if not stat.S_ISREG(state.st_mode):

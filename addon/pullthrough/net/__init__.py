@@ -1,4 +1,5 @@
 """Who may connect, and where connections may lead: address policy, parent proxies, limits.
 
-Policy and bookkeeping only; whoever opens the sockets asks here first. Begin with `address_policy`, then `client_acl`.
+Policy and bookkeeping only: the code that opens sockets asks here first. Begin with `address_policy`, then
+`client_acl`.
 """

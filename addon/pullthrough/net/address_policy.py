@@ -1,7 +1,7 @@
-"""Which connections the proxy may open for its clients.
+"""The connections that the proxy may open for its clients.
 
-Invariant: a leg to an address that is not public is refused, whatever name led there, so that the proxy is no door
-into the network it stands in. Pure: names are resolved and our own addresses found by the caller.
+Invariant: a connection to an address that is not public is refused, whatever name led there, so that the proxy does not
+open its own network to clients. Pure: the caller resolves names and finds our own addresses.
 """
 
 import ipaddress
@@ -16,15 +16,15 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _NAT64_LOCAL = ipaddress.ip_network("64:ff9b:1::/48")
 _AZURE_WIRE_SERVER = ipaddress.ip_address("168.63.129.16")
-"""A public address that answers only inside Azure, with instance secrets."""
+"""A public address that answers only inside Azure, and with instance secrets."""
 SHARED = ipaddress.ip_network("100.64.0.0/10")
-"""What carriers number their customers with, and Tailscale its machines (RFC 6598). Neither public, nor private to the
-network that the cache stands in: behind such a carrier, strangers have these addresses too. So nobody who has one is
-admitted, and no connection leads to one, unless the network is configured by its number."""
+"""Carriers give these addresses to their customers, and Tailscale to its machines (RFC 6598). They are neither public
+nor private to the cache's network: behind such a carrier, strangers have them too. So no client with one is admitted,
+and no connection leads to one, unless the configuration names the network."""
 
 
 def unwrap(address: Address) -> Address:
-    """Return the IPv4 address that an IPv6 address stands for (mapped, NAT64, 6to4), else the address itself."""
+    """Return the IPv4 address inside an IPv6 address (mapped, NAT64, 6to4), else the address itself."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return address.ipv4_mapped
@@ -36,7 +36,7 @@ def unwrap(address: Address) -> Address:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether nobody but this machine itself reaches what listens on `host`."""
+    """Return whether only this machine itself can reach what listens on `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -44,7 +44,7 @@ def is_loopback(host: str) -> bool:
 
 
 def local_ports(proxy: Endpoint, settings: Settings) -> tuple[str, ...]:
-    """Return the ports that listen on loopback alone, for people; `proxy` is where the proxy listens."""
+    """Return the ports that listen on loopback only, as text for people; `proxy` is where the proxy listens."""
     ports = {port: [host for host, each in settings.listeners if each == port] for _, port in settings.listeners}
     ports[proxy.port] = [*ports.get(proxy.port, ()), proxy.host]
     return tuple(
@@ -68,7 +68,7 @@ def check_address(text: str, *, own: Collection[str] = ()) -> None:
 
 
 def check_elsewhere(name: str, addresses: Iterable[str], *, own: Collection[str]) -> None:
-    """Raise LoopDetected if a registry's name leads to this machine: a hosts entry that belongs on clients only."""
+    """Raise LoopDetected if a registry's name leads to this machine, as by a hosts entry that only clients need."""
     for text in addresses:
         address = unwrap(ipaddress.ip_address(text.partition("%")[0]))
         if address.is_loopback or text in own or str(address) in own:
@@ -80,10 +80,10 @@ def check_elsewhere(name: str, addresses: Iterable[str], *, own: Collection[str]
 
 @dataclass(frozen=True, slots=True)
 class AddressPolicy:
-    """Where mitmproxy may connect to on behalf of clients."""
+    """The destinations that mitmproxy may connect to on behalf of clients."""
 
     exempt: frozenset[tuple[str, int]]
-    """Configured (host, port): registries, their upstreams, the blob host. Exact matches only."""
+    """The configured (host, port) pairs: registries, their upstreams, the blob host. Exact matches only."""
     tunnels: bool
     """Whether hosts that are not intercepted may be reached at all."""
 
@@ -91,7 +91,7 @@ class AddressPolicy:
         return (host.lower().rstrip("."), port) in self.exempt
 
     def check_port(self, port: int, *, encrypted: bool) -> None:
-        """Raise AddressRefused unless `port` is the one for the form of the request."""
+        """Raise AddressRefused unless `port` is the usual one for the form of the request."""
         if not self.tunnels:
             raise AddressRefused("tunnels to other hosts are switched off (tunnel=none)")
         expected = 443 if encrypted else 80
@@ -100,9 +100,9 @@ class AddressPolicy:
             raise AddressRefused(f"port {port} is not passed on: for {form} only port {expected} is")
 
     def judge(self, addresses: Sequence[str], *, own: Collection[str] = ()) -> tuple[str, ...]:
-        """Return the addresses that may be connected to: all of them, each once, or AddressRefused.
+        """Return the addresses, each once, if all may be connected to. Raises AddressRefused otherwise.
 
-        One bad address refuses the name: a resolver that mixes public and private answers is rebinding.
+        One bad address is enough to refuse the name: public and private answers together mean DNS rebinding.
         """
         if not addresses:
             raise AddressRefused("expected at least one address, got none")

@@ -1,8 +1,8 @@
 """Who may use the cache, and who may read which blob.
 
-Invariant: `decide` alone grants a blob. A manifest's listing proves nothing about bytes: a blob is public only once
-an anonymous request for it succeeded upstream; anything else needs upstream's word for these very credentials.
-Pure state: `now` is a parameter. Holds hashes of credentials, never credentials.
+Invariant: only `decide` grants a blob. That a manifest lists a blob proves nothing about its bytes: a blob is public
+only once an anonymous request for it succeeded upstream; otherwise upstream must have granted it to these very
+credentials. Pure state: `now` is a parameter. Holds hashes of credentials, never credentials.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pullthrough.core.digest import Digest
 from pullthrough.net.address_policy import SHARED, unwrap
 
 VOUCHED_S = 60.0
-"""How long upstream's yes for one pair and one credential is remembered."""
+"""How long it is remembered that upstream granted a pair to a credential."""
 
 _PRIVATE = tuple(
     ipaddress.ip_network(text)
@@ -25,7 +25,7 @@ _PRIVATE = tuple(
 
 
 class Decision(Enum):
-    """What becomes of a blob request on a registry host."""
+    """The answer to a blob request on a registry host."""
 
     GRANT = auto()
     ASK_UPSTREAM = auto()
@@ -33,30 +33,30 @@ class Decision(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of one (host, repository) ↔ digest pair and one caller."""
+    """The knowledge about one pair of (host, repository) and digest, and about one caller."""
 
     public: bool
     """An anonymous request for the digest succeeded upstream."""
     listed: bool
     """A stored manifest of that repository lists it, or upstream granted it to an anonymous request there."""
     vouched: bool
-    """Upstream answered this caller's credentials for this pair lately."""
+    """Upstream has recently granted this pair to this caller's credentials."""
 
 
 def decide(evidence: Evidence) -> Decision:
-    """GRANT for a known pair, else upstream is asked with the caller's own credentials."""
+    """Grant a known pair; for any other, have upstream asked with the caller's own credentials."""
     if (evidence.public and evidence.listed) or evidence.vouched:
         return Decision.GRANT
     return Decision.ASK_UPSTREAM
 
 
 def credential_key(authorization: str | None) -> bytes:
-    """Return a fingerprint to remember a credential by; all anonymous callers share one."""
+    """Return a fingerprint by which to remember a credential; all anonymous callers share one."""
     return hashlib.sha256((authorization or "").encode("utf-8", "surrogateescape")).digest()
 
 
 class Vouchers:
-    """Which pairs upstream has lately granted to which credential."""
+    """The pairs that upstream has recently granted to each credential."""
 
     def __init__(self, *, lifetime_s: float = VOUCHED_S, limit: int = 10_000) -> None:
         self._lifetime_s = lifetime_s
@@ -64,11 +64,11 @@ class Vouchers:
         self._until: dict[tuple[bytes, str, str, Digest], float] = {}
 
     def add(self, credential: bytes, host: str, repository: str, digest: Digest, *, now: float) -> None:
-        """Upstream answered `credential`'s request for this pair."""
+        """Note that upstream granted this pair to `credential`."""
         key = (credential, host, repository, digest)
         self._until.pop(key, None)
         self._until[key] = now + self._lifetime_s
-        # Insertion order is order of expiry, so the oldest stand first.
+        # Entries are in the order in which they expire: the oldest come first.
         while self._until and (len(self._until) > self._limit or next(iter(self._until.values())) <= now):
             del self._until[next(iter(self._until))]
 
@@ -77,7 +77,7 @@ class Vouchers:
 
 
 class ClientPolicy:
-    """Which client addresses are admitted."""
+    """The client addresses that are admitted."""
 
     def __init__(self, clients: Iterable[Network | str]) -> None:
         """`clients` as in Settings."""
@@ -98,9 +98,7 @@ class ClientPolicy:
         self._networks = tuple(networks)
 
     def admits(self, peer: str, *, local: Iterable[Network] = ()) -> bool:
-        """Return whether a client at the address `peer` may use the cache; `local` are the networks this machine is
-        on now.
-        """
+        """Return whether a client at the address `peer` may use the cache; `local` are this machine's networks now."""
         if self._any:
             return True
         try:
@@ -112,7 +110,7 @@ class ClientPolicy:
 
 
 def is_shared(peer: str) -> bool:
-    """Return whether the address is one of those that carriers and Tailscale give (see `tunnel.SHARED`)."""
+    """Return whether the address is one that carriers and Tailscale assign (see `address_policy`)."""
     try:
         address = unwrap(ipaddress.ip_address(peer.partition("%")[0]))
     except ValueError:

@@ -1,7 +1,7 @@
-"""What each client has been seen to do since the start: with which Ollama it came, by which way, for what.
+"""What each client has done since the start: its Ollama version, its way to the cache, and what it pulled.
 
-Invariant: memory is bounded whatever clients do: who was seen longest ago is forgotten first, and so is the model that
-a client pulled longest ago. What is noted here may name private models: who shows it leaves those out.
+Invariant: memory is bounded whatever clients do: the client seen longest ago is forgotten first, and so is the model
+that a client pulled longest ago. The notes may name private models: code that shows them leaves those out.
 """
 
 from collections import OrderedDict
@@ -14,11 +14,11 @@ from pullthrough.core.records import Name, Version
 
 CLIENTS: Final = 1000
 MODELS: Final = 20
-"""Remembered of each client."""
+"""How many pulls are remembered of each client."""
 
 
 class Way(StrEnum):
-    """How a client reaches the cache."""
+    """The way by which a client reaches the cache."""
 
     PROXY = "HTTPS_PROXY"
     GATEWAY = "gateway"
@@ -27,19 +27,19 @@ class Way(StrEnum):
 
 @dataclass(slots=True)
 class Client:
-    """One address."""
+    """A client, by its address."""
 
     seen: float = 0.0
-    """When it last asked for a manifest or was sent bytes, Unix seconds."""
+    """When it last asked for a manifest or received bytes, Unix seconds."""
     way: Way | None = None
     version: Version | None = None
-    """Of its Ollama; None for other programs."""
+    """The version of its Ollama; None for other programs."""
     bypasses: bool = False
-    """Its Ollama is known to download past the proxy that it asks."""
+    """Whether its Ollama is known to download without the proxy, having asked through it."""
     sent: int = 0
-    """Bytes of blobs that went to it."""
+    """Blob bytes sent to it."""
     pulls: OrderedDict[Name, float] = field(default_factory=OrderedDict)
-    """When it last asked for the manifest of each model, the last one last."""
+    """When it last asked for the manifest of each model, the latest last."""
 
 
 class ClientTable:
@@ -55,7 +55,7 @@ class ClientTable:
         client.way, client.version, client.bypasses = way, version, bypasses
 
     def pull(self, address: str, name: Name, *, now: float) -> None:
-        """Note that the client was given the manifest of a model in order to pull it."""
+        """Note that the client received a model's manifest in order to pull the model."""
         pulls = self._client(address, now).pulls
         pulls[name.model] = now
         pulls.move_to_end(name.model)
@@ -67,7 +67,7 @@ class ClientTable:
         self._client(address, now).sent += count
 
     def latest(self) -> Iterator[tuple[str, Client]]:
-        """Return all clients, the one seen last first."""
+        """Return all clients, the most recently seen first."""
         return iter(reversed(self._clients.items()))
 
     def __len__(self) -> int:

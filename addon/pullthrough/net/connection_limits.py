@@ -1,6 +1,7 @@
-"""How many connections clients may hold: each address for itself, and all together, whichever port they came to.
+"""Limits on the connections that clients may hold: per address, and for all together, on all ports.
 
-Invariant: a connection that is busy is never closed to make room for another. Pure: a connection is what closes it.
+Invariant: a busy connection is never closed to make room for another. Pure: knows a connection only by the function
+that closes it.
 """
 
 import ipaddress
@@ -13,33 +14,33 @@ from pullthrough.net.address_policy import unwrap
 PER_ADDRESS: Final = 1024
 """Sixty Ollamas behind one router, with sixteen parts each."""
 RESERVED: Final = 1024
-"""Descriptors that are kept for upstream, the disk and ourselves, or half of a lower limit."""
+"""File descriptors kept for upstream, the disk and ourselves; half of the limit if that is less."""
 LEAST_RESERVED: Final = 192
-"""So many in any case: the event loop accepts a hundred connections at once before anybody can close one."""
+"""The least that is kept: the event loop accepts a hundred connections in a row before one can be closed."""
 LEAST: Final = 16
 PER_CLIENT: Final = 2
-"""Descriptors that a client may cost: its connection, and the file or the connection that it is answered from."""
+"""Descriptors that a client may take: its connection, and the file or upstream connection that answers it."""
 
 
 def most_connections(descriptors: int) -> int:
-    """Return how many clients may be connected at once where the process may have so many descriptors."""
+    """Return how many clients may be connected at once if the process may have so many descriptors."""
     reserved = max(LEAST_RESERVED, min(RESERVED, descriptors // 2))
     return max(LEAST, (descriptors - reserved) // PER_CLIENT)
 
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """The place of one connection. Whoever owns the connection holds it, and releases it when the connection ends."""
+    """The place of one connection. The owner of the connection releases it when the connection ends."""
 
     key: str
     close: Callable[[], None]
     """Closes the connection to make room."""
     limits: "ConnectionLimits"
     busy: bool = False
-    """Something is being answered: it is not closed to make room."""
+    """Whether a request is being answered: then the connection is not closed to make room."""
 
     def release(self) -> None:
-        """Give the place up. May be called twice."""
+        """Give up the place. May be called twice."""
         self.limits.release(self)
 
 
@@ -50,16 +51,16 @@ class ConnectionLimits:
     total: int
     per_address: int = PER_ADDRESS
     _by_key: dict[str, dict[Slot, None]] = field(default_factory=dict)
-    """The slots of each address, the oldest first."""
+    """The slots of each client, the oldest first."""
     _count: int = 0
 
     def __len__(self) -> int:
         return self._count
 
     def take(self, address: str, close: Callable[[], None]) -> Slot | None:
-        """Return a place for a new connection, if need be that of one that waits; None if every other is busy.
+        """Return a place for a new connection; if there is none, close one that is idle. None if all are busy.
 
-        The one that has waited longest goes, of the same address if that has too many, else of the address with most.
+        The one idle longest is closed: of the same address if that has too many, else of the address with the most.
         """
         key = client_key(address)
         if len(self._by_key.get(key, ())) >= self.per_address:
@@ -76,7 +77,7 @@ class ConnectionLimits:
         return self._add(key, close)
 
     def release(self, slot: Slot) -> None:
-        """Give a slot up, if it has not been already."""
+        """Give up a slot, unless that was done before."""
         group = self._by_key.get(slot.key, {})
         if slot in group:
             del group[slot]
@@ -92,9 +93,7 @@ class ConnectionLimits:
 
 
 def client_key(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, or the /64 of an IPv6 one, whose hosts choose the rest
-    themselves.
-    """
+    """Return what counts as one client: an IPv4 address, or an IPv6 /64, within which a host chooses its addresses."""
     try:
         found = unwrap(ipaddress.ip_address(address.partition("%")[0]))
     except ValueError:

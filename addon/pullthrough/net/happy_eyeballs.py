@@ -1,4 +1,4 @@
-"""Which of a name's addresses answers first, so that one that leads nowhere keeps nobody waiting (RFC 8305).
+"""The first of a name's addresses to answer, so that nobody waits for a dead one (RFC 8305).
 
 Invariant: only the given addresses are tried, and no byte is sent to them.
 """
@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 DELAY_S: Final = 0.25
-"""How long an address has before the next one is tried beside it (RFC 8305 section 5: "Connection Attempt Delay")."""
+"""How long an address has before the next is tried, too (RFC 8305 section 5: "Connection Attempt Delay")."""
 TIMEOUT_S: Final = 10.0
 
 
 async def first_to_answer(
     addresses: Iterable[str], port: int, *, delay_s: float = DELAY_S, timeout_s: float = TIMEOUT_S
 ) -> str | None:
-    """Return the address that accepts a TCP connection first; None if none does in time. The connection is closed
-    again.
-    """
+    """Return the first address that accepts a TCP connection, which is closed again; None if none does in time."""
     trials: set[asyncio.Task[str]] = set()
     waiting = interleaved(list(addresses), version_of)
     loop = asyncio.get_running_loop()
@@ -45,7 +43,7 @@ async def first_to_answer(
 
 
 def interleaved[T](found: Sequence[T], family: Callable[[T], object]) -> list[T]:
-    """Return the addresses with the families in turns, beginning with that of the first (RFC 8305 section 4)."""
+    """Return the addresses with their families alternating, beginning with the first one's (RFC 8305 section 4)."""
     first = [each for each in found if family(each) == family(found[0])]
     others = [each for each in found if family(each) != family(found[0])]
     return [each for pair in itertools.zip_longest(first, others) for each in pair if each is not None]

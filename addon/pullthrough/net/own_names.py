@@ -1,6 +1,6 @@
-"""What this machine is called by those who ask it for a page.
+"""The names by which others ask this machine for a page.
 
-Invariant: a name that a stranger could have led here (DNS rebinding) is none of ours; an address is nobody's name.
+Invariant: a name that a stranger could have pointed here (DNS rebinding) is not ours; an address always is.
 """
 
 import ipaddress
@@ -12,18 +12,14 @@ from pullthrough.config.settings import Endpoint
 
 
 def own_names(advertise: Endpoint | None) -> frozenset[str]:
-    """Return the names that are ours: this machine's (by mDNS too, RFC 6762), localhost, and what we are told to
-    advertise.
-    """
+    """Return our names: this machine's (and for mDNS, RFC 6762), localhost, and the one that is advertised."""
     machine = socket.gethostname().lower()
     names = {"localhost", machine, f"{machine.partition('.')[0]}.local"}
     return frozenset(names | ({advertise.host} if advertise is not None else set()))
 
 
 def is_ours(host: str | None, names: AbstractSet[str]) -> bool:
-    """Return whether a Host field names us or gives an address. Without one, which is HTTP/1.0, no browser has
-    asked.
-    """
+    """Return whether a Host field has one of our names or an address. No browser omits the field, as HTTP/1.0 may."""
     if host is None:
         return True
     try:

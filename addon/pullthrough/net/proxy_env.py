@@ -1,9 +1,9 @@
-"""The parent proxy: the way out that the environment of the daemon prescribes.
+"""The parent proxy: the way out that the daemon's environment prescribes.
 
-Invariant: loopback and what NO_PROXY names are reached directly, all else through the parent, by the rules of Go
-(golang.org/x/net/http/httpproxy), so that cache and clients understand one environment alike. A name that only the
-parent will resolve is refused here where its spelling says that it is not public. Credentials of the parent are in
-no message. Pure: the environment is a parameter.
+Invariant: loopback and what NO_PROXY names are reached directly, everything else through the parent, by Go's rules
+(golang.org/x/net/http/httpproxy), so that cache and clients read an environment alike. A name that only the parent
+will resolve is refused here if its spelling shows that it is not public. No message has the parent's credentials.
+Pure: the environment is a parameter.
 """
 
 import base64
@@ -40,7 +40,7 @@ class Proxy:
 
     @property
     def fields(self) -> dict[str, str]:
-        """What a request to the proxy itself carries."""
+        """The header fields of a request to the proxy itself."""
         return {PROXY_AUTHORIZATION: self.authorization} if self.authorization else {}
 
 
@@ -55,7 +55,7 @@ class ParentProxies:
 
     @classmethod
     def parse(cls, environment: Mapping[str, str]) -> "ParentProxies":
-        """HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, in either case. SettingsError for an unusable proxy."""
+        """Read HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY, in either case. Raises SettingsError."""
 
         def found(*names: str) -> Proxy | None:
             for name in names:
@@ -74,12 +74,12 @@ class ParentProxies:
         return tuple(dict.fromkeys(proxy for proxy in (self.https, self.http) if proxy is not None))
 
     def without(self, proxy: Proxy) -> "ParentProxies":
-        """Return the ways out that do not lead through `proxy`."""
+        """Return the proxies except `proxy`."""
         https, http = (None if each == proxy else each for each in (self.https, self.http))
         return ParentProxies(https, http, self.direct)
 
     def of(self, scheme: str, host: str, port: int) -> Proxy | None:
-        """Return the proxy on the way to a target, None where there is none."""
+        """Return the proxy for a target; None if it is reached directly."""
         proxy = self.https if scheme == "https" else self.http
         return None if proxy is None or self._is_direct(host.lower().rstrip("."), port) else proxy
 
@@ -91,9 +91,9 @@ class ParentProxies:
 
 
 def check_remote(host: str) -> None:
-    """Raise AddressRefused for a host that the parent is to resolve, if its spelling says that it is not public.
+    """Raise AddressRefused for a host that the parent is to resolve, if its spelling shows that it is not public.
 
-    What a public name leads to is the parent's to judge: nobody else can resolve it.
+    Where a public name leads is for the parent to judge: nobody else can resolve it.
     """
     if _address(host) is not None:
         check_address(host)
@@ -113,7 +113,7 @@ def _parse_proxy(variable: str, text: str) -> Proxy:
     except ValueError:
         host = port = None
     if split.scheme not in _PORTS or not host or split.path not in ("", "/") or split.query or split.fragment:
-        # It is not quoted: there may be a password in it.
+        # The value is not quoted: it may contain a password.
         raise SettingsError(
             f"environment variable {variable}: expected [http[s]://][user:password@]host[:port], "
             f"got something else ({split.scheme if '://' in text else 'no'} scheme, {len(text)} characters)"
@@ -126,8 +126,8 @@ def _parse_proxy(variable: str, text: str) -> Proxy:
 
 
 def _covers(member: str, host: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address | None, port: int) -> bool:
-    """Return whether a member of NO_PROXY is about this target: `*`, an address, a network, or a name with its
-    subdomains (`.name`: the subdomains alone), each but a network with a port or without.
+    """Return whether a member of NO_PROXY covers this target: `*`, an address, a network, or a name with its
+    subdomains (`.name`: the subdomains only). All but a network may have a port.
     """
     if member == "*":
         return True

@@ -1,12 +1,12 @@
-"""Each pull as one thing: who, which model, how much from where, and how long, whatever number of requests it took.
+"""The history of pulls: client, model, bytes by source, and duration, however many requests a pull took.
 
-A pull begins with the model's manifest and ends when all of its blobs have gone to the client. A client that has some
-of them already does not ask for those: then it has ended once nothing was asked for in QUIET_S. Of one that goes on for
-LONGEST_S the rest is told as another one.
+A pull begins with the model's manifest and ends when all of its blobs have gone to the client. A client that already
+has some of them does not ask for those: its pull ends when nothing has been asked for in QUIET_S. After LONGEST_S the
+rest of a pull counts as another one.
 
-Invariant: all requests of one address for one model at a time are one pull; memory is bounded whatever clients do, by
-OPEN and KEPT: the pull that was begun first ends where there is no room. What
-is noted here may name private models: who shows it leaves those out. Pure state: `now` is a parameter, Unix seconds.
+Invariant: all requests of one address for one model at a time are one pull; memory is bounded by OPEN and KEPT,
+whatever clients do: if there is no room, the pull that began first ends. The notes may name private models: code that
+shows them leaves those out. Pure state: `now` is a parameter, Unix seconds.
 """
 
 from collections import deque
@@ -22,45 +22,45 @@ from pullthrough.core.records import Name
 QUIET_S: Final = 30.0
 LONGEST_S: Final = 24 * 3600.0
 OPEN: Final = 1000
-"""Pulls that are followed at a time."""
+"""The most pulls that are followed at a time."""
 KEPT: Final = 200_000
-"""Digests, and pieces of blobs that have no neighbour yet, of all of these together; some 100 bytes each."""
+"""The most digests and disjoint intervals of blobs kept for all of these together, at some 100 bytes each."""
 RECENT: Final = 50
-"""Pulls that are remembered once they have ended."""
+"""The most finished pulls that are remembered."""
 
 Wanted = Sequence[Sequence[Digest]]
-"""The blobs of a model; of a list, those of each child."""
+"""The blobs of a model, or of each child of a list."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """One client's pull of one model."""
+    """A pull of one model by one client."""
 
     client: str
-    """Its address."""
+    """The client's address."""
     name: Name
     size: int
-    """Bytes of the blobs that it has asked for."""
+    """The total size of the blobs that it has asked for."""
     from_cache: int
-    """Bytes that went to it of blobs that were here before it came."""
+    """Bytes sent to the client of blobs that were stored before the pull."""
     from_upstream: int
-    """Bytes that went to it of blobs that were fetched meanwhile."""
+    """Bytes sent to the client of blobs that were fetched during the pull."""
     began: float
     """Unix seconds."""
     seconds: float
     """Until the last byte."""
     is_whole: bool
-    """All that it has asked for has gone to it."""
+    """Whether all blobs that the client has asked for have gone to it."""
     is_running: bool = False
 
     @property
     def sent(self) -> int:
-        """Bytes that went to it."""
+        """Bytes sent to the client."""
         return self.from_cache + self.from_upstream
 
     @property
     def source(self) -> str:
-        """Where the bytes were from: "cache", "upstream" or "both"."""
+        """Where the bytes came from: "cache", "upstream" or "both"."""
         return "both" if self.from_cache and self.from_upstream else "cache" if self.from_cache else "upstream"
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class Following:
     wanted: list[frozenset[Digest]] = field(default_factory=list)
     blobs: dict[Digest, _Blob] = field(default_factory=dict)
     whole: set[Digest] = field(default_factory=set)
-    """Those that have gone to the client."""
+    """The blobs that have gone to the client in full."""
     reading: int = 0
     """Requests that are being answered."""
     kept: int = 0
@@ -106,7 +106,7 @@ class Following:
     @property
     def is_complete(self) -> bool:
         """Whether all blobs of the model have gone to the client."""
-        # Asked for each blob of thousands: a set that is too small is seen by its length.
+        # Checked after each of thousands of blobs; `<=` is fast, as it compares the sets' lengths first.
         return not self.reading and any(digests <= self.whole for digests in self.wanted)
 
     def tell(self, *, is_running: bool) -> Pull:
@@ -120,25 +120,25 @@ class PullHistory:
     """The pulls of all clients."""
 
     def __init__(self, on_end: Callable[[Pull], None] = lambda _: None, *, limit: int = OPEN, kept: int = KEPT) -> None:
-        """`on_end` is told of each pull that has ended."""
+        """`on_end` is called with each pull that has ended."""
         self._on_end = on_end
         self._limit = limit
         self._most_kept = kept
         self._kept = 0
         self._open: dict[tuple[str, Name], Following] = {}
-        """By (client, name), the one that was begun first first."""
+        """The pulls under way, by (client, name), in the order in which they began."""
         self.recent: deque[Pull] = deque(maxlen=RECENT)
-        """Those that have ended, the last one first."""
+        """The pulls that have ended, the latest first."""
 
     @property
     def running(self) -> list[Pull]:
-        """Those under way that have asked for a blob, the last one first."""
+        """The pulls under way that have asked for a blob, the latest first."""
         return [pull.tell(is_running=True) for pull in reversed(self._open.values()) if pull.blobs]
 
     def ask(self, client: str, name: Name, wanted: Wanted, *, now: float) -> None:
-        """Note that the client was given a manifest.
+        """Note that the client received a manifest.
 
-        One that is named by its digest belongs to the pull of the same repository that is under way.
+        A manifest that is named by its digest belongs to the pull under way of the same repository.
         """
         pull = self._open.get((client, name.model))
         if pull is None and ":" in name.reference:
@@ -159,10 +159,10 @@ class PullHistory:
         *,
         now: float,
     ) -> Following | None:
-        """Note that the client is about to be sent bytes of a blob; the pull that it belongs to, for `end`.
+        """Note that bytes of a blob are about to be sent; return the pull that they belong to, for `end`.
 
-        `find` says which model has the blob, where the client was given no manifest of it here: the cache may have been
-        restarted meanwhile.
+        `find` says which model has the blob, for a client that received no manifest of it here: the cache may have been
+        restarted since.
         """
         pull = next((each for each in self._of(client) if any(digest in digests for digests in each.wanted)), None)
         pull = pull or next((each for each in self._of(client) if digest in each.blobs), None)
@@ -178,7 +178,7 @@ class PullHistory:
         return pull
 
     def end(self, pull: Following, digest: Digest, start: int, sent: int, *, cached: bool, now: float) -> None:
-        """Note that `sent` bytes from `start` have gone out; `cached` says that the blob was here before the pull."""
+        """Note that `sent` bytes from `start` went out; `cached` says that the blob was stored before the pull."""
         pull.reading -= 1
         pull.last = now
         blob = pull.blobs[digest]
@@ -196,7 +196,7 @@ class PullHistory:
             self._keep(pull, blob.sent.count - before)
 
     def expire(self, *, now: float) -> None:
-        """End the pulls of which nothing was asked for in QUIET_S, and those that have gone on for LONGEST_S."""
+        """End the pulls that have asked for nothing in QUIET_S, and those that have lasted LONGEST_S."""
         for pull in list(self._open.values()):
             if (not pull.reading and now > pull.last + QUIET_S) or now > pull.began + LONGEST_S:
                 self._finish(pull)
@@ -207,7 +207,7 @@ class PullHistory:
             self._finish(pull)
 
     def _of(self, client: str) -> Iterator[Following]:
-        """Yield the client's, the last one first."""
+        """Yield the client's pulls under way, the latest first."""
         return (pull for pull in reversed(self._open.values()) if pull.client == client)
 
     def _begin(self, client: str, name: Name, now: float) -> Following:
@@ -217,7 +217,7 @@ class PullHistory:
         return pull
 
     def _keep(self, pull: Following, more: int) -> None:
-        """Note that so much more is kept of a pull, and end those that were begun first if that is too much."""
+        """Count `more` entries for a pull; if there are too many in all, end the pulls that began first."""
         if self._is_open(pull):
             pull.kept += more
             self._kept += more
@@ -232,7 +232,7 @@ class PullHistory:
             return
         del self._open[pull.client, pull.name]
         self._kept -= pull.kept
-        # Who asks for a manifest alone looks whether there is anything new.
+        # A client that asks for a manifest alone only checks for updates.
         if pull.from_cache or pull.from_upstream:
             told = pull.tell(is_running=False)
             self.recent.appendleft(told)
