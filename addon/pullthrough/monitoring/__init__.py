@@ -1,5 +1,5 @@
-"""What the daemon reports about itself: metrics, health, the status page, the form of log lines.
+"""What the daemon reports about itself: metrics, health, the status page, the format of log lines.
 
-Begin with `status` (what is looked at), `status_page` (how it is shown) and `metrics`. The pages' files are in
+Begin with `status` (the data), `status_page` (the presentation) and `metrics`. The pages' files are in
 `share/`.
 """

@@ -1,7 +1,7 @@
-"""The log lines that anybody may see: what has happened to the cache, for the page that shows it.
+"""The log lines that anybody may see: what has happened to the cache, for the status page.
 
-A line is shown only if whoever logs it says so (`extra=SHOWN`), as others may name private models. Invariant: memory is
-bounded; lines that the log leaves out, by its level, are not shown either.
+A line is shown only if the code that logs it says so (`extra=SHOWN`), as others may name private models. Invariant:
+memory is bounded; lines that the log omits because of its level are not shown, either.
 """
 
 import logging
@@ -14,7 +14,7 @@ _OURS: Final = "pullthrough"
 
 
 class Event(NamedTuple):
-    """One line."""
+    """A line of the log."""
 
     time: float
     """Unix seconds."""
@@ -23,7 +23,7 @@ class Event(NamedTuple):
 
 
 class EventLog(logging.Handler):
-    """The last lines, as long as its `with` block lasts."""
+    """The last lines that were logged during its `with` block."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Whether the daemon is fit to serve: its disk, its certificates, its end; and what it can reach.
+"""Whether the daemon is fit to serve: its disk, its certificates, whether it is ending, and what it can reach.
 
-Invariant: a disk that does not answer holds up one thread and nobody's event loop.
+Invariant: a disk that does not answer blocks one thread and never the event loop.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from pullthrough.store.layout import restore
 from pullthrough.upstream.reachability import Service
 
 FRESH_S: Final = 1.0
-"""How long the disk is not looked at again."""
+"""How long a look at the disk counts."""
 FULL: Final = 1 << 20
 """Free bytes below which the disk counts as full."""
 PATIENCE_S: Final = 2.0
@@ -26,19 +26,19 @@ PATIENCE_S: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """What the store's disk says."""
+    """The state of the store's disk."""
 
     free: int
     """Bytes."""
     problem: str = ""
-    """Why nothing can be stored, "" if that is not so."""
+    """Why nothing can be stored; "" if something can."""
 
 
 class Health:
-    """Of one daemon."""
+    """The health of one daemon."""
 
     def __init__(self, folder: Path, certificates: Callable[[], Mapping[str, datetime]]) -> None:
-        """`folder` is the store's; `certificates` says by name until when those that clients are shown are valid."""
+        """`folder` is the store's; `certificates` gives by name the expiry of the certificates that clients see."""
         self.draining = False
         self._folder = folder
         self.certificates = certificates
@@ -47,22 +47,22 @@ class Health:
         self._looked = 0.0
 
     def open(self, probes: Probes) -> None:
-        """Begin to look at the servers that nobody has asked for a while."""
+        """Start probing the servers that nothing has asked for a while."""
         self._probes = probes
         probes.open()
 
     async def close(self) -> None:
-        """Stop probing, and report from now on that the daemon is about to end."""
+        """Stop probing, and report from now on that the daemon is draining."""
         self.draining = True
         if self._probes is not None:
             await self._probes.close()
 
     async def services(self) -> tuple[Service, ...]:
-        """Return what is known of each server that the cache draws on; nothing before `open`."""
+        """Return what is known of each server that the cache uses; nothing before `open`."""
         return await self._probes.services() if self._probes is not None else ()
 
     async def disk(self) -> Disk:
-        """As it was FRESH_S ago at most, or is."""
+        """Return the disk's state, at most FRESH_S old."""
         if self._look is None or (self._look.done() and time.monotonic() - self._looked > FRESH_S):
             self._looked = time.monotonic()
             work = asyncio.to_thread(_look, self._folder)
@@ -71,7 +71,7 @@ class Health:
         return self._look.result() if done else Disk(0, f"no answer in {PATIENCE_S:.0f} s")
 
     async def problems(self) -> list[str]:
-        """Return why the daemon should not be sent clients; empty if it should."""
+        """Return why no clients should be sent to the daemon; empty if they may."""
         problems = ["draining"] if self.draining else []
         if problem := (await self.disk()).problem:
             problems.append(f"store: {problem}")

@@ -1,7 +1,7 @@
 """Log records as lines of JSON, for programs that collect logs.
 
-Invariant: one object a line, whatever is logged; `time`, `level`, `logger` and `message` are always there, and beside
-them the fields that a record brings along.
+Invariant: one object per line, whatever is logged; it always has `time`, `level`, `logger` and `message`, and the
+record's own fields beside them.
 """
 
 import json
@@ -12,7 +12,7 @@ from pullthrough.monitoring.text_log import shorten
 
 
 class JsonLines(logging.Formatter):
-    """A record's own fields are in its attribute `fields`."""
+    """The formatter. A record's own fields are in its attribute `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {

@@ -1,7 +1,7 @@
-"""The documentation, as pages beside the others: for networks that reach nothing else.
+"""The documentation as web pages, for networks that cannot reach the published one.
 
-The files are those of docs/, which a wheel has within the package and a checkout beside it. Invariant: what is shown is
-ours alone; a link that leads out of the folder is text.
+The files are those of docs/, which is inside the package in a wheel and beside it in a checkout. Invariant: only our
+own text is shown; a link that leads out of the folder becomes plain text.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from markdown_it.token import Token
 
 _PACKAGE: Final = Path(__file__).parents[1]
 PLACES: Final = (_PACKAGE / "docs", _PACKAGE.parents[1] / "docs")
-"""Of the folder in a wheel, and in a checkout."""
+"""The folder's place in a wheel, and in a checkout."""
 START: Final = "README.md"
 
 
@@ -24,15 +24,15 @@ class Manual:
     """The pages of one folder."""
 
     def __init__(self, places: Sequence[Path] = PLACES) -> None:
-        """The first of the `places` that has a documentation counts."""
+        """The first of the `places` with documentation is used."""
         folder = next((place for place in places if (place / START).is_file()), None)
         files = sorted(folder.iterdir()) if folder is not None else []
         self.pages = {path.name: path for path in files if path.suffix == ".md"}
-        """By the name of the file. Empty where there is no documentation."""
+        """The pages, by the name of the file. Empty if there is no documentation."""
         self.pictures = {path.name: path for path in files if path.suffix == ".png"}
         self._markdown = MarkdownIt("commonmark", {"html": True}).enable("table")
         self.page = lru_cache(maxsize=None)(self._page)
-        """(title, HTML) of the page of this name; rendered once."""
+        """Return (title, HTML) of the page of this name; rendered once."""
 
     def _page(self, name: str) -> tuple[str, str]:
         text = self.pages[name].read_text(encoding="utf-8")
@@ -49,12 +49,12 @@ class Manual:
 
 
 def slug(heading: str) -> str:
-    """Return the anchor of a heading, as it is made where the files are published."""
+    """Return the anchor of a heading, made as on the site where the files are published."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _kept(tokens: list[Token]) -> list[Token]:
-    """Leave out the links that lead to files outside of the folder."""
+    """Leave out the links to files outside the folder."""
     kept, left_out = [], False
     for token in tokens:
         if token.type == "link_open" and str(token.attrGet("href")).startswith("../"):

@@ -1,7 +1,7 @@
 """The daemon's counts, in Prometheus's format.
 
-Invariant: the number of series is bounded by the options, whatever is pulled: no digest, model or client is a label.
-Nothing is counted here: each number is read where it is kept.
+Invariant: the options bound the number of series, whatever is pulled: no digest, model or client is a label. Nothing is
+counted here: each number is read where it is kept.
 """
 
 import platform
@@ -38,7 +38,7 @@ Values = Iterable[tuple[Sequence[str], float]]
 
 
 class Metrics(Collector):
-    """Of one daemon."""
+    """The metrics of one daemon."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Metrics(Collector):
         pulls: Counts,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`pulls` counts those past the cache; `tier` tells the state of the fleet's object store, if there is one."""
+        """`pulls` counts those past the cache; `tier` returns the state of the fleet's object store, if any."""
         self._pulls = pulls
         self._tier = tier
         self._settings = settings
@@ -69,13 +69,13 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
 
     async def expose(self, accept: str) -> tuple[bytes, str]:
-        """(all metrics, their Content-Type) in the format that an Accept field asks for."""
+        """Return (all metrics, their Content-Type) in the format that an Accept field asks for."""
         self._disk, self._services = await self._health.disk(), await self._health.services()
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the numbers now."""
+        """Yield the current numbers."""
         yield from self._traffic()
         yield from self._upstreams()
         yield from self._storage()
@@ -181,12 +181,12 @@ def _gauges(name: str, text: str, values: Values, *labels: str) -> Metric:
 
 
 def _kinds(above: type[UpstreamError] = UpstreamError) -> Iterator[type[UpstreamError]]:
-    """Yield all below it in the tree."""
+    """Yield all subclasses, at any depth."""
     for kind in above.__subclasses__():
         yield kind
         yield from _kinds(kind)
 
 
 def _snake(name: str) -> str:
-    """`UpstreamTimeout` as "timeout"."""
+    """Return `UpstreamTimeout` as "timeout"."""
     return re.sub("(?<=.)(?=[A-Z])", "_", name.removeprefix("Upstream")).lower()

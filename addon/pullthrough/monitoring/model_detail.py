@@ -1,7 +1,7 @@
-"""One public model in detail, for whoever opens its page.
+"""One public model in detail, for its page.
 
-Invariant: looking costs what the model has of layers and its repository of tags, however much is stored; a model that
-its registry refuses to strangers is not there.
+Invariant: the cost grows with the model's layers and its repository's tags, not with what else is stored; a model that
+its registry refuses to strangers is not found.
 """
 
 from dataclasses import dataclass
@@ -19,21 +19,21 @@ class ModelDetail:
 
     name: Name
     facts: JSON
-    """As `detail` of listing."""
+    """What `detail` of listing returns."""
     pins: tuple[str, ...]
-    """The patterns that keep it."""
+    """The pins that keep it."""
     verified: float | None
-    """Since when each blob of it that is here has been known to hash to its name, Unix seconds."""
+    """When each stored blob of it was verified, Unix seconds."""
     held: int
-    """Blobs of it that are here."""
+    """How many of its blobs are stored."""
     listed: int
-    """Blobs that it lists."""
+    """How many blobs it lists."""
     tags: tuple[JSON, ...]
-    """Rows of all stored models of the repository, this one too, by name."""
+    """Rows of all stored models of the repository, including this one, by name."""
 
 
 def find_detail(store: Store, pins: tuple[str, ...], text: str) -> ModelDetail | None:
-    """Look at the stored public model that a user means by `text`; None if there is none."""
+    """Return the stored public model that a user means by `text`; None if there is none."""
     try:
         name = Name.parse(text)
     except InvalidRequest:
@@ -57,7 +57,7 @@ def find_detail(store: Store, pins: tuple[str, ...], text: str) -> ModelDetail |
 
 
 def _view(store: Store, manifests: dict[Name, ManifestRecord], pins: tuple[str, ...]) -> View:
-    """Of these manifests alone."""
+    """Return a view of these manifests only."""
     blobs: dict[Digest, BlobRecord] = {}
     for record in manifests.values():
         for digest in record.digests:

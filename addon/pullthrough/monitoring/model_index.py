@@ -1,8 +1,8 @@
 """The public models of a store, to be searched, sorted and paged through.
 
-Invariant: an index is made once for all who look, in a thread, and never changes; a question costs one pass over the
-names. Two models of the same size or time stand in the order of their names, whichever way they are sorted. Private
-models are not in it.
+Invariant: an index is made once for all viewers, in a thread, and never changes; a query costs one pass over the names.
+Models of the same size or time are in the order of their names, whichever way they are sorted. Private models are not
+in the index.
 """
 
 from enum import StrEnum
@@ -12,7 +12,7 @@ from pullthrough.core.records import Name
 from pullthrough.library.listing import View, is_whole, size_of
 
 LONGEST: Final = 200
-"""Characters of a search that count."""
+"""How many characters of a search are used."""
 PAGE: Final = 50
 """Models on one page."""
 
@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     name: Name
     typed: str
-    """What a user types for it."""
+    """The name as users type it."""
     size: int
     pulled: float
     """When a client last pulled it, Unix seconds; 0 for never."""
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 class Order(StrEnum):
-    """What models may be sorted by. Each has a direction of its own; a `-` in front means the other one."""
+    """An order of models. Each has a natural direction; a leading `-` reverses it."""
 
     PULLED = "pulled"
     OLDEST = "-pulled"
@@ -42,21 +42,21 @@ class Order(StrEnum):
 
 
 class Page(NamedTuple):
-    """A part of what was found."""
+    """A page of the models that were found."""
 
     rows: list[Row]
     number: int
-    """From 1."""
+    """Counted from 1."""
     pages: int
     found: int
-    """Models on all of them."""
+    """Models on all pages together."""
 
 
 class ModelIndex:
-    """Of the models at one moment."""
+    """An index of the models at one moment."""
 
     def __init__(self, view: View) -> None:
-        """Walks all models: belongs in a thread."""
+        """Build the index. Walks all models, so call it in a thread."""
         rows = [
             Row(
                 name,
@@ -74,7 +74,7 @@ class ModelIndex:
         self._orders = {
             Order.NAME: rows,
             Order.LAST_NAME: rows[::-1],
-            # Sorting is stable: among equals the order of names stays.
+            # Sorting is stable: equals stay in the order of names.
             Order.PULLED: sorted(rows, key=lambda row: -row.pulled),
             Order.OLDEST: sorted(rows, key=lambda row: row.pulled),
             Order.SIZE: sorted(rows, key=lambda row: -row.size),
@@ -89,7 +89,7 @@ class ModelIndex:
         return self._orders[Order.PULLED][:count]
 
     def page(self, text: str = "", order: Order = Order.PULLED, number: int = 1) -> Page:
-        """Return a page of the models whose names contain each word of `text`; beyond the last page, the last one."""
+        """Return a page of the models whose names contain every word of `text`; the last page if `number` is beyond."""
         words = set(text[:LONGEST].casefold().split())
         found = self._orders[order]
         if words:

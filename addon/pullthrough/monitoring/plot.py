@@ -1,7 +1,7 @@
 """The plot of bytes by day, as geometry.
 
-Invariant: one bar's place for each day of the calendar, also for those on which nothing was pulled, and an axis that
-ends at a round number.
+Invariant: each day of the calendar has room for one bar, even if nothing was pulled on it, and the axis ends at a round
+number.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from pullthrough.library.listing import JSON
 
 DAYS: Final = 30
 WIDTH: Final = 300
-"""Of the drawing, without a unit: it is stretched to its place."""
+"""The size of the drawing, without a unit: it is stretched to fit its place."""
 HEIGHT: Final = 100
 STEP: Final = WIDTH // DAYS
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One day: from the ground up what came from upstream, then what did not need to."""
+    """One day: at the bottom the bytes from upstream, above them those that the cache saved."""
 
     day: str
     x: int
@@ -28,7 +28,7 @@ class Bar:
     fetched: int
     saved_top: float
     fetched_top: float
-    """Both in units of the drawing, downwards."""
+    """Both in units of the drawing, from the top."""
 
     @property
     def is_empty(self) -> bool:
@@ -42,11 +42,11 @@ class Plot:
 
     bars: list[Bar]
     top: int
-    """Bytes at the upper end of the axis; 0 if nothing was pulled in all these days."""
+    """Bytes at the upper end of the axis; 0 if nothing was pulled on any of the days."""
 
 
 def plot(days: Sequence[JSON], now: float) -> Plot:
-    """Draw `days`, as `statistics` of listing has them, up to `now` in Unix seconds."""
+    """Draw `days`, as `statistics` of listing returns them, up to `now` in Unix seconds."""
     known = {day["day"]: (day["served"], day["fetched"]) for day in days}
     today = datetime.fromtimestamp(now, UTC).date()
     shown = [(str(today - timedelta(days=back))) for back in range(DAYS - 1, -1, -1)]

@@ -1,8 +1,8 @@
 """Probes of servers that have not been used for a while, so that their reported state is never old.
 
 Invariant: a server that a pull has asked within EVERY_S is left alone, and none is asked while `offline` forbids it. A
-look costs the other side next to nothing: a `GET /v2/`, an encrypted connection without a request, the head of one
-object. Looks of many caches do not fall together.
+probe costs the server next to nothing: a `GET /v2/`, a TLS connection without a request, a HEAD of one object. The
+probes of many caches do not coincide.
 """
 
 import asyncio
@@ -22,20 +22,20 @@ _log = logging.getLogger(__name__)
 
 EVERY_S: Final = 60.0
 SPREAD: Final = 0.2
-"""By which part of it a pause is shorter or longer, by chance."""
+"""The fraction by which a pause is randomly shorter or longer."""
 PATIENCE_S: Final = 1.0
-"""How long whoever wants to know waits for the first look at a server."""
+"""How long a caller waits for the first probe of a server."""
 LOOK_S: Final = 20.0
-"""How long a look may take."""
+"""How long a probe may take."""
 
 Look = Callable[[], Awaitable[object]]
 
 
 class Probes:
-    """Looks from `open` until `close`."""
+    """The probes, which run from `open` until `close`."""
 
     def __init__(self, reachability: Reachability, looks: Mapping[str, Look], *, every_s: float = EVERY_S) -> None:
-        """`looks` are by the server's name; each asks it once and has `reachability` told what came of that."""
+        """`looks` are by the server's name; each asks the server once and reports the result to `reachability`."""
         self._reachability = reachability
         self._looks = looks
         self._every_s = every_s
@@ -54,7 +54,7 @@ class Probes:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def services(self) -> tuple[Service, ...]:
-        """Return what is known of each server. One that was never asked is looked at first, within PATIENCE_S."""
+        """Return what is known of each server. One that was never asked is probed first, within PATIENCE_S."""
         unknown = [name for name in self._looks if self._is_unknown(name)]
         for name in unknown:
             self._wanted[name].set()
@@ -81,16 +81,16 @@ class Probes:
                 async with asyncio.timeout(LOOK_S):
                     await self._looks[name]()
             except (CacheError, TimeoutError) as error:
-                _log.debug("a look at %s: %s", name, error)  # which has been noted
+                _log.debug("a look at %s: %s", name, error)  # already noted
             except Exception:
-                # What is told of this server would stay as it is for ever if the looks ended.
+                # If the probes ended, the reported state of this server would never change again.
                 _log.exception("a look at %s failed; it is tried again", name)
             self._wanted[name].clear()
             pause_s = self._every_s
 
 
 def looks_at(upstream: Upstream, tier: Tier | None) -> dict[str, Look]:
-    """Return how to look at each server that may be asked."""
+    """Return a probe for each server that may be asked."""
     looks: dict[str, Look] = {}
     for service in upstream.reachability.services:
         if service.role is Role.OBJECT_STORE and tier is not None:

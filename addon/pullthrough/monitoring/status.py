@@ -1,7 +1,7 @@
-"""What a person who watches the cache wants to see, looked up together.
+"""The data of the status page, collected together.
 
-Invariant: what grows with the number of models is looked at in a thread, and as seldom as that is long; of private
-models nothing is told but how many there are and how big.
+Invariant: work that grows with the number of models is done in a thread, and less often the longer it takes; of private
+models only the number and the size are shown.
 """
 
 import asyncio
@@ -33,16 +33,16 @@ from pullthrough.upstream.reachability import Fetching, Service, fetching
 FRESH_S: Final = 5.0
 """How old the list of models and the sums may be."""
 SHARE_OF_TIME: Final = 0.05
-"""What looking at them may take: where there are ten thousand models, it takes a second, and is done more seldom."""
+"""The largest share of time for collecting them, which takes a second for ten thousand models."""
 SHOWN: Final = 50
-"""Recordings that are told one by one."""
+"""How many recordings are shown one by one."""
 SMOOTHING: Final = 0.3
 CLIENTS: Final = 6
-"""Clients that the overview tells."""
+"""How many clients the overview shows."""
 PULLS: Final = 8
-"""Pulls that it tells."""
+"""How many pulls it shows."""
 EVENTS: Final = 8
-"""Events that it tells."""
+"""How many events it shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +50,17 @@ class Progress:
     """A blob that is being recorded."""
 
     model: str
-    """One that lists it, "" if no public model does."""
+    """A public model that lists it; "" if none does."""
     present: int
     size: int | None
     rate: float
-    """Bytes per second lately."""
+    """Recent bytes per second."""
     readers: int
-    """Clients, however many requests each has for it."""
+    """How many clients read it, however many requests each has made."""
 
     @property
     def left_s(self) -> float | None:
-        """How long it still takes at this rate."""
+        """How long the rest takes at this rate."""
         return (self.size - self.present) / self.rate if self.size is not None and self.rate >= 1 else None
 
 
@@ -71,13 +71,13 @@ class ClientRow:
     address: str
     facts: Client
     model: Name | None
-    """The public model among those that are stored that it pulled last."""
+    """The stored public model that it pulled last."""
     pulled: float
     """When that was, Unix seconds; 0 without such a model."""
 
     @property
     def version(self) -> str:
-        """Of its Ollama, "" where it told none."""
+        """The version of its Ollama; "" if unknown."""
         return ".".join(map(str, self.facts.version or ()))
 
 
@@ -86,21 +86,21 @@ class Holdings:
     """What is stored, and what it has saved."""
 
     models: ModelIndex
-    """The public ones."""
+    """The public models."""
     private: int
     private_bytes: int
     sums: JSON
-    """As `statistics` of listing."""
+    """What `statistics` of listing returns."""
 
     @property
     def beyond(self) -> str:
-        """What the disk holds that no list of models shows."""
+        """What is on the disk but in no list of models."""
         return beyond_text(self.sums)
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """All of it at one moment."""
+    """The data of the status page at one moment."""
 
     now: float
     """Unix seconds."""
@@ -113,7 +113,7 @@ class Sight:
     max_size: int | None
     min_free: int
     services: tuple[Service, ...]
-    """The servers that the cache draws on, as they have been found last."""
+    """The servers that the cache uses, as last found."""
     upstream_errors: int
     retries: int
     mismatches: int
@@ -122,17 +122,17 @@ class Sight:
     """Pulls since the start that went past the cache."""
     uptime_s: float
     clients: tuple["ClientRow", ...]
-    """CLIENTS at most, the one seen last first."""
+    """At most CLIENTS, the most recently seen first."""
     events: tuple[Event, ...]
-    """What has happened to the cache, the newest first, EVENTS at most."""
+    """What has happened to the cache, the newest first, at most EVENTS."""
     pulls: tuple[Pull, ...]
-    """PULLS at most, of public models: those under way, then those that have ended, the last one first."""
+    """At most PULLS, of public models: those under way, then those that have ended, the latest first."""
     tier: JSON | None = None
-    """The fleet's object store, as `stats` tells it."""
+    """The fleet's object store, as `stats` reports it."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is stored, and nothing is on its way."""
+        """Whether nothing is stored and nothing is being recorded."""
         return not (self.running or self.holdings.models or self.holdings.private)
 
     @property
@@ -142,7 +142,7 @@ class Sight:
 
 
 class StatusView:
-    """Over one daemon."""
+    """The status of one daemon."""
 
     def __init__(
         self,
@@ -158,8 +158,8 @@ class StatusView:
         events: EventLog,
         tier: Callable[[], JSON] | None = None,
     ) -> None:
-        """`view` says what is stored now, `pulls` and `history` what is and was pulled, `clients` who came,
-        `events` what happened, `tier` the state of the fleet's object store, where there is one."""
+        """`view` returns what is stored now, `tier` the state of the fleet's object store, if there is one; `pulls`
+        counts the pulls past the cache."""
         self._events = events
         self._clients = clients
         self._pulls = pulls
@@ -176,12 +176,12 @@ class StatusView:
         self._stale_at = 0.0
         self._summing: SingleFlight[None, Holdings] = SingleFlight()
         self._names: dict[Digest, str] = {}
-        """Of the blobs that are being recorded, as long as the holdings are fresh."""
+        """The names of the blobs that are being recorded, for as long as the holdings are fresh."""
         self._rates: dict[Digest, tuple[float, int, float]] = {}
-        """(when, bytes present then, bytes per second) of each recording."""
+        """(time, bytes present then, bytes per second) of each recording."""
 
     async def holdings(self) -> Holdings:
-        """Return what is stored, as it was a few seconds ago at most; the same for all who ask."""
+        """Return what is stored, at most a few seconds old; all callers share it."""
         if self._holdings is None or time.monotonic() > self._stale_at:
             return (await self._summing.join(None, self._sum_up))[0]
         return self._holdings
@@ -196,13 +196,13 @@ class StatusView:
         return self._holdings
 
     def clients(self, count: int) -> Iterator[ClientRow]:
-        """Yield the clients seen last."""
+        """Yield the most recently seen clients."""
         for address, client in itertools.islice(self._clients.latest(), count):
             pulls = ((name, time) for name, time in reversed(client.pulls.items()) if self._is_public(name))
             yield ClientRow(address, client, *next(pulls, (None, 0.0)))
 
     def pulls(self, count: int) -> Iterator[Pull]:
-        """Yield the last pulls of public models: those under way, then those that have ended, the last one first."""
+        """Yield the last pulls of public models: those under way, then those that have ended, the latest first."""
         every = itertools.chain(self._history.running, self._history.recent)
         return itertools.islice((pull for pull in every if self._is_public(pull.name)), count)
 
@@ -212,21 +212,21 @@ class StatusView:
         return len(self._clients)
 
     def pullers(self, name: Name) -> list[tuple[str, float]]:
-        """Return who has pulled the model since the start, and when last, Unix seconds; the latest first."""
+        """Return the clients that pulled the model since the start, and when last (Unix seconds), the latest first."""
         found = [(address, client.pulls[name]) for address, client in self._clients.latest() if name in client.pulls]
         return sorted(found, key=lambda pull: -pull[1])
 
     def _is_public(self, name: Name) -> bool:
-        """Return whether the model is stored, and its registry gives it to everybody."""
+        """Return whether the model is stored and public."""
         records = [record for each in (name, name.twin) if (record := self._store.manifests().get(each)) is not None]
         return any(not record.denied for record in records)
 
     def model(self, text: str) -> ModelDetail | None:
-        """Return the public model that is named so, None if none is stored."""
+        """Return the stored public model of this name; None if there is none."""
         return find_detail(self._store, (*self._settings.pins, *sorted(self._store.ledger.pins)), text)
 
     async def look(self) -> Sight:
-        """Return all of it now."""
+        """Collect the present data."""
         holdings = await self.holdings()
         disk, problems = await self._health.disk(), await self._health.problems()
         counters = self._recorder.counters
@@ -283,7 +283,7 @@ def _sum_up(view: View) -> Holdings:
 
 
 def _find_names(manifests: Mapping[Name, ManifestRecord], digests: AbstractSet[Digest]) -> dict[Digest, str]:
-    """For each blob a public model that lists it, or ""."""
+    """Return for each blob a public model that lists it, or ""."""
     public = {name: record for name, record in manifests.items() if not record.denied}
     names = {digest: name.typed for digest, name in models_of(public, digests).items()}
     return dict.fromkeys(digests, "") | names

@@ -1,7 +1,7 @@
-"""The pages for people: what is seen of the cache, as HTML.
+"""The HTML pages about the cache, for people.
 
-Invariant: every text from outside (model names, upstream's errors, what was searched for) is escaped by the template
-engine; script and style are inline, and the pages' policy names their hashes, so that nothing else runs or loads.
+Invariant: every text from outside (model names, upstream's errors, search terms) is escaped by the template engine;
+script and style are inline, and the pages' policy names their hashes, so that nothing else runs or loads.
 """
 
 import base64
@@ -27,7 +27,7 @@ from pullthrough.runtime.version import own_version
 
 SHARE: Final = Path(__file__).parent / "share"
 PARTS: Final = ("notice", "saved", "recordings", "pulls", "models", "clients", "health", "events")
-"""What changes, each replaced as a whole: the macros of parts.html, and ids of the overview."""
+"""The parts that change, each replaced as a whole: macros of parts.html, and ids in the overview."""
 PLACES: Final = (
     ("/", "Overview"),
     ("/models", "Models"),
@@ -36,16 +36,16 @@ PLACES: Final = (
     ("/docs/", "Docs"),
 )
 MOST: Final = 200
-"""Layers and tags that a model's page lists, and clients."""
+"""How many layers and tags a model's page lists, and how many clients their page."""
 PULLERS: Final = 20
-"""Clients that a model's page lists."""
+"""How many clients a model's page lists."""
 _BESIDE: Final = 2
-"""Pages that are linked on either side of the one that is shown."""
+"""How many pages are linked on either side of the current one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelQuery:
-    """Which page of the models is asked for."""
+    """A request for a page of the list of models."""
 
     text: str = ""
     order: Order = Order.PULLED
@@ -53,7 +53,7 @@ class ModelQuery:
 
     @classmethod
     def parse(cls, fields: Mapping[str, str]) -> Self:
-        """Read the query of an address; what makes no sense is as if it were not there."""
+        """Parse the query of an address; what makes no sense is ignored."""
         order, number = fields.get("sort", ""), fields.get("page", "")
         return cls(
             fields.get("q", "").strip(),
@@ -62,7 +62,7 @@ class ModelQuery:
         )
 
     def link(self, **changes: Any) -> str:
-        """Return the address of another page: the first one, unless `number` is among the changes."""
+        """Return the address of another page: the first, unless `number` is among the changes."""
         other = replace(self, **{"number": 1, **changes})
         fields = {"q": other.text, "sort": other.order, "page": str(other.number)}
         usual = {"q": "", "sort": Order.PULLED, "page": "1"}
@@ -88,7 +88,7 @@ class StatusPage:
         style = (SHARE / "status.css").read_text(encoding="utf-8")
         script = (SHARE / "status.js").read_text(encoding="utf-8")
         self.manual = Manual()
-        """The documentation; none of its pages where it was not installed."""
+        """The documentation, without pages if it was not installed."""
         places = PLACES if self.manual.pages else PLACES[:-1]
         templates.globals.update(style=style, script=script, version=own_version(), places=places, here="")
         templates.globals.update(files=KINDS, most=MOST, shown=PULLERS, start=START)
@@ -105,7 +105,7 @@ class StatusPage:
                 "frame-ancestors 'none'",
             )
         )
-        """Content-Security-Policy of all pages but those of the documentation, which has pictures."""
+        """The Content-Security-Policy of all pages but those of the documentation, which has pictures."""
         self.docs_policy = self.policy.replace("img-src", "img-src 'self'")
 
     def parts(self, sight: Sight) -> dict[str, str]:
@@ -113,7 +113,7 @@ class StatusPage:
         return {name: getattr(self._parts, name)(sight) for name in PARTS}
 
     def overview(self, parts: Mapping[str, str], guide: SetupGuide, *, welcome: bool) -> str:
-        """Return the front page; to `welcome` is to show first how clients are set up."""
+        """Return the front page; with `welcome` it begins with how to set up clients."""
         return self._render("status.html", here="/", parts=parts, guide=guide, welcome=welcome)
 
     def models(self, holdings: Holdings, query: ModelQuery, now: float) -> str:
@@ -125,19 +125,19 @@ class StatusPage:
         )  # fmt: skip
 
     def model(self, model: ModelDetail, pullers: Sequence[tuple[str, float]], now: float) -> str:
-        """Return the page of one model; `pullers` are who has pulled it and when, the latest first."""
+        """Return the page of one model; `pullers` are the clients that pulled it and when, the latest first."""
         return self._render("model.html", model=model, pullers=pullers, now=now)
 
     def clients(self, rows: Sequence[ClientRow], total: int, now: float) -> str:
-        """Return the clients seen last, of `total`."""
+        """Return the page of the most recently seen clients, of `total`."""
         return self._render("clients.html", here="/clients", rows=rows, total=total, now=now)
 
     def missing(self) -> str:
-        """Return what stands at the address of a model that is not here."""
+        """Return the page for a model that is not stored."""
         return self._render("missing.html")
 
     def setup(self, guide: SetupGuide) -> str:
-        """Return how clients are set up."""
+        """Return the page about setting up clients."""
         return self._render("setup.html", here="/setup", guide=guide)
 
     def docs(self, name: str) -> str:
@@ -155,7 +155,7 @@ def model_path(name: Name) -> str:
 
 
 def span_text(seconds: float | None) -> str:
-    """Return how long: `40 s`, `12 min`, `3 h`, `5 days`; None is not known."""
+    """Return a duration: `40 s`, `12 min`, `3 h`, `5 days`; None means unknown."""
     if seconds is None:
         return "?"
     if seconds < 90:
@@ -170,12 +170,12 @@ def _tag_path(row: JSON) -> str:
 
 
 def _kind(media_type: str) -> str:
-    """`application/vnd.ollama.image.model` as "model"."""
+    """Return `application/vnd.ollama.image.model` as "model"."""
     return media_type.rpartition("vnd.ollama.image.")[2] or media_type
 
 
 def _numbers(page: Page) -> list[int | None]:
-    """Return the pages to link: the first, the last and those beside the one that is shown; None for those left out."""
+    """Return the pages to link: the first, the last and those around the current one; None for a gap."""
     near = range(page.number - _BESIDE, page.number + _BESIDE + 1)
     shown = sorted({1, page.pages, *(number for number in near if 1 <= number <= page.pages)})
     numbers: list[int | None] = []
@@ -187,5 +187,5 @@ def _numbers(page: Page) -> list[int | None]:
 
 
 def _hash(text: str) -> str:
-    """Return a source expression of CSP level 3, section 2.3.1."""
+    """Return a hash as a source expression (CSP level 3, section 2.3.1)."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,6 +1,6 @@
-"""Log records as lines of text for people and terminals, and not too many of them.
+"""Log records as lines of text for people and terminals, limited in number.
 
-Invariant: what a peer sent stays on its line and cannot steer the terminal; a peer that misbehaves in a loop does not
+Invariant: what a peer sent stays on its line and cannot control the terminal; a peer that misbehaves in a loop does not
 fill the disk.
 """
 
@@ -10,14 +10,14 @@ from copy import copy
 from typing import Final
 
 LONGEST: Final = 2000
-"""Characters of a message."""
+"""The most characters of a message."""
 WINDOW_S: Final = 60.0
 PER_WINDOW: Final = 20
-"""Warnings and errors of one kind in a window; what comes beyond is counted and left out."""
+"""The most warnings and errors of one kind in a window; further ones are counted and omitted."""
 
 
 class PlainText(logging.Formatter):
-    """Another formatter's lines, with characters escaped that are not printable."""
+    """A formatter that escapes what is not printable in another formatter's lines."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class PlainText(logging.Formatter):
         plain = copy(record)
         plain.msg, plain.args = escape(shorten(record.getMessage())), None
         if record.exc_info:
-            # Its lines are ours, what stands in them is not.
+            # The line breaks are ours, the text of the lines is not.
             lines = self.formatException(record.exc_info).split("\n")
             plain.msg = "\n".join([plain.msg, *map(escape, lines)])
             plain.exc_info = plain.exc_text = None
@@ -35,17 +35,17 @@ class PlainText(logging.Formatter):
 
 
 class Sparing(logging.Filter):
-    """Leaves out warnings and errors of a kind that come too often, and says how many when the next one is let through.
+    """A filter that omits warnings and errors of a kind that come too often, and counts them on the next one it passes.
 
-    A kind is a line of somebody's source: mitmproxy fills messages in before they are logged.
+    A kind is a line of source code, because mitmproxy formats messages before it logs them.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock` tells monotonic seconds."""
+        """`clock` returns monotonic seconds."""
         super().__init__()
         self._clock = clock
         self._kinds: dict[tuple[str, int], tuple[float, int]] = {}
-        """When the window of a kind began, and how many came in it."""
+        """When the window of each kind began, and how many came in it."""
 
     def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
         if record.levelno < logging.WARNING:
@@ -63,16 +63,12 @@ class Sparing(logging.Filter):
 
 
 def shorten(text: str) -> str:
-    """Return the text, or its beginning and how much there was: mitmproxy logs what it cannot parse, however long
-    that is.
-    """
+    """Return the text, or its beginning and its length: mitmproxy logs in full whatever it cannot parse."""
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
 
 
 def escape(text: str) -> str:
-    """Return the text with what is not printable (controls, line ends, marks that reverse the direction) as in
-    Python.
-    """
+    """Escape what is not printable (control characters, line ends, marks that reverse the direction) as Python does."""
     if text.isprintable():
         return text
     return "".join(

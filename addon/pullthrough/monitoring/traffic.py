@@ -1,6 +1,6 @@
-"""How many bytes went to clients and came from upstream, brought to the store's days from where they are counted.
+"""Bytes sent to clients and received from upstream, carried from the counters to the store's daily sums.
 
-Invariant: counts reach the index once a minute, whenever somebody looks, and at the end; never with a request.
+Invariant: counts reach the index once a minute, when somebody looks, and at the end; never during a request.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class Traffic:
         self._usage = Usage(ledger.days)
 
     def count(self) -> None:
-        """Bring the store's days up to date."""
+        """Bring the store's daily sums up to date."""
         self._pulls.expire(now=time.monotonic())
         self._history.expire(now=time.time())
         self._usage.count_up_to(served=self._requests.sent, fetched=self._counters.upstream_bytes, now=time.time())

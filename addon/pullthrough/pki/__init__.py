@@ -1,5 +1,5 @@
-"""The certificate authority: made, renewed, and carried to clients.
+"""The certificate authority: made, renewed, and distributed to clients.
 
-Import `rollover.Rollover` to sign, `client_setup` for the scripts and documents that clients are set up with.
-Begin with `ca`.
+Import `rollover.Rollover` to sign, `client_setup` for the scripts and documents that set clients up.
+Begin with `authority`.
 """

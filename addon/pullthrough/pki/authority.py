@@ -1,14 +1,14 @@
 """The certificate authority on disk, and the leaf certificates it issues for the names we intercept.
 
-Invariant: an authority that is of no use for any other server. A CA without critical name constraints (RFC 5280
-section 4.2.1.10) is neither made nor loaded. The key file is the commit point and carries its certificate along:
-both appear in one step or not at all, an existing key is never written to, and the certificate files are copies
-that are written again when missing.
+Invariant: the authority is useless for any other server. A CA without critical name constraints (RFC 5280 section
+4.2.1.10) is neither made nor loaded. The key file is the commit point and contains the certificate, too: both appear
+in one step or not at all, an existing key is never written to, and the certificate files are copies that are written
+again when missing.
 
 Does not know who trusts the certificate or what terminates TLS. The constraints bind a verifier that applies those
-of a trust anchor, which RFC 5280 section 6.1 leaves open. Two gaps are the verifiers': OpenSSL does not hold a
-wildcard CN against them when there is no SAN (openssl/openssl#30346; no constraint that Go accepts closes it), and
-x509.verification lets a wildcard one level above a permitted name through.
+of a trust anchor, which RFC 5280 section 6.1 leaves open. Verifiers leave two gaps: OpenSSL does not apply them to a
+wildcard CN when there is no SAN (openssl/openssl#30346; no constraint that Go accepts closes it), and
+x509.verification accepts a wildcard one level above a permitted name.
 """
 
 import contextlib
@@ -36,17 +36,17 @@ from pullthrough.core.errors import AuthorityError
 
 KEY_NAME: Final = "ollama-cache-ca-key.pem"
 CERTIFICATE_NAME: Final = "ollama-cache-ca-cert.pem"
-DER_NAME: Final = "ollama-cache-ca-cert.cer"  # what Windows opens in its certificate dialogue
+DER_NAME: Final = "ollama-cache-ca-cert.cer"  # Windows opens this extension in its certificate dialogue
 LIFETIME: Final = timedelta(days=3650)
-"""Ten years, like mitmproxy's own CA: it is installed by hand on every client, and the constraints bound the harm."""
+"""Ten years, like mitmproxy's own CA: it is installed by hand on every client, and the constraints limit the harm."""
 LEAF_LIFETIME: Final = timedelta(days=90)
-"""As Let's Encrypt; Apple refuses leaves of more than 825 days even from a CA that the user installed."""
-BACKDATE: Final = timedelta(days=1)  # what a client's clock may be behind ours
+"""As with Let's Encrypt; Apple refuses leaves of more than 825 days even from a CA that the user installed."""
+BACKDATE: Final = timedelta(days=1)  # how far a client's clock may be behind ours
 
 _NO_ADDRESSES: Final = tuple(x509.IPAddress(ipaddress.ip_network(text)) for text in ("0.0.0.0/0", "::/0"))
-"""Permitted DNS names alone would leave every address permitted: each form has its own list. The other forms are not
-listed. Go refuses a critical extension that has a directoryName in it, there is no agreed way to exclude all of
-rfc822Name or URI, and EKU serverAuth keeps a certificate out of where those are matched."""
+"""Permitted DNS names alone would leave every address permitted: each name form has its own list. The other forms are
+not listed: Go refuses a critical extension that contains a directoryName, there is no agreed way to exclude all of
+rfc822Name or URI, and EKU serverAuth keeps the certificate from uses that match those."""
 _CA_USAGE: Final = x509.KeyUsage(False, False, False, False, False, True, True, False, False)  # certificates, CRLs
 _LEAF_USAGE: Final = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # handshakes
 _SERVER_AUTH: Final = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
@@ -54,7 +54,7 @@ _LABEL: Final = "[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _HOST: Final = re.compile(rf"(?!.{{254}})(?:{_LABEL}\.)*(?![0-9]+\Z|0x[0-9a-f]*\Z){_LABEL}")
 """A lower-case host name; a number as the last label would make it an address (WHATWG URL section 3.5)."""
 _MEND: Final = "move the ollama-cache-ca-* files away to make a new CA"
-_Extensions = Iterable[tuple[x509.ExtensionType, bool]]  # and whether it is critical
+_Extensions = Iterable[tuple[x509.ExtensionType, bool]]  # (extension, whether it is critical)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +71,14 @@ class Leaf:
 
 
 def has_authority(directory: Path) -> bool:
-    """Return whether there is an authority, or what is left of one."""
+    """Return whether there is an authority, or any file of one."""
     return any((directory / name).exists() for name in (KEY_NAME, CERTIFICATE_NAME, DER_NAME))
 
 
 def is_due(leaf: Leaf, now: datetime) -> bool:
-    """Return whether it is time for the next one: less than a third of the leaf's life is left, or it is not valid yet.
+    """Return whether to issue the next leaf: less than a third of this one's life is left, or it is not valid yet.
 
-    The latter where the clock was set back.
+    The latter happens if the clock was set back.
     """
     lifetime = leaf.not_after - leaf.issued_at
     return leaf.not_after - now < lifetime / 3 or now < leaf.issued_at - BACKDATE
@@ -87,7 +87,7 @@ def is_due(leaf: Leaf, now: datetime) -> bool:
 class Authority:
     """A CA that can sign for `permitted` and nothing else. Made by `load` and `load_or_create`.
 
-    A permitted name carries all its subdomains with it: RFC 5280 section 4.2.1.10 has no form for "this host only".
+    A permitted name includes all its subdomains: RFC 5280 section 4.2.1.10 has no form for "this host only".
     `fingerprint` is SHA-256 of the DER certificate as "AB:CD:…", as OpenSSL and browsers show it; `not_after` is aware.
     """
 
@@ -103,14 +103,14 @@ class Authority:
     def load_or_create(cls, directory: Path, permitted: Sequence[str], *, now: datetime) -> "Authority":
         """Return the CA in `directory`, made for exactly `permitted` if there is none yet.
 
-        Any number of processes may do so at once: one makes it, all return the same. AuthorityError as for `load`.
+        Any number of processes may call this at once: one makes the CA, and all return it. Raises as `load` does.
         """
         names = tuple(dict.fromkeys(_parse_host(name) for name in permitted))
         if not names:
-            # Without a permitted dNSName every DNS name is (RFC 5280 section 4.2.1.10).
+            # Without a permitted dNSName every DNS name is permitted (RFC 5280 section 4.2.1.10).
             raise AuthorityError("certificate authority: expected at least one name to permit, got none")
         with _reporting(directory, "a folder to make a CA in", "choose another folder"):
-            # A certificate without its key counts as begun: clients may trust it, so it is not replaced.
+            # A certificate without its key counts as an authority: clients may trust it, so it is not replaced.
             if not has_authority(directory):
                 _create(directory, names, now)
         return cls.load(directory, names, now=now)
@@ -119,8 +119,8 @@ class Authority:
     def load(cls, directory: Path, permitted: Sequence[str], *, now: datetime) -> "Authority":
         """Return the CA in `directory`, which must permit every name of `permitted` and may permit more.
 
-        Missing certificate files are written again. AuthorityError if the files are missing, unreadable, expired, do
-        not belong together, hold a CA that is not bound like ours, or if others can read the key.
+        Missing certificate files are written again. Raises AuthorityError if the files are missing, unreadable, expired
+        or do not belong together, if the CA is not constrained like ours, or if others can read the key.
         """
         certificate_file, der_file = directory / CERTIFICATE_NAME, directory / DER_NAME
         key, certificates = _read_key(directory / KEY_NAME)
@@ -137,7 +137,7 @@ class Authority:
             if not certificate_file.exists():
                 pem = certificate.public_bytes(Encoding.PEM)
                 os.replace(_write_partial(certificate_file, pem, 0o644), certificate_file)
-        # Only a convenience for installing the CA by hand: a folder mounted read-only may lack it.
+        # A mere convenience for installing the CA by hand: a folder mounted read-only may lack it.
         with contextlib.suppress(OSError):
             der = certificate.public_bytes(Encoding.DER)
             if not der_file.exists() or der_file.read_bytes() != der:
@@ -151,13 +151,13 @@ class Authority:
         return authority
 
     def permits(self, host: str) -> bool:
-        """Return whether `host`, in lower case, is a permitted name or below one (RFC 5280 section 4.2.1.10)."""
+        """Return whether the lower-case `host` is a permitted name or below one (RFC 5280 section 4.2.1.10)."""
         return any(host == name or host.endswith(f".{name}") for name in self.permitted)
 
     def issue(self, host: str, *, now: datetime, lifetime: timedelta = LEAF_LIFETIME) -> Leaf:
-        """Return a leaf for `host` with a new P-256 key, valid for `lifetime` or as long as the CA is, the shorter.
+        """Return a leaf for `host` with a new P-256 key, valid for `lifetime` but no longer than the CA.
 
-        AuthorityError if the CA does not permit `host` or is not valid at `now`.
+        Raises AuthorityError if the CA does not permit `host` or is not valid at `now`.
         """
         name = _parse_host(host)
         if not self.permits(name):
@@ -166,8 +166,8 @@ class Authority:
         now = now.replace(microsecond=0)
         not_after = min(now + lifetime, self.not_after)
         key = ec.generate_private_key(ec.SECP256R1())
-        # The organisation tells whoever looks where the certificate comes from, and fills the subject where the name
-        # is too long for a CN (64, RFC 5280 appendix A.1): with an empty one the SAN would have to be critical.
+        # The organisation shows people where the certificate comes from, and fills the subject if the name is too long
+        # for a CN (64, RFC 5280 appendix A.1): with an empty subject the SAN would have to be critical.
         subject = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, "ollama-cache")]
         if len(name) <= 64:
             subject.append(x509.NameAttribute(NameOID.COMMON_NAME, name))
@@ -194,15 +194,15 @@ class Authority:
 
 def _create(directory: Path, names: Iterable[str], now: datetime) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
-    # Random rather than this machine's name, which every client would be shown: an old CA and the one that follows it
-    # must differ in subject, for verifiers look issuers up by it.
+    # Random rather than this machine's name, which every client would see: an old CA and its successor must differ in
+    # subject, because verifiers look issuers up by it.
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"ollama-cache CA {secrets.token_hex(4)}")])
     builder = _builder(subject, key, now - BACKDATE, now + LIFETIME, _bounds(names))
     pem = builder.issuer_name(subject).sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
-    # Open to others, as far as the umask lets it: the certificate is there to be copied, the key has its own mode.
+    # Open to others, as far as the umask allows: the certificate is meant to be copied, and the key has its own mode.
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     partial = _write_partial(directory / KEY_NAME, _key_pem(key) + pem, 0o600)
-    # Renaming would replace a key that another process has made meanwhile, except on Windows.
+    # Except on Windows, renaming would replace a key that another process has just made.
     publish = os.rename if sys.platform == "win32" else os.link
     try:
         publish(partial, directory / KEY_NAME)
@@ -210,7 +210,7 @@ def _create(directory: Path, names: Iterable[str], now: datetime) -> None:
         return
     finally:
         partial.unlink(missing_ok=True)
-    # Windows cannot open a folder; NTFS journals its names itself.
+    # Windows cannot open a folder; NTFS journals names itself.
     if sys.platform != "win32":
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -220,7 +220,7 @@ def _create(directory: Path, names: Iterable[str], now: datetime) -> None:
 
 
 def _bounds(names: Iterable[str]) -> list[tuple[x509.ExtensionType, bool]]:
-    """Return what makes a CA harmless to every server but `names`."""
+    """Return the extensions that make a CA harmless to every server but `names`."""
     return [
         (x509.NameConstraints([x509.DNSName(name) for name in names], _NO_ADDRESSES), True),
         (x509.BasicConstraints(ca=True, path_length=0), True),
@@ -230,7 +230,7 @@ def _bounds(names: Iterable[str]) -> list[tuple[x509.ExtensionType, bool]]:
 
 
 def _check_bounds(certificate: x509.Certificate) -> None:
-    """Raise ValueError unless the certificate is bound as `_create` binds it, to whatever names."""
+    """Raise ValueError unless the certificate is constrained as by `_create`, to any names."""
     found = {type(extension.value): extension for extension in certificate.extensions}
     names = _permitted_names(certificate)
     if not names or not all(map(_HOST.fullmatch, names)):
@@ -266,17 +266,17 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _parse_host(name: str) -> str:
-    """`name` in lower case; AuthorityError if it is an address, a wildcard or no host name at all."""
+    """Return `name` in lower case. Raises AuthorityError if it is an address, a wildcard or no host name at all."""
     if not name.isascii() or not _HOST.fullmatch(name.lower()):
         raise AuthorityError(f"expected a host name, neither an address nor a wildcard, got {name!r}")
     return name.lower()
 
 
 def _read_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, list[x509.Certificate]]:
-    """Return the key and the copies of its certificate that come with it."""
+    """Return the key and the certificates in its file."""
     with _reporting(path, "the private key of the CA, EC and not encrypted"), path.open("rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        # Windows has no such bits; there the access list of the user's own folder protects the key.
+        # Windows has no such bits: there the access list of the user's own folder protects the key.
         if sys.platform != "win32" and mode & 0o077:
             mend = f"chmod 600 {shlex.quote(str(path))}"
             raise AuthorityError(f"{path}: expected mode 0600 (a private key), got {mode:04o}; run `{mend}`")
@@ -288,7 +288,7 @@ def _read_key(path: Path) -> tuple[ec.EllipticCurvePrivateKey, list[x509.Certifi
 
 
 def _write_partial(path: Path, data: bytes, mode: int) -> Path:
-    """Return a new durable file beside `path` that is never open to more than `mode`."""
+    """Write a new durable file beside `path`, never accessible beyond `mode`, and return its path."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     with os.fdopen(os.open(partial, flags, mode), "wb") as file:
@@ -304,7 +304,7 @@ def _write_partial(path: Path, data: bytes, mode: int) -> Path:
 def _reporting(path: Path, expected: str, mend: str = _MEND) -> Iterator[None]:
     try:
         yield
-    # What cryptography raises for what it cannot read; TypeError for a key with a password.
+    # What cryptography raises for input that it cannot read; TypeError for a key with a password.
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.InvalidVersion,
             x509.UnsupportedGeneralNameType) as error:  # fmt: skip
         raise AuthorityError(f"{path}: expected {expected}, got: {error}; {mend}") from error

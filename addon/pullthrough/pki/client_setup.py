@@ -1,10 +1,10 @@
-"""What sets up a client: scripts and descriptions that make an Ollama trust our authority and use our proxy.
+"""The setup of clients: scripts and descriptions that make an Ollama trust our authority and use our proxy.
 
-The templates lie in `connect/`. A script carries the certificates and takes the proxy's address as an argument, so that
-its checksum is the same whatever this machine is called, and whoever has fetched one file has fetched all.
+The templates are in `connect/`. A script contains the certificates and takes the proxy's address as an argument, so
+that its checksum is the same whatever this machine is called, and one file is all that has to be fetched.
 
-Invariant: a document depends on the certificates and the configured address alone, never on what a client says.
-Does not know who serves the documents.
+Invariant: a document depends only on the certificates and the configured address, never on what a client sends.
+Does not know what serves the documents.
 """
 
 import ipaddress
@@ -36,9 +36,9 @@ TEMPLATES: Final = {
 }
 
 SYSTEMS: Final = {"linux": "linux.sh", "macos": "macos.sh", "windows": "windows.ps1"}
-"""Those with a script."""
+"""The kinds of client that have a script."""
 KINDS: Final = SYSTEMS | {"compose": "compose.yaml", "kubernetes": "kubernetes.yaml"}
-"""What a client may be, and the document that sets it up."""
+"""Each kind of client, and the document that sets it up."""
 
 _FETCH_AND_RUN: Final = {
     "linux": """cd "$(mktemp -d)" && curl -fsSO --noproxy '*' {url} \
@@ -61,7 +61,7 @@ UNDO: Final = {
     "compose": "docker compose -f compose.yaml down",
     "kubernetes": "kubectl delete -f kubernetes.yaml",
 }
-"""What takes it back on the client: each script leaves itself there."""
+"""The command that undoes the setup on the client, where each script leaves a copy of itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,31 +74,31 @@ class SetupDocument:
 
 @dataclass(frozen=True, slots=True)
 class SetupGuide:
-    """What a person needs to set up clients."""
+    """The information that a person needs to set up clients."""
 
     documents: Mapping[str, SetupDocument]
-    """By the path they are served at."""
+    """The documents, by the path at which they are served."""
     commands: Mapping[str, str]
     """The one line for each of KINDS."""
     sums: Mapping[str, str]
-    """The SHA-256 of what each line fetches."""
+    """The SHA-256 of the file that each line fetches."""
     proxy: str
-    """A URL, for those who set HTTPS_PROXY by hand."""
+    """The proxy's URL, for people who set HTTPS_PROXY by hand."""
     fingerprints: tuple[str, ...]
-    """SHA-256 of the certificates to be trusted, as openssl prints them."""
+    """The SHA-256 fingerprints of the certificates to be trusted, as openssl prints them."""
 
 
 class Template(string.Template):
-    delimiter = "@@"  # which no shell gives a meaning to
+    delimiter = "@@"  # means nothing to any shell
 
 
 def documents(
     certificates: Sequence[x509.Certificate], names: Sequence[str], proxy: str
 ) -> Mapping[str, SetupDocument]:
-    """Return all documents by the path they are served at.
+    """Return all documents, by the path at which they are served.
 
-    `certificates` are to be trusted, the one in use first, and permit `names`; `proxy` is a URL for those documents
-    that have nobody to tell them one.
+    `certificates` are to be trusted, the one in use first, and permit `names`; `proxy` is the URL in documents that
+    take no argument.
     """
     pem = "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in certificates)
     fingerprints = [certificate.fingerprint(hashes.SHA256()) for certificate in certificates]
@@ -125,23 +125,19 @@ def documents(
 
 
 def clients_host(settings: Settings) -> str:
-    """Return the name or address of this machine for clients: what `advertise` says, else our address towards
-    others.
-    """
+    """Return the name or address by which clients reach this machine: `advertise`, else our address on the network."""
     return settings.advertise.host if settings.advertise is not None else platform.lan_address()
 
 
 def clients_origin(settings: Settings, host: str) -> str:
-    """Return where clients that know this machine by `host` find the plain port; where it is off, an origin of port
-    0.
-    """
+    """Return the plain port's origin for clients that know this machine as `host`; port 0 in it if that port is off."""
     published = settings.advertise.port if settings.advertise is not None else 0
     listening = settings.listen[0][1] if settings.listen else 0
     return Endpoint("http", host, published or listening).origin
 
 
 def clients_page(settings: Settings) -> str:
-    """Return the address of the status page, where the plain port is open."""
+    """Return the address of the status page, for when the plain port is open."""
     host = settings.listen[0][0]
     is_one = host and not (is_address(host) and ipaddress.ip_address(host).is_unspecified)
     if settings.advertise is not None or not is_one:
@@ -150,9 +146,7 @@ def clients_page(settings: Settings) -> str:
 
 
 def command(kind: str, document: SetupDocument, *, server: str, proxy: str) -> str:
-    """Return the one line for a client's shell that fetches `document` from the origin `server`, checks it and
-    applies it.
-    """
+    """Return the shell line with which a client fetches `document` from the origin `server`, checks and applies it."""
     return _FETCH_AND_RUN[kind].format(
         url=f"{server}/connect/{KINDS[kind]}", sum=sha256(document.body).hexdigest(), proxy=proxy
     )
@@ -161,7 +155,7 @@ def command(kind: str, document: SetupDocument, *, server: str, proxy: str) -> s
 def guide(
     settings: Settings, certificates: Sequence[x509.Certificate], names: Sequence[str], proxy_port: int
 ) -> SetupGuide:
-    """Return all documents of a running cache, and what is to be said of them; parameters as for `documents`."""
+    """Return all documents of a running cache, and what people need to know; parameters as for `documents`."""
     host = clients_host(settings)
     proxy = Endpoint("http", host, proxy_port).origin
     made = documents(certificates, names, proxy)

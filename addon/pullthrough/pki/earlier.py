@@ -1,7 +1,7 @@
-"""Which authorities a store was served with: clients that were set up then trust those.
+"""The authorities with which a store was served before: clients that were set up then still trust those.
 
-Invariant: an authority that could still sign is told at every start with another one; one that was replaced where it
-lay is told no more.
+Invariant: an earlier authority that can still sign is reported at every start with another one, but not if the other
+one replaced it in its own folder.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from pullthrough.pki.authority import Authority
 from pullthrough.pki.rollover import Rollover
 
 NAME: Final = "authorities"
-"""In the store's folder: a JSON object of the folder and last day of each, by fingerprint."""
+"""A file in the store's folder: a JSON object with each authority's folder and last day, by fingerprint."""
 
 
 def note_authorities(store: Path, rollover: Rollover, *, now: datetime) -> list[str]:
-    """Note those that serve the store from now on; return what an operator is to know of earlier ones.
+    """Record the authorities that serve the store from now on; return what to tell the operator of earlier ones.
 
     Raises:
-        OSError: the note cannot be written.
+        OSError: the file cannot be written.
     """
     file, known = store / NAME, {}
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError):

@@ -1,6 +1,6 @@
-"""The certificates that clients are shown: issued at the start, and again in time, for as long as the cache runs.
+"""The certificates that clients are shown: issued at the start, and renewed in time while the cache runs.
 
-Invariant: a file of a leaf is readable by its owner alone, and never changed: a renewed leaf has another one.
+Invariant: a leaf's file is readable only by its owner, and never changed: a renewed leaf gets a new file.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ from pullthrough.pki.rollover import Rollover
 _log = logging.getLogger(__name__)
 
 LOOK_S: Final = 60.0
-"""How often it is seen whether a leaf is due: so soon after the machine's clock was set, too."""
+"""How often the leaves are checked, and so how soon after the machine's clock was set."""
 
 
 class Leaves:
-    """One leaf for each intercepted host."""
+    """The leaves, one for each intercepted host."""
 
     def __init__(
         self,
@@ -31,9 +31,9 @@ class Leaves:
         folder: Path,
         on_issue: Callable[[Sequence[Leaf], list[str]], None],
     ) -> None:
-        """Issue the first ones.
+        """Issue the first leaves.
 
-        `on_issue` is told of all leaves, and of their files in `folder` as mitmproxy takes them (`HOST=PATH`).
+        `on_issue` is called with all leaves, and with their files in `folder` as mitmproxy takes them (`HOST=PATH`).
         """
         self._rollover = rollover
         self._hosts = hosts
@@ -47,15 +47,15 @@ class Leaves:
         return {"CA": self._rollover.current.not_after, **{leaf.host: leaf.not_after for leaf in self._leaves}}
 
     async def renew(self) -> None:
-        """Look again and again; never returns."""
+        """Check the leaves regularly; never returns."""
         while True:
             await asyncio.sleep(LOOK_S)
             self.look(datetime.now(UTC))
 
     def look(self, now: datetime) -> None:
-        """Issue all again if one is due: near its end, or not valid yet, where the clock was set back.
+        """Issue all leaves again if one is due: near its end, or not valid yet because the clock was set back.
 
-        While the clock is so wrong that the authority itself is not valid, clients are shown what they were.
+        While the clock is so wrong that the authority itself is not valid, the leaves stay as they are.
         """
         if not any(is_due(leaf, now) for leaf in self._leaves):
             return
@@ -70,7 +70,7 @@ class Leaves:
         leaves = [self._rollover.issue(host, now=now) for host in self._hosts]
         files = []
         for leaf in leaves:
-            # A new name each time: mitmproxy reads the files again only when the option changes.
+            # A new name each time, because mitmproxy reads the files again only when the option changes.
             path = self._folder / f"{leaf.host}-{time.time_ns()}.pem"
             path.touch(mode=0o600)
             path.write_bytes(leaf.pem)

@@ -1,11 +1,11 @@
 """The certificate authority in use, and the one that is to follow it.
 
-A CA lasts as long as clients trust it, and each client is set up by hand: so the next one is made beside the one in
-use, in `next/`, long before anybody depends on it. Until it is switched to, it signs only for names that the one in use
+A CA is of use only while clients trust it, and each client is set up by hand. So the next one is made in `next/`,
+beside the one in use, long before anybody depends on it. Until the switch it signs only for names that the one in use
 does not permit, and that nobody could pull before.
 
-Invariant: a client that trusts only the authority in use never meets another for a name which that permits. A switch is
-one rename: before it the former counts, after it the next. Does not know who trusts which.
+Invariant: a client that trusts only the authority in use never meets another one for a name that the former permits. A
+switch is one rename: before it the old authority counts, after it the next. Does not know who trusts which.
 """
 
 import contextlib
@@ -23,23 +23,23 @@ from pullthrough.core.errors import AuthorityError
 from pullthrough.pki.authority import CERTIFICATE_NAME, DER_NAME, KEY_NAME, Authority, Leaf, has_authority
 
 NEXT: Final = "next"
-"""The folder beside the files of the authority in use."""
+"""The folder of the next authority, beside the files of the one in use."""
 OFFERED: Final = "offered"
-"""A file in it: clients have been told to trust it."""
+"""A file in that folder: clients have been told to trust the next authority."""
 EARLIEST: Final = datetime(2026, 11, 1, tzinfo=UTC)
-"""No clock was right before this version was made."""
+"""This version was made then: a clock that shows an earlier time is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollover:
-    """What signs, and what clients are told to trust."""
+    """The authorities that sign and that clients are told to trust."""
 
     current: Authority
     following: Authority | None
 
     @classmethod
     def load_or_create(cls, directory: Path, names: Sequence[str], *, now: datetime) -> "Rollover":
-        """As `load`, but made where there is none."""
+        """Do as `load` does, but make an authority if there is none."""
         if not has_authority(directory):
             _check_making(names, now)
         if not _has_next(directory):
@@ -48,7 +48,7 @@ class Rollover:
 
     @classmethod
     def load(cls, directory: Path, names: Sequence[str], *, now: datetime) -> "Rollover":
-        """Return those of `directory`, of which one permits each of `names`. Raises AuthorityError."""
+        """Load the authorities in `directory`; one of them must permit each of `names`. Raises AuthorityError."""
         if not _has_next(directory):
             return cls(Authority.load(directory, names, now=now), None)
         current = Authority.load(directory, (), now=now)
@@ -57,17 +57,17 @@ class Rollover:
 
     @property
     def all(self) -> tuple[Authority, ...]:
-        """The one in use first."""
+        """The authorities, the one in use first."""
         return (self.current,) if self.following is None else (self.current, self.following)
 
     @property
     def certificates(self) -> tuple[x509.Certificate, ...]:
-        """What clients are to trust."""
+        """The certificates that clients are to trust."""
         return tuple(authority.certificate for authority in self.all)
 
     @property
     def permitted(self) -> tuple[str, ...]:
-        """What they can vouch for together."""
+        """The names that the authorities together can sign for."""
         return tuple(dict.fromkeys(name for authority in self.all for name in authority.permitted))
 
     def of(self, host: str) -> Authority:
@@ -75,24 +75,24 @@ class Rollover:
         return next((authority for authority in self.all if authority.permits(host)), self.current)
 
     def issue(self, host: str, *, now: datetime) -> Leaf:
-        """As Authority.issue."""
+        """Issue a leaf; parameters and errors as for `Authority.issue`."""
         return self.of(host).issue(host, now=now)
 
     def offer(self) -> None:
-        """Note that clients are told of the next one from now on: it is not replaced unasked any more."""
-        # Who cannot write there does not replace it either.
+        """Record that clients are told of the next authority from now on: it is no longer replaced unasked."""
+        # A process that cannot write there cannot replace it, either.
         if self.following is not None:
             with contextlib.suppress(OSError):
                 (self.following.certificate_file.parent / OFFERED).touch()
 
 
 def renew(directory: Path, names: Sequence[str], *, now: datetime, replace: bool = False) -> Authority:
-    """Make the next authority, for `names` alone; the same again if it is there.
+    """Make the next authority, for `names` only; return the present one if it is for the same names.
 
-    One for other names is replaced, if no client can trust it yet or with `replace`.
+    One for other names is replaced if no client can trust it yet, or with `replace`.
 
     Raises:
-        AuthorityError: there is none in use, a name is not to be signed for, or clients may trust the next one.
+        AuthorityError: none is in use, a name must not be signed for, or clients may already trust the next one.
     """
     Authority.load(directory, (), now=now)
     _check_making(names, now)
@@ -111,12 +111,12 @@ def renew(directory: Path, names: Sequence[str], *, now: datetime, replace: bool
 
 
 def _check_making(names: Iterable[str], now: datetime) -> None:
-    """Refuse an authority that would be of use for other people's hosts, or for nobody.
+    """Refuse an authority that could be used for other people's hosts, or not at all.
 
     Raises:
         AuthorityError: a name has other people's hosts below it, or the clock is wrong.
     """
-    # Its list takes a tenth of a second to read.
+    # Imported here because its list takes a tenth of a second to read.
     from publicsuffixlist import PublicSuffixList
 
     suffixes = PublicSuffixList(accept_unknown=False)
@@ -133,7 +133,7 @@ def _check_making(names: Iterable[str], now: datetime) -> None:
 
 
 def switch(directory: Path, *, now: datetime) -> Authority:
-    """Let the next authority be the one in use, and keep the former in a folder of its own. AuthorityError, OSError."""
+    """Put the next authority into use, and keep the old one in its own folder. Raises AuthorityError or OSError."""
     if not _has_next(directory):
         raise AuthorityError(
             f"expected an authority in {directory / NEXT}, got none; make it with `ollama-cache ca renew`"
@@ -145,7 +145,7 @@ def switch(directory: Path, *, now: datetime) -> Authority:
     for name in (KEY_NAME, CERTIFICATE_NAME, DER_NAME):
         if (directory / name).exists():
             shutil.copy2(directory / name, put_away)
-    # Copies of what the key file carries, made again from whichever that is.
+    # These are copies of what is in the key file, and are made again from the one that is there now.
     for name in (CERTIFICATE_NAME, DER_NAME):
         (directory / name).unlink(missing_ok=True)
     os.replace(directory / NEXT / KEY_NAME, directory / KEY_NAME)
@@ -154,7 +154,7 @@ def switch(directory: Path, *, now: datetime) -> Authority:
 
 
 def former(directory: Path, *, now: datetime) -> tuple[Authority, ...]:
-    """Return those that were switched away from, if they can still be read."""
+    """Return the authorities that were in use before a switch, as far as they can still be read."""
     found = []
     for folder in sorted(directory.glob("former-*")):
         with contextlib.suppress(AuthorityError):
