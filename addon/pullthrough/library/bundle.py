@@ -1,14 +1,14 @@
 """A bundle: models in one tar file, in an order that lets it be read and written as a stream.
 
     SHA256SUMS                                      one line `<hex>  <path>` for each member that follows, in order
-    manifests/<host>/<namespace>/<model>/<tag>      all manifests, and anchors of lists (see modeltree)
+    manifests/<host>/<namespace>/<model>/<tag>      all manifests, and anchors of lists (see ollama_dir)
     manifests-v2/<host>/<namespace>/<model>/<tag>   all lists, as bytes: there are no links
     blobs/sha256-<hex>                              all blobs that they list, the lists too
 
-Unpacked it is a models folder of Ollama, which `sha256sum -c SHA256SUMS` checks. Headers are ustar (POSIX.1-1988; a
-size from 8 GiB on in base 256, as GNU tar and bsdtar write and read it), with no owner, time or padding but zeros.
-Invariant: a header is believed only if it is to the byte what `header` writes for that name and size: so there are no
-links, devices, extensions or other places to hide something in.
+Unpacked it is a models folder of Ollama, which `sha256sum -c SHA256SUMS` checks. Headers are ustar (POSIX.1-1988; sizes
+from 8 GiB in base 256, as GNU tar and bsdtar write and read them); owner, time and padding are zeros. Invariant: a
+header is accepted only if it is byte for byte what `header` writes for that name and size: so there are no links,
+devices, extensions or other places to hide something.
 """
 
 import re
@@ -26,10 +26,10 @@ SUMS: Final = "SHA256SUMS"
 BLOCK: Final = tarfile.BLOCKSIZE
 END: Final = bytes(2 * BLOCK)
 LONGEST_SUMS: Final = 64 << 20
-"""Bytes: some 300 000 members."""
+"""Bytes of SHA256SUMS: some 300 000 members."""
 _USTAR_LIMIT: Final = 8 << 30
 _PACKED: Final = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"PK\x03\x04")
-"""How gzip, zstd, xz, bzip2 and zip begin."""
+"""The first bytes of gzip, zstd, xz, bzip2 and zip."""
 _LINE: Final = re.compile(r"([0-9a-f]{64})  (\S+)")
 
 
@@ -44,38 +44,38 @@ def header(path: str, size: int) -> bytes:
 
 
 def padding(size: int) -> bytes:
-    """Return what fills the last block of a member of that size."""
+    """Return the bytes that fill the last block of a member of that size."""
     return bytes(-size % BLOCK)
 
 
 def sums(members: Mapping[str, str]) -> bytes:
-    """Return the first member: of path → hexadecimal sha256, in order."""
+    """Return the text of SHA256SUMS, the first member, from path → hexadecimal sha256, in order."""
     return "".join(f"{digest}  {path}\n" for path, digest in members.items()).encode("ascii")
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where the bytes of a member lie in the bundle."""
+    """A member of a bundle, and where its bytes are."""
 
     path: str
     sha256: str
-    """As SHA256SUMS says."""
+    """The digest in SHA256SUMS."""
     offset: int
     size: int
     name: Name | None
-    """Of the model whose manifest or list it is."""
+    """The name of the model, if the member is a manifest or list."""
     digest: Digest | None
-    """Of a blob."""
+    """The digest, if the member is a blob."""
 
     @property
     def is_document(self) -> bool:
-        """Whether the new tree has it: a list, and neither a manifest nor an anchor."""
+        """Whether it is in the new tree: a list, not a manifest or an anchor."""
         return self.name is not None and self.path == document_path(self.name)
 
 
 def read_members(file: BinaryIO) -> list[Member]:
-    """Return what a seekable bundle holds; only headers and padding are read. Raises TransferRefused if it is not a
-    bundle, whole.
+    """Return the members of a seekable bundle, reading only headers, padding and sums. Raises TransferRefused if it is
+    not a complete bundle.
     """
     length = file.seek(0, 2)
     file.seek(0)
@@ -121,7 +121,7 @@ def _parse_sums(text: bytes) -> dict[str, str]:
         blob = parse_blob_path(path)
         if match is None or (blob is None and _name_of(path) is None):
             raise TransferRefused(f"{SUMS}: expected a sum and the path of a manifest or blob, got {line!r:.200}")
-        # On a disk that ignores case two spellings are one file.
+        # On a file system that ignores case two spellings are one file.
         if path.lower() in seen:
             raise TransferRefused(f"{SUMS}: expected each path once, got {path!r:.200} again")
         if blob is not None and blob.hex != match[1]:
@@ -132,13 +132,13 @@ def _parse_sums(text: bytes) -> dict[str, str]:
 
 
 def _name_of(path: str) -> Name | None:
-    """Tell which model's manifest or list lies there; None for another spelling of its place."""
+    """Return the model whose manifest or list has this path; None for a path in another spelling."""
     name = parse_manifest_path(path)
     return name if name is not None and path in (manifest_path(name), document_path(name)) else None
 
 
 def _next(file: BinaryIO, length: int) -> tuple[str, int] | None:
-    """(path, size) of the member that begins here, None at the end."""
+    """Return (path, size) of the member that begins here; None at the end."""
     offset = file.tell()
     block = file.read(BLOCK)
     if block == END[:BLOCK]:
@@ -184,7 +184,7 @@ def _skip_padding(file: BinaryIO, size: int) -> None:
 
 
 def check_whole(listed: Iterable[Digest], present: Iterable[Digest]) -> None:
-    """A bundle has all blobs that its manifests list, and no others. TransferRefused otherwise."""
+    """Check that a bundle has all blobs that its manifests list, and no others. Raises TransferRefused."""
     wanted, found = set(listed), set(present)
     for digest in sorted(wanted ^ found):
         here, there = ("it", "no such member") if digest in wanted else ("only what a manifest lists", "it too")

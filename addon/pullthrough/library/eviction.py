@@ -1,10 +1,9 @@
-"""Keep the store within its bounds: room is made before a recording begins.
+"""Bounds of the store: room is made before a recording begins.
 
-Invariant: what is held, what is being recorded (at its full size), what earlier recordings have left and what is in
-quarantine never exceed `max_size`, and never leave less than `min_free` of the disk, as far as eviction can help: a
-blob is not recorded where no room can be made for the rest of its model too, and nothing is evicted for it.
-Quarantine goes first, then what recordings have left, then models. What had another digest twice has no room for a
-while.
+Invariant: held blobs, running recordings (at their full size), leftovers of earlier ones and quarantine together never
+exceed `max_size`, and never leave less than `min_free` on the disk, as far as eviction can help. A blob is not recorded
+if no room can be made for the rest of its model, too, and then nothing is evicted for it. Quarantine is removed first,
+then leftovers of recordings, then models. A blob whose bytes twice had another digest gets no room for a while.
 """
 
 import asyncio
@@ -31,11 +30,11 @@ _log = logging.getLogger(__name__)
 
 
 SMALL: Final = 64 << 10
-"""Bytes of a blob that is recorded anew however often it was wrong: it costs little, and is not given unverified."""
+"""Bytes. A blob up to this size is recorded however often it was wrong: it costs little and is sent only verified."""
 
 
 def room_problem(folder: Path, min_free: int) -> str:
-    """Return why nothing can be recorded on the disk of `folder` as it is; empty where something can."""
+    """Return why nothing can now be recorded on the disk of `folder`; "" if something can."""
     disk = shutil.disk_usage(folder)
     if min_free >= disk.total:
         return (
@@ -57,7 +56,7 @@ class Evictor:
     def __init__(
         self, store: Store, threads: Threads, *, max_size: int | None, min_free: int, pins: Sequence[str] = ()
     ) -> None:
-        """`max_size` and `min_free` in bytes; `pins` are patterns of models that stay, as the store's do."""
+        """`max_size` and `min_free` are bytes; `pins` are patterns of models that stay, in addition to the store's."""
         self._store = store
         self._threads = threads
         self._max_size = max_size
@@ -68,14 +67,14 @@ class Evictor:
         self._turn = asyncio.Lock()
 
     async def reserve(self, digest: Digest, size: int, *, whole: int | None = None) -> None:
-        """Make room for a recording of `size` bytes; it counts in full until `release`. StoreUnwritable if none can be.
+        """Make room for a recording of `size` bytes, which counts in full until `release`.
 
-        What an earlier recording of it has left is counted in. A blob that is held takes no more, nor does one that as
-        much was reserved for before. Nothing is evicted where there can be no room for the `whole` of the blob and for
-        the rest of its model. SourceDistrusted for what had another digest lately.
+        What an earlier recording of the blob has left counts towards it. A held blob needs no room, nor does one with
+        as large a reservation. Nothing is evicted if there cannot be room for the `whole` blob and the rest of its
+        model. Raises StoreUnwritable if there is no room, SourceDistrusted if the blob recently had another digest.
         """
         if (known := self._store.blob(digest)) is not None and known.held:
-            self._reserved[digest] = 0  # it is only verified
+            self._reserved[digest] = 0  # it is only verified again
             return
         if size > SMALL and self._mismatches.holds(digest, now=steady()):
             raise SourceDistrusted(f"{digest.short}: its source has brought other bytes twice; not kept now")
@@ -89,11 +88,11 @@ class Evictor:
             suspect = sum(taken for taken, _ in evidence.values())
             excess = self._excess({**self._reserved, digest: size}, partials, suspect, free)
             if excess > 0:
-                # Bytes that are no model go before models.
+                # Bytes that belong to no model are removed before models.
                 freed = await self._drop_evidence(evidence, excess)
                 excess, free, suspect = excess - freed, free + freed, suspect - freed
             if excess > 0:
-                await self._store.settle()  # what is not known yet would go first, as nobody's
+                await self._store.settle()  # blobs of models still unknown would be removed first
                 rest = await self._threads.disk(
                     _rest_of_model,
                     digest,
@@ -106,14 +105,14 @@ class Evictor:
             self._reserved[digest] = size
 
     def _look(self) -> tuple[int, dict[Digest, tuple[int, float]], dict[Path, tuple[int, float]]]:
-        """Return what is free on the disk, and what partials and quarantined bytes take of it. Raises OSError."""
+        """Return the disk's free bytes, and what partials and quarantined files take of it. Raises OSError."""
         restore(self._store.folder)
-        # In this order: room that a recording takes between the two is not missed twice.
+        # In this order, room that a recording takes in between does not count twice.
         free = shutil.disk_usage(self._store.folder).free
         return free, self._store.partials(), self._store.quarantined()
 
     async def _drop_evidence(self, evidence: Mapping[Path, tuple[int, float]], excess: int) -> int:
-        """Remove quarantined files, the oldest first, until `excess` bytes are free; returns how many are."""
+        """Remove quarantined files, the oldest first, until `excess` bytes are freed; return how many were."""
         freed, paths = 0, []
         for path, (taken, _) in sorted(evidence.items(), key=lambda item: item[1][1]):
             if freed >= excess:
@@ -126,17 +125,17 @@ class Evictor:
         return freed
 
     def mismatches(self, digest: Digest) -> None:
-        """What was recorded for the blob had another digest: after a second time it is not recorded for a while."""
+        """Note that a recording of the blob had another digest: after two it is not recorded for a while."""
         self._mismatches.note(digest, now=steady())
 
     def release(self, digest: Digest) -> None:
-        """The recording has ended."""
+        """Drop the reservation of a recording that has ended."""
         self._reserved.pop(digest, None)
 
     def _excess(
         self, reserved: dict[Digest, int], partials: dict[Digest, tuple[int, float]], suspect: int, free: int
     ) -> int:
-        """By how many bytes the bounds would be exceeded once all that is reserved has come in."""
+        """Return by how many bytes the bounds would be exceeded once all reserved bytes have come."""
         to_come = sum(max(0, size - partials.get(digest, (0, 0.0))[0]) for digest, size in reserved.items())
         excess = to_come + self._min_free - free
         if self._max_size is not None:
@@ -153,7 +152,7 @@ class Evictor:
         partials: dict[Digest, tuple[int, float]],
         free: int,
     ) -> None:
-        """Free the first `excess`, if the second one, of all `size` bytes of a model, could be freed too."""
+        """Free the first `excess` if the second, which is for all `size` bytes of a model, could be freed, too."""
         store = self._store
         busy = frozenset([digest, *self._reserved, *store.open_blobs()])
         idle = {store.ingest(part).partial_path: facts for part, facts in partials.items() if part not in busy}
@@ -174,7 +173,7 @@ class Evictor:
                 "and nothing left to evict"
             )
         for holding in choice.holdings:
-            # A model may have gone, and a blob may be read, since the survey.
+            # Since the choice a model may have been removed, and a client may have begun to read a blob.
             if holding.name is not None:
                 age_d = (time.time() - holding.used) / 86400
                 _log.info(
@@ -194,10 +193,10 @@ class Evictor:
 def _rest_of_model(
     digest: Digest, manifests: Sequence[ManifestRecord], blobs: Mapping[Digest, BlobRecord]
 ) -> dict[Digest, int]:
-    """Return what else is not here of the model that the blob is wanted for: of the smallest that lists it."""
+    """Return the other missing blobs of the model that the blob is for: the one that lists it and lacks the least."""
     rests = []
     for manifest in manifests:
-        # Of a list a client takes one child, which is a manifest itself.
+        # A client takes one child of a list, which is a manifest itself.
         if manifest.lists(digest) and not manifest.is_list:
             absent = {
                 each: size or 0 for each, size in manifest.sizes.items() if not blobs.get(each, BlobRecord()).held
@@ -216,14 +215,14 @@ def _choose(
     excess: tuple[int, int],
     busy: frozenset[Digest],
 ) -> Choice | None:
-    """Return what goes of what is known at one moment; it takes long where that is much."""
+    """Choose what to remove, from the state at one moment; slow for a large store."""
     sizes: dict[Hashable, int] = {digest: record.size or 0 for digest, record in blobs.items() if record.held}
     holdings = [
         Holding(name, frozenset(listed_by(records)), max(record.used for record in records), name.is_among(pins))
         for name, records in by_model(manifests).items()
     ]
     listed = frozenset[Hashable]().union(*(holding.parts for holding in holdings))
-    # A private model's manifest is never stored: its blobs stand for themselves.
+    # A private model's manifest is never stored: each of its blobs is a holding of its own.
     for digest, record in blobs.items():
         if record.held and digest not in listed:
             holdings.append(Holding(None, frozenset([digest]), record.recorded))

@@ -1,7 +1,7 @@
-"""Which models go when room is needed.
+"""The choice of models to remove when room is needed.
 
-Invariant: nothing kept or in flight is ever chosen, models go whole (a blob goes only when nothing that stays needs
-it), and nothing goes unless enough goes. Pure: sizes and times are arguments.
+Invariant: nothing pinned or in flight is ever chosen, models are removed whole (a blob only if nothing that stays needs
+it), and nothing is removed unless that frees enough. Pure: sizes and times are arguments.
 """
 
 from collections import Counter
@@ -13,26 +13,26 @@ from pullthrough.core.records import Name
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What goes or stays as one: a model, or something that no model lists."""
+    """A unit that is kept or removed whole: a model, or something that no model lists."""
 
     name: Name | None
     parts: frozenset[Hashable]
-    """Its blobs, by whatever names them."""
+    """Its blobs, by any key."""
     used: float
     """When it was last pulled or brought, Unix seconds."""
     kept: bool = False
     """Pinned."""
     is_leftover: bool = False
-    """What a recording has left; goes before models."""
+    """Whether a recording has left it; removed before models."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What goes."""
+    """The holdings and parts to remove."""
 
     holdings: tuple[Holding, ...]
     parts: frozenset[Hashable]
-    """What nothing that stays needs."""
+    """The parts that nothing that stays needs."""
     freed: int
     """Bytes."""
 
@@ -40,10 +40,9 @@ class Choice:
 def choose(
     holdings: Iterable[Holding], sizes: Mapping[Hashable, int], *, excess: int, busy: Collection[Hashable]
 ) -> Choice | None:
-    """Return the least recently used holdings that free `excess` bytes together; None if all that may go is not enough.
+    """Return the least recently used holdings that together free `excess` bytes; None if all that may go is too little.
 
-    Leftovers go before all others. `sizes` are the bytes of the parts that are here; `busy` parts are in
-    flight.
+    Leftovers go before all others. `sizes` are the bytes of the stored parts; `busy` parts are in flight.
     """
     every = list(holdings)
     needed = Counter(part for holding in every for part in holding.parts)
@@ -61,7 +60,7 @@ def choose(
                 freed += sizes.get(part, 0)
     if freed < excess:
         return None
-    # Blobs are shared: what went early may not have been worth it.
+    # Blobs are shared: some of the first choices may have turned out unnecessary.
     for holding in reversed(gone.copy()):
         worth = sum(sizes.get(part, 0) for part in holding.parts if not needed[part])
         if freed - worth >= excess:

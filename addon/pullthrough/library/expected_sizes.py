@@ -1,7 +1,7 @@
-"""How long a blob may be, by what is known of it: what a recording and a grant expect.
+"""The lengths that a blob may have by what is known of it, as a recording and a grant expect them.
 
-Invariant: a set of complete lengths, empty where nothing is known. What manifests claim counts within their own
-repository, so that nobody spoils another one's blob by a manifest that claims a wrong size for it.
+Invariant: a set of complete lengths, empty if nothing is known. What manifests claim counts only within their own
+repository, so that nobody can spoil another's blob with a manifest that claims a wrong size for it.
 """
 
 from pullthrough.core.digest import EMPTY, Digest
@@ -11,7 +11,7 @@ from pullthrough.store.store import Store
 def sizes_in(store: Store, host: str, repository: str, digest: Digest) -> frozenset[int]:
     """Return the lengths that the blob may have in this repository: the held one, else those that manifests claim.
 
-    A claim is no secret, so manifests that are private by now count too.
+    A claim is no secret, so manifests that have become private count, too.
     """
     if digest == EMPTY:
         return frozenset({0})
@@ -22,7 +22,7 @@ def sizes_in(store: Store, host: str, repository: str, digest: Digest) -> frozen
 
 
 def public_sizes(store: Store, digest: Digest) -> frozenset[int]:
-    """Return the same of a blob that everybody may have, from whatever repository; of another nothing is known."""
+    """Return the lengths that a public blob may have, from any repository; none for any other blob."""
     record = store.blob(digest)
     if digest != EMPTY and (record is None or not record.public):
         return frozenset()

@@ -1,8 +1,8 @@
 """Export models of the store: to a models folder that Ollama can use, or to a bundle.
 
-Invariant: every byte is hashed as it is copied, though not where a folder shares the store's files, and a model whose
-blobs are not all here, or that its registry refuses to everybody, is not exported at all. A manifest comes to its place
-after its blobs, a bundle's file when it is whole. Only reads the store, so it may run beside a daemon.
+Invariant: every byte is hashed as it is copied, unless a folder shares the store's files. A model that lacks blobs, or
+that its registry refuses to the public, is not exported at all. A manifest is put in place after its blobs, a bundle's
+file when it is complete. Only reads the store, so it may run beside a daemon.
 """
 
 import contextlib
@@ -39,14 +39,14 @@ BUNDLE_SUFFIX: Final = ".tar"
 
 @dataclass(frozen=True, slots=True)
 class Cargo:
-    """What is exported, as in a models folder of Ollama."""
+    """The export, as in a models folder of Ollama."""
 
     manifests: dict[str, bytes]
-    """By path, in order: manifests and anchors in the old tree, lists in the new one."""
+    """By path, in order: manifests and anchors in the old tree, lists in the new tree."""
     lists: dict[Digest, bytes]
-    """The lists once more, which are blobs there too."""
+    """The lists again, which are blobs in such a folder, too."""
     blobs: dict[Digest, int]
-    """All others, with their sizes."""
+    """All other blobs, with their sizes."""
 
     @property
     def size(self) -> int:
@@ -59,22 +59,22 @@ class Cargo:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A manifest that is here whole: a model's, or one that its list offers."""
+    """A manifest whose blobs are all stored: a model's own, or a child of its list."""
 
     child: Child | None
-    """None of a model's."""
+    """The child; None for a model's own manifest."""
     manifest: Mapping[str, Any]
     blobs: dict[Digest, int]
-    """Itself too, where a list refers to it."""
+    """The blobs; if a list refers to the manifest, it is one of them."""
 
 
 def select(
     inventory: Snapshot, models: Collection[str], *, on_left_out: Callable[[str], object] | None = None
 ) -> Cargo:
-    """Select these models of the store. Raises TransferRefused unless each is there, whole and not private.
+    """Select these models of the store. Raises TransferRefused unless each is stored, whole and not private.
 
-    Of the two representations of a model those that are whole; of a list the children that are. With `on_left_out`
-    what cannot be carried is left out, and that is told why.
+    Of a model's two representations, and of a list's children, those that are whole are taken. With `on_left_out`, what
+    cannot be exported is left out, and the function is told why.
     """
     found = {name: record for model in models for name, record in inventory.select(model).items()}
     cargo = Cargo({}, {}, {})
@@ -90,7 +90,7 @@ def select(
 
 
 def _add(cargo: Cargo, inventory: Snapshot, name: Name, records: Sequence[ManifestRecord]) -> None:
-    """Add a model to the cargo. Raises TransferRefused if it cannot be carried."""
+    """Add a model to the cargo. Raises TransferRefused if it cannot be exported."""
     if any(record.denied for record in records):
         raise TransferRefused(f"{name}: expected a public model, got one that its registry refuses to everybody")
     whole: dict[bool, tuple[ManifestRecord, list[_Part]]] = {}
@@ -114,7 +114,7 @@ def _add(cargo: Cargo, inventory: Snapshot, name: Name, records: Sequence[Manife
 
 
 def _parts(inventory: Snapshot, name: Name, record: ManifestRecord) -> list[_Part]:
-    """Find the manifest, or those of a list, whose blobs are here. Raises TransferRefused for none."""
+    """Return the manifest, or those in a list, whose blobs are all stored. Raises TransferRefused if there are none."""
     if not record.is_list:
         if anchored(record.body) is not None:
             raise TransferRefused(
@@ -146,7 +146,7 @@ def _sizes(record: ManifestRecord) -> dict[Digest, int]:
 
 
 def _lacking(inventory: Snapshot, blobs: Mapping[Digest, int]) -> str:
-    """Tell why these blobs cannot be exported; "" if they can."""
+    """Return why these blobs cannot be exported; "" if they can."""
     for digest, size in blobs.items():
         held = inventory.blobs.get(digest)
         if held is None or not held.held or held.size is None:
@@ -159,7 +159,7 @@ def _lacking(inventory: Snapshot, blobs: Mapping[Digest, int]) -> str:
 
 
 def _anchor(record: ManifestRecord, parts: Sequence[_Part]) -> bytes:
-    """Make what an older Ollama runs of a list, and what lets it keep the rest."""
+    """Return the anchor of a list: what an older Ollama runs of it, and what makes it keep the rest."""
     children = {part.child: part for part in parts if part.child is not None}
     documents = {Digest(record.digest): (LIST_TYPE, len(record.body))}
     for child, part in children.items():
@@ -186,10 +186,10 @@ def export_tree(
     link: bool = False,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Write the cargo into a models folder, which may be there already.
+    """Write the cargo into a models folder, which may already exist.
 
-    With `link` its blobs take no room: they share their bytes with the store's, by reflinks, else by hard links.
-    Raises TransferRefused where they cannot, OSError as the disk says.
+    With `link` its blobs take no room: they share their bytes with the store's, by reflinks or else hard links. Raises
+    TransferRefused if they cannot, OSError if the disk fails.
     """
     crew = HashPool(on_bytes)
     manifests, documents = dict(cargo.manifests), dict(cargo.lists)
@@ -198,7 +198,7 @@ def export_tree(
         if name is None or document_path(name) in cargo.manifests:
             continue
         if os.path.lexists(folder / document_path(name)):
-            # A newer Ollama has named another document there, and looks there first.
+            # A newer Ollama has another document of that name in the new tree, where it looks first.
             manifests[document_path(name)] = body
             documents[Digest(sha256(body).hexdigest())] = body
     paths = {digest: folder / blob_path(digest) for digest in (*cargo.blobs, *documents)}
@@ -229,7 +229,7 @@ def export_tree(
 def export_bundle(
     inventory: Snapshot, cargo: Cargo, file: BinaryIO, *, on_bytes: Callable[[int], object] = lambda count: None
 ) -> None:
-    """Write the cargo as a bundle, front to back. An error leaves it without its end, so nobody takes it for whole."""
+    """Write the cargo as a bundle, front to back. After an error its end is missing, so it cannot pass for complete."""
     crew = HashPool(on_bytes)
     first = cargo.manifests | {blob_path(digest): body for digest, body in cargo.lists.items()}
     members = {path: sha256(body).hexdigest() for path, body in first.items()}
@@ -248,7 +248,7 @@ def export_bundle(
 def export_bundle_file(
     inventory: Snapshot, cargo: Cargo, path: Path, *, on_bytes: Callable[[int], object] = lambda count: None
 ) -> None:
-    """Write the same into a file, which is in its place when it is whole and durable. Raises TransferRefused."""
+    """Write the bundle into a file, put in place once it is complete and durable. Raises TransferRefused."""
     if path.is_dir():
         raise TransferRefused(f"{path} is a folder: name a file for the bundle, or a folder of another name")
     with _placed(path) as descriptor:
@@ -259,7 +259,7 @@ def export_bundle_file(
 
 
 def _share(inventory: Snapshot, digest: Digest, size: int, target: Path) -> None:
-    """Let the target have the blob's bytes without copying them, if its file is the one that was verified."""
+    """Share the blob's bytes with the target without a copy, if the blob's file is the one that was verified."""
     with _opened(inventory, digest, size) as source:
         path, status = inventory.blob_path(digest), os.fstat(source.descriptor)
         if target.exists() and os.path.samestat(target.stat(), status):
@@ -279,7 +279,7 @@ def _share(inventory: Snapshot, digest: Digest, size: int, target: Path) -> None
 
 
 def _cloned(source: int, path: Path) -> bool:
-    """Make a new file that shares the blocks of an open one; False where that cannot be, and then there is none."""
+    """Make a new file that shares the blocks of an open one. Return False, leaving no file, if that is impossible."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
     try:
         if is_cloned := platform.reflink(source, descriptor):
@@ -292,7 +292,7 @@ def _cloned(source: int, path: Path) -> bool:
 
 
 def _has(crew: HashPool, path: Path, digest: Digest, size: int) -> bool:
-    """Return an earlier export has put the blob there."""
+    """Return whether an earlier export has put the blob there."""
     try:
         descriptor = platform.open_regular(path)
     except OSError:
@@ -326,12 +326,12 @@ def _write(path: Path, body: bytes) -> None:
 
 
 def _link(path: Path, digest: Digest) -> bool:
-    """Make the name in the new tree a link to its document; False where links cannot be made."""
+    """Make the name in the new tree a link to its document. Return False if links cannot be made."""
     temporary = _temporary(path)
     try:
         temporary.symlink_to(Path(link_target(digest)))
     except OSError:
-        return False  # a file system without links, or a Windows that forbids them: Ollama makes copies there, too
+        return False  # no links on this file system, or forbidden by Windows: Ollama makes copies there, too
     os.replace(temporary, path)
     return True
 
@@ -342,9 +342,9 @@ def _temporary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _placed(path: Path) -> Iterator[int]:
-    """A new file to write, which takes the path's place when nothing fails."""
+    """Yield a new file to write, which takes the path's place if nothing fails."""
     temporary = _temporary(path)
-    # Readable by all: an Ollama that runs as a user of its own is to read it.
+    # Readable by all, for an Ollama that runs as another user.
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
     try:
         try:

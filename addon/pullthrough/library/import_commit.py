@@ -1,7 +1,7 @@
-"""Admit models to the store whose blobs were verified in a staging folder inside it.
+"""The admission of models to the store, once their blobs were verified in a staging folder inside it.
 
-Invariant: blobs come first and the manifest last, and what upstream has refused stays refused, whatever anybody says
-here.
+Invariant: blobs come first and the manifest last, and what upstream has refused stays refused, whatever the options of
+the import.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,15 +19,15 @@ from pullthrough.store.blob_files import BlobFile
 from pullthrough.store.store import Store
 
 MANIFEST: Final = "manifest"
-"""The file of a staging folder with the manifest of the model that is to be admitted."""
+"""The file in a staging folder with the manifest of the model to be admitted."""
 
 
 class Fate(StrEnum):
-    """What became of one model."""
+    """The result for one model."""
 
     IMPORTED = "imported"
     PRESENT = "present"
-    """It was here already, with the same bytes."""
+    """It was already stored, with the same bytes."""
     KEPT = "kept"
     """Another manifest is stored under that name, and upstream has confirmed it."""
     REFUSED = "refused"
@@ -35,7 +35,7 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ImportOutcome:
-    """Of one model; `why` of what was not imported."""
+    """The outcome for one model; `why` says why it was not imported."""
 
     model: str
     fate: Fate
@@ -47,24 +47,24 @@ class Terms:
     """The conditions on which models are admitted."""
 
     public: bool = True
-    """Everybody may have them, by the operator's word; else nobody until upstream grants it, as after a refusal."""
+    """The operator lets everybody have them; else nobody gets them until upstream grants it, as after a refusal."""
     replace_confirmed: bool = False
-    """They take the place of manifests that upstream has confirmed."""
+    """They may replace manifests that upstream has confirmed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model on its way in, in the representation for clients that take lists or in the one for others."""
+    """A model to be imported, in one representation: for clients that take lists, or for the others."""
 
     name: Name
     record: ManifestRecord
     blobs: Mapping[Digest, int]
-    """What comes with it, with the claimed sizes: of a list the children that are whole, and all that they list."""
+    """The blobs that come with it, with claimed sizes; for a list its whole children and all that they list."""
 
     @classmethod
     def parse(cls, name: Name, body: bytes, blobs: Callable[[ManifestRecord], Mapping[Digest, int]]) -> Self:
-        """Make a model of these bytes, which may be a list. Raises TransferRefused if they are neither."""
-        # `confirmed` 0: upstream has said nothing about it here. It is stale from the beginning, and served when
+        """Parse a manifest or list. Raises TransferRefused if the bytes are neither."""
+        # `confirmed` 0: this cache has not asked upstream about it. It is stale from the beginning, and served if
         # upstream cannot be asked.
         record = ManifestRecord.parse(body, type_of(body), now=0.0)
         if record is None or not record.listed:
@@ -75,10 +75,10 @@ class Model:
 def needs(
     record: ManifestRecord, *, document: Callable[[Digest], bytes | None], has: Callable[[Digest], bool]
 ) -> dict[Digest, int]:
-    """Find the blobs that come with a manifest or list; `document` reads a child where it comes from.
+    """Return the blobs that come with a manifest or list; `document` reads a child at the source.
 
-    A child is absent where nobody has pulled it, which is usual: a list comes with those of which everything is
-    there. Raises TransferRefused for a list that has none of these.
+    A child is absent if nobody has pulled it, which is usual: a list comes with the children that are complete. Raises
+    TransferRefused for a list without any.
     """
     if not record.is_list:
         return {digest: size for digest, size in record.sizes.items() if size is not None}
@@ -100,12 +100,12 @@ def needs(
 
 
 def admit(store: Store, staging: Path, model: Model, terms: Terms, *, now: float) -> ImportOutcome:
-    """Return the three steps at once, for who has the store to himself. Waits for the disk."""
+    """Do the three steps at once, for a caller that has the store to itself. Waits for the disk."""
     return refusal(store, model, terms) or enter(store, model, terms, place(store, staging, model), now=now)
 
 
 def refusal(store: Store, model: Model, terms: Terms) -> ImportOutcome | None:
-    """Return why the model may not come in; None if it may."""
+    """Return why the model may not be imported; None if it may."""
     stored = store.manifest(model.name)
     text = str(model.name)
     if terms.public and _is_refused(store, model.name):
@@ -119,19 +119,20 @@ def refusal(store: Store, model: Model, terms: Terms) -> ImportOutcome | None:
 
 
 def place(store: Store, staging: Path, model: Model) -> dict[Digest, BlobFile]:
-    """Move those of its blobs that lie in the staging folder among the store's. Waits for the disk, and changes
-    nothing that is resident; StoreUnwritable if the disk refuses.
+    """Move its blobs from the staging folder into the store. Waits for the disk, and changes nothing in memory.
+
+    Raises StoreUnwritable if the disk refuses.
     """
     placed = {}
     for digest in model.blobs:
-        # What is not there is held, or another model that has it came first.
+        # A blob that is not there is held already, or came with a model before this one.
         if lexists(staging / digest.file_name):
             placed[digest] = store.place(digest, staging / digest.file_name)
     return placed
 
 
 def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, BlobFile], *, now: float) -> ImportOutcome:
-    """Enter the placed blobs into the index, and store the manifest."""
+    """Enter the placed blobs into the index, then store the manifest."""
     name, text, stored = model.name, str(model.name), store.manifest(model.name)
     for digest, file in placed.items():
         store.publish(digest, file, now=now)
@@ -153,7 +154,7 @@ def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, Blob
 
 
 def _is_refused(store: Store, name: Name) -> bool:
-    """Upstream has refused the repository; what was imported as private is denied as well, and never confirmed."""
+    """Return whether upstream has refused the repository. Private imports are denied, too, but never confirmed."""
     return any(record.confirmed for record in store.refused(*name.place))
 
 

@@ -1,8 +1,8 @@
-"""Take models from a models folder of Ollama, or from a bundle, into the store.
+"""The import of models from a models folder of Ollama, or from a bundle, into the store.
 
-`Staging` copies and verifies into a folder of its own inside the store, and needs no lock; the second step, which
-`import_commit` has, is for whoever holds the store. Invariant: a model is imported whole or not at all, and a bundle
-as well; nothing enters that was not hashed here.
+`Staging` copies and verifies into its own folder inside the store, and needs no lock; the second step, in
+`import_commit`, is for the process that holds the store. Invariant: a model is imported whole or not at all, and so is
+a bundle; nothing gets in that was not hashed here.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ from pullthrough.store.store import STAGING
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What the store may take, in bytes."""
+    """The bounds of the store, in bytes."""
 
     max_size: int | None = None
     min_free: int = 0
 
 
 class Staging:
-    """A folder inside the store for what is being verified; gone at the end, and at the next start after a crash."""
+    """A folder in the store for blobs under verification; removed at the end, or at the next start after a crash."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def take_tree(self, tree: OllamaDir, models: Sequence[Model], done: Callable[[Model, str], object]) -> None:
-        """Stage the models of a folder; `done` gets each, with what is wrong with it or "" as soon as that is known."""
+        """Stage the models of a folder; call `done` with each and its fault ("" if it has none) once that is known."""
         users: dict[Digest, list[tuple[Model, int]]] = {}
         for model in models:
             for digest, size in model.blobs.items():
@@ -96,7 +96,7 @@ class Staging:
             for model, claimed in users[digest]:
                 left = missing.get(id(model))
                 if left is None:
-                    continue  # refused for another blob
+                    continue  # already refused because of another blob
                 left.discard(digest)
                 wrong = unread
                 if not wrong and size != claimed:
@@ -115,7 +115,7 @@ class Staging:
         self._crew.each(todo, work, arrived)
 
     def take_bundle(self, path: Path) -> list[Model]:
-        """Verify every byte of a bundle and stage what is not held. TransferRefused if anything is wrong with it."""
+        """Verify every byte of a bundle and stage what is not held. Raises TransferRefused if anything is wrong."""
         with os.fdopen(platform.open_regular(path), "rb") as file:
             members = read_members(file)
             blobs = {member.digest: member for member in members if member.digest is not None}
@@ -134,11 +134,11 @@ class Staging:
         return models
 
     def holds(self, digest: Digest) -> bool:
-        """Tell whether the store has the blob."""
+        """Return whether the store has the blob."""
         return digest in self._held
 
     def _stage(self, digest: Digest, source: FileRange, linked: Path | None = None) -> None:
-        """Put a verified copy into the folder; where the blob is held, only see that it is right in the source too."""
+        """Put a verified copy into the folder; if the blob is held, only check it in the source."""
         target = self.folder / digest.file_name
         if digest in self._held:
             actual = self._crew.hash(source)
@@ -188,9 +188,9 @@ class Staging:
 
 
 def take(source: Path, staging: Staging, admit: Callable[[Model], ImportOutcome]) -> list[ImportOutcome]:
-    """Stage the models of a folder or bundle, and have those that are whole admitted; the outcome of each.
+    """Stage the models of a folder or bundle, have the whole ones admitted, and return the outcome of each.
 
-    TransferRefused, with nothing admitted, for a bundle with anything wrong in it.
+    Raises TransferRefused, admitting nothing, if anything in a bundle is wrong.
     """
     outcomes: list[ImportOutcome] = []
     if not source.is_dir():
@@ -211,14 +211,14 @@ def take(source: Path, staging: Staging, admit: Callable[[Model], ImportOutcome]
             outcomes.append(ImportOutcome(str(model.name), Fate.REFUSED, wrong) if wrong else admit(model))
 
         staging.take_tree(tree, models, done)
-    # Both representations of a model are one to those who read this.
+    # People see both representations of a model as one.
     return sorted(dict.fromkeys(outcomes), key=lambda outcome: outcome.model)
 
 
 def _read_tree(tree: OllamaDir, name: Name, paths: Sequence[str], holds: Callable[[Digest], bool]) -> list[Model]:
-    """Read the model at the first of these paths that leads somewhere; beside a list also what takes its place.
+    """Read the model at the first of these paths that exists; for a list, also the manifest at a later one, if whole.
 
-    That is what clients get that take no lists. Raises OSError and TransferRefused.
+    Clients that take no lists get that manifest. Raises OSError and TransferRefused.
     """
 
     def has(digest: Digest) -> bool:
@@ -230,7 +230,7 @@ def _read_tree(tree: OllamaDir, name: Name, paths: Sequence[str], holds: Callabl
     if (model := next(found, None)) is None:
         raise TransferRefused(f"expected a manifest where the link {paths[0]} leads, got none")
     if model.record.is_list:
-        # Ollama looks there no more, so nothing that is wrong there is wrong with the model.
+        # Ollama no longer looks there, so a fault there is not the model's.
         with contextlib.suppress(OSError, TransferRefused):
             for older in found:
                 if not older.record.is_list and all(map(has, older.blobs)):
@@ -241,7 +241,7 @@ def _read_tree(tree: OllamaDir, name: Name, paths: Sequence[str], holds: Callabl
 def _read_bundle(
     descriptor: int, members: Sequence[Member], blobs: Mapping[Digest, Member]
 ) -> tuple[list[Model], dict[Digest, int]]:
-    """Read the models of a bundle, and find the documents that its new tree names, with their sizes."""
+    """Return the models of a bundle, and the documents named in its new tree, with their sizes."""
 
     def document(digest: Digest) -> bytes | None:
         return _read_member(descriptor, blobs[digest]) if digest in blobs else None
@@ -264,7 +264,7 @@ def _read_bundle(
 
 
 def _check_anchor(member: Member, body: bytes, stands_for: Digest, model: Model | None) -> None:
-    """Raise TransferRefused if an anchor says anything beyond what its list says."""
+    """Raise TransferRefused if an anchor says anything that its list does not."""
     if model is None or model.record.digest != stands_for.hex:
         raise TransferRefused(f"{member.path}: expected to stand for {stands_for}, got no such document of that name")
     record = ManifestRecord.parse(body, DOCKER_TYPE, now=0.0)
@@ -294,8 +294,8 @@ def _opened(tree: OllamaDir, digest: Digest) -> Iterator[FileRange]:
 def _link(path: Path, source: FileRange, target: Path) -> bool:
     """Give the open file a second name in the store.
 
-    Only if nobody but our own user can write to it: who can could change a blob after it was verified, and in the
-    store nobody but us may. Not on Windows, whose files have no such owner.
+    Only if no other user can write to it: anyone who can could change a blob after it was verified, and only we may
+    write in the store. Not on Windows, whose files have no such owner.
     """
     status = os.fstat(source.descriptor)
     if sys.platform == "win32" or status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -303,10 +303,10 @@ def _link(path: Path, source: FileRange, target: Path) -> bool:
     try:
         os.link(path, target, follow_symlinks=False)
     except OSError:
-        return False  # another file system, or one without links
+        return False  # it is on another file system, or on one without links
     if os.path.samestat(target.lstat(), status):
         return True
-    target.unlink()  # the name leads elsewhere by now
+    target.unlink()  # the name has come to mean another file
     return False
 
 

@@ -1,7 +1,7 @@
-"""What is stored, told as models: rows, one model in detail, and sums.
+"""What is stored, as models: rows, one model in detail, and sums.
 
-Invariant: the same values give the same answer, whether the daemon or the command line looks; keys stay as they are,
-as scripts read them. Sizes are bytes, times Unix seconds or None for never.
+Invariant: the same values give the same answer in the daemon and on the command line; keys do not change, because
+scripts read them. Sizes are bytes, times Unix seconds or None for never.
 """
 
 from collections import Counter
@@ -30,29 +30,29 @@ _BEYOND: Final = {
     "quarantined_bytes": "quarantine",
 }
 SHOWN: Final = 5
-"""How many models an error names at most."""
+"""The most models that an error names."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What a store holds at one moment."""
+    """The contents of a store at one moment."""
 
     manifests: Mapping[Name, ManifestRecord]
     blobs: Mapping[Digest, BlobRecord]
-    """All that are known, held or not."""
+    """All known blobs, held or not."""
     pins: tuple[str, ...]
-    """Of the option and of the store."""
+    """The pins of the option and of the store."""
     days: Mapping[int, Totals]
     children: Mapping[Digest, ManifestRecord] = field(default_factory=dict)
-    """The manifests that stored lists refer to, as far as their bytes are here."""
+    """The manifests that stored lists refer to, as far as their bytes are stored."""
     unfinished: int = 0
-    """Bytes that recordings, running or left, take of the disk."""
+    """Bytes of disk that recordings take, running or left over."""
     quarantined: int = 0
-    """Bytes that did not hash to their name."""
+    """Bytes that did not match their digest."""
 
     @cached_property
     def models(self) -> dict[Name, list[ManifestRecord]]:
-        """The representations of each model, without those that are private if others are not."""
+        """The representations of each model; if some are public, only those."""
         return {
             name: [record for record in records if not record.denied] or records
             for name, records in by_model(self.manifests).items()
@@ -60,12 +60,12 @@ class View:
 
     @cached_property
     def held(self) -> dict[Digest, int]:
-        """The sizes of the blobs that are here."""
+        """The sizes of the held blobs."""
         return {digest: record.size or 0 for digest, record in self.blobs.items() if record.held}
 
 
 def find(text: str, names: Iterable[Name]) -> Name:
-    """Return the stored model that a user means by `text`. Raises NoSuchModel if there is none, or more than one."""
+    """Return the stored model that a user means by `text`. Raises NoSuchModel if there is none, or several."""
     name = find_or_none(text, names := list(names))
     if name is not None:
         return name
@@ -75,7 +75,7 @@ def find(text: str, names: Iterable[Name]) -> Name:
 
 
 def find_or_none(text: str, names: Iterable[Name]) -> Name | None:
-    """Return the stored model that a user means by `text`, if there is one. Raises NoSuchModel for more than one."""
+    """Return the stored model that a user means by `text`, if there is one. Raises NoSuchModel if there are several."""
     wanted = _tagged(text)
     found = [name for name in _models(names) if wanted in name.forms]
     for name in found:
@@ -87,7 +87,7 @@ def find_or_none(text: str, names: Iterable[Name]) -> Name | None:
 
 
 def not_found(text: str) -> str:
-    """Say that there is no such model, in Ollama's words (server/routes.go)."""
+    """Return Ollama's message for a model that does not exist (server/routes.go)."""
     return f"model '{text}' not found"
 
 
@@ -105,13 +105,13 @@ def _shown(names: list[Name]) -> str:
 
 
 def listing(view: View, shown: Collection[Name] | None = None) -> list[JSON]:
-    """Return a row for each model, or only for those that are `shown`, the one pulled last first."""
+    """Return a row for each model, or only for those in `shown`, the most recently pulled first."""
     rows = [_row(view, name, view.models[name]) for name in (view.models if shown is None else shown)]
     return sorted(rows, key=lambda row: (-(row["pulled"] or 0.0), row["name"]))
 
 
 class Order(StrEnum):
-    """What rows are sorted by."""
+    """A criterion to sort rows by."""
 
     NAME = "name"
     SIZE = "size"
@@ -119,9 +119,9 @@ class Order(StrEnum):
 
 
 def chosen(rows: Iterable[JSON], pattern: str = "", order: Order = Order.PULLED) -> list[JSON]:
-    """Return the rows whose names begin with `pattern`, as `ollama list` has it, or match it if it has wildcards.
+    """Return the rows whose names begin with `pattern`, as for `ollama list`, or match it if it has wildcards.
 
-    By name from A to Z, by size the biggest first, by pull the last one first.
+    Names are sorted from A to Z, sizes from the largest, pulls from the latest.
     """
     found = [row for row in rows if not pattern or _is_meant(row, pattern)]
     if order is Order.NAME:
@@ -142,7 +142,7 @@ def is_pattern(text: str) -> bool:
 
 
 def models_of(manifests: Mapping[Name, ManifestRecord], digests: Set[Digest]) -> dict[Digest, Name]:
-    """Return a model for each of the blobs that one lists."""
+    """Return a model that lists the blob, for each blob that has one."""
     found: dict[Digest, Name] = {}
     for name, record in manifests.items():
         found |= dict.fromkeys(filter(record.lists, digests), name.model)
@@ -167,7 +167,7 @@ def _row(view: View, name: Name, records: Sequence[ManifestRecord]) -> JSON:
 
 
 def size_of(view: View, records: Sequence[ManifestRecord]) -> int:
-    """Return what the blobs of a model take together, each once, as far as it is known."""
+    """Return the total size of a model's blobs, each counted once, as far as known."""
     if len(records) == 1 and not records[0].is_list:
         return records[0].size
     sizes: dict[Digest, int | None] = {}
@@ -177,9 +177,9 @@ def size_of(view: View, records: Sequence[ManifestRecord]) -> int:
 
 
 def is_whole(view: View, records: Sequence[ManifestRecord]) -> bool:
-    """Return whether the clients of both classes find here what their manifests need.
+    """Return whether clients that take lists and those that do not find here what their manifests need.
 
-    A child that is stored as the plain manifest too is here, whether or not anybody asked for it as a blob.
+    A child that is also stored as the plain manifest counts as held, even if nobody has asked for it as a blob.
     """
     held: Container[str] = view.held
     if any(record.is_list for record in records):
@@ -188,10 +188,9 @@ def is_whole(view: View, records: Sequence[ManifestRecord]) -> bool:
 
 
 def detail(view: View, text: str) -> JSON:
-    """Return one model: its row, when upstream confirmed it, its layers in the manifest's order, and those of its
-    children.
+    """Return one model: its row, when upstream confirmed it, its layers in order, and those of its children.
 
-    `layers` are those of the manifest for clients that accept no lists, `children` what the list offers.
+    `layers` are those of the manifest for clients that accept no lists, `children` the manifests in the list.
     """
     name = find(text, view.manifests)
     records = view.models[name]
@@ -221,7 +220,7 @@ def _layers(view: View, layers: Iterable[Layer]) -> list[JSON]:
 
 
 def _child(view: View, child: Child, records: Iterable[ManifestRecord]) -> JSON:
-    """Of a reference the digest, and whether its manifest is here; then its layers are known."""
+    """Return a child; a reference has a digest, and its layers are known only if its manifest is stored."""
     layers, held = child.layers, True
     if child.digest is not None:
         known = view.children.get(child.digest)
@@ -237,21 +236,21 @@ def _child(view: View, child: Child, records: Iterable[ManifestRecord]) -> JSON:
 
 
 def beyond_models(view: View) -> dict[str, int]:
-    """Return what the disk holds that no listing of models shows."""
+    """Return what is on the disk but in no listing of models."""
     private = sum(record.size or 0 for record in view.blobs.values() if record.held and not record.public)
     return {"private_bytes": private, "unfinished_bytes": view.unfinished, "quarantined_bytes": view.quarantined}
 
 
 def beyond_text(sums: JSON) -> str:
-    """Name what of `beyond_models` there is."""
+    """Return the non-zero sums of `beyond_models`, for people."""
     found = [(name, sums[key]) for key, name in _BEYOND.items() if sums.get(key)]
     return ", ".join(f"{name} {size_text(size)}" for name, size in found)
 
 
 def statistics(view: View) -> JSON:
-    """Return sums over everything; `deduplicated_bytes` is what copies for each model would take beyond what is held.
+    """Return sums over everything; `deduplicated_bytes` is what separate copies for each model would take in addition.
 
-    `private_bytes` are those of `bytes` that nobody has been granted without a login.
+    `private_bytes` are the part of `bytes` that upstream has granted to nobody without a login.
     """
     listed = Counter(chain.from_iterable(map(listed_by, view.models.values())))
     shared = sum((count - 1) * view.held.get(digest, 0) for digest, count in listed.items() if count > 1)

@@ -1,7 +1,7 @@
-"""Change a store on request: remove models, pin them, clean up.
+"""Changes to a store on request: removing models, pinning them, cleaning up.
 
-Invariant: one step at a time, with the event loop free in between, so that pulls go on; a blob that somebody reads or
-a recording that runs is never touched.
+Invariant: the event loop is free after each step, so that pulls go on; a blob that is being read and a running
+recording are never touched.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ from pullthrough.store.store import Store
 _log = logging.getLogger(__name__)
 
 STEP: Final = 100
-"""Blobs that are removed without a pause: some milliseconds."""
+"""Blobs that are removed without a pause, which takes a few milliseconds."""
 
 
 def would_prune(inventory: Snapshot, pins: Sequence[str], *, age_s: float, every: bool) -> JSON:
-    """Return what `prune` would do to a store that no daemon holds; nothing is changed or locked."""
+    """Return what `prune` would do to a store that no daemon holds, without changing or locking anything."""
     left = quarantined(inventory.folder)
     for digest, facts in partials(inventory.folder).items():
         left[inventory.folder / INGEST / f"{digest.file_name}{PARTIAL}"] = facts
@@ -51,9 +51,9 @@ class Maintenance:
         self._turn = asyncio.Lock()
 
     async def remove(self, texts: Sequence[str], *, unpin: bool = False) -> JSON:
-        """Remove these models, and with `unpin` the `unpinned` pins of their own; `pins` are those that stay.
+        """Remove these models and, with `unpin`, their own pins, returned as `unpinned`; `pins` are those that stay.
 
-        Raises NoSuchModel if one is not there, ModelPinned if one is pinned: then none goes.
+        Raises NoSuchModel if one is not stored, ModelPinned if one is pinned; then none is removed.
         """
         await self._store.settle()
         async with self._turn:
@@ -96,13 +96,13 @@ class Maintenance:
             return _told(plan) | beyond_models(view)
 
     def pins_of(self, name: Name) -> list[str]:
-        """Return what pins a model, of the option and of the store."""
+        """Return the pins of the option and of the store that match a model."""
         return sorted(pin for pin in {*self._pins, *self._store.ledger.pins} if name.matches(pin))
 
     def pin(self, text: str) -> JSON:
-        """Keep a model, or all that a pattern names, for good; what is not here yet too, from when it is pulled.
+        """Keep a model, or all that match a pattern, for good, including models that are pulled later.
 
-        Raises NoSuchModel for a name that several models have, InvalidRequest for one that none can have.
+        Raises NoSuchModel if several models have the name, InvalidRequest if none can have it.
         """
         pattern = text if is_pattern(text) else str(find_or_none(text, self._store.manifests()) or Name.parse(text))
         if not pattern.strip() or any(character.isspace() for character in pattern):
@@ -112,7 +112,7 @@ class Maintenance:
         return {"pattern": pattern, "models": sorted(names)}
 
     def unpin(self, text: str) -> JSON:
-        """Take a pin back. Raises NoSuchModel if it is none; `still` are models that another pin keeps."""
+        """Remove a pin. Raises NoSuchModel if there is no such pin; `still` are models that another pin keeps."""
         ledger = self._store.ledger
         candidates = [text]
         with contextlib.suppress(InvalidRequest):  # a pattern
@@ -143,7 +143,7 @@ class Maintenance:
         listed = await asyncio.to_thread(listed_by, list(store.manifests().values()))
         for start in range(0, len(plan.blobs), STEP):
             step = plan.blobs[start : start + STEP]
-            # A client may have come since: what it reads or needs stays.
+            # A client may have come since: what it is reading or needs stays.
             busy = self._busy()
             held = [digest for digest in step if (record := store.blob(digest)) is not None and record.held]
             free = [digest for digest in held if digest not in listed and digest not in busy]

@@ -1,4 +1,4 @@
-"""Whose bytes had another digest lately: what has been wrong twice is not recorded a third time for a while.
+"""Blobs whose bytes recently had another digest: after two wrong recordings there is no third for a while.
 
 Invariant: a source that stays corrupt costs the disk two recordings in PASSED_S, however many clients try. Pure state:
 `now` is a parameter, in seconds of any steady clock.
@@ -8,20 +8,20 @@ from collections.abc import Hashable
 from typing import Final
 
 MISMATCHES: Final = 2
-"""One is an accident on the way."""
+"""A single mismatch may be an accident on the way."""
 PASSED_S: Final = 600.0
-"""How long a blob is passed through then, before it is recorded again."""
+"""How long such a blob is passed through before it is recorded again."""
 
 
 class Mismatches:
-    """Of all blobs; beyond `limit` the oldest are forgotten."""
+    """The mismatches of all blobs; beyond `limit` the oldest are forgotten."""
 
     def __init__(self, *, limit: int = 1000) -> None:
         self._limit = limit
         self._known: dict[Hashable, tuple[int, float]] = {}
 
     def note(self, blob: Hashable, *, now: float) -> None:
-        """The blob was recorded, and its bytes had another digest."""
+        """Note that the blob was recorded and its bytes had another digest."""
         count, when = self._known.pop(blob, (0, now))
         self._known[blob] = (count + 1 if now < when + PASSED_S else 1, now)
         if len(self._known) > self._limit:

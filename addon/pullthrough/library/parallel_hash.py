@@ -1,7 +1,7 @@
-"""Hash and copy the bytes of many files at once, on every core, until told to stop.
+"""Hashing and copying of many files at once, on every core, until told to stop.
 
-Invariant: the hash that a copy returns is that of the bytes which were written, and nothing runs any more when `each`
-returns or raises, Ctrl-C included. hashlib gives the interpreter lock free, so threads are enough.
+Invariant: the hash that a copy returns is that of the bytes that were written, and nothing is still running when `each`
+returns or raises, even by Ctrl-C. hashlib releases the interpreter lock, so threads are enough.
 """
 
 import os
@@ -17,18 +17,18 @@ from typing import Final
 from pullthrough.runtime import platform
 
 LOOK_S: Final = 0.5
-"""How long to wait without a look: Ctrl-C that comes just before an endless wait would be noticed at its end only."""
+"""How long to wait at a time: Ctrl-C just before an endless wait would be noticed only at its end."""
 PIECE: Final = 1 << 20
-"""Bytes per read: what still lies in the core's cache when it is hashed and written."""
+"""Bytes per read: few enough to be still in the core's cache when they are hashed and written."""
 
 
 class Stopped(Exception):
-    """Another thread of the crew has failed, or the caller was interrupted."""
+    """Another thread of the pool has failed, or the caller was interrupted."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """`size` bytes of an open file from `offset` on."""
+    """A range of an open file: `size` bytes from `offset` on."""
 
     descriptor: int
     offset: int
@@ -40,19 +40,19 @@ class FileRange:
 
 
 class HashPool:
-    """As many threads as there are cores."""
+    """A pool of one thread per core."""
 
     def __init__(self, on_bytes: Callable[[int], object] = lambda count: None) -> None:
-        """`on_bytes` is told, in any thread, how many more bytes have been hashed."""
+        """`on_bytes` is called, in any thread, with the number of bytes newly hashed."""
         self._on_bytes = on_bytes
         self._stop = threading.Event()
 
     def each[T, R](
         self, items: Iterable[T], work: Callable[[T], R], done: Callable[[T, Callable[[], R]], object]
     ) -> None:
-        """Call `work` with each item in the threads, and `done` in this one: with the item and what gives the result.
+        """Call `work` with each item in the threads; call `done` in this one, with the item and its result's getter.
 
-        An exception of `done` ends it all.
+        An exception of `done` ends everything.
         """
         self._stop.clear()
         pool = ThreadPoolExecutor(platform.cores(), thread_name_prefix="ollama-cache-crew")
@@ -71,21 +71,21 @@ class HashPool:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def hash(self, source: FileRange) -> str:
-        """Return the hexadecimal sha256 of as many of these bytes as there are."""
+        """Return the hexadecimal sha256 of these bytes, or of as many as there are."""
         hasher = sha256()
         for data in self._pieces(source):
             hasher.update(data)
         return hasher.hexdigest()
 
     def pour(self, source: FileRange, sink: Callable[[bytes], object]) -> str:
-        """Hand the bytes to `sink` in order, in one other thread; their hexadecimal sha256."""
+        """Pass the bytes to `sink` in order, in one other thread, and return their hexadecimal sha256."""
         hasher = sha256()
         if source.size <= PIECE:
             for data in self._pieces(source):
                 sink(data)
                 hasher.update(data)
             return hasher.hexdigest()
-        # One piece is written while the next is hashed: a single large blob has only this to gain from a second core.
+        # One piece is written while the next is hashed: all that a second core can do for a single large blob.
         with ThreadPoolExecutor(1, thread_name_prefix="ollama-cache-writer") as writer:
             written: Future[object] | None = None
             with closing(self._pieces(source)) as pieces:
@@ -99,9 +99,9 @@ class HashPool:
         return hasher.hexdigest()
 
     def copy(self, source: FileRange, target: int, *, reserve: Callable[[], object] = lambda: None) -> str:
-        """Fill the empty file `target`, by reflink where the file system has it, and make it durable; its sha256.
+        """Fill the empty file `target`, by reflink if possible, make it durable, and return its sha256.
 
-        `reserve` is called before bytes are written, which take room of the disk; a reflink takes none.
+        `reserve` is called before bytes are written, because they take room on the disk; a reflink takes none.
         """
         whole = source.offset == 0 and source.size == os.fstat(source.descriptor).st_size
         if whole and platform.reflink(source.descriptor, target):

@@ -1,7 +1,7 @@
-"""What goes when people clean up.
+"""The choice of what to remove when people clean up.
 
-Invariant: nothing in flight and nothing pinned is chosen, and no blob that a model which stays lists. Pure: times and
-what lies on the disk are arguments.
+Invariant: nothing in flight or pinned is chosen, and no blob that a remaining model lists. Pure: times and what is on
+the disk are arguments.
 """
 
 from collections.abc import Collection, Mapping
@@ -14,12 +14,12 @@ from pullthrough.core.records import BlobRecord, ManifestRecord, Name, by_model,
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes."""
+    """The models, blobs and files to remove."""
 
     names: tuple[Name, ...] = ()
     blobs: tuple[Digest, ...] = ()
     files: tuple[Path, ...] = ()
-    """Partials and quarantined bytes."""
+    """Partial and quarantined files."""
     freed: int = 0
     """Bytes."""
 
@@ -31,7 +31,7 @@ def plan_removal(
     *,
     busy: Collection[Digest],
 ) -> Plan:
-    """These models go, with the held blobs that no other model lists and nobody reads."""
+    """Plan to remove these models, with the held blobs that no other model lists and nobody is reading."""
     models, gone = by_model(manifests), set(names)
     stays = listed_by(record for name, records in models.items() if name not in gone for record in records)
     parts = listed_by(record for name in gone for record in models[name]) - stays
@@ -49,10 +49,10 @@ def plan_prune(
     pins: Collection[str],
     busy: Collection[Digest],
 ) -> Plan:
-    """Held blobs without a model, and leftovers, older than `oldest` (Unix seconds); with `every`, models too.
+    """Plan to remove held blobs without a model and leftovers older than `oldest` (Unix seconds); models with `every`.
 
-    A model is as old as its last pull, a blob as its recording; a model that is in flight in part stays. `leftovers`
-    are files that nobody writes: (bytes, when they last changed).
+    A model is as old as its last pull, a blob as its recording; a model that is partly in flight stays. `leftovers`
+    are files that nothing is writing: (bytes, when they last changed).
     """
     names = []
     models = by_model(manifests)

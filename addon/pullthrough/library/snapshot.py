@@ -1,6 +1,6 @@
-"""What a store holds, read from its index beside the daemon that runs on it, or from its files where it has no index.
+"""The contents of a store, read from its index beside a running daemon, or from its files if there is no index.
 
-Invariant: nothing is changed and no lock is taken, so it is true of one moment only: who acts on it looks again.
+Invariant: nothing is changed and no lock is taken, so a snapshot is true of one moment only: check again before acting.
 """
 
 from collections.abc import Mapping
@@ -23,26 +23,26 @@ from pullthrough.store.usage import Totals
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What is known in the store in `folder`."""
+    """The knowledge in the store in `folder`."""
 
     folder: Path
     blobs: Mapping[Digest, BlobRecord]
-    """Those that are not here, too."""
+    """All known blobs, held or not."""
     manifests: Mapping[Name, ManifestRecord]
     children: Mapping[Digest, ManifestRecord]
-    """The manifests that stored lists refer to, as far as their bytes are here."""
+    """The manifests that stored lists refer to, as far as their bytes are stored."""
     pins: frozenset[str]
     days: Mapping[int, Totals]
 
     def view(self, pins: tuple[str, ...]) -> View:
-        """Return the same as a listing takes it, with all pins."""
+        """Return the snapshot as a view for `listing`, with these pins."""
         return with_leftovers(View(self.manifests, self.blobs, pins, self.days, self.children), self.folder)
 
     @classmethod
     def read(cls, folder: Path, index_dir: Path | None = None) -> "Snapshot":
-        """Return what the index says, or what the files say. Raises StoreError where there is no sound store.
+        """Read the index, or the files. Raises StoreError if there is no sound store.
 
-        `index_dir` is where the index is, if not where the disk under the store wants it.
+        `index_dir` is the folder of the index; by default the kind of disk under the store decides.
         """
         check_marker(folder)
         try:
@@ -53,13 +53,13 @@ class Snapshot:
         return cls(folder, contents.blobs, contents.manifests, contents.children, pins, contents.days)
 
     def blob_path(self, digest: Digest) -> Path:
-        """Return where the blob's file lies, or would."""
+        """Return where the blob's file is, or would be."""
         files, record = BlobFiles(self.folder), self.blobs.get(digest, BlobRecord())
         file = files.look(digest, public=record.public)
         return files.path(digest, public=record.public if file is None else file.public)
 
     def held_sizes(self) -> dict[Digest, int]:
-        """Return the blobs whose files are still those that were verified, with their sizes."""
+        """Return the blobs whose files have not changed since they were verified, with their sizes."""
         files = BlobFiles(self.folder)
         found = {}
         for digest, record in self.blobs.items():
@@ -69,9 +69,9 @@ class Snapshot:
         return found
 
     def select(self, model: str) -> dict[Name, ManifestRecord]:
-        """Return the models of that name, as it is typed, or pattern; `latest` where it has no tag.
+        """Return the models of a name, as users type it, or of a pattern; the tag is `latest` by default.
 
-        A manifest that was asked for by its digest alone is no model. Raises TransferRefused for none.
+        A manifest that was only asked for by its digest is no model. Raises TransferRefused if there are none.
         """
         found = {
             name: record
@@ -84,13 +84,13 @@ class Snapshot:
 
 
 def with_leftovers(view: View, folder: Path) -> View:
-    """Add to the view what recordings, running or left, and quarantine take of the disk. Waits for it."""
+    """Add what recordings (running or left over) and quarantine take on the disk. Waits for the disk."""
     unfinished, suspect = partials(folder).values(), quarantined(folder).values()
     return replace(view, unfinished=sum(size for size, _ in unfinished), quarantined=sum(size for size, _ in suspect))
 
 
 def _read_files(folder: Path) -> Contents:
-    """Return what the next start will make the index of."""
+    """Return what the next start will build the index from."""
     proofs, blobs = Proofs(folder), {}
     try:
         for file in BlobFiles(folder).walk():

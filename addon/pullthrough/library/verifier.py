@@ -1,8 +1,8 @@
-"""Compare the store with its index, both ways, and every blob with its digest.
+"""Verification: the store against its index, both ways, and every blob against its digest.
 
-Invariant: `check` changes nothing, so it may run beside a daemon; what it found is looked at again before it is
-reported, and once more by `mend`, which runs where the store is held: under its lock, or in the daemon. What a run
-that was interrupted has verified is remembered until a run comes to its end.
+Invariant: `check` changes nothing, so it may run beside a daemon. Its findings are checked again before they are
+reported, and once more by `mend`, which runs with the store held: under its lock, or in the daemon. What an interrupted
+run has verified is remembered until a run is completed.
 """
 
 import contextlib
@@ -28,43 +28,43 @@ from pullthrough.store.store import Store
 
 JOURNAL: Final = "verify.journal"
 REMEMBERED_S: Final = 7 * 24 * 3600.0
-"""How long what an interrupted run has verified counts."""
+"""How long the results of an interrupted run count."""
 
 Identity = tuple[int, int, int]
-"""Size, mtime_ns and inode: what tells a file from the one that was verified."""
+"""Size, mtime_ns and inode, by which the file that was verified is recognised."""
 
 
 class Problem(StrEnum):
-    """What may be wrong with one file or row."""
+    """A kind of fault in one file or row."""
 
     DAMAGED = "damaged"
-    """The bytes are not what the name says, or cannot be read."""
+    """The bytes do not match the name, or cannot be read."""
     ALTERED = "altered"
-    """The bytes are right; size, time or inode are not those of the index."""
+    """The bytes are right; size, time or inode differ from the index."""
     UNKNOWN = "unknown"
-    """The bytes are right; nothing says that they were verified."""
+    """The bytes are right; there is no record that they were verified."""
     MISSING = "missing"
     """The index has it, the folder does not."""
     FOREIGN = "foreign"
-    """A file that is no blob; it is left alone."""
+    """A file that is no blob, and is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """One thing that is wrong."""
+    """A fault that was found."""
 
     problem: Problem
     name: str
-    """Of the file."""
+    """The name of the file."""
     expected: str
     got: str
     digest: Digest | None = None
     identity: Identity | None = None
-    """Of the file when it was read."""
+    """The identity of the file when it was read."""
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> Self:
-        """Return what `fields` has made. Raises InvalidRequest."""
+        """Parse what `fields` returned. Raises InvalidRequest."""
         try:
             identity = None
             if fields["identity"] is not None:
@@ -82,7 +82,7 @@ class Defect:
             raise InvalidRequest(f"expected a finding of verify, got {fields!r:.200}") from error
 
     def fields(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the defect as JSON."""
         return {**asdict(self), "digest": str(self.digest or "")}
 
     def __str__(self) -> str:
@@ -91,19 +91,19 @@ class Defect:
 
 @dataclass
 class Report:
-    """What a run did."""
+    """The result of a run."""
 
     findings: list[Defect] = field(default_factory=list)
     checked: int = 0
-    """Blobs, hashed by this run."""
+    """How many blobs this run hashed."""
     size: int = 0
     """Their bytes."""
     remembered: int = 0
-    """Blobs that an earlier run, which was interrupted, had hashed."""
+    """How many blobs an earlier, interrupted run had hashed."""
 
 
 class Journal:
-    """What an unfinished run over `models` (none: over everything) has verified; one line each, torn ends are lost."""
+    """The files that an unfinished run over `models` (empty: all) has verified, one per line; torn ends are ignored."""
 
     def __init__(self, folder: Path, models: Collection[str], *, now: float) -> None:
         self._path = folder / JOURNAL
@@ -127,8 +127,8 @@ class Journal:
                 self.verified.add((Digest.parse(f"sha256:{hexadecimal}"), (size, mtime_ns, inode)))
 
     def add(self, digest: Digest, identity: Identity) -> None:
-        """The file was verified."""
-        # In one write: an interrupted run leaves whole lines.
+        """Note that the file was verified."""
+        # In one write, so that an interrupted run leaves whole lines.
         self._file.write(f"{digest.hex} {' '.join(map(str, identity))} {int(self._now)}\n")
         self._file.flush()
 
@@ -148,10 +148,9 @@ def check(
     on_total: Callable[[int], object] = lambda size: None,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> Report:
-    """Check the store, or only what these models list; `on_total` is told how many bytes there are to hash.
+    """Check the store, or only what these models list; `on_total` is called with the number of bytes to hash.
 
-    `index_dir` as for `Snapshot.read`. Raises StoreError where there is no store, TransferRefused for a model that is
-    not in it.
+    `index_dir` as for `Snapshot.read`. Raises StoreError if there is no store, TransferRefused if a model is not in it.
     """
     inventory = Snapshot.read(folder, index_dir)
     wanted = {digest for model in models for record in inventory.select(model).values() for digest in record.digests}
@@ -177,7 +176,7 @@ def check(
 
 
 def _survey(folder: Path, wanted: Collection[Digest] | None, report: Report) -> dict[Digest, Identity]:
-    """Return the blob files, or those of them that are wanted; all else in their folder is a finding."""
+    """Return the blob files, or the wanted ones of them; report anything else in their folder as a finding."""
     files: dict[Digest, Identity] = {}
     with contextlib.ExitStack() as open_folders:
         roots = [open_folders.enter_context(os.scandir(folder / root / BLOBS)) for root in ROOTS]
@@ -221,7 +220,7 @@ def _hash(
         except FileNotFoundError:
             return  # evicted meanwhile
         except PermissionError:
-            raise  # it is this run that lacks something, not the blob
+            raise  # the fault is this run's, not the blob's
         except OSError as error:
             finding = Defect(Problem.DAMAGED, digest.file_name, "a file that can be read", str(error), digest)
             report.findings.append(finding)
@@ -239,14 +238,14 @@ def _hash(
     regular = {digest: identity for digest, identity in files.items() if identity[0] >= 0}
     known = {digest for digest, identity in regular.items() if (digest, identity) in journal.verified}
     report.remembered = len(known)
-    # The largest first: else the last of them keeps one core busy alone.
+    # The largest first, or the last one would keep a single core busy.
     todo = sorted(regular.keys() - known, key=lambda digest: (-regular[digest][0], digest))
     on_total(sum(regular[digest][0] for digest in todo))
     crew.each(todo, work, done)
 
 
 def _compare(inventory: Snapshot, digest: Digest, identity: Identity) -> Defect | None:
-    """Return what the index has against a file whose bytes are right."""
+    """Return how the index contradicts a file whose bytes are right, if it does."""
     record = inventory.blobs.get(digest)
     if record is None or not record.held or not record.mtime_ns:
         return Defect(Problem.UNKNOWN, digest.file_name, "only verified blobs", "another", digest, identity)
@@ -260,7 +259,7 @@ def _compare(inventory: Snapshot, digest: Digest, identity: Identity) -> Defect 
 
 
 def _stands(finding: Defect, inventory: Snapshot) -> bool:
-    """Return whether it is still so: a daemon may have recorded or evicted the blob meanwhile."""
+    """Return whether the finding still holds: a daemon may have recorded or evicted the blob meanwhile."""
     places = (inventory.folder / root / BLOBS / finding.name for root in ROOTS)
     path = next(filter(os.path.lexists, places), None)
     try:
@@ -282,10 +281,10 @@ def _stands(finding: Defect, inventory: Snapshot) -> bool:
 
 
 def mend(store: Store, finding: Defect, *, now: float) -> str:
-    """Make sure that what was found is no longer served; return what was done, "" if nothing could be.
+    """Make sure that the faulty blob is no longer served; return what was done, "" if nothing could be.
 
-    Damaged files go to quarantine, rows without files are disowned, right files enter the index as they are by now.
-    For whoever holds the store; a rename or two, and a flush of a folder.
+    Damaged files go to quarantine, rows without files are marked as not held, right files enter the index as they are
+    now. Only for a caller that holds the store; takes a rename or two, and a flush of a folder.
     """
     if (digest := finding.digest) is None:
         return ""
@@ -297,7 +296,7 @@ def mend(store: Store, finding: Defect, *, now: float) -> str:
             return "no longer held"
         return ""
     if identity is None or (finding.identity is not None and identity != finding.identity):
-        return ""  # it is another file by now
+        return ""  # it is another file now
     if finding.problem is Problem.DAMAGED:
         moved = store.folder / "quarantine" / f"{digest.file_name}-{secrets.token_hex(4)}"
         os.replace(path, moved)
@@ -308,6 +307,6 @@ def mend(store: Store, finding: Defect, *, now: float) -> str:
 
 
 def _identity(status: os.stat_result) -> Identity:
-    # A link or folder has no bytes of its own to be right.
+    # A link or folder has no bytes that could be right.
     size = status.st_size if stat.S_ISREG(status.st_mode) else -1
     return (size, status.st_mtime_ns, status.st_ino)
