@@ -1,7 +1,7 @@
-"""The cache as it runs: every part is built here, opened in one order, and closed in the reverse one.
+"""The running cache: every part is built here, opened in one order, and closed in the reverse order.
 
-Invariant: whatever fails to open, all that was opened before it is closed; what is closed is closed after everything
-that uses it.
+Invariant: if a part fails to open, all that were opened before it are closed; each part is closed after everything that
+uses it.
 """
 
 import asyncio
@@ -69,10 +69,10 @@ DESCRIPTORS: Final = 65_536
 
 
 class Proxy(Protocol):
-    """The proxy that the cache lives in, which is handed in: see `proxy.frontend`."""
+    """The proxy that the cache runs in, passed in by the caller: see `proxy.frontend`."""
 
     def expect(self, limits: ConnectionLimits) -> None:
-        """Let no more clients than these connect, whether they wait for `open` or are served."""
+        """Limit the clients that connect, whether they wait for `open` or are served."""
 
     async def open(
         self,
@@ -86,13 +86,13 @@ class Proxy(Protocol):
         """Serve clients from now on. Raises CacheError."""
 
     def close(self) -> None:
-        """Serve nobody any more. May be called without `open`."""
+        """Stop serving. May be called without `open`."""
 
     def admits(self, peer: str) -> bool:
         """Return whether a client at this address is served."""
 
     def refused(self) -> str:
-        """Return how many connections were not served since the start, and whose was the last; "" for none."""
+        """Return how many connections were refused since the start, and which client's was the last; "" for none."""
 
     def present(self, folder: str, certificates: list[str]) -> None:
         """Show clients these certificates."""
@@ -101,19 +101,19 @@ class Proxy(Protocol):
         """Return the ports that it listens on."""
 
     def address(self) -> tuple[str, int]:
-        """Return where clients find it."""
+        """Return the address that clients use."""
 
 
 class Daemon:
-    """One cache, from its making to `stop`."""
+    """One cache, from its creation to `stop`."""
 
     def __init__(
         self, settings: Settings, proxy: Proxy, parents: ParentProxies, *, trusted_ca: str | None, options: list[JSON]
     ) -> None:
-        """Open what needs no event loop. Raises CacheError; nothing is left open then.
+        """Open what needs no event loop. Raises CacheError, leaving nothing open.
 
-        `parents` are the ways out, `trusted_ca` a file of the authorities that registries are verified by, `options`
-        what `config` tells.
+        `parents` are the ways out, `trusted_ca` a file of authorities to verify registries by, `options` what the
+        command `config` shows.
         """
         self._settings = settings
         self._proxy = proxy
@@ -147,7 +147,7 @@ class Daemon:
                     _log.warning("%s", warning)
             except OSError as error:
                 _log.warning("the authority that serves this store could not be noted in it: %s", error)
-            # What a big store keeps resident stays: each full collection would walk all of it, and no client be served.
+            # A big store's data stays in memory: each full collection would walk it all while no client is served.
             gc.freeze()
             self._limits = ConnectionLimits(most_connections(platform.allow_descriptors(DESCRIPTORS)))
             proxy.expect(self._limits)
@@ -159,13 +159,13 @@ class Daemon:
             self._stack.enter_context(stack.pop_all())
 
     async def start(self) -> None:
-        """Open the rest; from here on clients are served. Raises CacheError; nothing is left open then."""
+        """Open the rest, and serve clients from then on. Raises CacheError, leaving nothing open."""
         async with self._stack as stack:
             await self._open(stack)
             self._stack = stack.pop_all()
 
     async def stop(self) -> None:
-        """Let go of everything; recordings keep what they have. May be called twice, and without `start`."""
+        """Close everything; recordings keep what they have. May be called twice, and without `start`."""
         await self._stack.aclose()
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
@@ -201,7 +201,7 @@ class Daemon:
         side.refresher.open()
         stack.push_async_callback(delivery.close)
         await delivery.open()
-        # Its ports are open already: who comes there waits until the proxy is open, too, which admits them.
+        # The blob server's ports are open already: clients there wait for the proxy, which admits them.
         stack.push_async_callback(self._blob_server.close)
         stack.callback(self._proxy.close)
         await self._proxy.open(settings, registry, upstream, delivery, requests, self._parents)
@@ -268,7 +268,7 @@ class Daemon:
         _log.info("ollama-cache ready: %s%s connect sets up a client", shows, own_program())
 
     def _announce(self, stack: contextlib.AsyncExitStack, page: str) -> None:
-        """Let the commands find this cache, whoever calls them from wherever, until it is closed."""
+        """Let the commands of any user, from any folder, find this cache until it is closed."""
         settings = self._settings
         try:
             note = whereabouts.announce(settings.runtime_dir, store=settings.dir, certs=settings.certs, page=page)
@@ -290,7 +290,7 @@ class Daemon:
         StatusRoutes(metrics, self._health, watch, setup).enter(pages)
 
     def _own_commands(self, pulls: Counts) -> dict[str, Command]:
-        """Return what is asked of the daemon, and of none of its parts."""
+        """Return the control commands that the daemon itself answers, not one of its parts."""
 
         async def tell_address(_: Arguments) -> Any:
             host, port = self._proxy.address()
@@ -312,7 +312,7 @@ async def _settle(store: Store) -> None:
 
 
 def _run(stack: contextlib.AsyncExitStack, work: Coroutine[Any, Any, None], name: str) -> None:
-    """Do it beside everything else, until the stack is closed."""
+    """Run `work` in the background until the stack is closed."""
     task = asyncio.get_running_loop().create_task(work, name=name)
 
     async def end() -> None:

@@ -1,5 +1,5 @@
-"""mitmproxy's side: hooks, policy where connections come in, and the ways that requests leave it.
+"""mitmproxy's side: hooks, policy for incoming connections, and the ways out for requests.
 
-mitmproxy is imported here and in `addon` only. Begin with `connection_hooks` (who may connect, and where to) and
+mitmproxy is imported only here and in `addon`. Begin with `connection_hooks` (who may connect, and where to) and
 `request_hooks` (requests and answers).
 """

@@ -1,12 +1,12 @@
 """Limits for each client of mitmproxy: the number of connections, the size of a head, and the time for it.
 
-mitmproxy reads as fast as a client sends, whether or not it can use the bytes, and has no limit for the size of a
-head and none for the time that it takes. Here its reader of a client's connection is replaced by one that looks,
-before it reads on, at what mitmproxy has not used yet: while a head is awaited, too much of it ends the connection;
-at any other time reading waits until it has been used.
+mitmproxy reads as fast as a client sends, whether or not it can use the bytes, and limits neither the size of a head
+nor the time that it takes. Here its reader of a client's connection is replaced by one that checks, before it reads on,
+how much mitmproxy has not used yet: while a head is awaited, too much ends the connection; at any other time reading
+waits until it has been used.
 
-Invariant: a connection whose request is being answered, or that is a tunnel, is never ended from here. Leans on
-mitmproxy internals that `hook_check` tries at start.
+Invariant: a connection whose request is being answered, or that is a tunnel, is never ended from here. Relies on
+mitmproxy internals that `hook_check` tests at the start.
 """
 
 import asyncio
@@ -30,29 +30,29 @@ from pullthrough.runtime import platform
 _log = logging.getLogger(__name__)
 
 HEAD_BYTES: Final = 64 << 10
-"""The most that is read of a head, or a ClientHello, and ahead of what is used: Go's own server takes 1 MiB, nginx
-32 KiB; an Ollama sends less than 2 KiB."""
+"""The most that is read of a head or ClientHello, or ahead of what is used: Go's own server takes 1 MiB, nginx 32 KiB;
+an Ollama sends less than 2 KiB."""
 HEAD_S: Final = 10.0
-"""How long each of these may take: the first head, the TLS handshake behind it, a later head from its first byte."""
+"""How long each of these may take: the first head, the TLS handshake after it, a later head from its first byte."""
 IDLE_S: Final = 120.0
 """How long a connection may wait for a request: longer than Go keeps its end idle (net/http, 90 s)."""
 BACKLOG: Final = 1024
 CROWD: Final = 256
-"""So many connections leave memory behind that is worth to be released, once most of them have gone."""
+"""From so many connections on, the memory that they leave behind is worth releasing once most of them have gone."""
 RELEASE_S: Final = 2.0
 LOOK_AGAIN_S: Final = 0.25
-"""How soon a held reader looks again without a hook: mitmproxy goes on a little after one."""
+"""How soon a waiting reader checks again without a hook: mitmproxy goes on a little after one."""
 
 
 class Phase(Enum):
-    """What a client's connection is at."""
+    """The phase of a client's connection."""
 
     HEAD = auto()
     """The rest of a head, or of a handshake, is awaited."""
     IDLE = auto()
     """The next request is awaited."""
     BUSY = auto()
-    """A request is answered, or a tunnel is open."""
+    """A request is being answered, or a tunnel is open."""
 
 
 class Owed(Enum):
@@ -63,7 +63,7 @@ class Owed(Enum):
 
 
 class ClientLimit:
-    """A reader in place of mitmproxy's for one client's connection."""
+    """A reader that replaces mitmproxy's for one client's connection."""
 
     def __init__(self, handler: ConnectionHandler, slot: Slot) -> None:
         streams: Any = handler.transports[handler.client]
@@ -78,11 +78,11 @@ class ClientLimit:
         self.enter(Phase.HEAD)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else a reader has is the inner one's."""
+        """Return any other attribute of the inner reader."""
         return getattr(self._inner, name)
 
     async def read(self, size: int) -> bytes:
-        """As StreamReader.read, once mitmproxy has used what it has."""
+        """Read like StreamReader.read, once mitmproxy has used what it has."""
         while unread(self._handler.layer, self._handler.client) > HEAD_BYTES:
             if not await self._moves() and self._phase is not Phase.BUSY:
                 _log.warning("closed client %s: more than %d bytes of a head", self._peer, HEAD_BYTES)
@@ -94,7 +94,7 @@ class ClientLimit:
         return data
 
     async def _moves(self) -> bool:
-        """Wait for a hook, after which mitmproxy may use more; False if none came soon."""
+        """Wait for a hook, after which mitmproxy may use more. Return False if none comes soon."""
         self._moved.clear()
         try:
             async with asyncio.timeout(LOOK_AGAIN_S):
@@ -116,12 +116,12 @@ class ClientLimit:
         self._moved.set()
 
     def begin(self) -> None:
-        """A request has come; its body may follow."""
+        """Note that a request has come; its body may follow."""
         self._owed = {Owed.REQUEST, Owed.RESPONSE}
         self.enter(Phase.BUSY)
 
     def settle(self, *owed: Owed) -> None:
-        """This much of the exchange is complete; once all is, the next request is awaited. An answer may come first."""
+        """Note what is complete of the exchange; once all is, the next request is awaited. An answer may come first."""
         self._owed -= set(owed)
         if not self._owed:
             self.enter(Phase.IDLE)
@@ -136,7 +136,7 @@ class ClientLimit:
             self._patience.cancel()
 
     def close(self) -> None:
-        """End the connection, if mitmproxy has not: it does not where what has come just then waits for its turn."""
+        """End the connection if mitmproxy has not: it does not if data that has just come is still waiting."""
         self.end()
         self._writer.close()
 
@@ -151,25 +151,25 @@ class ClientLimit:
 
 
 class ClientLimits:
-    """An addon of the gate's: an intake for each connection that the gate has let in. Takes none before `open`."""
+    """The addon that limits each connection that `connection_hooks` has admitted. Takes none before `open`."""
 
     name = "ollama_cache_intake"
 
     def __init__(self) -> None:
         self._limits = ConnectionLimits(0)
         self._waiting: dict[str, Slot] = {}
-        """The places of clients that have come before they can be admitted."""
+        """The places of clients that came before they could be admitted."""
         self._of_client: dict[str, ClientLimit] = {}
         self._most = 0
-        """Connections at once, since memory was last released."""
+        """The most connections at once since memory was last released."""
 
     def open(self, limits: ConnectionLimits) -> None:
-        """From now on connections count towards these."""
+        """Count connections towards these limits from now on."""
         self._limits = limits
         _lengthen_queues()
 
     def hold(self, client: connection.Client, limits: ConnectionLimits) -> None:
-        """Take a place of these for a client that waits to be admitted; without one it is refused."""
+        """Take a place within `limits` for a client that waits to be admitted, or refuse it if there is none."""
         if client.transport_protocol == "tcp" and (slot := self._take(client, limits)) is not None:
             self._waiting[client.id] = slot
 
@@ -182,13 +182,13 @@ class ClientLimits:
         return slot
 
     def free(self, client: connection.Client) -> None:
-        """The connection is a tunnel from now on."""
+        """Note that the connection is a tunnel from now on."""
         self._enter(client, Phase.BUSY)
 
     def hand_over(self, client: connection.Client) -> Callable[[], None]:
-        """Leave the connection to another owner, who keeps its place and calls what is returned to give it up.
+        """Leave the connection and its place to another owner; return the function that gives the place up.
 
-        That may be called from any thread.
+        The function may be called from any thread.
         """
         client_limit = self._of_client.pop(client.id, None)
         if client_limit is None:
@@ -210,7 +210,7 @@ class ClientLimits:
     # --- hooks
 
     def client_connected(self, client: connection.Client) -> None:
-        """Take a place for a client that has been admitted, and mitmproxy's reader from it."""
+        """Take a place for an admitted client, and replace mitmproxy's reader of it."""
         slot = self._waiting.pop(client.id, None)
         if client.error or client.transport_protocol != "tcp":
             if slot is not None:
@@ -231,7 +231,7 @@ class ClientLimits:
             self._release(client_limit.slot)
 
     def _release(self, slot: Slot) -> None:
-        """Give a place up; when a crowd has left, release its memory, once what was done for it has ended."""
+        """Give up a place; when a crowd has left, release its memory once the work for it has ended."""
         slot.release()
         left = len(self._limits)
         if self._most >= CROWD and left <= self._most // 4:
@@ -252,7 +252,7 @@ class ClientLimits:
         self._settle(flow, Owed.REQUEST)
 
     def response(self, flow: http.HTTPFlow) -> None:
-        # What follows a switch of protocols is a tunnel (RFC 9110 section 15.2.2).
+        # After a switch of protocols the connection is a tunnel (RFC 9110 section 15.2.2).
         if flow.response is not None and flow.response.status_code != 101:
             self._settle(flow, Owed.RESPONSE)
 
@@ -275,7 +275,7 @@ class ClientLimits:
 
 
 def _lengthen_queues() -> None:
-    """Let more connections wait to be accepted than asyncio's 100: beyond that they try again after 1, 3 and 7 s."""
+    """Let more than asyncio's 100 connections wait to be accepted: any more try again after 1, 3 and 7 s."""
     for instance in ctx.master.addons.get("proxyserver").servers:
         for listening in getattr(instance, "_servers", ()):
             for transport_socket in getattr(listening, "sockets", ()):
@@ -284,7 +284,7 @@ def _lengthen_queues() -> None:
 
 
 def unread(top: layer.Layer | None, client: connection.Client) -> int:
-    """Return how many bytes of the client's lie in mitmproxy's layers, from `top` down, and have not been used."""
+    """Return how many of the client's bytes are unused in mitmproxy's layers, from `top` down."""
     total = 0
     while top is not None:
         waiting = [*top._paused_event_queue, *getattr(top, "_event_queue", ())]

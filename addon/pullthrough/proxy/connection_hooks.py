@@ -1,9 +1,10 @@
 """Policy hooks: who may connect, what is intercepted, and where connections may lead.
 
-Invariant: what is not intercepted is never decrypted; every leg that mitmproxy opens is judged here, whatever request
-led to it, and pinned to an address that was judged; an exception refuses. Only what `pass_on` has let through reaches
-our hosts, and what options and the environment name. Of a client that does not know of us (transparent and reverse
-mode) the name decides what is intercepted; the address it dialled never leads a leg of an intercepted host.
+Invariant: what is not intercepted is never decrypted; every connection that mitmproxy opens is judged here, whatever
+request led to it, and pinned to an address that was judged; an exception refuses. Only requests that `pass_on` let
+through reach our hosts and those that options and the environment name. For a client that does not know of us
+(transparent and reverse mode) the name decides what is intercepted; a connection to an intercepted host never goes to
+the address that the client dialled.
 """
 
 import asyncio
@@ -39,20 +40,20 @@ from pullthrough.upstream.wording import worded
 _log = logging.getLogger(__name__)
 
 INTERFACES_S: Final = 10.0
-"""How long a network that this machine has left is still one of its own."""
+"""How long a network that this machine has left still counts as its own."""
 NEW_INTERFACES_S: Final = 1.0
-"""How soon after the last look a client that is not admitted makes us look at the interfaces again."""
+"""How soon a client that is not admitted makes us look at the interfaces again."""
 OPENING_S: Final = 60.0
 """How long a client waits for the cache to open: a large store's start takes some seconds."""
 ANSWERED_S: Final = 60.0
-"""How long the address of a name that answered first is not questioned."""
+"""How long the address of a name that answered first is used without another trial."""
 
 _TLS: Final = b"\x16"
-"""The first byte of a ClientHello's record (RFC 8446 section 5.1), and of no request."""
+"""The first byte of a ClientHello's record (RFC 8446 section 5.1); no request begins with it."""
 
 
 class ConnectionHooks:
-    """The part of the addon that refuses. Admits no client before `open`."""
+    """The part of the addon that admits and refuses connections. Admits no client before `open`."""
 
     name = "ollama_cache_gate"
 
@@ -66,19 +67,19 @@ class ConnectionHooks:
         self._is_open = False
         self._refusals = 0
         self.refused = ""
-        """How many connections were not admitted, and whose was the last."""
+        """How many connections were not admitted, and which client's was the last."""
         self._local = platform.LocalNetworks()
         self._legs = AddressPolicy(frozenset(), tunnels=False)
         self._granted: WeakKeyDictionary[connection.Client, set[tuple[str, int]]] = WeakKeyDictionary()
-        """Where a client's passed-on requests lead."""
+        """The destinations of each client's passed-on requests."""
         self._answered: dict[tuple[str, int], tuple[str, float]] = {}
-        """The address of a name that answered first, and until when that counts (the loop's time)."""
+        """The address of each name that answered first, and until when that counts (the loop's time)."""
         self.judged = 0
         """How many outgoing connections have been judged."""
         self.trial: connection.Client | None = None
-        """A client that is admitted before anybody else is: see `hook_check`."""
+        """A client that is admitted before any other: see `hook_check`."""
         self.stranger: connection.Client | None = None
-        """One that is turned away then."""
+        """A client that is refused then."""
         self._opened = asyncio.Event()
         self._limits = ConnectionLimits(0)
         self.parent = UpstreamProxy()
@@ -86,14 +87,14 @@ class ConnectionHooks:
         self.addons = [self.parent, self.client_limits]
 
     def rehearse(self, host: str) -> None:
-        """Prepare for a trial, in which only `host` is ours and tunnels are permitted."""
+        """Prepare for a trial in which only `host` is ours and tunnels are permitted."""
         self.parent.open(ParentProxies(), LoopGuard(host))
         self._intercepted = (host,)
         self._legs = AddressPolicy(frozenset(), tunnels=True)
         self.client_limits.open(ConnectionLimits(1))
 
     def expect(self, limits: ConnectionLimits) -> None:
-        """Let no more clients than these wait until the cache is open; later on they are for those that are served."""
+        """Limit the clients that wait until the cache is open; later the same limits apply to those that are served."""
         self._limits = limits
 
     def prepare(
@@ -103,7 +104,7 @@ class ConnectionHooks:
         loop: LoopGuard,
         loopback: tuple[str, int],
     ) -> None:
-        """From now on it is known what the settings say; `loopback` is where flows are re-pointed."""
+        """Apply the settings from now on; `loopback` is where flows are re-pointed."""
         self._loopback = loopback
         self.parent.open(parents, loop)
         self.client_limits.open(self._limits)
@@ -126,11 +127,11 @@ class ConnectionHooks:
         return normal(host) in self._intercepted
 
     def is_own(self, host: str, port: int) -> bool:
-        """Return whether a name of ours that leads to this machine would lead to this cache."""
+        """Return whether a name of ours, if it leads to this machine, leads to this cache."""
         return self.is_ours(host) and port in own_ports()
 
     def check_names(self, flow: http.HTTPFlow) -> None:
-        """Misdirected unless CONNECT authority, SNI and Host of one of our flows are one name."""
+        """Raise Misdirected unless CONNECT authority, SNI and Host of one of our flows are the same name."""
         host = normal(flow.request.host)
         names = {"Host": flow.request.pretty_host}
         if flow.request.authority:
@@ -150,14 +151,14 @@ class ConnectionHooks:
         self.parent.check(host, port, encrypted=False)
 
     def repoint(self, flow: http.HTTPFlow) -> None:
-        """Send a request to our own listener, for what has been decided to be its answer's body."""
+        """Send a request to our own listener, for the body that was chosen as its answer."""
         request = flow.request
         flow.server_conn.via = None
         request.scheme, (request.host, request.port) = "http", self._loopback
         self._granted.setdefault(flow.client_conn, set()).add(self._loopback)
 
     def pass_on(self, flow: http.HTTPFlow) -> None:
-        """Send a request to where its host is really reached: as `upstream` says, and through the parent proxy."""
+        """Send a request to where its host is really reached, by `upstream` and through the parent proxy."""
         request = flow.request
         granted = self._granted.setdefault(flow.client_conn, set())
         if self.is_ours(request.host):
@@ -169,7 +170,7 @@ class ConnectionHooks:
             granted.add(parent)
 
     def admits(self, peer: str) -> bool:
-        """Return whether a client at the address `peer` is served; who is not is named in the log."""
+        """Return whether a client at the address `peer` is served, and log it if not."""
         if not self._is_open:
             _log.info("refused client %s: the cache is %s", peer, "ending" if self._opened.is_set() else "not open yet")
             return False
@@ -198,11 +199,11 @@ class ConnectionHooks:
         )
 
     async def client_connected(self, client: connection.Client) -> None:
-        """Admit a client or not; one that comes before the cache is open waits until it is."""
+        """Admit or refuse a client; one that comes before the cache is open waits until it is."""
         if client is self.trial:
             return
         if client is not self.stranger and not self._opened.is_set():
-            # mitmproxy listens before it has called any addon's `running`.
+            # mitmproxy listens before it calls any addon's `running`.
             self.client_limits.hold(client, self._limits)
             if client.error:
                 return
@@ -216,7 +217,7 @@ class ConnectionHooks:
         try:
             host, port = flow.request.host, flow.request.port
             self.parent.enter(flow)
-            # What was passed on before the tunnel is no way through it.
+            # What was passed on before the tunnel grants nothing inside it.
             self._granted.pop(flow.client_conn, None)
             if not self._intercepts(host, port):
                 self._legs.check_port(port, encrypted=True)
@@ -231,13 +232,13 @@ class ConnectionHooks:
             refuse(flow, 403, "tunnel refused")
 
     def next_layer(self, nextlayer: layer.NextLayer) -> None:
-        """Pass every tunnel through unread that does not lead to our hosts; mitmproxy intercepts those."""
+        """Pass tunnels to other hosts through unread; mitmproxy intercepts those to ours."""
         context = nextlayer.context
         if isinstance(context.layers[-1], TransparentProxy | ReverseProxy):
             try:
                 nextlayer.layer = self._captured(context, nextlayer)
             except Exception:
-                # mitmproxy's own choice would be to decrypt.
+                # Left to itself, mitmproxy would decrypt.
                 _log.exception("capture policy failed; refused")
                 nextlayer.layer = _Closing(context)
             return
@@ -252,10 +253,10 @@ class ConnectionHooks:
             nextlayer.layer = self._tunnel(context)
 
     def _captured(self, context: Context, nextlayer: layer.NextLayer) -> layer.Layer | None:
-        """Return the layer for a connection whose client takes us for the server; None while nothing says for which.
+        """Return the layer for a connection whose client takes us for the server; None until its name has come.
 
-        One of our names makes it as if the client had asked a proxy for that name. Another one is passed on unread to
-        where the client dialled; in reverse mode that was us, so it ends.
+        With one of our names, it is as if the client had asked a proxy for that name. With any other, the connection is
+        passed on unread to where the client dialled; in reverse mode that was us, so the connection is closed.
         """
         assert context.server.address
         reverse = isinstance(context.layers[-1], ReverseProxy)
@@ -288,7 +289,7 @@ class ConnectionHooks:
         return self._tunnel(context)
 
     def _tunnel(self, context: Context) -> layer.Layer:
-        """Return the layer that passes a connection on unread to where its client wants it."""
+        """Return the layer that passes a connection on, unread, to its destination."""
         self.client_limits.free(context.client)
         top = self.parent.tunnel(context)
         if context.server.via is not None:
@@ -296,7 +297,7 @@ class ConnectionHooks:
         return top
 
     async def server_connect(self, data: server_hooks.ServerConnectionHookData) -> None:
-        """Judge every leg, whatever request led to it, and pin the address that was judged."""
+        """Judge every outgoing connection, whatever request led to it, and pin the address that was judged."""
         try:
             self.judged += 1
             assert data.server.address
@@ -310,7 +311,7 @@ class ConnectionHooks:
             if exempt and not self.is_own(host, port):
                 return
             if not exempt:
-                # A CONNECT's port has been checked before, that of a connection which was redirected to us has not.
+                # A CONNECT's port has been checked before; that of a connection redirected to us has not.
                 self._legs.check_port(port, encrypted=port == 443)
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
             addresses = [str(item[4][0]) for item in found]
@@ -329,8 +330,9 @@ class ConnectionHooks:
             _log.exception("address policy failed; refused")
 
     async def _answering(self, host: str, port: int, addresses: tuple[str, ...]) -> str:
-        """Return one of a name's judged addresses, of several the one that answers first. Raises AddressRefused if none
-        does.
+        """Return the judged address of a name that answers first (untried if it is the only one).
+
+        Raises AddressRefused if none answers.
         """
         if len(addresses) == 1:
             return addresses[0]
@@ -346,7 +348,7 @@ class ConnectionHooks:
         return address
 
     def server_connect_error(self, data: server_hooks.ServerConnectionHookData) -> None:
-        """Forget which address answered, when one that did does not any more."""
+        """Forget an address that answered first, once it no longer answers."""
         self._answered = {
             name: entry
             for name, entry in self._answered.items()
@@ -366,7 +368,7 @@ class ConnectionHooks:
 
 
 class _Closing(layer.Layer):
-    """Ends the connection."""
+    """A layer that ends the connection."""
 
     def _handle_event(self, event: events.Event) -> layer.CommandGenerator[None]:
         if isinstance(event, events.Start):
@@ -379,12 +381,12 @@ def own_ports() -> frozenset[int]:
 
 
 def normal(host: str) -> str:
-    """Host names compare without case and final dot."""
+    """Return a host name for comparison: in lower case, without a final dot."""
     return host.lower().rstrip(".")
 
 
 def refuse(flow: http.HTTPFlow, status: int, message: str) -> None:
-    """Answer the flow with a refusal in plain text; never on a route whose body a client would store."""
+    """Answer the flow with a refusal in plain text; never use it on a route whose body a client would store."""
     _log.warning("%s", message)
     body = message.encode() + b"\n" if flow.request.method != "HEAD" else b""
     flow.response = http.Response.make(status, body, {"Content-Type": "text/plain"})

@@ -1,8 +1,8 @@
-"""What is answered to those who take the proxy's own port for a server's: a browser is led on, a program is told.
+"""Answers for clients that take the proxy's own port for a server's: a browser is redirected, a program is told.
 
-Invariant: what a client of a proxy asks of another server is never answered here: only a request for one of the ports
-that mitmproxy listens on is, and for port 80 only by a name of this machine. Only a GET of `/` that accepts HTML is led
-anywhere.
+Invariant: a request to another server through the proxy is never answered here: an answered one is for a port that
+mitmproxy listens on and, if that is port 80, for a name of this machine. Only a GET of `/` that accepts HTML is
+redirected.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,9 @@ def front_page(request: http.Request, settings: Settings, ports: Callable[[], Ab
 
 
 def guidance(request: http.Request, settings: Settings, ports: Callable[[], AbstractSet[int]]) -> http.Response | None:
-    """Return what a request to one of our own `ports` is told that takes it for a server's; None for any other."""
+    """Return the answer to a request that takes one of our own `ports` for a server's; None for any other request."""
     host = request.host.lower()
-    # mitmproxy forgets in which form the server was named; a foreign server's port 80 is what a proxy is asked for.
+    # mitmproxy does not keep the form in which the server was named; requests for another server's port 80 are usual.
     if request.scheme != "http" or request.port not in ports() or (request.port == 80 and not _is_own(host, settings)):
         return None
     try:

@@ -1,6 +1,6 @@
 """mitmproxy's side of the cache, for the daemon to open and close: hooks, listeners, certificates.
 
-Invariant: nobody is let in before `open`, which fails where this mitmproxy does not ask us what it should.
+Invariant: no client is admitted before `open`, which fails if this mitmproxy does not call our hooks as it should.
 """
 
 from collections.abc import Collection
@@ -23,11 +23,11 @@ from pullthrough.registry.service import Registry
 from pullthrough.upstream.client import Upstream
 
 PROXIES: Final = ("regular", "upstream")
-"""The modes of mitmproxy whose clients know that they use a proxy."""
+"""The modes of mitmproxy in which clients know that they use a proxy."""
 
 
 class Frontend:
-    """The hooks of one addon."""
+    """The hooks of one mitmproxy addon."""
 
     def __init__(self) -> None:
         self._takeover = Takeover(lambda client: self._connections.client_limits.hand_over(client))
@@ -37,7 +37,7 @@ class Frontend:
         """The addons that mitmproxy calls."""
 
     def expect(self, limits: ConnectionLimits) -> None:
-        """Let no more clients than these connect, whether they wait for `open` or are served."""
+        """Limit the clients that connect, whether they wait for `open` or are served."""
         self._connections.expect(limits)
 
     async def open(
@@ -68,13 +68,13 @@ class Frontend:
         return self._connections.admits(peer)
 
     def refused(self) -> str:
-        """Return how many connections were not admitted, and whose was the last."""
+        """Return how many connections were not admitted, and which client's was the last."""
         return self._connections.refused
 
     def present(self, folder: str, certificates: list[str]) -> None:
         """Show clients these certificates (`HOST=PATH`).
 
-        mitmproxy makes a CA of its own in `folder`, a throw-away that nobody trusts.
+        mitmproxy makes its own CA in `folder`, which is thrown away and trusted by nobody.
         """
         ctx.options.update(confdir=folder, certs=certificates)
 
@@ -85,7 +85,7 @@ class Frontend:
     def address(self) -> tuple[str, int]:
         """Return the first listener that speaks as a proxy; host "" for all addresses.
 
-        One that other machines reach goes before one that none does.
+        Listeners that other machines can reach come first.
         """
         servers = ctx.master.addons.get("proxyserver").servers
         found = [

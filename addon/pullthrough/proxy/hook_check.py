@@ -1,9 +1,9 @@
-"""See at start that mitmproxy asks us where the policy says no, before anybody is let in.
+"""A check at the start, before any client is admitted, that mitmproxy calls the hooks that refuse.
 
-A hook that another version of mitmproxy calls by another name would silently never run. So each refusal is provoked
+If another version of mitmproxy calls a hook by another name, ours would silently never run. So each refusal is provoked
 once, by connections that exist only in memory and go through mitmproxy's own handler and all addons.
 
-Invariant: nothing is sent to anybody; where a hook is missing, to loopback at most.
+Invariant: nothing is sent to any machine; if a hook is missing, at most to loopback.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from pullthrough.proxy.connection_hooks import ConnectionHooks
 TRIAL_S: Final = 2.0
 _OURS: Final = "trial.invalid"
 _HERE: Final = ("127.0.0.1", 9)
-"""Both ends of the connections; 9 is the port of what discards (RFC 863)."""
+"""Both ends of the connections; 9 is the discard port (RFC 863)."""
 _QUIET: Final = ("mitmproxy", "mitmproxy.proxy.layers", "mitmproxy.proxy.server", "pullthrough")
 
 
@@ -58,7 +58,7 @@ async def check_hooks(connection_hooks: ConnectionHooks) -> None:
 
 
 async def _play(connection_hooks: ConnectionHooks, sent: bytes, *, admitted: bool) -> tuple[bytes, bool]:
-    """Return what a client that sends these bytes is told, and whether its connection has ended then."""
+    """Return what a client that sends these bytes receives, and whether its connection was then ended."""
     proxyserver: Proxyserver = ctx.master.addons.get("proxyserver")
     wire = _Wire()
     reader = wire.reader
@@ -84,7 +84,7 @@ async def _play(connection_hooks: ConnectionHooks, sent: bytes, *, admitted: boo
 
 
 class _Wire:
-    """A StreamWriter and its transport, which end nowhere."""
+    """A StreamWriter and its transport that lead nowhere."""
 
     def __init__(self) -> None:
         self.reader = asyncio.StreamReader()
@@ -108,7 +108,7 @@ class _Wire:
         return
 
     def close(self) -> None:
-        """End the connection; the reader is told, as by a transport."""
+        """End the connection and tell the reader, as a transport does."""
         if not self._closing:
             self._closing = True
             self.reader.feed_eof()

@@ -1,11 +1,11 @@
-"""Take those of mitmproxy's own addons out that have nothing to do.
+"""Removal of mitmproxy's own addons that have nothing to do.
 
-mitmproxy asks each of its forty addons about each event, and makes one of each line of the log: that is most of what a
-small request costs. Addons that only act when an option of theirs is set, and of which none is set, are removed as
-mitmproxy has it (`AddonManager.remove`).
+mitmproxy calls each of its forty addons for each event, and makes an event of each line of the log: that is most of
+what a small request costs. Addons that act only when one of their options is set are removed if none is, by mitmproxy's
+own means (`AddonManager.remove`).
 
-Invariant: an addon whose options were given stays, and so does one that is not in the list. What listens to the log
-goes on doing so.
+Invariant: an addon whose options were given stays, and so does one that is not in the list. Other handlers of the log
+stay, too.
 """
 
 import logging
@@ -46,12 +46,12 @@ IDLE: Final = {
     "updatealtsvc": ("keep_alt_svc_header",),
     "upstreamauth": ("upstream_auth",),
 }
-"""By name, the options that give an addon something to do; none: a command that mitmdump has no way to be given, an
-option that is ours to set, a mode that is none of ours, or work that is done by the start."""
+"""By addon, the options that give it something to do; none if it serves a command that mitmdump cannot be given, an
+option that we set, a mode that we do not use, or work that is over by the start."""
 
 
 def remove_idle() -> None:
-    """Remove them; those that this mitmproxy does not have are none."""
+    """Remove the idle addons; those that this mitmproxy does not have are skipped."""
     for name, options in IDLE.items():
         addon = ctx.master.addons.get(name)
         if addon is not None and not any(
@@ -63,7 +63,7 @@ def remove_idle() -> None:
 
 
 def _stop_log_events() -> None:
-    """Make no event of a line of the log: mitmproxy formats each once more for it, and has deprecated it."""
+    """Stop log lines from becoming events: mitmproxy formats each line again for that, and has deprecated it."""
     root = logging.getLogger()
     for handler in root.handlers.copy():
         if isinstance(handler, LegacyLogEvents):

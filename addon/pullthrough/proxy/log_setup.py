@@ -1,4 +1,4 @@
-"""How this process logs: mitmproxy's own handler, in our formats and within bounds."""
+"""The log of this process: mitmproxy's own handler, with our formats and limits."""
 
 import logging
 import time
@@ -11,14 +11,14 @@ from pullthrough.monitoring.text_log import PlainText, Sparing
 
 
 def set_up_logs(kind: Log, level: str) -> None:
-    """Log lines of this kind, and of ours those from the level on."""
+    """Log in the format `kind`, and our own lines from `level` on."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, TermLogHandler):
             inner = handler.formatter or logging.Formatter()
             handler.setFormatter(JsonLines() if kind is Log.JSON else PlainText(inner))
             handler.addFilter(Sparing(time.monotonic))
     logging.getLogger("pullthrough").setLevel(level.upper())
-    # One line per connect and disconnect of every client drowns what the cache has to say.
+    # A line for each connect and disconnect of every client would drown the cache's own lines.
     quiet = logging.DEBUG if level == "debug" else logging.WARNING
     logging.getLogger("mitmproxy.proxy.server").setLevel(quiet)
     logging.getLogger("mitmproxy.proxy.layers").setLevel(quiet)

@@ -1,6 +1,6 @@
-"""mitmproxy's messages as our values, and the other way.
+"""Conversion of mitmproxy's messages to our values and back.
 
-Invariant: a response says the Content-Length that it is given, whatever body it carries.
+Invariant: a response has the Content-Length that it is given, whatever its body.
 """
 
 from collections.abc import Iterable
@@ -12,19 +12,17 @@ from pullthrough.registry.messages import Request
 
 
 def has_body(request: http.Request) -> bool:
-    """Return whether something follows the head."""
+    """Return whether a body follows the head."""
     return request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
 
 
 def is_reverse(flow: http.HTTPFlow) -> bool:
-    """Return whether the client takes us for the server: it reaches us by a hosts entry, which the blob host need
-    not have.
-    """
+    """Return whether the client takes us for the server, because of a hosts entry; the blob host need not have one."""
     return isinstance(flow.client_conn.proxy_mode, ReverseMode)
 
 
 def is_to_proxy(flow: http.HTTPFlow) -> bool:
-    """Return whether the client's connection leads to a port that is a proxy's."""
+    """Return whether the client has connected to a port that is a proxy's."""
     return isinstance(flow.client_conn.proxy_mode, RegularMode | UpstreamMode)
 
 
@@ -45,8 +43,8 @@ def request_of(flow: http.HTTPFlow, host: str) -> Request:
 
 
 def response_of(status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> http.Response:
-    """Return a response of these fields and Content-Length: `length`."""
-    # As they were decoded: what a registry says comes out byte for byte.
+    """Return a response with these fields and Content-Length: `length`."""
+    # Encoded as they were decoded, so that a registry's fields come out byte for byte.
     fields = [(name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in headers]
     response = http.Response.make(status, body, http.Headers(fields))
     # After the body: setting content writes its own length, which is wrong for HEAD and for streamed bodies.

@@ -1,4 +1,4 @@
-"""Which modes of mitmproxy the cache runs in.
+"""The modes of mitmproxy in which the cache runs.
 
 Invariant: a mode for which `connection_hooks` does not decide what is intercepted stops the start.
 """
@@ -12,7 +12,7 @@ from pullthrough.runtime.ports import listening, listens, reason, shown_address
 
 
 def check_modes(specs: Iterable[str], hosts: Collection[str]) -> None:
-    """Raise SettingsError unless each of mitmproxy's `--mode` values is one of ours; `hosts` are those we intercept."""
+    """Raise SettingsError unless we support each of mitmproxy's `--mode` values; `hosts` are those we intercept."""
     for spec in specs:
         if not _is_ours(spec, hosts):
             raise SettingsError(
@@ -22,13 +22,13 @@ def check_modes(specs: Iterable[str], hosts: Collection[str]) -> None:
 
 
 def check_ports(specs: Iterable[str], host: str, port: int | None, *, others: Collection[int] = ()) -> None:
-    """Stop where mitmproxy would fail to listen, which it would tell by a number of the system.
+    """Check that mitmproxy can listen; on its own it would only report a system error number.
 
-    `host` and `port` are mitmproxy's own for all modes. To be asked while the cache's `others` are listened on.
-    mitmproxy may have some of its own already: a script is loaded beside that.
+    `host` and `port` are mitmproxy's own for all modes. Call this while the cache listens on its own ports, `others`.
+    mitmproxy may already listen on some of its ports, as it does so while a script is loaded.
 
     Raises:
-        CannotListen: an address is taken, not of this machine, or not for this user.
+        CannotListen: an address is in use, not this machine's, or not permitted to this user.
     """
     for spec in specs:
         mode = ProxyMode.parse(spec)

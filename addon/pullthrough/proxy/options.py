@@ -1,6 +1,6 @@
-"""The options of mitmproxy: ours among them, those that the cache sets, and those that it refuses.
+"""The options of mitmproxy: ours, those that the cache sets, and those that it refuses.
 
-Invariant: nothing that clients trust the cache for can be undone by an option of mitmproxy.
+Invariant: no option of mitmproxy can undo what clients trust the cache for.
 """
 
 from typing import Any, Final, Optional
@@ -20,30 +20,30 @@ SET: Final = {
     "http3": False,
     "onboarding": False,
     "flow_detail": 0,
-    # Who may connect is `clients`' to say, in both directions.
+    # The option `clients` alone says who may connect.
     "block_global": False,
     "block_private": False,
     "store_streamed_bodies": False,
     "stream_large_bodies": None,
     "body_size_limit": None,
     "upstream_cert": False,
-    # In reverse mode too, Host is what the client said: it must agree with SNI.
+    # In reverse mode, too, Host is the client's own: it must agree with SNI.
     "keep_host_header": True,
 }
-_TEXT: Final[Any] = Optional[str]  # noqa: UP045 -- mitmproxy tells types by how they are written
+_TEXT: Final[Any] = Optional[str]  # noqa: UP045 -- mitmproxy recognises types by how they are written
 MAX_PORT: Final = 65_535
 REFUSED: Final = {"ssl_insecure": "the certificates of registries are always verified"} | dict.fromkeys(
     ("emudhra", "emudhra_old"), "it signs with the leaked key of a public authority"
 )
-"""Options that stop the start when they are on, and why. The last two came with 12.3."""
+"""Options that stop the start if they are on, and why. The last two came with 12.3."""
 
 
 def check_refused() -> None:
-    """Refuse the options that undo what clients trust us for. Raises SettingsError."""
+    """Raise SettingsError if an option is on that undoes what clients trust us for."""
     for name, reason in REFUSED.items():
         if name in ctx.options and getattr(ctx.options, name):
             raise SettingsError(f"option {name}: must be off ({reason}); remove it and start again")
-    # mitmdump takes every word that is no option, and all that follows it, for a filter of what it shows.
+    # mitmdump takes any word that is no option, and all that follows it, for a filter of its output.
     if "dumper_filter" in ctx.options and (words := ctx.options.dumper_filter):
         raise SettingsError(
             f"expected options, got {words!r}, and nothing behind it counts; an option of the cache is written "
@@ -56,14 +56,14 @@ def check_refused() -> None:
 def declare(loader: addonmanager.Loader) -> None:
     """Declare our options, as text: mitmproxy unloads an addon whose numeric option does not parse, silently."""
     for option in OPTIONS:
-        # None is what the command line does not say; where else an option may come from is not mitmproxy's to know.
+        # None means not on the command line; mitmproxy need not know where else an option may come from.
         default = f" Default: {option.default}." if option.default else ""
         loader.add_option(f"{PREFIX}{option.name}", _TEXT, None, f"{option.help}{default}")
     ctx.options.update(**SET)
 
 
 def given() -> dict[str, str]:
-    """Return those of our options that mitmproxy's command line says, by bare name. Raises SettingsError."""
+    """Return our options on mitmproxy's command line, by bare name. Raises SettingsError."""
     check_foreign(ctx.options.deferred)
     texts = {option.name: getattr(ctx.options, f"{PREFIX}{option.name}") for option in OPTIONS}
     return {name: text for name, text in texts.items() if text is not None}

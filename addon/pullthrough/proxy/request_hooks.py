@@ -1,7 +1,7 @@
 """Flows turned into requests, and answers into responses; what is not ours to answer is passed through.
 
-Invariant: a request that we may answer is held until it is complete, any other body flows; what fails here is an
-empty response, never upstream's bytes by accident.
+Invariant: a request that we may answer is held until it is complete, any other body is streamed; a failure here gives
+an empty response, never upstream's bytes by accident.
 """
 
 import logging
@@ -28,13 +28,13 @@ from pullthrough.registry.service import Registry
 _log = logging.getLogger(__name__)
 
 ANSWERED: Final = "ollama_cache_status"
-"""The key of a flow's metadata for how we answered it."""
+"""The key in a flow's metadata for how we answered it."""
 REPOINTED: Final = "ollama_cache_answer"
-"""The key for an answer whose body comes from our own listener."""
+"""The key in a flow's metadata for an answer whose body comes from our own listener."""
 
 
 class RequestHooks:
-    """The part of the addon that sees requests. Answers none before `open`."""
+    """The part of the addon that handles requests. Answers none before `open`."""
 
     name = "ollama_cache_flows"
 
@@ -49,9 +49,9 @@ class RequestHooks:
     def open(
         self, settings: Settings, registry: Registry, loop: LoopGuard, requests: RequestLog, loopback: Loopback
     ) -> None:
-        """From now on requests are answered by the registry's core; `requests` is told how each request ended.
+        """Let `registry` answer requests from now on; `requests` is told how each one ended.
 
-        `loopback` gives the bodies.
+        The bodies come from `loopback`.
         """
         self._loopback = loopback
         self._requests = requests
@@ -66,9 +66,9 @@ class RequestHooks:
     # --- hooks
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
-        """Let bodies flow: only requests that we may answer are held until they are complete."""
+        """Stream bodies: only requests that we may answer are held until they are complete."""
         try:
-            # A body would be held whole behind an answer of ours: such a request goes the way of all others.
+            # If we answered, the whole body would be held in memory: a request with one is treated like any other.
             settings = self._settings if not has_body(flow.request) else None
             if settings is not None and (page := front_page(flow.request, settings, own_ports)):
                 flow.response = http.Response.make(307, b"", {"Location": page, "Cache-Control": "no-store"})
@@ -92,7 +92,7 @@ class RequestHooks:
             self._refuse(flow, 502, "request refused")
 
     def _refuse(self, flow: http.HTTPFlow, status: int, message: str) -> None:
-        """Answer with a refusal, or end the connection of a client that is about to send a body."""
+        """Answer with a refusal; if the client is about to send a body, end its connection instead."""
         if has_body(flow.request):
             _log.warning("%s", message)
             flow.kill()
@@ -160,7 +160,7 @@ class RequestHooks:
         if flow.response is None or REPOINTED in flow.metadata:
             return
         client, request, status = flow.client_conn.peername[0], flow.request, flow.response.status_code
-        # A request without an answer of ours was passed through, or refused.
+        # A request that we did not answer was passed through or refused.
         cache = flow.metadata.get(ANSWERED, CacheStatus(Outcome.BYPASS))
         self._requests.answer(client, request.method, request.path, status, cache)
 
@@ -172,7 +172,7 @@ class RequestHooks:
         )
 
     def _check_way(self, flow: http.HTTPFlow) -> None:
-        """LoopDetected if a request that is to be passed through has been here before; Offline if it may not leave."""
+        """Raise LoopDetected if a request to be passed through has been here before, Offline if it may not leave."""
         if self._loop.is_own(flow.request.headers.get(CDN_LOOP)):
             raise LoopDetected(f"expected another way to {flow.request.host}, got one that leads back here")
         if self._connection_hooks.is_ours(flow.request.host) and self._settings is not None and self._settings.offline:
@@ -180,7 +180,7 @@ class RequestHooks:
 
     def _reroute(self, flow: http.HTTPFlow) -> None:
         """Let a request through to its host."""
-        # No signature breaks: Ollama's and R2's cover the method, the address and named fields, of which this is none.
+        # CDN-Loop breaks no signature: Ollama's and R2's cover the method, the address and named fields, but not this.
         flow.request.headers[CDN_LOOP] = self._loop.extend(flow.request.headers.get(CDN_LOOP))
         # Credentials for this proxy must not reach the servers behind it (RFC 9110 section 11.7.2).
         flow.request.headers.pop("Proxy-Authorization", None)
@@ -188,6 +188,6 @@ class RequestHooks:
 
 
 def _response(answer: Answer, method: str) -> http.Response:
-    # A body behind the head that answers a HEAD would be taken for the next response.
+    # A body after the answer to a HEAD would be taken for the next response.
     body = answer.body if isinstance(answer.body, bytes) and method != "HEAD" else b""
     return response_of(answer.status, [*answer.headers, ("Cache-Status", str(answer.cache))], body, answer.length)

@@ -1,7 +1,7 @@
-"""What the first bytes of a connection say: whom a client wants that takes us for the server.
+"""The server that a client wants if it takes us for it, from the first bytes of its connection.
 
-Invariant: nothing is said before the name is complete, and nothing is read beyond the ClientHello or the head of the
-first request. A name is the client's claim and no more.
+Invariant: there is no result before the name is complete, and nothing is read beyond the ClientHello or the head of the
+first request. A name is no more than the client's claim.
 """
 
 import re
@@ -11,27 +11,27 @@ from typing import Final
 from mitmproxy.proxy.layers.tls import parse_client_hello
 
 LONGEST: Final = 64 << 10
-"""Bytes within which a name must have come; a ClientHello with post-quantum keys and a ticket has about 2 KiB."""
+"""The bytes within which a name must come; a ClientHello with post-quantum keys and a ticket has about 2 KiB."""
 
 _TLS: Final = b"\x16\x03"
 _HTTP: Final = re.compile(rb"[A-Z]{1,10}(\Z| [^\n]*(\Z|HTTP/1\.[01]\r?\n))")
-"""What is, or may yet become, an HTTP/1 request line."""
+"""Matches what is, or may become, an HTTP/1 request line."""
 _END: Final = re.compile(rb"\n\r?\n")
 _HOST: Final = re.compile(rb"\nHost:[ \t]*([^\s:]+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class FirstBytes:
-    """How a connection begins; `name` as the client spells it, None where it gives none that we can read."""
+    """The beginning of a connection; `name` is as the client spells it, None if it gives none that we can read."""
 
     name: str | None
     encrypted: bool
 
 
 def read_opening(data: bytes) -> FirstBytes | None:
-    """Return what `data`, all that has come so far, opens; None while more of it is needed.
+    """Read the beginning of a connection from `data`, all that has come so far; None while more is needed.
 
-    The name is that of server_name in a ClientHello (RFC 6066 section 3) or of Host in an HTTP/1 request.
+    The name is from server_name in a ClientHello (RFC 6066 section 3), or from Host in an HTTP/1 request.
     """
     is_long = len(data) >= LONGEST
     if data[:2] == _TLS[: len(data)]:

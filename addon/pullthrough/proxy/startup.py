@@ -1,4 +1,4 @@
-"""What a start sees to before anything else: which program it is part of, and how that writes."""
+"""The first steps of a start: checking which program it is part of, and how that writes its output."""
 
 import io
 import logging
@@ -13,7 +13,7 @@ from pullthrough.core.errors import SettingsError
 
 
 def check_program(master: Master) -> None:
-    """Refuse mitmproxy's programs that have a window.
+    """Refuse mitmproxy's programs with a user interface.
 
     Raises:
         SettingsError: this is not mitmdump.
@@ -25,18 +25,18 @@ def check_program(master: Master) -> None:
         "and look at its own page"
     )
     if not any(isinstance(handler, TermLogHandler) for handler in logging.getLogger().handlers):
-        sys.stderr.write(f"ollama-cache: {error}\n")  # mitmproxy would show its log in a window that never opens
+        sys.stderr.write(f"ollama-cache: {error}\n")  # mitmproxy's log would be in an interface that never opens
     raise error
 
 
 def own_files(confdir: str) -> list[Path]:
-    """Return mitmproxy's own configuration files: their `listen_port` and `mode` count here, too."""
+    """Return mitmproxy's own configuration files, whose `listen_port` and `mode` apply here, too."""
     folder = Path(confdir).expanduser()
     return [path for name in ("config.yaml", "config.yml") if (path := folder / name).is_file()]
 
 
 def write_by_lines() -> None:
-    """Let each line out as it is written, into a file or pipe too: Python would keep some thousand characters back."""
+    """Flush each line, to a file or pipe, too: Python would hold back some thousand characters."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)

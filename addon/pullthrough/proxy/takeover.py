@@ -1,12 +1,12 @@
-"""Take a client's connection out of mitmproxy, socket and what has been read of it, so that a thread can serve it.
+"""The takeover of a client's connection from mitmproxy, with what has been read from it, so that a thread serves it.
 
-The descriptor is duplicated and mitmproxy's side is ended at once, as if the client had left: what counts its
-connections, and frees what it holds for each, does so now.
+The descriptor is duplicated, and mitmproxy's side is ended at once as if the client had left, so that it stops counting
+the connection and frees what it holds for it.
 
-Invariant: a connection is taken whole or left as it was; what the client has sent is in what is taken, or still in
-the socket. These internals of mitmproxy and asyncio are used, which `check` tries: `Proxyserver.connections`, a
-handler's `client`, `transports` and `layer`, the stack of its layers, the buffer of its HTTP/1 connection, and that
-of asyncio's StreamReader.
+Invariant: a connection is taken whole or left as it was; all that the client has sent is either returned or still in
+the socket. These internals of mitmproxy and asyncio are used, and `check` tests them: `Proxyserver.connections`, a
+handler's `client`, `transports` and `layer`, the stack of its layers, the buffer of its HTTP/1 connection, and the
+buffer of asyncio's StreamReader.
 """
 
 import asyncio
@@ -33,16 +33,16 @@ HandOver = Callable[[connection.Client], Callable[[], object]]
 
 
 class Takeover:
-    """The hand-over of connections to the blob host to `delivery`; takes none before `open`."""
+    """The hand-over to `delivery` of connections to the blob host; takes none before `open`."""
 
     def __init__(self, hand_over: HandOver = lambda _: lambda: None) -> None:
-        """`hand_over` keeps a client's place among the connections, and returns the function that gives it up."""
+        """`hand_over` keeps a client's place among the connections and returns the function that gives it up."""
         self._hand_over = hand_over
         self._delivery: Delivery | None = None
         self._host = ""
 
     async def open(self, delivery: Delivery, host: str) -> None:
-        """From now on connections to `host` are taken, unless that does not work with this mitmproxy."""
+        """Take connections to `host` from now on, if that works with this mitmproxy."""
         try:
             await check()
         except Exception as error:
@@ -60,17 +60,17 @@ class Takeover:
         return self._delivery is not None and host.lower().rstrip(".") == self._host
 
     def take_connect(self, flow: http.HTTPFlow) -> None:
-        """Take the connection of a CONNECT that is to be answered, if it leads to the host."""
+        """Take the connection of a CONNECT that awaits its answer, if it leads to the host."""
         request, client = flow.request, flow.client_conn
-        # Inside TLS to the proxy itself the socket carries more than the client's own bytes.
+        # With TLS to the proxy itself, the client's bytes are inside that TLS on the socket.
         if flow.response is not None or flow.error is not None or client.tls_established:
             return
         if request.port == 443 and self.is_for(request.host) and self._take(client, tunnelled=True):
             flow.kill()
 
     def take_captured(self, following: layer.NextLayer) -> bool:
-        """Take the connection whose first TLS bytes to the host `following` has; return whether that worked."""
-        # Bytes that came while mitmproxy asked us cannot be found.
+        """Take the connection whose first TLS bytes for the host are in `following`; return whether that worked."""
+        # Bytes that came while mitmproxy called this hook are out of reach.
         return not following._paused_event_queue and self._take(
             following.context.client, tunnelled=False, read=following.data_client()
         )
@@ -82,7 +82,7 @@ class Takeover:
         try:
             sock, early = take(handler)
         except OSError as error:
-            # No descriptor is left, or the client has gone.
+            # There is no descriptor left, or the client has gone.
             _log.warning("client %s stays with mitmproxy: %s", client.peername[0], error)
             return False
         self._delivery.serve(
@@ -92,7 +92,7 @@ class Takeover:
 
 
 def take(handler: server.ConnectionHandler) -> tuple[socket.socket, bytes]:
-    """Return the client's socket, and what was read from it but not used. Raises OSError if that is impossible.
+    """Return the client's socket and what was read from it but not used. Raises OSError if that is impossible.
 
     The handler's own connection is ended.
     """
@@ -102,7 +102,7 @@ def take(handler: server.ConnectionHandler) -> tuple[socket.socket, bytes]:
     transport = streams.writer.transport
     layers = handler.layer.context.layers
     buffers = [each.connections[handler.client].buf for each in layers if isinstance(each, HttpLayer)]  # type: ignore[attr-defined]
-    # Some clients send newlines after CONNECT, which mitmproxy drops too.
+    # Some clients send newlines after CONNECT; mitmproxy drops them, too.
     early = b"".join(map(bytes, buffers)).lstrip(b"\r\n") + bytes(streams.reader._buffer)
     sock: socket.socket = transport.get_extra_info("socket").dup()
     transport.abort()
@@ -110,7 +110,7 @@ def take(handler: server.ConnectionHandler) -> tuple[socket.socket, bytes]:
 
 
 async def check() -> None:
-    """Take a connection out of mitmproxy, and check that no byte is lost. Any exception means that it does not work."""
+    """Take a connection from mitmproxy and check that no byte is lost. Any exception means that it does not work."""
     if sys.platform == "win32":
         raise OSError("Windows' event loop owns its sockets")
     taken: list[tuple[socket.socket, bytes]] = []

@@ -1,10 +1,10 @@
-"""Route mitmproxy's own connections through the parent proxy: tokens, pushes, and tunnels that are not read.
+"""Routing of mitmproxy's own connections through the parent proxy: tokens, pushes, and tunnels that are not read.
 
-The way is chosen for each connection (mitmproxy's `via`) and not by its upstream mode: that knows no NO_PROXY, does
-not go with transparent and reverse mode, and would send the parent's password to registries (`upstream_auth` is
-Authorization in reverse mode).
+The way is chosen for each connection (mitmproxy's `via`) and not by mitmproxy's upstream mode: that does not know
+NO_PROXY, does not combine with transparent and reverse mode, and would send the parent's password to registries
+(`upstream_auth` is Authorization in reverse mode).
 
-Invariant: what the parent is asked to resolve has been judged by `check_remote`; credentials go to the parent alone.
+Invariant: `check_remote` has judged every name that the parent is to resolve; credentials go to the parent alone.
 """
 
 import ipaddress
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class UpstreamProxy:
-    """An addon of the gate's. Leads nothing anywhere before `open`."""
+    """The addon that routes connections through the parent proxy. Routes none before `open`."""
 
     name = "ollama_cache_parent"
 
@@ -40,32 +40,32 @@ class UpstreamProxy:
         self._trails: WeakKeyDictionary[connection.Client, str] = WeakKeyDictionary()
 
     def open(self, parents: ParentProxies, loop: LoopGuard) -> None:
-        """From now on, these are the ways out."""
+        """Use these proxies from now on."""
         self._parents = parents
         self._loop = loop
 
     def is_parent(self, host: str, port: int) -> bool:
-        """Return whether a connection to this address is one to the parent."""
+        """Return whether this is the parent's address."""
         return any((proxy.host, proxy.port) == (host, port) for proxy in self._parents.all)
 
     def check(self, host: str, port: int, *, encrypted: bool) -> None:
-        """Raise AddressRefused if the parent would be asked for a host that we do not lead anybody to."""
+        """Raise AddressRefused if the parent would be asked for a host that we connect nobody to."""
         if self.leads(host, port, encrypted=encrypted):
             check_remote(host)
 
     def leads(self, host: str, port: int, *, encrypted: bool) -> bool:
-        """Return whether the way there goes through the parent."""
+        """Return whether connections to this host go through the parent."""
         return self._parents.of("https" if encrypted else "http", host, port) is not None
 
     def enter(self, flow: http.HTTPFlow) -> None:
-        """Remember where a CONNECT has been. Raises LoopDetected if that was here."""
+        """Remember which caches a CONNECT has passed. Raises LoopDetected if this one is among them."""
         trail = flow.request.headers.get(CDN_LOOP, "")
         if self._loop.is_own(trail):
             raise LoopDetected(f"expected another way to {flow.request.host}, got one that leads back here")
         self._trails[flow.client_conn] = trail
 
     def tunnel(self, context: Context) -> layer.Layer:
-        """Return the layer that passes a connection on unread to `context.server`."""
+        """Return the layer that passes a connection on, unread, to `context.server`."""
         assert context.server.address
         stack = tunnel.LayerStack()
         if proxy := self._parents.of("https", *context.server.address[:2]):
@@ -75,7 +75,7 @@ class UpstreamProxy:
         return stack[0]
 
     def lead(self, request: http.Request, server: connection.Server) -> tuple[str, int] | None:
-        """Send a passed-through request the way out; where the parent is that is asked, if any."""
+        """Route a passed-through request; return the address of the parent on its way, None without one."""
         proxy = self._parents.of(request.scheme, request.host, request.port)
         server.via = None
         if proxy is None:
@@ -83,7 +83,7 @@ class UpstreamProxy:
         if proxy.scheme == "https" or request.scheme == "https":
             server.via = _via(proxy)
         else:
-            # A plain request is asked of the proxy itself, by its absolute form: proxies let CONNECT lead to 443 only.
+            # A plain request goes to the proxy itself, in absolute form, because proxies allow CONNECT only to 443.
             request.authority = Endpoint(request.scheme, request.host, request.port).authority
             request.headers.update(proxy.fields)
             request.data.host, request.data.port = proxy.host, proxy.port
@@ -92,7 +92,7 @@ class UpstreamProxy:
     # --- hooks
 
     def http_connect_upstream(self, flow: http.HTTPFlow) -> None:
-        """A CONNECT of ours goes to the parent."""
+        """Add the parent's credentials and CDN-Loop to our CONNECT to it."""
         address = flow.server_conn.address
         for proxy in self._parents.all:
             if address and (proxy.host, proxy.port) == address[:2]:
@@ -109,7 +109,7 @@ class UpstreamProxy:
 
 
 class _Tunnel(HttpUpstreamProxy):
-    """A tunnel that says why it does not come about: its client has been told that it has."""
+    """A tunnel that logs why it failed: its client has already been told that it is open."""
 
     def on_handshake_error(self, err: str) -> layer.CommandGenerator[None]:
         assert self.conn.address
@@ -118,7 +118,7 @@ class _Tunnel(HttpUpstreamProxy):
 
 
 def check_internals() -> None:
-    """SettingsError unless mitmproxy is of the generation that this cache was tried with, and a tunnel can be made."""
+    """Raise SettingsError unless mitmproxy is of the generation that was tested, and a tunnel can be made."""
     found = version.VERSION
     if not found.startswith("12.") or tuple(int(part) for part in found.split(".")[:3]) < (12, 2, 3):
         raise SettingsError(f"expected mitmproxy >=12.2.3,<13, got {found}")
@@ -137,11 +137,10 @@ def check_internals() -> None:
 
 
 def ways_out(environment: Mapping[str, str], ports: Collection[int]) -> ParentProxies:
-    """Return the environment's proxies, but for this cache, which listens on `ports`. SettingsError for an unusable
-    one.
+    """Return the environment's proxies except this cache, which listens on `ports`. Raises SettingsError.
 
-    A proxy that is this cache is no way out, and not worth refusing to start: the variables are often set for all
-    programs of a machine, to have them use the cache.
+    A variable that names this cache is no way out, but no reason not to start: the variables are often set for all
+    programs of a machine so that they use the cache.
     """
     parents = ParentProxies.parse(environment)
     for proxy in parents.all:
@@ -157,7 +156,7 @@ def _is_here(host: str) -> bool:
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError:
-        # Not now: then the loop guard will tell.
+        # It does not resolve now: the loop guard will notice.
         return False
     return any(ipaddress.ip_address(text.partition("%")[0]).is_loopback or text in own_addresses() for text in found)
 
