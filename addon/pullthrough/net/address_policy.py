@@ -91,7 +91,7 @@ class AddressPolicy:
         return (host.lower().rstrip("."), port) in self.exempt
 
     def check_port(self, port: int, *, encrypted: bool) -> None:
-        """Raise AddressRefused unless `port` is the usual one for the form of the request."""
+        """Raise AddressRefused unless tunnels are allowed and `port` is the usual one for the form of the request."""
         if not self.tunnels:
             raise AddressRefused("tunnels to other hosts are switched off (tunnel=none)")
         expected = 443 if encrypted else 80

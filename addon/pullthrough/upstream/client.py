@@ -145,7 +145,7 @@ class Upstream:
         self._near.add((host, port))
 
     def slot(self, source: Source) -> asyncio.Semaphore:
-        """Return the semaphore of the source's host: it limits the connections of all recordings, first come first."""
+        """Return the semaphore of the source's host, which all recordings share: first come, first served."""
         return self._slots[source.host]
 
     # --- control plane

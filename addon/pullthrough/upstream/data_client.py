@@ -171,7 +171,7 @@ class DataClient:
         self._closed = False
 
     def get(self, ask: Ask, caller: Caller) -> DataResponse:
-        """Return the response's head, on a kept connection or a new one. Blocks, unless `caller` is stopped.
+        """Return the response's head, on a kept connection or a new one. Blocks until it comes or `caller` is stopped.
 
         Raises UpstreamUnreachable, UpstreamTimeout, UnexpectedResponse or AddressRefused.
         """
