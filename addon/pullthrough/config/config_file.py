@@ -99,7 +99,7 @@ def _text_of(value: Any) -> str:
 
 
 def _line_of(key: str, text: str) -> int:
-    """Return the line of a key: the TOML parser does not tell."""
+    """Return the line of a key, which the TOML parser does not give."""
     found = re.search(rf"""^[ \t]*\[*[ \t]*["']?{re.escape(key)}["']?[ \t]*[=.\]]""", text, re.MULTILINE)
     return text.count("\n", 0, found.start()) + 1 if found else 1
 

@@ -1,5 +1,5 @@
-"""Values and grammars: what a digest, a route, a range, a manifest is, and what the errors are called.
+"""Values and grammars: digests, routes, ranges and manifests, and the package's errors.
 
-Import anything from here. Nothing in this room does I/O, reads a clock, or knows any other room. Begin with `errors`,
-then `records` and `route`.
+Import anything from here. Nothing here does I/O, reads a clock, or imports another package of ours. Begin with
+`errors`, then `records` and `routes`.
 """

@@ -4,8 +4,8 @@ mitmproxy calls each of its forty addons for each event, and makes an event of e
 what a small request costs. Addons that act only when one of their options is set are removed if none is, by mitmproxy's
 own means (`AddonManager.remove`).
 
-Invariant: an addon whose options were given stays, and so does one that is not in the list. Other handlers of the log
-stay, too.
+Invariant: an addon whose options were given stays, and so does one that is not in the list. Addons that listen for log
+events still get them.
 """
 
 import logging
