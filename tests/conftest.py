@@ -6,6 +6,7 @@ And where the files of a run lie.
 import ipaddress
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Put the files of a quick run into memory, where it has the room: what they wait for is mostly the disk."""
     if config.option.markexpr == "not long" and "PYTEST_DEBUG_TEMPROOT" not in os.environ and is_roomy(MEMORY):
         os.environ["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)
+    # A shell starts with Ctrl-C ignored what it puts into the background, and so would be what the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)

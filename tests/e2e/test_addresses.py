@@ -286,7 +286,7 @@ def test_both_ways_from_one_address(origin: Origin, proxy: Proxy, tmp_path: Path
 def test_a_model_of_tensors_through_the_proxy(origin: Origin, proxy: Proxy, tmp_path: Path, blobs: int) -> None:
     """A mended client's transfer gets our own addresses: warm, the registry is asked for no blob."""
     config = origin.add_blob(b'{"model_format":"safetensors"}')
-    layers = [(TENSOR_TYPE, origin.add_blob(b"%d " % number * 100)) for number in range(blobs)]
+    layers = [(TENSOR_TYPE, origin.add_blob(b"%d of %d " % (number, blobs) * 50)) for number in range(blobs)]
     origin.add_model("library/tensors", "latest", layers=layers, config=config)
     for state in ("cold", "warm"):
         origin.reset_counters()

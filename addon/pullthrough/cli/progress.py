@@ -1,5 +1,6 @@
 """Show the progress and speed of a long command on standard error: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import threading
 import time
 from types import TracebackType
@@ -71,7 +72,8 @@ class Meter:
         if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, count)
         elif is_due:
-            typer.echo(f"{self.summary()} of {size_text(self._total)}", err=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more: the work goes on
+                typer.echo(f"{self.summary()} of {size_text(self._total)}", err=True)
 
     def summary(self) -> str:
         """Return what was done, and how fast."""

@@ -6,6 +6,7 @@ run has verified is remembered until a run is completed.
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -29,6 +30,20 @@ from pullthrough.store.store import Store
 JOURNAL: Final = "verify.journal"
 REMEMBERED_S: Final = 7 * 24 * 3600.0
 """How long the results of an interrupted run count."""
+
+_OF_THE_FILE: Final = frozenset(
+    {
+        errno.EIO,
+        errno.EINVAL,
+        errno.ELOOP,
+        errno.EISDIR,
+        *(getattr(errno, name) for name in ("EBADMSG", "EUCLEAN") if hasattr(errno, name)),
+    }
+)
+"""What the system says of a file that is damaged or is none: EBADMSG and EUCLEAN are failed checksums (xfs(5)).
+
+Whatever else fails, such as a share that has gone or descriptors that ran out, tells nothing about the file.
+"""
 
 Identity = tuple[int, int, int]
 """Size, mtime_ns and inode, by which the file that was verified is recognised."""
@@ -219,9 +234,9 @@ def _hash(
             actual, identity = result()
         except FileNotFoundError:
             return  # evicted meanwhile
-        except PermissionError:
-            raise  # the fault is this run's, not the blob's
         except OSError as error:
+            if error.errno not in _OF_THE_FILE:
+                raise  # the fault is this run's, not the blob's
             finding = Defect(Problem.DAMAGED, digest.file_name, "a file that can be read", str(error), digest)
             report.findings.append(finding)
             return

@@ -1,5 +1,6 @@
 """verify: each kind of damage is found and is no hit any more, an interrupted run is gone on with; and the verbs."""
 
+import errno
 import gzip
 import json
 import os
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from pullthrough.admin.client import LONGEST
 from pullthrough.cli import app as cli
-from pullthrough.cli import transfer
+from pullthrough.cli import progress, transfer
 from pullthrough.config.options import parse_settings
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreError, TransferRefused
@@ -277,6 +278,41 @@ def test_export_to_standard_output(folder: Path) -> None:
         cli.app, ["import", str(folder.parent / "piped.tar"), "--dir", str(folder.parent / "far")]
     )
     assert (result.exit_code, result.stdout.count(": imported\n")) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("number", "is_the_file"), [("EIO", True), ("EBADMSG", True), ("ESTALE", False), ("EMFILE", False)]
+)
+def test_what_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch, number: str, is_the_file: bool) -> None:
+    """A disk that fails at a blob is a finding; a share that has gone, or too few descriptors, say nothing of one."""
+    error = OSError(getattr(errno, number), number)
+
+    def fail(*_: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(platform, "read_at", fail)
+    if is_the_file:
+        assert [finding.problem for finding in check(folder, (), now=1.0).findings] == [Problem.DAMAGED] * len(BLOBS)
+    else:
+        with pytest.raises(OSError, match=number):
+            check(folder, (), now=1.0)
+
+
+def test_progress_that_nobody_reads(
+    run: Callable[..., tuple[int, str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal or pipe that was closed is no fault of a blob: the work goes on."""
+
+    def echo(text: str = "", *, err: bool = False) -> None:
+        if err:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        print(text)
+
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
+    monkeypatch.setattr(progress.typer, "echo", echo)
+    code, output, _ = run("verify")
+    assert (code, output.partition(";")[0]) == (0, "3 blobs checked, 0 things wrong")
+    assert held(folder) == set(DIGESTS)
 
 
 @pytest.mark.skipif(sys.platform == "win32" or platform.cores() < 2, reason="needs SIGINT and two cores")
