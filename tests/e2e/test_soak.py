@@ -131,6 +131,6 @@ def test_soak(
         f"{files} files before, {open_files(proxy)} now"
     )
     assert tasks(proxy) == []
-    # Pools of disk and hash threads, SQLite's writer and the resolver's: they are made once and stay.
-    assert threads(proxy) <= 24
+    # Pools of disk and hash threads, SQLite's writer and the resolver's are made once and stay; those that ask end.
+    assert wait_until(lambda: threads(proxy) <= 24, SETTLE_S), f"{threads(proxy)} threads"
     print(counts, f"{early_mib[0]:.0f} MiB, {proxy.rss_mib():.0f} MiB, {threads(proxy)} threads")
