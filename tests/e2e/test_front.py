@@ -377,7 +377,8 @@ def test_a_recording_is_sent_while_it_runs(origin: Origin, proxy: Proxy) -> None
         assert responses[0].read() == blob.read(100_000, size)
         assert responses[1].read() == blob.read(size // 2 + 100_000, size)
         assert [response.ended for response in responses] == ["complete", "complete"]
-    assert origin.counters.cdn_bytes_by_digest[model.layer] == size
+    # What was on its way over a connection that had become the slow one may come twice.
+    assert origin.counters.cdn_bytes_by_digest[model.layer] <= 1.05 * size
 
 
 def test_a_slow_tensor_after_fast_ones(origin: Origin, proxy: Proxy, tmp_path: Path) -> None:
