@@ -287,11 +287,11 @@ def test_a_model_of_tensors_through_the_proxy(origin: Origin, proxy: Proxy, tmp_
     """A mended client's transfer gets our own addresses: warm, the registry is asked for no blob."""
     config = origin.add_blob(b'{"model_format":"safetensors"}')
     layers = [(TENSOR_TYPE, origin.add_blob(b"%d of %d " % (number, blobs) * 50)) for number in range(blobs)]
-    origin.add_model("library/tensors", "latest", layers=layers, config=config)
+    origin.add_model(f"library/tensors{blobs}", "latest", layers=layers, config=config)
     for state in ("cold", "warm"):
         origin.reset_counters()
         client = ModernClient(proxy.url, proxy.ca_file, tmp_path / state, version="0.40.3", dns=PUBLIC_ADDRESSES)
-        client.pull("tensors")
+        client.pull(f"tensors{blobs}")
         for _, layer in layers[::100]:
             proxy.wait_for_line(f"recorded {layer[7:19]}")
     asked = origin.counters
