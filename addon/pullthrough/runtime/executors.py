@@ -106,11 +106,14 @@ class Crew:
     async def run_or_leave[T](self, work: Callable[[], T], stop: Callable[[], None], discard: Callable[[T], None]) -> T:
         """Return what `work` returns. If cancelled, call `stop` and do not wait; a late result goes to `discard`."""
         future = self._submit(work)
+        awaited = asyncio.wrap_future(future)
         try:
-            return await asyncio.shield(asyncio.wrap_future(future))
+            return await asyncio.shield(awaited)
         except asyncio.CancelledError:
             stop()
             future.add_done_callback(lambda done: _discard(done, discard))
+            # Its error is nobody's now, which asyncio would log as lost.
+            awaited.add_done_callback(lambda done: done.cancelled() or done.exception())
             raise
 
     def _submit[T](self, work: Callable[[], T]) -> "Future[T]":

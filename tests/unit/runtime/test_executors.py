@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -117,6 +118,33 @@ async def test_a_cancelled_call_may_be_left_alone() -> None:
     gate.set()
     assert await asyncio.to_thread(discarded.wait, WAIT_S)
     assert found == [7]
+
+
+@on_loop
+async def test_a_late_failure_is_nobodys() -> None:
+    """It is not told as an error that was lost."""
+    crew = Crew(1)
+    begun, gate = threading.Event(), threading.Event()
+    lost: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: lost.append(context))
+
+    def work() -> None:
+        begun.set()
+        gate.wait(WAIT_S)
+        raise ZeroDivisionError
+
+    task = loop.create_task(crew.run_or_leave(work, nothing, nothing))
+    await asyncio.to_thread(begun.wait, WAIT_S)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.set()
+    await crew.run(nothing, nothing)  # by the same thread, after it
+    await asyncio.sleep(0)
+    del task
+    gc.collect()
+    assert lost == []
 
 
 # --- a disk that may hang
