@@ -65,6 +65,8 @@ class BlobSource:
         # Where tasks start eagerly, it may be done before it is assigned.
         if self._obtaining is None or self._obtaining.done():
             self._obtaining = asyncio.get_running_loop().create_task(self._obtain_once(), name="obtain source")
+            # If all who wait leave, asyncio would log its error as lost.
+            self._obtaining.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(self._obtaining)
 
     async def _obtain_once(self) -> Source:

@@ -1,6 +1,7 @@
 """blob_source: the fleet's sources first, upstream's when they fail, and no validator across the two."""
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -65,6 +66,33 @@ def supply_of(nearby: FakeNearby | None, *, given: Source | None = GIVEN) -> tup
         cast(Upstream, upstream), cast(Callable[[], Awaitable[Source]], obtain), given, cast(NearbySources, nearby)
     )
     return blob_source, upstream, asked
+
+
+def test_a_late_failure_is_nobodys() -> None:
+    """If all who wait for a source have left, its failure is not told as an error that was lost."""
+
+    async def run() -> None:
+        gate, lost = asyncio.Event(), list[Any]()
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: lost.append(context))
+
+        async def obtain() -> Source:
+            await gate.wait()
+            raise UpstreamUnreachable("reset")
+
+        blob_source = BlobSource(cast(Upstream, FakeUpstream()), cast(Any, obtain), None, None)
+        waiting = loop.create_task(blob_source.source())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        gate.set()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        del blob_source, waiting
+        gc.collect()
+        assert lost == []
+
+    asyncio.run(run())
 
 
 def test_fleet_first_then_what_was_given() -> None:
