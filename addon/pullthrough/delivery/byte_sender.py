@@ -54,7 +54,7 @@ class LoopCalls:
 class LoopReader:
     """A reader, as a thread sees it."""
 
-    def __init__(self, reader: Reader, calls: LoopCalls, first: FileSpan | None = None) -> None:
+    def __init__(self, reader: Reader, calls: LoopCalls, first: FileSpan | Memory | None = None) -> None:
         """`first` is what was taken from the reader before."""
         self._reader = reader
         self._calls = calls
@@ -76,9 +76,16 @@ class LoopReader:
 
     def wait_whole(self, is_gone: Callable[[], bool]) -> None:
         """Return when all bytes are here."""
-        while not self._calls.wait(self._reader.whole(WAIT_S), is_gone):
+        while not self._calls.wait(self._take_whole(), is_gone):
             if is_gone():
                 raise ClientGone("client disconnected")
+
+    async def _take_whole(self) -> bool:
+        """Return whether all bytes are here, having taken the first of them. Called on the loop."""
+        if is_whole := await self._reader.whole(WAIT_S):
+            span = await take(self._reader, 0.0)
+            self._first = None if isinstance(span, Pending) else span
+        return is_whole
 
     def on_unreadable(self) -> None:
         """The last span could not be read."""

@@ -102,6 +102,10 @@ class BlobWriter:
         present = self._assembly.present.within(start, stop)
         await self._threads.disk(self._ingest.mark, present)
 
+    def mark_put(self, start: int, stop: int) -> None:
+        """Journal bytes all of which have been `put`, in a thread."""
+        self._ingest.mark([(start, stop)])
+
     async def keep_flushed(self) -> None:
         """Make what is written durable, for ever: every FLUSH_S seconds, or when a flush would take FLUSH_TIME_S."""
         while True:
@@ -114,7 +118,7 @@ class BlobWriter:
         """Make what is written durable now."""
         self._much.clear()
         async with self._journal:
-            if self._unflushed:
+            if self._unflushed and self._ingest.file is not None:
                 count, self._unflushed = self._unflushed, 0
                 began = time.monotonic()
                 await self._threads.disk(self._ingest.flush, self._assembly.present.copy())
@@ -192,7 +196,8 @@ class BlobWriter:
             self._store.disown(digest)
             _log.error("expected %s, got sha256:%s: quarantined as %s", digest, actual, path.name)
             raise DigestMismatch(str(digest), f"sha256:{actual}")
-        placed, synced = await self._threads.disk(self._place)
+        async with self._journal:
+            placed, synced = await self._threads.disk(self._place)
         self._store.publish(digest, placed, now=time.time())
         self._assembly.shown = self._assembly.size
         return Sealed(time.monotonic() - began, synced - began, self._unhashed)
@@ -207,4 +212,5 @@ class BlobWriter:
         synced = time.monotonic()
         placed = self._store.place(self._ingest.digest, self._ingest.finished_path)
         self._ingest.forget()
+        self._ingest.close()
         return placed, synced

@@ -11,7 +11,7 @@ import random
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 
-from pullthrough.core.errors import CacheError, StoreError, UpstreamError, UpstreamTimeout, ValidatorChanged
+from pullthrough.core.errors import StoreError, UpstreamError, UpstreamTimeout, ValidatorChanged
 from pullthrough.recording.blob_source import BlobSource
 from pullthrough.recording.blob_writer import BlobWriter
 from pullthrough.recording.plan import Attempt, Plan
@@ -59,6 +59,8 @@ class Fetcher:
     def _end_work(self, task: asyncio.Task[None]) -> None:
         self._workers.discard(task)
         self._changed.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)  # a bug of ours: nobody would bring the bytes that readers wait for
 
     def rescue(self, position: int) -> None:
         """End the silent connections that have claimed the byte at `position`, for which a reader waits."""
@@ -164,7 +166,7 @@ class Fetcher:
             else:
                 await self._sift(stream, attempt)
         finally:
-            if attempt.position > stream.start:
+            if attempt.position > stream.start and not attempt.is_marked:
                 await self._blob_writer.mark(stream.start, attempt.position)
             host = stream.source.host if stream.source is not None else None
             now = steady()
@@ -177,6 +179,9 @@ class Fetcher:
 
         def write(offset: int, data: memoryview) -> None:
             self._blob_writer.put(offset, data)
+            if offset + len(data) == stream.stop:
+                self._blob_writer.mark_put(stream.start, stream.stop)
+                attempt.is_marked = True
             told: Future[float] | None = Future() if waits else None
             loop.call_soon_threadsafe(self._note_landed, stream, attempt, offset, offset + len(data), told)
             if told is not None:
@@ -258,7 +263,7 @@ class Fetcher:
         if self._plan.fail(error, now):
             self._fail(error)
 
-    def _fail(self, error: CacheError) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Stop requesting slices, and make `run` raise the error."""
         self._plan.is_over = True
         if not self._failure.done():

@@ -370,3 +370,7 @@ class Recording:
             self._fail(error)
         except (CacheError, OSError) as error:
             self._fail(error if isinstance(error, CacheError) else StoreError(f"recording {self.digest}: {error}"))
+        except Exception as error:
+            # A bug of ours: readers must not wait for ever.
+            _log.exception("recording %s failed", self.digest.short)
+            self._fail(StoreError(f"recording {self.digest}: {type(error).__name__}"))

@@ -80,5 +80,6 @@ class Room:
         if error is not None and error.discards:
             # The partial takes space that the next recording may need, or its bytes are not this blob's.
             await self.disk.threads.disk(self._ingest.discard)
-        await self.disk.threads.disk(self._ingest.close)
+        if self._ingest.file is not None:
+            await self.disk.threads.disk(self._ingest.close)
         self.disk.evictor.release(self._digest)

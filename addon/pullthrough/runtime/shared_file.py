@@ -6,6 +6,7 @@ file's contents.
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -24,7 +25,7 @@ def at_once(work: Callable[[], object]) -> None:
 class SharedFile:
     """A descriptor with a count of its readers, closed when the last one releases it."""
 
-    __slots__ = ("_change", "_on_close", "_users", "descriptor", "size", "windows")
+    __slots__ = ("_change", "_lock", "_on_close", "_users", "descriptor", "size", "windows")
 
     def __init__(
         self,
@@ -40,11 +41,13 @@ class SharedFile:
         self.descriptor = descriptor
         self.size = size
         self.windows = windows
+        self._lock = threading.Lock()
         self._users = 0
         self._on_close = on_close
 
     def acquire(self) -> "SharedFile":
-        self._users += 1
+        with self._lock:
+            self._users += 1
         return self
 
     def locate(self, start: int, stop: int) -> tuple[int, int]:
@@ -70,7 +73,9 @@ class SharedFile:
             start += len(data)
 
     def release(self) -> None:
-        self._users -= 1
-        if self._users == 0:
+        with self._lock:
+            self._users -= 1
+            is_last = self._users == 0
+        if is_last:
             self._on_close()
             self._change(partial(os.close, self.descriptor))

@@ -76,7 +76,8 @@ def prepare(folder: Path) -> int:
 def make_folders(folder: Path) -> None:
     """Make the store's folders that are missing. Raises OSError if the disk refuses."""
     for name in _FOLDERS:
-        (folder / name).mkdir(exist_ok=True, mode=0o700 if name == PRIVATE else 0o755)
+        if not (path := folder / name).is_dir():
+            path.mkdir(exist_ok=True, mode=0o700 if name == PRIVATE else 0o755)
 
 
 def restore(folder: Path) -> None:

@@ -94,10 +94,10 @@ class Grants:
     def add(self, place: Place, digests: Iterable[str], *, is_kept: bool = False) -> None:
         """Add blobs that upstream has granted there; `is_kept` if the file already has them."""
         granted = self.of(place)
-        if not granted.issuperset(digests := set(digests)):
-            granted |= digests
+        if new := set(digests) - granted:
+            granted |= new
             self._index.put_members(*place, granted)
-            if not is_kept:
+            if not is_kept and self._unlisted(place, new):
                 self.keep(place)
 
     def drop(self, place: Place) -> None:

@@ -110,6 +110,9 @@ class World:
     async def mark(self, start: int, stop: int) -> None:
         """Nothing is kept of it."""
 
+    def mark_put(self, start: int, stop: int) -> None:
+        """Nothing is kept of it."""
+
     async def begin_again(self) -> None:
         raise AssertionError("expected one version")
 
@@ -158,3 +161,17 @@ def test_a_source_that_knows_range() -> None:
     fetched, first = play(ignores_range=False, present=LIMIT)
     assert first == 2 * PIECE
     assert fetched == SIZE + first - LIMIT
+
+
+def test_a_bug_ends_the_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for the bytes hears of an error that nobody expected."""
+
+    async def scenario() -> None:
+        world = World(ignores_range=False, present=0, fails=False)
+        monkeypatch.setattr(world, "mark_put", lambda start, stop: 1 // 0)
+        world.fetcher.wake()
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(world.fetcher.run(), 10)
+        await world.fetcher.stop()
+
+    asyncio.run(scenario())

@@ -6,13 +6,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+
 from pullthrough.config.settings import Finish
 from pullthrough.core.digest import Digest
+from pullthrough.core.errors import StoreError
 from pullthrough.library.eviction import Evictor
 from pullthrough.recording.plan import Line
 from pullthrough.recording.rate_limit import RateLimit
 from pullthrough.recording.recorder import Recorder
 from pullthrough.runtime.executors import Threads
+from pullthrough.store.ingest import Ingest
 from pullthrough.store.store import Store
 from pullthrough.upstream.client import Upstream
 from pullthrough.upstream.data_stream import Source
@@ -97,3 +101,22 @@ def test_what_is_wanted_while_it_begins(tmp_path: Path) -> None:
         assert store.held(DIGEST) is not None
 
     play(tmp_path, scenario)
+
+
+def test_a_bug_fails_the_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for ever, and the log has the place."""
+
+    def slip(*_arguments: object) -> None:
+        raise ZeroDivisionError
+
+    async def scenario(_: Store, recorder: Recorder) -> None:
+        monkeypatch.setattr(Ingest, "mark", slip)
+        recording = recorder.open(DIGEST, obtain=obtain, wanted=True)
+        await asyncio.wait_for(recording.over.wait(), 10)
+        with pytest.raises(StoreError, match="ZeroDivisionError"):
+            recording.check()
+
+    play(tmp_path, scenario)
+    assert "in slip" in caplog.text
