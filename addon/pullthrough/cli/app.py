@@ -6,6 +6,7 @@ usage).
 
 import os
 import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -67,12 +68,14 @@ def run(
     program = str(beside) if beside.exists() else shutil.which("mitmdump")
     if program is None:
         fail("expected mitmdump beside this Python or on PATH, got neither; install mitmproxy>=12.2.3,<13")
+    if help_mitmdump:
+        subprocess.run([program, "--help"], check=False)  # noqa: S603 -- the same program; it ends with 1
+        return
     script = Path(pullthrough.__file__).resolve().parent.with_name("ollama_cache.py")
     if "--version" in context.args:
         typer.echo(f"ollama-cache {version('ollama-cache')}, by the addon {script}, in:")
         sys.stdout.flush()  # mitmdump goes on in this process
-    arguments = ["--help"] if help_mitmdump else ["-s", str(script), *context.args]
-    os.execv(program, [program, *arguments])  # noqa: S606 -- no shell
+    os.execv(program, [program, "-s", str(script), *context.args])  # noqa: S606 -- no shell
 
 
 def main() -> None:

@@ -433,11 +433,13 @@ def test_run_helps_with_our_options(run: Run, executed: list[tuple[str, list[str
     assert executed == []
 
 
-def test_run_helps_with_those_of_mitmdump(run: Run, executed: list[tuple[str, list[str]]]) -> None:
-    """One flag away."""
+def test_run_helps_with_those_of_mitmdump(
+    run: Run, executed: list[tuple[str, list[str]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One flag away; asking for help is no failure, as it is to mitmdump."""
     assert run("run", "--help-mitmdump").exit_code == 0
-    ((program, command),) = executed
-    assert command == [program, "--help"]
+    assert capfd.readouterr().out.startswith("usage: mitmdump")
+    assert executed == []
 
 
 @pytest.mark.parametrize("argument", ["--max-size", "--max_size", "--ollama-cache-max-size"])
