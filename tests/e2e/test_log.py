@@ -41,3 +41,12 @@ def test_json(origin: Origin, start_proxy: Callable[..., Proxy], new_client: Cal
     layer = recordings[model.layer]
     assert (layer["result"], layer["bytes"], layer["fetched"], layer["problem"]) == ("stored", 2 * MB, 2 * MB, "")
     assert not [line for line in proxy.output if "secret" in line or "access=" in line or "X-Amz-" in line]
+
+
+def test_debug(start_proxy: Callable[..., Proxy]) -> None:
+    """What only a developer wants to read comes when it is asked for, and mitmproxy's own does not come with it."""
+    for level in ("debug", "info"):
+        proxy = start_proxy(ollama_cache_log_level=level)
+        proxy.stop()
+        assert any("event loop lag: " in line for line in proxy.output) == (level == "debug")
+        assert not [line for line in proxy.output if "asyncio" in line or "selector" in line]
