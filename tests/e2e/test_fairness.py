@@ -1,6 +1,8 @@
 """Who waits how long: many readers behind a slow source, one reader behind a source that is slow per connection."""
 
+import shutil
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from tests.support.a2 import A2Client
 from tests.support.legacy import A0Client
 from tests.support.origin import MODEL_TYPE, TRICKLE_RATE, Fault, Mode, Origin
 from tests.support.proxy import Proxy
+from tests.support.world import Missing, World, play
 
 NewClient = Callable[..., A2Client]
 CONNECTIONS = 16
@@ -72,6 +75,36 @@ def test_a_trickling_connection_is_relieved(origin: Origin, proxy: Proxy, new_cl
     assert origin.faults[0].hits == 1
     assert report.retries == report.stalls == 0
     assert report.transfer_s < 500_000 / TRICKLE_RATE / 2
+
+
+def behind_a_full_line(world: World) -> None:
+    """Five cold pulls through a line of 4 MB/s whose queue of 64 KB drops what does not fit."""
+    shape = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "32mbit", "burst", "32kb", "limit", "64kb"]
+    with world.at("internet"):
+        shaped = subprocess.run(shape, capture_output=True, text=True, check=False)
+    if shaped.returncode:
+        raise Missing(f"needs the kernel's tbf to shape a line: {shaped.stderr.strip()}")
+    waits: list[float] = []
+    with world.at("cache"), world.cache() as proxy:
+        for number in range(5):
+            model = add_model(world.origin, unique(48 * MB))
+            client = A2Client(proxy.url, proxy.ca_file, world.folder / f"client{number}", parts=16, min_part=3 * MB)
+            report = client.pull(model.name)
+            assert_complete(client, model)
+            assert report.retries == report.stalls == 0
+            assert 48 * MB / report.transfer_s > MB
+            waits.append(report.max_gap_s)
+    print(f"the longest wait of a reader in each pull, in seconds: {[round(wait, 2) for wait in waits]}")
+    assert max(waits) < 5, waits
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+def test_nobody_waits_long_behind_a_full_line(tmp_path: Path) -> None:
+    """A line that drops packets makes single connections slow for seconds; none of their readers starves."""
+    if shutil.which("tc") is None:
+        pytest.skip("needs the program tc")
+    print(play(behind_a_full_line, tmp_path, timeout_s=200))
 
 
 def test_small_blobs_take_few_requests(origin: Origin, proxy: Proxy, new_client: NewClient) -> None:

@@ -76,8 +76,8 @@ class Missing(Exception):
     """Something that the scenario needs is not there."""
 
 
-def play(scenario: "Callable[[World], None]", folder: Path, *, timeout_s: float = 120.0) -> None:
-    """Run a module's function in a world of its own; fails with its output, or skips."""
+def play(scenario: "Callable[[World], None]", folder: Path, *, timeout_s: float = 120.0) -> str:
+    """Run a module's function in a world of its own; returns its output. Fails with it, or skips."""
     if sys.platform != "linux":
         pytest.skip("needs network namespaces, which only Linux has")
     for program in ("unshare", "mount", "ip"):
@@ -100,6 +100,7 @@ def play(scenario: "Callable[[World], None]", folder: Path, *, timeout_s: float 
     if done.returncode == _SKIPPED:
         pytest.skip(done.stdout.strip().rpartition("\n")[2])
     assert done.returncode == 0, f"{name} ended with {done.returncode}:\n{done.stdout}"
+    return done.stdout
 
 
 class World:
