@@ -16,6 +16,8 @@ from pullthrough.runtime.shared_file import SharedFile
 
 _log = logging.getLogger(__name__)
 
+LOOK_S: Final = 0.25
+"""How often a waiting reader has its connection looked at."""
 HUNGRY_S: Final = 4.0
 """A reader that waits longer than this for a byte is logged: clients of v0.1.23-v0.5.7 give up after 5 s."""
 
@@ -65,12 +67,11 @@ class Cursor(Demand):
             return present
         self._feed.check()
         self._waiter = asyncio.get_running_loop().create_future()
-        self._feed.miss(self.position)
+        until = steady() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._waiter
-        except TimeoutError:
-            pass
+            while (left := until - steady()) > 0 and not self._waiter.done():
+                self._feed.miss(self.position)
+                await asyncio.wait([self._waiter], timeout=min(left, LOOK_S))
         finally:
             self._waiter = None
         if (hungry := steady() - self.fed) > HUNGRY_S and not self._told:

@@ -18,7 +18,7 @@ from pullthrough.core.errors import UpstreamError
 from pullthrough.core.intervals import Intervals
 from pullthrough.recording.assembly import Assembly
 from pullthrough.recording.rate_limit import RateLimit
-from pullthrough.recording.retry_policy import RATE_WEIGHT, Pace, Patience, Rates
+from pullthrough.recording.retry_policy import Pace, Patience, Rates, averaged
 from pullthrough.recording.slicing import MAX_SLICE, MIN_SLICE, Demand, Slice, next_slice
 from pullthrough.recording.states import LEARN, Event, Got, Ranges
 
@@ -116,6 +116,8 @@ class Plan:
         self._line = line
         self._patience = Patience(now)
         self._rate: float | None = None
+        self._start_s: float | None = None
+        """How long a connection usually takes to bring its first byte."""
         self._restarts = 0
         self._landing = Intervals()
 
@@ -201,6 +203,8 @@ class Plan:
         self._line.counters.take(count, near=near)
         self.fetched += count
         self._patience.hear(now)
+        if not attempt.pace.has_begun:
+            self._start_s = averaged(self._start_s, now - attempt.pace.began)
         attempt.pace.bring(count, now)
         pause_s = self._line.rate_limit.spend(count, live=bool(self.interest.readers), now=now)
         if pause_s:
@@ -226,7 +230,7 @@ class Plan:
         if elapsed_s <= 0 or count < MIN_SLICE:
             return
         rate = count / elapsed_s
-        self._rate = rate if self._rate is None else self._rate + RATE_WEIGHT * (rate - self._rate)
+        self._rate = averaged(self._rate, rate)
         if host is not None:
             self._line.rates.show(host, rate, now)
 
@@ -238,12 +242,15 @@ class Plan:
 
     def overdue(self, position: int, now: float) -> list[Attempt]:
         """Return the silent attempts that should bring the byte at `position`, for which a reader waits."""
-        usual, silent_s = self.usual(now), self._patience.silent_s
         return [
             attempt
             for attempt in self.attempts
-            if self._brings(attempt, position) and attempt.pace.is_silent(usual, silent_s, now)
+            if self._brings(attempt, position) and self._is_silent(attempt.pace, now)
         ]
+
+    def _is_silent(self, pace: Pace, now: float) -> bool:
+        start_s = 0.0 if pace.has_begun else self._start_s
+        return pace.is_silent(self.usual(now), self._patience.silent_s(now, start_s), now)
 
     def _brings(self, attempt: Attempt, position: int) -> bool:
         if attempt.is_whole and self.ranges is Ranges.NO:

@@ -27,6 +27,13 @@ SILENT_S: Final = 3.0
 """A connection that brings no byte for this long while a reader waits for its slice loses the slice to another one:
 clients of v0.1.23-v0.5.7 wait 5 s. Doubled by each failure in a row, up to eightfold: the line may be slow."""
 
+LIVELY_S: Final = 0.5
+BESIDE_S: Final = 1.5
+"""While some connection has brought bytes within LIVELY_S, another one may bring nothing only this long: packets of its
+own are lost, and a new request does better."""
+LATE: Final = 3.0
+"""How many times as long as usual the first byte of a connection may take."""
+
 FAR_BELOW: Final = 1 / 8
 """A connection that delivers less than this fraction of the usual rate also counts as silent: a line that drops packets
 can leave single connections at a hundredth of the others' rate for many seconds."""
@@ -53,9 +60,13 @@ class Patience:
         """Failures in a row, without a byte between them."""
         self._quiet_until = 0.0
 
-    @property
-    def silent_s(self) -> float:
-        """How long a connection may bring nothing while a reader waits for its bytes."""
+    def silent_s(self, now: float, start_s: float | None) -> float:
+        """Return how long a connection may bring nothing, or little, while a reader waits for its bytes.
+
+        `start_s` is how long the first byte usually takes; None while unknown, 0 for a connection that has begun.
+        """
+        if start_s is not None and now - self.heard < LIVELY_S:
+            return min(SILENT_S, max(BESIDE_S, LATE * start_s))
         return SILENT_S * 2.0 ** min(self.failures, 3)
 
     def hear(self, now: float) -> None:
@@ -130,9 +141,15 @@ class Pace:
     def __init__(self, now: float) -> None:
         self.heard = now
         """When it brought its last byte, or began; in the future while it is held back."""
+        self.began = now
         self._brought = 0
         self._marks = deque([(now, 0)])
         """(time, bytes brought until then), oldest first."""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has brought a byte."""
+        return self._brought > 0
 
     def bring(self, count: int, now: float) -> None:
         """Note that it has brought `count` bytes."""
@@ -161,7 +178,12 @@ class Pace:
 
 RATE_LASTS_S: Final = 10.0
 """How long a host's measured rate stays valid."""
-RATE_WEIGHT: Final = 0.3
+_WEIGHT: Final = 0.3
+
+
+def averaged(before: float | None, value: float) -> float:
+    """Return the moving average after another value."""
+    return value if before is None else before + _WEIGHT * (value - before)
 
 
 class Rates:
@@ -174,7 +196,7 @@ class Rates:
         """Note a connection's rate."""
         before = self.of(host, now)
         self._shown = {each: shown for each, shown in self._shown.items() if now - shown[1] < RATE_LASTS_S}
-        self._shown[host] = (rate if before is None else before + RATE_WEIGHT * (rate - before), now)
+        self._shown[host] = (averaged(before, rate), now)
 
     def of(self, host: str, now: float) -> float | None:
         """Return the rate of a connection to the host; None if none was measured lately."""

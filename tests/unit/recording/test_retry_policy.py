@@ -5,7 +5,10 @@ import pytest
 from pullthrough.core.errors import UnexpectedResponse, UpstreamRefused, UpstreamUnreachable
 from pullthrough.recording.retry_policy import (
     BACKOFF_LIMIT_S,
+    BESIDE_S,
     GIVE_UP_S,
+    LATE,
+    LIVELY_S,
     MAX_UNEXPECTED,
     RATE_LASTS_S,
     RETRY_AFTER_LIMIT_S,
@@ -59,10 +62,21 @@ def test_failures_make_patient() -> None:
     """The line may be slow: up to eightfold; a byte ends that."""
     patience = Patience(NOW)
     for expected in (1, 2, 4, 8, 8):
-        assert patience.silent_s == expected * SILENT_S
+        assert patience.silent_s(NOW + LIVELY_S, 0.0) == expected * SILENT_S
         patience.fail(RESET, NOW)
     patience.hear(NOW)
-    assert patience.silent_s == SILENT_S
+    assert patience.silent_s(NOW + LIVELY_S, 0.0) == SILENT_S
+
+
+def test_less_patience_while_others_bring_bytes() -> None:
+    """With one that has begun; for its first byte a source may need longer, if it usually does."""
+    patience = Patience(NOW)
+    patience.fail(RESET, NOW)
+    patience.hear(NOW)
+    just_after = NOW + LIVELY_S - 0.01
+    assert patience.silent_s(just_after, None) == SILENT_S
+    for start_s, expected in ((0.0, BESIDE_S), (BESIDE_S / LATE, BESIDE_S), (0.9, 0.9 * LATE), (60.0, SILENT_S)):
+        assert patience.silent_s(just_after, start_s) == expected
 
 
 # --- one connection
