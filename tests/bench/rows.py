@@ -39,7 +39,7 @@ ROWS: Final = {
     "single": Row(
         cold.single,
         "a limited source: nginx's slices come one after the other, the cache's over 16 connections; an unlimited one: "
-        "the cache's one thread, which decrypts, writes and encrypts, beside the hashing",
+        "Python, whose threads take the TLS records of 16 KiB in turns, and the hashing beside it",
     ),
     "ollama": Row(
         cold.ollama,
@@ -48,8 +48,8 @@ ROWS: Final = {
     ),
     "tensors": Row(
         cold.tensors,
-        "Python's interpreter lock: a blob is a recording, two requests to answer and two to make, with some twenty "
-        "passes of the event loop; the emulator, in Python too, on the same cores",
+        "Python's interpreter lock: a blob is a recording, with two requests to answer, one to make and some "
+        "twenty-five passes of the event loop; the emulator, in Python too, on the same cores",
     ),
     "parts": Row(
         pulls.parts, "source, cache and client share the cores, and all three are Python; the disk at the end"
