@@ -127,7 +127,7 @@ class BlobWriter:
 
     async def abandon(self) -> None:
         """Unless the blob is complete, make what is written durable and give back the space reserved for the rest."""
-        if self._assembly.complete:
+        if self._assembly.complete or self._ingest.file is None:
             return
         await self.flush()
         await self._threads.disk(self._ingest.give_back, self._assembly.present.copy())
@@ -212,5 +212,6 @@ class BlobWriter:
         synced = time.monotonic()
         placed = self._store.place(self._ingest.digest, self._ingest.finished_path)
         self._ingest.forget()
-        self._ingest.close()
+        with contextlib.suppress(OSError):  # a late error of the journal, which is no longer of use
+            self._ingest.close()
         return placed, synced

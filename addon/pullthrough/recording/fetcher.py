@@ -63,12 +63,13 @@ class Fetcher:
     def _end_work(self, task: asyncio.Task[None]) -> None:
         self._workers.discard(task)
         self._changed.set()
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
             self._fail(error)  # a bug of ours: nobody would bring the bytes that readers wait for
 
     def rescue(self, position: int) -> None:
         """End the silent connections that have claimed the byte at `position`, for which a reader waits."""
         for attempt in self._plan.overdue(position, steady()):
+            self._plan.give_up(attempt)
             self._end_attempt(attempt)
 
     def drop(self) -> None:
@@ -128,6 +129,7 @@ class Fetcher:
             async def fetch(attempt: Attempt) -> None:
                 size = self._plan.assembly.size
                 stream = await self._blob_source.open(source, claimed.start, claimed.stop, length=size)
+                self._plan.show_start(steady() - attempt.pace.began)
                 with contextlib.closing(stream):
                     await self._receive(stream, attempt, _got(stream))
 
@@ -270,7 +272,7 @@ class Fetcher:
         if self._plan.fail(error, now):
             self._fail(error)
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: Exception) -> None:
         """Stop requesting slices, and make `run` raise the error."""
         self._plan.is_over = True
         if not self._failure.done():

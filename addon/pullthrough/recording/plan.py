@@ -18,7 +18,7 @@ from pullthrough.core.errors import UpstreamError
 from pullthrough.core.intervals import Intervals
 from pullthrough.recording.assembly import Assembly
 from pullthrough.recording.rate_limit import RateLimit
-from pullthrough.recording.retry_policy import Pace, Patience, Rates, averaged
+from pullthrough.recording.retry_policy import LIVELY_S, Pace, Patience, Rates, averaged, beside_s
 from pullthrough.recording.slicing import MAX_SLICE, MIN_SLICE, Demand, Slice, next_slice
 from pullthrough.recording.states import LEARN, Event, Got, Ranges
 
@@ -117,7 +117,9 @@ class Plan:
         self._patience = Patience(now)
         self._rate: float | None = None
         self._start_s: float | None = None
-        """How long a connection usually takes to bring its first byte."""
+        """How long a response usually takes to begin, from its request on."""
+        self._late: set[int] = set()
+        """Where slices begin whose response has not begun in that time."""
         self._restarts = 0
         self._landing = Intervals()
 
@@ -203,8 +205,6 @@ class Plan:
         self._line.counters.take(count, near=near)
         self.fetched += count
         self._patience.hear(now)
-        if not attempt.pace.has_begun:
-            self._start_s = averaged(self._start_s, now - attempt.pace.began)
         attempt.pace.bring(count, now)
         pause_s = self._line.rate_limit.spend(count, live=bool(self.interest.readers), now=now)
         if pause_s:
@@ -234,6 +234,15 @@ class Plan:
         if host is not None:
             self._line.rates.show(host, rate, now)
 
+    def show_start(self, seconds: float) -> None:
+        """Note how long a response took to begin."""
+        self._start_s = averaged(self._start_s, seconds)
+
+    def give_up(self, attempt: Attempt) -> None:
+        """Note that an overdue attempt is ended: if its response has not begun, the next one gets more time."""
+        if not attempt.pace.has_begun:
+            self._late.add(attempt.claimed.start)
+
     # --- what fails
 
     def listen(self, now: float) -> None:
@@ -245,12 +254,18 @@ class Plan:
         return [
             attempt
             for attempt in self.attempts
-            if self._brings(attempt, position) and self._is_silent(attempt.pace, now)
+            if self._brings(attempt, position)
+            and attempt.pace.is_silent(self.usual(now), self._silent_s(attempt, now), now)
         ]
 
-    def _is_silent(self, pace: Pace, now: float) -> bool:
-        start_s = 0.0 if pace.has_begun else self._start_s
-        return pace.is_silent(self.usual(now), self._patience.silent_s(now, start_s), now)
+    def _silent_s(self, attempt: Attempt, now: float) -> float:
+        start_s = 0.0 if attempt.pace.has_begun else self._start_s
+        if not attempt.pace.has_begun and attempt.claimed.start in self._late:
+            return self._patience.silent_s
+        others = [other.pace for other in self.attempts if other is not attempt]
+        if start_s is not None and any(pace.has_begun and now - pace.heard < LIVELY_S for pace in others):
+            return beside_s(start_s)
+        return self._patience.silent_s
 
     def _brings(self, attempt: Attempt, position: int) -> bool:
         if attempt.is_whole and self.ranges is Ranges.NO:

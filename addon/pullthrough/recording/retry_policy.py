@@ -29,10 +29,10 @@ clients of v0.1.23-v0.5.7 wait 5 s. Doubled by each failure in a row, up to eigh
 
 LIVELY_S: Final = 0.5
 BESIDE_S: Final = 1.5
-"""While some connection has brought bytes within LIVELY_S, another one may bring nothing only this long: packets of its
-own are lost, and a new request does better."""
+"""While another connection has brought bytes within LIVELY_S, one may bring nothing only this long: packets of its own
+are lost, and a new request does better."""
 LATE: Final = 3.0
-"""How many times as long as usual the first byte of a connection may take."""
+"""How many times as long as usual a response may take to begin."""
 
 FAR_BELOW: Final = 1 / 8
 """A connection that delivers less than this fraction of the usual rate also counts as silent: a line that drops packets
@@ -60,13 +60,9 @@ class Patience:
         """Failures in a row, without a byte between them."""
         self._quiet_until = 0.0
 
-    def silent_s(self, now: float, start_s: float | None) -> float:
-        """Return how long a connection may bring nothing, or little, while a reader waits for its bytes.
-
-        `start_s` is how long the first byte usually takes; None while unknown, 0 for a connection that has begun.
-        """
-        if start_s is not None and now - self.heard < LIVELY_S:
-            return min(SILENT_S, max(BESIDE_S, LATE * start_s))
+    @property
+    def silent_s(self) -> float:
+        """How long a connection may bring nothing, or little, while a reader waits for its bytes."""
         return SILENT_S * 2.0 ** min(self.failures, 3)
 
     def hear(self, now: float) -> None:
@@ -154,6 +150,8 @@ class Pace:
     def bring(self, count: int, now: float) -> None:
         """Note that it has brought `count` bytes."""
         self.heard = now
+        if not self._brought:
+            self._marks = deque([(now, 0)])  # its rate does not count the time until then
         self._brought += count
         if now - self._marks[-1][0] >= _STEP_S:
             self._marks.append((now, self._brought))
@@ -174,6 +172,14 @@ class Pace:
         if usual is None or not before:
             return False
         return self._brought - before[-1] < FAR_BELOW * usual * silent_s
+
+
+def beside_s(start_s: float) -> float:
+    """Return what `Patience.silent_s` is for a connection beside others that bring bytes.
+
+    `start_s` is how long responses usually take to begin, 0 if this one has begun.
+    """
+    return min(SILENT_S, max(BESIDE_S, LATE * start_s))
 
 
 RATE_LASTS_S: Final = 10.0

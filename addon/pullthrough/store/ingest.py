@@ -190,6 +190,7 @@ class Ingest:
                     os.ftruncate(descriptor, size)
             except BaseException:
                 os.close(descriptor)
+                self._close_journal()
                 raise
         except OSError as error:
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
@@ -332,8 +333,8 @@ class Ingest:
 
     def _close_journal(self) -> None:
         if self._journal is not None:
-            os.close(self._journal)
-            self._journal = None
+            journal, self._journal = self._journal, None
+            os.close(journal)
 
     def _rewrite_journal(
         self, size: int, present: Intervals, flushed: Intervals, windows: WindowMap | None, *, sync: bool = True

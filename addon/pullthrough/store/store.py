@@ -341,6 +341,7 @@ class Store:
         """Forget this representation of the model; the blobs that it lists stay."""
         self._files.remove(name)
         self._manifests.drop(name)
+        self._grants.keep(name.place)
 
     def drop_model(self, name: Name) -> None:
         """Forget the model, in whichever of its two representations are stored."""

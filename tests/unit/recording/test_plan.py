@@ -9,7 +9,7 @@ from pullthrough.core.errors import UpstreamUnreachable
 from pullthrough.recording.assembly import Assembly
 from pullthrough.recording.plan import MAX_RESTARTS, Attempt, Interest, Line, Plan
 from pullthrough.recording.rate_limit import RateLimit
-from pullthrough.recording.retry_policy import GIVE_UP_S, SILENT_S
+from pullthrough.recording.retry_policy import BESIDE_S, GIVE_UP_S, LATE, SILENT_S
 from pullthrough.recording.slicing import KIB, MAX_SLICE, MIB, MIN_SLICE, Demand, Slice
 from pullthrough.recording.states import Got, Ranges
 
@@ -178,6 +178,23 @@ def test_who_trickles_is_overdue_for_those_who_wait_for_it() -> None:
     assert plan.overdue(16 * KIB, later) == [slow]
     assert plan.overdue(9 * MIB, later) == []
     assert plan.overdue(20 * MIB, later) == []
+
+
+def test_who_stalls_beside_others_is_overdue_sooner() -> None:
+    """And sooner still than one whose response may yet begin; alone, each has the whole time."""
+    plan = plan_of(size=64 * MIB)
+    plan.show_start(0.9)
+    lone, begun = plan.begin(Slice(0, 8 * MIB), NOW), plan.begin(Slice(8 * MIB, 16 * MIB), NOW)
+    plan.come(begun, 16 * KIB, NOW, near=False)
+    assert plan.overdue(8 * MIB + 16 * KIB, NOW + SILENT_S - 0.1) == [], "its own bytes do not count"
+    quick = plan.begin(Slice(16 * MIB, 24 * MIB), NOW)
+    for late, at, expected in ((begun, 9 * MIB, BESIDE_S), (lone, 0, 0.9 * LATE)):
+        plan.come(quick, 64 * KIB, NOW + expected - 0.2, near=False)
+        assert plan.overdue(at, NOW + expected - 0.1) == []
+        assert plan.overdue(at, NOW + expected) == [late]
+    # The source may need longer there: the next attempt gets the whole time.
+    plan.give_up(lone)
+    assert plan.overdue(0, NOW + 0.9 * LATE) == []
 
 
 def test_who_brings_the_whole_is_overdue_for_all_of_it() -> None:

@@ -8,7 +8,6 @@ from pullthrough.recording.retry_policy import (
     BESIDE_S,
     GIVE_UP_S,
     LATE,
-    LIVELY_S,
     MAX_UNEXPECTED,
     RATE_LASTS_S,
     RETRY_AFTER_LIMIT_S,
@@ -17,6 +16,7 @@ from pullthrough.recording.retry_policy import (
     Patience,
     Rates,
     backoff_s,
+    beside_s,
 )
 
 NOW = 1000.0
@@ -62,21 +62,24 @@ def test_failures_make_patient() -> None:
     """The line may be slow: up to eightfold; a byte ends that."""
     patience = Patience(NOW)
     for expected in (1, 2, 4, 8, 8):
-        assert patience.silent_s(NOW + LIVELY_S, 0.0) == expected * SILENT_S
+        assert patience.silent_s == expected * SILENT_S
         patience.fail(RESET, NOW)
     patience.hear(NOW)
-    assert patience.silent_s(NOW + LIVELY_S, 0.0) == SILENT_S
+    assert patience.silent_s == SILENT_S
 
 
-def test_less_patience_while_others_bring_bytes() -> None:
-    """With one that has begun; for its first byte a source may need longer, if it usually does."""
-    patience = Patience(NOW)
-    patience.fail(RESET, NOW)
-    patience.hear(NOW)
-    just_after = NOW + LIVELY_S - 0.01
-    assert patience.silent_s(just_after, None) == SILENT_S
+def test_less_patience_beside_others() -> None:
+    """A response may take longer to begin, if the source's usually do."""
     for start_s, expected in ((0.0, BESIDE_S), (BESIDE_S / LATE, BESIDE_S), (0.9, 0.9 * LATE), (60.0, SILENT_S)):
-        assert patience.silent_s(just_after, start_s) == expected
+        assert beside_s(start_s) == expected
+
+
+def test_the_time_before_the_first_byte_is_no_rate() -> None:
+    """A connection that took long to begin is not slow by that."""
+    pace = Pace(NOW - 2.0)
+    pace.bring(256 << 10, NOW)
+    assert not pace.is_silent(4 * MB, BESIDE_S, NOW + 0.1)
+    assert pace.is_silent(4 * MB, BESIDE_S, NOW + BESIDE_S)
 
 
 # --- one connection

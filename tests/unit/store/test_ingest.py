@@ -194,6 +194,31 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ingest.write_at(0, b"x")
 
 
+def test_a_blob_that_cannot_begin_keeps_no_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody closes what has not begun."""
+    opened: set[int] = set()
+    open_descriptor, close = platform.open_descriptor, os.close
+
+    def opening(*arguments: object) -> int:
+        descriptor = open_descriptor(*arguments)  # type: ignore[arg-type]
+        opened.add(descriptor)
+        return descriptor
+
+    def closing(descriptor: int) -> None:
+        opened.discard(descriptor)
+        close(descriptor)
+
+    def refuse(descriptor: int, size: int) -> None:
+        raise OSError(27, "File too large")
+
+    monkeypatch.setattr(platform, "open_descriptor", opening)
+    monkeypatch.setattr(os, "close", closing)
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(StoreUnwritable, match="File too large"):
+        begin(tmp_path)
+    assert opened == set()
+
+
 def test_readers_keep_the_descriptor(tmp_path: Path) -> None:
     """A reader's descriptor outlives the ingest and the file's name."""
     ingest = begin(tmp_path)

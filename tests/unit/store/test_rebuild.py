@@ -225,6 +225,22 @@ def test_grants_outlive_the_index(tmp_path: Path, lose: Callable[[Path], object]
         assert not store.is_member(*alone, digest_of(OPEN))
 
 
+def test_grants_of_a_model_that_is_gone(tmp_path: Path) -> None:
+    """What its manifest listed is listed by none any more, so the file has it at once."""
+    folder = tmp_path / "store"
+    with closing(Store.open(folder)) as store:
+        record(store, OPEN)
+        put(store, PUBLIC, manifest_of(OPEN))
+        store.confirm_public(*PUBLIC.place, digest_of(OPEN))
+        store._files.flush()
+        store._files.flush()
+        assert grants_of(folder) == []
+        store.drop_manifest(PUBLIC)
+        store._files.flush()
+        store._files.flush()
+        assert [path.read_text() for path in grants_of(folder)] == [f"{digest_of(OPEN)}\n"]
+
+
 def test_grants_of_an_earlier_version(tmp_path: Path) -> None:
     """They are in the index alone, and get their files once it is compared; a grant does not write over others."""
     folder = tmp_path / "store"
