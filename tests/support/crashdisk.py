@@ -191,7 +191,6 @@ class Disk[P]:
         patch.setattr(os, "unlink", functools.partial(self._unlink, os.unlink))
         patch.setattr(diskcache, "Cache", lambda *arguments, **options: self.rows)
         patch.setattr(index, "ThreadPoolExecutor", AtOnce)
-        patch.setattr(index, "GATHER_S", 0.0)
 
     def assert_nothing_missed(self) -> None:
         """No file has changed past this simulation."""

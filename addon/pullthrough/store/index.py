@@ -33,9 +33,6 @@ DATABASE: Final = "cache.db"
 """The name of diskcache's SQLite file."""
 LOCKED_S: Final = 3.0
 """The longest wait for another process to unlock the database."""
-GATHER_S: Final = 0.1
-"""How long a write waits for more rows: a transaction costs more than a row, and a blob changes its row several times.
-"""
 
 _NO_LIMIT: Final = 1 << 62
 
@@ -88,8 +85,6 @@ class Index:
         """Rows not yet written."""
         self._is_asked = False
         """Whether a write of the pending rows is scheduled."""
-        self._hurries = threading.Event()
-        """Set while somebody waits for the writes."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ollama-cache-index")
 
     @classmethod
@@ -176,12 +171,10 @@ class Index:
 
     def flush(self) -> None:
         """Wait until every write so far is in the database."""
-        self._hurries.set()
-        self._writer.submit(self._hurries.clear).result()
+        self._writer.submit(lambda: None).result()
 
     def close(self) -> None:
         """Write the pending rows, and close."""
-        self._hurries.set()
         self._writer.submit(self._write)
         # diskcache keeps a connection per thread, so each thread closes its own.
         self._writer.submit(self.cache.close)
@@ -197,8 +190,7 @@ class Index:
             self._writer.submit(self._write)
 
     def _write(self) -> None:
-        """Write the rows that are pending, and those of the next moment, all or none."""
-        self._hurries.wait(GATHER_S)
+        """Write the rows that are pending, all or none."""
         with self._lock:
             pending, self._pending = self._pending, {}
             self._is_asked = False

@@ -566,7 +566,6 @@ def dying(after: int) -> Iterator[list[int]]:
         patch.setattr(platform, "write_at", mortal(platform.write_at))
         patch.setattr(os, "write", mortal(os.write))
         patch.setattr(Index, "_write", mortal(Index._write))
-        patch.setattr(index, "GATHER_S", 0.0)
         yield count
 
 
