@@ -175,7 +175,8 @@ class Fetcher:
             else:
                 await self._sift(stream, attempt)
         finally:
-            if attempt.position > stream.start and not attempt.is_marked:
+            is_marked = got is Got.PART and attempt.position == stream.stop
+            if attempt.position > stream.start and not is_marked:
                 await self._blob_writer.mark(stream.start, attempt.position)
             host = stream.source.host if stream.source is not None else None
             now = steady()
@@ -190,7 +191,6 @@ class Fetcher:
             self._blob_writer.put(offset, data)
             if offset + len(data) == stream.stop:
                 self._blob_writer.mark_put(stream.start, stream.stop)
-                attempt.is_marked = True
             told: Future[float] | None = Future() if waits else None
             loop.call_soon_threadsafe(self._note_landed, stream, attempt, offset, offset + len(data), told)
             if told is not None:

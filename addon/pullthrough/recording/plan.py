@@ -91,8 +91,6 @@ class Attempt:
     """Where the response ends."""
     is_whole: bool = False
     """Whether the response is the whole blob."""
-    is_marked: bool = False
-    """Whether the journal has its bytes."""
     is_dropped: bool = False
     """Whether its bytes are no longer wanted."""
 

@@ -233,10 +233,8 @@ def test_grants_of_a_model_that_is_gone(tmp_path: Path) -> None:
         put(store, PUBLIC, manifest_of(OPEN))
         store.confirm_public(*PUBLIC.place, digest_of(OPEN))
         store._files.flush()
-        store._files.flush()
         assert grants_of(folder) == []
         store.drop_manifest(PUBLIC)
-        store._files.flush()
         store._files.flush()
         assert [path.read_text() for path in grants_of(folder)] == [f"{digest_of(OPEN)}\n"]
 
