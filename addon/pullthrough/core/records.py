@@ -4,9 +4,11 @@ Invariant: all are tuples, because a start creates hundreds of thousands, and ev
 """
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from hashlib import sha256
+from types import MappingProxyType
 from typing import Final, NamedTuple, Self
 
 from pullthrough.core import manifest_json
@@ -136,7 +138,7 @@ class Series(NamedTuple):
     """A key that tells the manifest from the others of its repository."""
     body: bytes
     """The document that contains the manifest."""
-    digests: list[Digest]
+    digests: Collection[Digest]
 
     @property
     def is_of_tensors(self) -> bool:
@@ -145,7 +147,8 @@ class Series(NamedTuple):
 
     def behind(self, digest: Digest) -> list[Digest]:
         """Return the blobs that are asked for after `digest`."""
-        return self.digests[self.digests.index(digest) + 1 :]
+        digests = list(self.digests)
+        return digests[digests.index(digest) + 1 :]
 
 
 class ManifestRecord(NamedTuple):
@@ -208,14 +211,14 @@ class ManifestRecord(NamedTuple):
         return list(map(trusted, (self.references or "").split()))
 
     @property
-    def sizes(self) -> dict[Digest, int | None]:
-        """The blobs it lists and the sizes it claims for them, None if unknown; built anew by each call."""
-        return dict(zip(self.digests, map(_parse_size, self.claimed.split()), strict=True))
+    def sizes(self) -> Mapping[Digest, int | None]:
+        """The blobs it lists and the sizes it claims for them, None if unknown."""
+        return _sizes(self.listed, self.claimed)
 
     @property
     def digests(self) -> list[Digest]:
         """The blobs it lists."""
-        return list(map(trusted, self.listed.split()))
+        return list(self.sizes)
 
     @property
     def size(self) -> int:
@@ -240,13 +243,11 @@ class ManifestRecord(NamedTuple):
 
     def claim(self, digest: Digest) -> int | None:
         """Return the size that it claims for a blob; None if it does not list the blob or has no size for it."""
-        if not self.lists(digest):
-            return None
-        return _parse_size(self.claimed.split()[self.listed.split().index(digest)])
+        return self.sizes[digest] if self.lists(digest) else None
 
     def grown(self, child: "ManifestRecord") -> Self:
         """Return the list with the blobs of `child` added."""
-        sizes = self.sizes
+        sizes = dict(self.sizes)
         for digest, size in {Digest(child.digest): len(child.body), **child.sizes}.items():
             if sizes.get(digest) is None:
                 sizes[digest] = size
@@ -255,7 +256,7 @@ class ManifestRecord(NamedTuple):
     def series(self, known: Mapping[Digest, "ManifestRecord"]) -> list[Series]:
         """Return the blobs of each manifest it stands for: itself, or those of its children that are `known`."""
         if not self.is_list:
-            return [Series(self.digest, self.body, self.digests)]
+            return [Series(self.digest, self.body, self.sizes)]
         found = []
         for number, child in enumerate(manifest_json.children_of(self.body)):
             if child.digest is None:
@@ -271,6 +272,12 @@ class ManifestRecord(NamedTuple):
 
 
 _UNKNOWN: Final = "-"
+
+
+@lru_cache(maxsize=16)
+def _sizes(listed: str, claimed: str) -> Mapping[Digest, int | None]:
+    """Return the blobs and their sizes. The last few are kept: each request for a blob of a model needs them."""
+    return MappingProxyType(dict(zip(map(trusted, listed.split()), map(_parse_size, claimed.split()), strict=True)))
 
 
 def _parse_size(text: str) -> int | None:

@@ -10,7 +10,7 @@ shows them leaves those out. Pure state: `now` is a parameter, Unix seconds.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -28,7 +28,7 @@ KEPT: Final = 200_000
 RECENT: Final = 50
 """The most finished pulls that are remembered."""
 
-Wanted = Sequence[Sequence[Digest]]
+Wanted = Sequence[Collection[Digest]]
 """The blobs of a model, or of each child of a list."""
 
 

@@ -8,6 +8,7 @@ ours: pass it through".
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 
 from pullthrough.config.settings import Settings
 from pullthrough.core import capability
@@ -135,7 +136,7 @@ class Registry:
             self._clients.pull(client, name, now=now)
             self._history.ask(client, name, self._wanted(name, answer), now=now)
 
-    def _wanted(self, name: Name, answer: Answer) -> list[list[Digest]]:
+    def _wanted(self, name: Name, answer: Answer) -> list[Collection[Digest]]:
         """Return the blobs that a client will ask for after this manifest; for a list, those of each child."""
         record = self._store.manifest(name)
         if record is None or record.body != answer.body:

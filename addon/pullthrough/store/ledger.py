@@ -121,7 +121,5 @@ class Grants:
 
     def _unlisted(self, place: Place, granted: Collection[str]) -> set[str]:
         """Return the grants that no manifest lists. Copies first, because another thread may call it."""
-        found = set(granted)
-        for record in self._manifests.listing(place):
-            found.difference_update(record.listed.split())
-        return found
+        listing = self._manifests.listing(place)
+        return {each for each in list(granted) if not any(each in record.sizes for record in listing)}

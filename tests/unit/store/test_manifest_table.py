@@ -160,7 +160,7 @@ def test_children_in_place(store: Store) -> None:
     hold(store, SECOND)
     stored = store.manifest(LISTS)
     assert stored is not None
-    assert [series.digests for series in stored.series(store.children())] == [
+    assert [list(series.digests) for series in stored.series(store.children())] == [
         [digest_of(b"a"), digest_of(b"both"), digest_of(b"a")],
         [digest_of(b"b"), digest_of(b"both")],
         [digest_of(b"both")],
