@@ -36,16 +36,14 @@ def records_of(lines: list[bytes]) -> Iterable[dict[str, Any]]:
         yield record
 
 
-def replace_file(path: Path, lines: Iterable[bytes], *, sync: bool) -> None:
-    """Write these lines to the file, replacing it atomically; with `sync`, durably."""
+def replace_file(path: Path, lines: Iterable[bytes]) -> None:
+    """Write these lines to the file, replacing it atomically and durably."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     descriptor = platform.open_descriptor(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
         platform.write_at(descriptor, 0, b"".join(lines))
-        if sync:
-            platform.sync_data(descriptor)
+        platform.sync_data(descriptor)
     finally:
         os.close(descriptor)
     os.replace(temporary, path)
-    if sync:
-        platform.sync_folder(path.parent)
+    platform.sync_folder(path.parent)

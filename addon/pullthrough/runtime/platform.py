@@ -7,6 +7,7 @@ weaker, and the docstring says so.
 import contextlib
 import ctypes
 import errno
+import functools
 import gc
 import ipaddress
 import math
@@ -250,6 +251,7 @@ def free_memory() -> int:
     return available
 
 
+@functools.cache
 def boot_id() -> str:
     """Return an id that changes with every boot of the machine.
 

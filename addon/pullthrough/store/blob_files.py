@@ -91,17 +91,23 @@ class BlobFiles:
 def partials(store: Path) -> dict[Digest, tuple[int, float]]:
     """Return each partial's disk usage (bytes) and last change (Unix seconds), of running and abandoned recordings."""
     found = {}
-    for path in (store / INGEST).glob(f"*{PARTIAL}"):
-        with contextlib.suppress(InvalidRequest, FileNotFoundError):
-            found[Digest.parse(path.stem)] = _taken(path)
+    for path, taken in _taken(store / INGEST):
+        if path.name.endswith(PARTIAL):
+            with contextlib.suppress(InvalidRequest):
+                found[Digest.parse(path.stem)] = taken
     return found
 
 
 def quarantined(store: Path) -> dict[Path, tuple[int, float]]:
     """Return the same for quarantined files, whose bytes did not hash to their name."""
-    return {path: _taken(path) for path in (store / QUARANTINE).glob("sha256-*")}
+    return dict(_taken(store / QUARANTINE))
 
 
-def _taken(path: Path) -> tuple[int, float]:
-    status = path.stat()
-    return platform.allocated(status), status.st_mtime
+def _taken(folder: Path) -> Iterator[tuple[Path, tuple[int, float]]]:
+    """Yield each blob's file in the folder, with its disk usage and last change."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("sha256-"):
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat()
+                    yield folder / entry.name, (platform.allocated(status), status.st_mtime)

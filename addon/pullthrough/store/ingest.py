@@ -160,7 +160,7 @@ class Ingest:
             os.close(descriptor)
             return None
         try:
-            self._rewrite_journal(size, present, flushed, windows)
+            self._write_journal(size, present, flushed, windows)
         except OSError as error:
             os.close(descriptor)
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
@@ -184,7 +184,7 @@ class Ingest:
             try:
                 # Replace an old journal durably before the bytes it describes change. Where there is none, a small blob
                 # may be written and published before anything here has to be durable.
-                self._rewrite_journal(size, Intervals(), Intervals(), windows, sync=self.journal_path.exists())
+                self._write_journal(size, Intervals(), Intervals(), windows, is_new=not self.journal_path.exists())
                 os.ftruncate(descriptor, 0)
                 if windows is None:
                     os.ftruncate(descriptor, size)
@@ -201,7 +201,7 @@ class Ingest:
         assert self.file is not None
         try:
             with self._journal_lock:
-                self._rewrite_journal(self.file.size, Intervals(), Intervals(), self.file.windows)
+                self._write_journal(self.file.size, Intervals(), Intervals(), self.file.windows)
         except OSError as error:
             raise StoreUnwritable(f"recording {self.digest}: {error}") from error
 
@@ -336,10 +336,13 @@ class Ingest:
             journal, self._journal = self._journal, None
             os.close(journal)
 
-    def _rewrite_journal(
-        self, size: int, present: Intervals, flushed: Intervals, windows: WindowMap | None, *, sync: bool = True
+    def _write_journal(
+        self, size: int, present: Intervals, flushed: Intervals, windows: WindowMap | None, *, is_new: bool = False
     ) -> None:
-        """Replace the journal by a fresh one atomically, and open it for appending; durable if `sync`."""
+        """Begin the journal, and keep it open for appending: in place of the old one atomically and durably.
+
+        With `is_new` there is no old one: a new one counts for nothing before its first line is whole.
+        """
         self._close_journal()
         header = {"format": FORMAT, "digest": str(self.digest), "size": size, "boot": platform.boot_id()}
         lines = [line_of(header)]
@@ -347,10 +350,13 @@ class Ingest:
             lines.append(line_of({"p": windows.order}))
         lines += [line_of({"f": [list(interval) for interval in flushed]})]
         lines += [line_of({"w": list(interval)}) for interval in present]
-        replace_file(self.journal_path, lines, sync=sync)
-        self._is_durable = sync
+        self._is_durable = not is_new
         self._journal_size = sum(map(len, lines))
-        self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY)
+        if not is_new:
+            replace_file(self.journal_path, lines)
+        self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY | (os.O_CREAT if is_new else 0))
+        if is_new:
+            platform.write_at(self._journal, 0, b"".join(lines))
 
     def _read_journal(self) -> tuple[int, Intervals, Intervals, WindowMap | None] | None:
         """Return (size, present, durable, places) up to the journal's first bad line; None if it is of no use."""
