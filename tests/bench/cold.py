@@ -110,6 +110,13 @@ def _scene(rate: int | None) -> Iterator[_Scene]:
         yield _Scene(origin, www, cdn, slices, proxy, log)
 
 
+def _touch(size: int) -> None:
+    """Use as much memory as a round writes to files, and free it: of a virtual machine's memory the host provides each
+    page when it is first used, which costs whoever comes first 2 s of CPU per GB.
+    """
+    bytearray(b"\1") * (4 * size)
+
+
 def _condition(rate: int | None) -> str:
     return f"source limited to {rate // 1_000_000} MB/s per connection" if rate else "source without limit"
 
@@ -130,6 +137,7 @@ def _single(bench: Bench, scene: _Scene, clients: int, size: int, condition: str
     def measure(route: Route, address: Callable[[str], str], pid: int) -> Callable[[int], Sample]:
         def run(number: int) -> Sample:
             digest = blobs[number]
+            _touch(size)
             before = scene.sent()
             with Cost(pid) as cost:
                 tally = bench.load.fetch(route, [[Ask(address(digest), follows=True)]] * clients)
@@ -176,6 +184,7 @@ def _ollama(bench: Bench, scene: _Scene, clients: int, condition: str) -> Figure
         scene.add(f"pulled{number}", size, 10 + number)
 
     def ours(number: int) -> Sample:
+        _touch(clients * size)
         before = scene.sent()
         reports = _pull(f"pulled{number}", clients, scene.proxy.url, scene.proxy.ca_file)
         time.sleep(_LOGGED_S)
@@ -187,6 +196,7 @@ def _ollama(bench: Bench, scene: _Scene, clients: int, condition: str) -> Figure
         }
 
     def direct(number: int) -> Sample:
+        _touch(size)
         report = _pull(f"pulled{number}", 1, None, scene.origin.ca_file, scene.direct.resolve)[0]
         return {"s": report.transfer_s, "longest gap s": report.max_gap_s}
 
@@ -213,6 +223,7 @@ def _tensors(bench: Bench, scene: _Scene, count: int, size: int) -> Figure:
             return client.pull(f"tensors{number}").transfer_s
 
     def ours(number: int) -> Sample:
+        _touch(count * size)
         before = scene.answered()
         with Cost(scene.proxy.pid) as cost:
             seconds = pull(number, scene.proxy.url, scene.proxy.ca_file, "0.40.3")
@@ -224,6 +235,7 @@ def _tensors(bench: Bench, scene: _Scene, count: int, size: int) -> Figure:
         }
 
     def direct(number: int) -> Sample:
+        _touch(count * size)
         # The last one that asks no proxy, and does not dial what it has looked up itself.
         return {"s": pull(number, None, scene.origin.ca_file, "current", scene.direct.resolve)}
 
