@@ -1,8 +1,9 @@
 """The index: the facts about blobs and manifests, in diskcache; `rows` defines its rows.
 
 Invariant: its reader keeps all of it in memory, so a look-up needs no SQL. One thread does the writing, because SQLite
-may block. Whatever arrives during a write goes into the next transaction; a write that failed is repeated with the
-next one. `cull_limit=0`, because diskcache's own culling drops ten rows of any size.
+may block. Whatever arrives during a write goes into the next transaction, and a slow write is followed by a rest; a
+write that failed is repeated with the next one. `cull_limit=0`, because diskcache's own culling drops ten rows of any
+size.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import logging
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -33,6 +35,12 @@ DATABASE: Final = "cache.db"
 """The name of diskcache's SQLite file."""
 LOCKED_S: Final = 3.0
 """The longest wait for another process to unlock the database."""
+
+SLOW_S: Final = 0.005
+RESTS: Final = 4
+"""How many times as long as it took the writer rests after a write of more than SLOW_S: the members of a repository are
+one row, which each new blob of a model of thousands writes anew."""
+REST_LIMIT_S: Final = 0.25
 
 _NO_LIMIT: Final = 1 << 62
 
@@ -85,6 +93,9 @@ class Index:
         """Rows not yet written."""
         self._is_asked = False
         """Whether a write of the pending rows is scheduled."""
+        self._rest_until = 0.0
+        self._hurry = threading.Event()
+        """Set while someone waits for the writer: it does not rest."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="ollama-cache-index")
 
     @classmethod
@@ -171,10 +182,12 @@ class Index:
 
     def flush(self) -> None:
         """Wait until every write so far is in the database."""
-        self._writer.submit(lambda: None).result()
+        self._hurry.set()
+        self._writer.submit(self._hurry.clear).result()
 
     def close(self) -> None:
         """Write the pending rows, and close."""
+        self._hurry.set()
         self._writer.submit(self._write)
         # diskcache keeps a connection per thread, so each thread closes its own.
         self._writer.submit(self.cache.close)
@@ -191,11 +204,13 @@ class Index:
 
     def _write(self) -> None:
         """Write the rows that are pending, all or none."""
+        self._hurry.wait(max(0.0, self._rest_until - time.monotonic()))
         with self._lock:
             pending, self._pending = self._pending, {}
             self._is_asked = False
         if not pending:
             return
+        began = time.monotonic()
         try:
             with self.cache.transact():
                 for key, value in pending.items():
@@ -213,6 +228,9 @@ class Index:
         except Exception:
             # A bug of ours: the same rows would fail again, and all others with them.
             _log.exception("index rows given up: %s", ", ".join(pending))
+        took = time.monotonic() - began
+        if took > SLOW_S:
+            self._rest_until = began + took + min(REST_LIMIT_S, RESTS * took)
 
     def _unsound(self, error: Exception) -> StoreError:
         return StoreError(f"store {self._folder.parent}: expected a sound index in {self._folder}, got: {error}")

@@ -8,8 +8,10 @@ import os
 import pickle
 import shutil
 import sqlite3
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diskcache
@@ -225,6 +227,35 @@ def test_a_row_that_cannot_be_made_is_told(tmp_path: Path, caplog: pytest.LogCap
     store.close()
     store = Store.open(tmp_path / "store")
     assert store.manifest(NAME) == manifest(b"a")
+    store.close()
+
+
+def test_a_slow_index_is_written_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that come while the writer rests go into one write, and nobody who flushes waits for the rest."""
+    store = Store.open(tmp_path / "store")
+    index = store._index
+    resting, writes, now = threading.Event(), list[str](), [1000.0]
+
+    def rest(seconds: float) -> bool:
+        if seconds:
+            resting.set()
+        return hurry.wait(60 if seconds else 0)
+
+    hurry = threading.Event()
+    monkeypatch.setattr(index, "_hurry", SimpleNamespace(wait=rest, set=hurry.set, clear=hurry.clear))
+    monkeypatch.setattr("pullthrough.store.index.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def put(name: str) -> None:
+        index._put("day 1", lambda: (now.insert(0, now[0] + 1), writes.append(name), name)[2])
+
+    put("first")
+    index.flush()
+    put("second")
+    assert resting.wait(10)
+    put("third")
+    assert writes == ["first"]
+    index.flush()
+    assert writes == ["first", "third"]
     store.close()
 
 
