@@ -114,7 +114,7 @@ def _touch(size: int) -> None:
     """Use as much memory as a round writes to files, and free it: of a virtual machine's memory the host provides each
     page when it is first used, which costs whoever comes first 2 s of CPU per GB.
     """
-    bytearray(b"\1") * (4 * size)
+    bytearray(b"\1") * min(4 * size, 2 << 30)
 
 
 def _condition(rate: int | None) -> str:

@@ -61,9 +61,11 @@ class LeaseHolder:
 
     async def source(self, digest: Digest, deposed: Collection[str]) -> tuple[str, Source] | None:
         """Return (the holder's name, where it has the blob); None if this cache is to ask upstream itself."""
-        claims = (each.sizes[digest] for each in self._store.manifests().values() if each.lists(digest))
+        if digest in self._held or self._origin is None:
+            return None
+        claims = (each.claim(digest) for each in self._store.manifests().values() if each.lists(digest))
         size = next(filter(None, claims), 0)
-        if digest in self._held or self._origin is None or 0 < size < WORTHWHILE:
+        if 0 < size < WORTHWHILE:
             return None
         try:
             return await self._find(digest, size, deposed)

@@ -91,23 +91,23 @@ class BlobFiles:
 def partials(store: Path) -> dict[Digest, tuple[int, float]]:
     """Return each partial's disk usage (bytes) and last change (Unix seconds), of running and abandoned recordings."""
     found = {}
-    for path, taken in _taken(store / INGEST):
-        if path.name.endswith(PARTIAL):
-            with contextlib.suppress(InvalidRequest):
-                found[Digest.parse(path.stem)] = taken
+    for name, taken in _taken(store / INGEST, PARTIAL):
+        with contextlib.suppress(InvalidRequest):
+            found[Digest.parse(name.removesuffix(PARTIAL))] = taken
     return found
 
 
 def quarantined(store: Path) -> dict[Path, tuple[int, float]]:
     """Return the same for quarantined files, whose bytes did not hash to their name."""
-    return dict(_taken(store / QUARANTINE))
+    return {store / QUARANTINE / name: taken for name, taken in _taken(store / QUARANTINE, "")}
 
 
-def _taken(folder: Path) -> Iterator[tuple[Path, tuple[int, float]]]:
-    """Yield each blob's file in the folder, with its disk usage and last change."""
+def _taken(folder: Path, suffix: str) -> Iterator[tuple[str, tuple[int, float]]]:
+    """Yield the name of each blob's file in the folder that ends so, with its disk usage and last change."""
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("sha256-"):
+            if entry.name.startswith("sha256-") and entry.name.endswith(suffix):
                 with contextlib.suppress(FileNotFoundError):
-                    status = entry.stat()
-                    yield folder / entry.name, (platform.allocated(status), status.st_mtime)
+                    # Not the entry's own `stat`: on Windows that is of when the file was opened.
+                    status = os.lstat(entry.path)
+                    yield entry.name, (platform.allocated(status), status.st_mtime)

@@ -1,7 +1,7 @@
 """The index: the facts about blobs and manifests, in diskcache; `rows` defines its rows.
 
 Invariant: its reader keeps all of it in memory, so a look-up needs no SQL. One thread does the writing, because SQLite
-may block. Whatever arrives during a write goes into the next transaction, and a slow write is followed by a rest; a
+may block. Whatever arrives during a write goes into the next transaction, and a large write is followed by a rest; a
 write that failed is repeated with the next one. `cull_limit=0`, because diskcache's own culling drops ten rows of any
 size.
 """
@@ -36,11 +36,10 @@ DATABASE: Final = "cache.db"
 LOCKED_S: Final = 3.0
 """The longest wait for another process to unlock the database."""
 
-SLOW_S: Final = 0.005
-RESTS: Final = 4
-"""How many times as long as it took the writer rests after a write of more than SLOW_S: the members of a repository are
-one row, which each new blob of a model of thousands writes anew."""
-REST_LIMIT_S: Final = 0.25
+RATE: Final = 2_000_000
+"""Bytes a second that are written at most: the members of a repository are one row, which each new blob of a model of
+thousands writes anew."""
+REST_LIMIT_S: Final = 1.0
 
 _NO_LIMIT: Final = 1 << 62
 
@@ -210,14 +209,16 @@ class Index:
             self._is_asked = False
         if not pending:
             return
-        began = time.monotonic()
+        written = 0
         try:
             with self.cache.transact():
                 for key, value in pending.items():
                     if value is None:
                         self.cache.delete(key)
                     else:
-                        self.cache.set(key, value())
+                        row = value()
+                        written += len(row)
+                        self.cache.set(key, row)
         except (sqlite3.Error, OSError, diskcache.Timeout):
             # What is in memory stays right; what is never written is lost at the next start, and learnt again.
             _log.exception(
@@ -228,9 +229,7 @@ class Index:
         except Exception:
             # A bug of ours: the same rows would fail again, and all others with them.
             _log.exception("index rows given up: %s", ", ".join(pending))
-        took = time.monotonic() - began
-        if took > SLOW_S:
-            self._rest_until = began + took + min(REST_LIMIT_S, RESTS * took)
+        self._rest_until = time.monotonic() + min(REST_LIMIT_S, written / RATE)
 
     def _unsound(self, error: Exception) -> StoreError:
         return StoreError(f"store {self._folder.parent}: expected a sound index in {self._folder}, got: {error}")

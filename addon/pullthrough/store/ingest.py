@@ -182,9 +182,9 @@ class Ingest:
         try:
             descriptor = platform.open_descriptor(self.partial_path, os.O_RDWR | os.O_CREAT)
             try:
-                # Replace an old journal durably before the bytes it describes change. Where there is none, a small blob
-                # may be written and published before anything here has to be durable.
-                self._write_journal(size, Intervals(), Intervals(), windows, is_new=not self.journal_path.exists())
+                # An old journal is replaced durably before the bytes it describes change. Where there is none, a small
+                # blob may be written and published before anything here has to be durable.
+                self._write_journal(size, Intervals(), Intervals(), windows, may_be_new=True)
                 os.ftruncate(descriptor, 0)
                 if windows is None:
                     os.ftruncate(descriptor, size)
@@ -337,11 +337,12 @@ class Ingest:
             os.close(journal)
 
     def _write_journal(
-        self, size: int, present: Intervals, flushed: Intervals, windows: WindowMap | None, *, is_new: bool = False
+        self, size: int, present: Intervals, flushed: Intervals, windows: WindowMap | None, *, may_be_new: bool = False
     ) -> None:
         """Begin the journal, and keep it open for appending: in place of the old one atomically and durably.
 
-        With `is_new` there is no old one: a new one counts for nothing before its first line is whole.
+        One that `may_be_new` is written as it is if there is no old one: it counts for nothing before its first line is
+        whole.
         """
         self._close_journal()
         header = {"format": FORMAT, "digest": str(self.digest), "size": size, "boot": platform.boot_id()}
@@ -350,13 +351,16 @@ class Ingest:
             lines.append(line_of({"p": windows.order}))
         lines += [line_of({"f": [list(interval) for interval in flushed]})]
         lines += [line_of({"w": list(interval)}) for interval in present]
-        self._is_durable = not is_new
         self._journal_size = sum(map(len, lines))
-        if not is_new:
-            replace_file(self.journal_path, lines)
-        self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY | (os.O_CREAT if is_new else 0))
-        if is_new:
-            platform.write_at(self._journal, 0, b"".join(lines))
+        self._is_durable = False
+        if may_be_new:
+            with contextlib.suppress(FileExistsError):
+                self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                platform.write_at(self._journal, 0, b"".join(lines))
+                return
+        replace_file(self.journal_path, lines)
+        self._is_durable = True
+        self._journal = platform.open_descriptor(self.journal_path, os.O_WRONLY)
 
     def _read_journal(self) -> tuple[int, Intervals, Intervals, WindowMap | None] | None:
         """Return (size, present, durable, places) up to the journal's first bad line; None if it is of no use."""

@@ -7,6 +7,7 @@ never stored.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from pathlib import Path
+from typing import Final
 
 from pullthrough.core.digest import Digest
 from pullthrough.core.errors import StoreUnwritable
@@ -17,6 +18,9 @@ from pullthrough.store.manifest_files import ModelFiles, Place
 from pullthrough.store.manifest_table import ManifestTable
 from pullthrough.store.rows import Contents, Members
 from pullthrough.store.usage import Totals
+
+FEW: Final = 8
+"""So many blobs are sought one by one in what a manifest lists, rather than splitting it."""
 
 
 class Ledger:
@@ -121,5 +125,10 @@ class Grants:
 
     def _unlisted(self, place: Place, granted: Collection[str]) -> set[str]:
         """Return the grants that no manifest lists. Copies first, because another thread may call it."""
-        listing = self._manifests.listing(place)
-        return {each for each in list(granted) if not any(each in record.sizes for record in listing)}
+        found = set(granted)
+        for record in self._manifests.listing(place):
+            if len(found) <= FEW:
+                found = {each for each in found if each not in record.listed}
+            else:
+                found.difference_update(record.listed.split())
+        return found

@@ -176,6 +176,8 @@ def _record(key: str, fact: dict[str, Any], bodies: dict[str, bytes]) -> Manifes
         # Rows from before manifest lists have no `references`, other old ones no `brought`.
         if not fact.keys() <= _FACTS:
             raise StoreError(f"manifest {key}: expected known facts, got others")
+        if fact["listed"].count(" ") != fact["claimed"].count(" "):
+            raise StoreError(f"manifest {key}: expected a size for each blob, got more or fewer")
         return ManifestRecord(
             body,
             fact["body"],

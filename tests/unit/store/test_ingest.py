@@ -44,6 +44,24 @@ def reopen(folder: Path) -> list[tuple[int, int]] | None:
     return None if found is None else list(found[1])
 
 
+def test_an_old_journal_does_not_count(tmp_path: Path) -> None:
+    """Beginning anew replaces the journal of the same blob, all of it."""
+    ingest = begin(tmp_path)
+    ingest.write_at(0, b"0123")
+    ingest.mark([(0, 4)])
+    ingest.close()
+    begin(tmp_path).close()
+    assert reopen(tmp_path) == []
+
+
+def test_a_journal_that_is_a_link(tmp_path: Path) -> None:
+    """It is replaced, not followed."""
+    (tmp_path / f"{DIGEST.file_name}.journal").symlink_to(tmp_path / "elsewhere")
+    begin(tmp_path).close()
+    assert not (tmp_path / "elsewhere").exists()
+    assert reopen(tmp_path) == []
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     """No partial, no resume."""
     assert Ingest(tmp_path, DIGEST).resume() is None

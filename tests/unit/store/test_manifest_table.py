@@ -242,6 +242,25 @@ def test_rows_of_the_version_before(store: Store) -> None:
     store.close()
 
 
+def test_a_row_with_a_size_too_few(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """It is no sound index: the manifest is read from its file again."""
+    store.put_manifest(NAME, parsed(FIRST))
+    store.close()
+    with closing(sqlite3.connect(store.folder / "index" / "cache.db")) as connection:
+        ((key, value),) = connection.execute("SELECT key, value FROM Cache WHERE key GLOB 'manifest *'")
+        facts = json.loads(value)
+        del facts["sum"]
+        facts["claimed"] = facts["claimed"].partition(" ")[2]
+        connection.execute("UPDATE Cache SET value = ? WHERE key = ?", (json.dumps(facts), key))
+        connection.commit()
+    store = Store.open(store.folder)
+    assert "expected a size for each blob" in caplog.text
+    found = store.manifest(NAME)
+    assert found is not None
+    assert found.sizes == parsed(FIRST).sizes
+    store.close()
+
+
 def test_both_representations_are_one_model(store: Store) -> None:
     """Stored side by side, also after a restart; the key of the plain one is what it always was."""
     store.put_manifest(NAME, parsed(FIRST))

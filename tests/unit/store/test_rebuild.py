@@ -26,6 +26,7 @@ from pullthrough.library.snapshot import Snapshot
 from pullthrough.runtime import platform
 from pullthrough.store import index, manifest_files
 from pullthrough.store.index import Index
+from pullthrough.store.ledger import FEW
 from pullthrough.store.store import Store
 from tests.support.bigstore import fill as fill_many
 from tests.support.crashdisk import AtOnce
@@ -223,6 +224,21 @@ def test_grants_outlive_the_index(tmp_path: Path, lose: Callable[[Path], object]
         assert not store.is_member(*alone, digest_of(OPEN))
         settle(store)
         assert not store.is_member(*alone, digest_of(OPEN))
+
+
+def test_grants_of_a_repository_of_many_tags(tmp_path: Path) -> None:
+    """What any of its manifests lists is not in the file, whether it came alone or with many others."""
+    folder = tmp_path / "store"
+    place = (DEFAULT_HOST, "library/open")
+    blobs = [digest_of(b"%d" % number) for number in range(FEW + 2)]
+    with closing(Store.open(folder)) as store:
+        for number, tag in enumerate((b"0", b"1", b"2")):
+            put(store, Name(*place, f"tag{number}"), manifest_of(tag, SHARED, CONFIG))
+        for blob in blobs:
+            store.confirm_public(*place, blob)
+        put(store, Name(*place, "tag0"), manifest_of(b"3", SHARED, CONFIG))
+    (file,) = grants_of(folder)
+    assert file.read_text().split() == sorted({*blobs} - {digest_of(b"1"), digest_of(b"2"), digest_of(b"3")})
 
 
 def test_grants_of_a_model_that_is_gone(tmp_path: Path) -> None:
