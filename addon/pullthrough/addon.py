@@ -3,6 +3,7 @@
 Invariant: a start that fails ends mitmdump before it serves anybody. What runs is the `daemon`'s.
 """
 
+import asyncio
 import logging
 import os
 import sys
@@ -50,6 +51,16 @@ class OllamaCache:
         for path in own_files(ctx.options.confdir):
             _log.info("mitmproxy's own options are read from %s, too", path)
         options.declare(loader)
+        asyncio.get_running_loop().call_soon(self._check_configured)
+
+    def _check_configured(self) -> None:
+        """Stop if mitmproxy goes on without us: it would be an open proxy with a CA of its own."""
+        if not self._is_configured:
+            try:
+                options.check_accepted()
+                raise SettingsError("mitmproxy has not configured the addon, for a reason that it does not tell")
+            except SettingsError as error:
+                _stop(error)
 
     def configure(self, updated: AbstractSet[str]) -> None:
         """Understand the options and open what needs no event loop; stop with one line where that fails."""

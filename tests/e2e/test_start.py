@@ -69,6 +69,21 @@ def test_bad_options(tmp_path: Path, options: dict[str, object], message: str) -
     assert message in refused(tmp_path, **options)
 
 
+def test_an_option_given_twice(tmp_path: Path) -> None:
+    """mitmproxy would go on without the addon: an open proxy, with a CA of its own."""
+    assert "option ollama_cache_pins: expected it once, got it 2 times" in refused(
+        tmp_path, program=(*PROGRAM, "--set", "ollama_cache_pins=a"), ollama_cache_pins="b"
+    )
+
+
+def test_an_option_that_mitmproxy_does_not_take(tmp_path: Path) -> None:
+    """Whatever keeps the addon from being configured ends the start."""
+    patch = "from pullthrough.proxy import options\noptions._check_given = lambda *_: None"
+    program = (*patched(tmp_path, patch), "--set", "ollama_cache_pins=a")
+    message = refused(tmp_path, program=program, ollama_cache_pins="b")
+    assert "an option was not accepted: Received multiple values for ollama_cache_pins" in message
+
+
 @pytest.mark.parametrize("name", [more("emudhra"), more("emudhra_old")])
 def test_leaked_authority(tmp_path: Path, name: str) -> None:
     """Leaves are signed by our own authority alone; a mitmproxy that has no such option need not be told."""

@@ -39,7 +39,7 @@ REFUSED: Final = {"ssl_insecure": "the certificates of registries are always ver
 
 
 def check_refused() -> None:
-    """Raise SettingsError if an option is on that undoes what clients trust us for."""
+    """Raise SettingsError if an option is on that undoes what clients trust us for, or one is not to be understood."""
     for name, reason in REFUSED.items():
         if name in ctx.options and getattr(ctx.options, name):
             raise SettingsError(f"option {name}: must be off ({reason}); remove it and start again")
@@ -49,6 +49,9 @@ def check_refused() -> None:
             f"expected options, got {words!r}, and nothing behind it counts; an option of the cache is written "
             "--set ollama_cache_NAME=VALUE"
         )
+    for name, value in ctx.options.deferred.items():
+        if name.startswith(PREFIX):
+            _check_given(name, value)
     if (port := ctx.options.listen_port) is not None and not 0 <= port <= MAX_PORT:
         raise SettingsError(f"option listen_port: expected 0 to {MAX_PORT}, got {port}")
 
@@ -60,6 +63,27 @@ def declare(loader: addonmanager.Loader) -> None:
         default = f" Default: {option.default}." if option.default else ""
         loader.add_option(f"{PREFIX}{option.name}", _TEXT, None, f"{option.help}{default}")
     ctx.options.update(**SET)
+
+
+def _check_given(name: str, value: Any) -> None:
+    """Raise SettingsError for what mitmproxy would not take as text: it would go on without us."""
+    # From the command line it is a list of texts, from mitmproxy's config.yaml what YAML makes of it.
+    found = getattr(value, "val", value)
+    if isinstance(found, list) and len(found) != 1:
+        raise SettingsError(
+            f"option {name}: expected it once, got it {len(found)} times; where it takes several values, separate them "
+            "by commas"
+        )
+    if found is value and not isinstance(found, str | None):
+        raise SettingsError(f"option {name}: expected text, got {type(value).__name__}; put the value in quotes")
+
+
+def check_accepted() -> None:
+    """Raise SettingsError if mitmproxy has not accepted one of our options: then it silently does without the addon."""
+    try:
+        ctx.options.process_deferred()
+    except Exception as error:
+        raise SettingsError(f"an option was not accepted: {error}") from error
 
 
 def given() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """options: those of mitmproxy that stop the start."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,34 @@ def test_the_defaults_start(given: OptManager) -> None:
     options.check_refused()
     del given._options["emudhra"]
     options.check_refused()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ollama_cache_max_size": None}, ""),
+        ({"ollama_cache_max_size": ["1GB", "1GB"]}, "expected it once, got it 2 times"),
+        ({"ollama_cache_max_size": ["1GB"]}, "expected text, got list"),
+        (
+            {"ollama_cache_max_size": 300},
+            "option ollama_cache_max_size: expected text, got int; put the value in quotes",
+        ),
+    ],
+)
+def test_what_a_file_gives(given: OptManager, values: dict[str, object], message: str) -> None:
+    """Of mitmproxy's config.yaml: what is no text would make mitmproxy go on without us."""
+    given.update_defer(**values)
+    with pytest.raises(SettingsError, match=message) if message else nullcontext():
+        options.check_refused()
+
+
+def test_given_twice(given: OptManager) -> None:
+    """On the command line, too; what is not ours is not judged."""
+    given.set("ollama_cache_pins=a", "else=1", "else=2", defer=True)
+    options.check_refused()
+    given.set("ollama_cache_pins=a", "ollama_cache_pins=b", defer=True)
+    with pytest.raises(SettingsError, match="option ollama_cache_pins: expected it once, got it 2 times"):
+        options.check_refused()
 
 
 @pytest.mark.parametrize(
