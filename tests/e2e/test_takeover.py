@@ -230,6 +230,59 @@ def test_an_upload_that_waits_for_100(origin: Origin, proxy: Proxy) -> None:
     assert "expect" not in origin.counters.requests[-1].headers
 
 
+def put(target: str, size: int) -> bytes:
+    return f"PUT {target} HTTP/1.1\r\nHost: {R2_HOST}\r\nContent-Length: {size}\r\n\r\n".encode()
+
+
+def test_an_upload_beside_session_tickets(origin: Origin, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What TLS sends of its own accord is no answer: the whole body goes up."""
+    monkeypatch.setattr(origin._context, "num_tickets", 2)
+    target = origin.signed_url(origin.add_blob(unique(MB)), "PUT").removeprefix(f"https://{R2_HOST}")
+    with trusting(proxy).wrap_socket(tunnel(proxy, f"{R2_HOST}:443"), server_hostname=R2_HOST) as sock:
+        sock.sendall(put(target, MB))
+        for _ in range(10):
+            sock.sendall(bytes(MB // 10))
+        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        f"GET HTTP://{R2_HOST}/?X-Amz-Signature=hunter2 HTTP/1.1\r\nHost: {R2_HOST}",
+        "HEAD /?X-Amz-Signature=hunter2 HTTP/1.1\r\nHost: other.example",
+        f"GET /?X-Amz-Signature=hunter2 b HTTP/1.1\r\nHost: {R2_HOST}",
+        f"GET / HTTP/1.1\r\nHost: {R2_HOST}\r\nAuthorization: Bearer hunter2\x00",
+        f"HEAD / HTTP/1.1\r\nHost: {R2_HOST}\r\nTransfer-Encoding: chunked\r\n\r\nhunter2",
+    ],
+    ids=["another scheme", "another host", "a space", "a control character", "a bad chunk"],
+)
+def test_what_is_refused_is_not_quoted(proxy: Proxy, head: str) -> None:
+    """The answer and the log say what was wrong with a request, without what may be secret of it."""
+    with trusting(proxy).wrap_socket(tunnel(proxy, f"{R2_HOST}:443"), server_hostname=R2_HOST) as sock:
+        sock.sendall(f"{head}\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert answer.startswith((b"HTTP/1.1 4", b"HTTP/1.1 501")) and b"hunter2" not in answer
+    assert answer.endswith(b"\r\n\r\n") == head.startswith("HEAD")
+    proxy.wait_for_line("expected ")
+    assert not [line for line in proxy.output if "hunter2" in line or "Traceback" in line]
+
+
+def test_an_address_in_absolute_form(origin: Origin, proxy: Proxy) -> None:
+    """However its scheme is spelt (RFC 3986 section 3.1)."""
+    blob = unique(3000)
+    address = canonical(proxy, add_model(origin, blob))
+    with trusting(proxy).wrap_socket(tunnel(proxy, f"{R2_HOST}:443"), server_hostname=R2_HOST) as sock:
+        sock.sendall(ask(f"HTTPS://{R2_HOST}{address}"))
+        assert receive(sock, 3000)[1] == blob.read(0, 3000)
+
+
+def test_an_old_client_that_names_no_host(proxy: Proxy) -> None:
+    """HTTP/1.0 needs no Host; the server behind does."""
+    with trusting(proxy).wrap_socket(tunnel(proxy, f"{R2_HOST}:443"), server_hostname=R2_HOST) as sock:
+        sock.sendall(b"GET /unknown HTTP/1.0\r\n\r\n")
+        assert sock.recv(65536).startswith(b"HTTP/1.1 40")
+
+
 def test_a_client_that_waits_and_leaves(origin: Origin, proxy: Proxy) -> None:
     """It is noticed while no byte comes, and the others go on."""
     blob = unique(5 * MB)

@@ -150,7 +150,7 @@ class BlobConnection:
             return False
         if self._h11.their_state is not h11.IDLE:
             return False
-        data = self._out.read()
+        data = self._out.read(HEAD_S)
         if not data:
             self._h11.receive_data(b"")
             raise ClientGone("client disconnected")
@@ -159,6 +159,7 @@ class BlobConnection:
 
     def _exchange(self) -> bool:
         """Answer one request; return whether another one may follow."""
+        request: h11.Request | None = None
         try:
             request = self._next_request()
             target = self._check_names(request)
@@ -168,9 +169,12 @@ class BlobConnection:
                 self._skip_request()
                 self._reply(request, target, *reply)
         except h11.RemoteProtocolError as error:
-            return self._refuse(error.error_status_hint, str(error))
+            # Its own words quote what was received, with credentials and signed queries.
+            what = "head" if request is None else "body"
+            message = f"expected the {what} of a request of HTTP/1.1, got something else; the client has to be mended"
+            return self._refuse(request, error.error_status_hint, message)
         except Misdirected as error:
-            return self._refuse(error.status_hint, str(error))
+            return self._refuse(request, error.status_hint, str(error))
         if self._h11.our_state is self._h11.their_state is h11.DONE:
             self._h11.start_next_cycle()
             return True
@@ -196,7 +200,9 @@ class BlobConnection:
         if not target.startswith("/"):
             scheme, _, rest = target.partition("://")
             authority, slash, path = rest.partition("/")
-            names["the request target"] = _name(authority.encode("latin-1")) if scheme == "https" else target
+            # Not the target itself: its query may be signed.
+            is_https = scheme.lower() == "https"
+            names["the request target"] = _name(authority.encode("latin-1")) if is_https else "no address with https"
             target = slash + path
         for kind, name in names.items():
             if name is not None and name.lower().rstrip(".") != host:
@@ -303,14 +309,16 @@ class BlobConnection:
         self._out.hold(self._h11.send(h11.EndOfMessage()) or b"")
         self._out.flush()
 
-    def _refuse(self, status: int, message: str) -> bool:
+    def _refuse(self, request: h11.Request | None, status: int, message: str) -> bool:
         """Answer with the reason, and end the connection; no text on a route whose body a client would store."""
         _log.warning("%s", message)
         if self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = message.encode() + b"\n"
             fields = [("Content-Type", "text/plain"), ("Content-Length", str(len(body))), ("Connection", "close")]
             self._begin(status, fields)
-            self._out.put(self._h11.send(h11.Data(data=body)) or b"")
+            if request is None or request.method != b"HEAD":
+                self._out.hold(self._h11.send(h11.Data(data=body)) or b"")
+            self._out.flush()
         return False
 
     # --- what is not ours

@@ -19,9 +19,12 @@ from pullthrough.core.errors import CacheError, LoopDetected, Offline, UpstreamU
 from pullthrough.delivery.socket_polling import either_readable, readable
 from pullthrough.delivery.tls_outlet import TlsOutlet
 from pullthrough.upstream.dialer import Dialed, Dialer, translated
+from pullthrough.upstream.layers import READ
 
 CLIENT_SILENT_S: Final = 600.0
 """How long a client may take between two pieces of what it uploads, as mitmproxy has it (tcp_timeout)."""
+
+_Event = h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class PassThrough:
         self._out = out
         self._line: Dialed | None = None
         self._upstream = h11.Connection(h11.CLIENT)
+        self._early: _Event | None = None
+        """What the server has begun its answer with, before the request's end."""
 
     def close(self) -> None:
         """Let go of the connection to the server."""
@@ -84,7 +89,7 @@ class PassThrough:
             self.close()
         if self._line is None:
             self._line = self._way.dialer.dial(self._way.endpoint)
-            self._upstream = h11.Connection(h11.CLIENT)
+            self._upstream, self._early = h11.Connection(h11.CLIENT), None
         return self._line
 
     def _fields(self, request: h11.Request, line: Dialed) -> list[tuple[bytes, bytes]]:
@@ -100,6 +105,8 @@ class PassThrough:
                     pass
                 case _:
                     fields.append((name, value))
+        if not any(name.lower() == b"host" for name, _ in fields):
+            fields.append((b"Host", self._way.endpoint.authority.encode()))  # HTTP/1.0 needs none
         fields.append((CDN_LOOP.encode(), self._way.loop.extend(trail).encode("latin-1")))
         if line.proxy is not None:
             fields += [(name.encode(), value.encode("latin-1")) for name, value in line.proxy.fields.items()]
@@ -129,10 +136,10 @@ class PassThrough:
                     line.write(self._upstream.send(event) or b"")
                 except CacheError:
                     # A server that refuses does not always read to the end: its answer may already be here.
-                    if readable(line.sock, 0.0):
+                    if self._has_answered(line):
                         return
                     raise
-                if readable(line.sock, 0.0):
+                if self._has_answered(line):
                     return
                 continue
             if isinstance(event, h11.EndOfMessage):
@@ -142,19 +149,36 @@ class PassThrough:
 
     def _wait_for_client(self, line: Dialed) -> bool:
         """Return whether more of the body has arrived; False once the server has begun to answer."""
-        if self._out.readable(0.0):
-            return True
-        from_client, from_server = either_readable(self._out.sock, line.sock, CLIENT_SILENT_S)
-        if not from_client and not from_server:
-            raise UpstreamUnreachable("the client sent nothing more")
-        return not from_server
+        while not self._has_answered(line):
+            if self._out.readable(0.0):
+                return True
+            if not any(either_readable(self._out.sock, line.sock, CLIENT_SILENT_S)):
+                raise UpstreamUnreachable("the client sent nothing more")
+        return False
+
+    def _has_answered(self, line: Dialed) -> bool:
+        """Return whether the server has begun its answer, or ended. TLS session tickets and interim responses are none
+        (RFC 8446 section 4.6.1, RFC 9110 section 15.2).
+        """
+        buffer = memoryview(bytearray(READ))
+        with translated():
+            while self._early is None:
+                event = self._upstream.next_event()
+                if event is h11.NEED_DATA:
+                    if (count := line.take(buffer)) is None:
+                        return False
+                    self._upstream.receive_data(bytes(buffer[:count]))
+                elif not isinstance(event, h11.InformationalResponse):
+                    self._early = event
+        return True
 
     def _return_answer(self, line: Dialed, client: h11.Connection) -> int:
         status = 0
         while True:
             try:
+                early, self._early = self._early, None
                 with translated():
-                    event = self._upstream.next_event()
+                    event = early or self._upstream.next_event()
                 if event is h11.NEED_DATA:
                     self._upstream.receive_data(line.read())
                     continue
