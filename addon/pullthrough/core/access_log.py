@@ -1,10 +1,11 @@
 """One log line per answered request, the same for every port, and counts of them.
 
-Invariant: query strings are cut, because they may be capabilities. The names of the fields beside a line's text never
-change: scripts read them.
+Invariant: query strings and credentials are cut, because they are secret. The names of the fields beside a line's text
+never change: scripts read them.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Final
@@ -15,6 +16,9 @@ _log = logging.getLogger(__name__)
 
 SHOWN: Final = {"is_shown": True}
 """For the `extra` of a line that anybody may see on the status page: it names no model, no blob and no client."""
+
+_USERINFO: Final = re.compile("//[^/]*@")
+"""Name and password before a host (RFC 3986 section 3.2.1)."""
 
 
 class RequestLog:
@@ -69,7 +73,7 @@ class RequestLog:
             "event": "request",
             "client": client,
             "method": method,
-            "path": target.partition("?")[0],
+            "path": _USERINFO.sub("//", target.partition("?")[0]),
             "status": status,
             "outcome": str(cache.outcome),
             "cache_status": str(cache),

@@ -108,7 +108,7 @@ def refusal(store: Store, model: Model, terms: Terms) -> ImportOutcome | None:
     """Return why the model may not be imported; None if it may."""
     stored = store.manifest(model.name)
     text = str(model.name)
-    if terms.public and _is_refused(store, model.name):
+    if terms.public and store.is_refused(*model.name.place):
         return ImportOutcome(
             text, Fate.REFUSED, "expected a public model, got one that its registry refuses to everybody"
         )
@@ -151,11 +151,6 @@ def enter(store: Store, model: Model, terms: Terms, placed: Mapping[Digest, Blob
         for digest in model.blobs:
             store.confirm_public(name.host, name.repository, digest)
     return ImportOutcome(text, Fate.IMPORTED)
-
-
-def _is_refused(store: Store, name: Name) -> bool:
-    """Return whether upstream has refused the repository. Private imports are denied, too, but never confirmed."""
-    return any(record.confirmed for record in store.refused(*name.place))
 
 
 def _is_public(store: Store, name: Name, digest: Digest) -> bool:

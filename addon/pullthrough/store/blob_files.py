@@ -103,11 +103,14 @@ def quarantined(store: Path) -> dict[Path, tuple[int, float]]:
 
 
 def _taken(folder: Path, suffix: str) -> Iterator[tuple[str, tuple[int, float]]]:
-    """Yield the name of each blob's file in the folder that ends so, with its disk usage and last change."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+    """Yield the name of each blob's file in the folder that ends so, with its disk usage and last change.
+
+    What cannot be looked at is left out: who needs the folder to write finds out why.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("sha256-") and entry.name.endswith(suffix):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     # Not the entry's own `stat`: on Windows that is of when the file was opened.
                     status = os.lstat(entry.path)
                     yield entry.name, (platform.allocated(status), status.st_mtime)

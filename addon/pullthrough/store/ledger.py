@@ -19,6 +19,8 @@ from pullthrough.store.manifest_table import ManifestTable
 from pullthrough.store.rows import Contents, Members
 from pullthrough.store.usage import Totals
 
+REFUSALS: Final = 10_000
+"""How many repositories that upstream has refused are remembered until the daemon ends."""
 FEW: Final = 8
 """So many blobs are sought one by one in what a manifest lists, rather than splitting it."""
 
@@ -83,6 +85,8 @@ class Grants:
         self._files = files
         self._manifests = manifests
         self._members: dict[Place, str | set[str]] = {**members}
+        self.refused: dict[Place, None] = {}
+        """The latest repositories in which upstream has refused an anonymous request, and granted none since."""
 
     def of(self, place: Place) -> set[str]:
         """Return the digests granted in the repository; split at the first use, because most are never used."""
@@ -97,6 +101,8 @@ class Grants:
 
     def add(self, place: Place, digests: Iterable[str], *, is_kept: bool = False) -> None:
         """Add blobs that upstream has granted there; `is_kept` if the file already has them."""
+        if not is_kept:
+            self.refused.pop(place, None)
         granted = self.of(place)
         if new := set(digests) - granted:
             granted |= new
@@ -105,7 +111,10 @@ class Grants:
                 self.keep(place)
 
     def drop(self, place: Place) -> None:
-        """Drop all grants in the repository."""
+        """Drop all grants in the repository: upstream refuses it."""
+        self.refused[place] = None
+        if len(self.refused) > REFUSALS:
+            del self.refused[next(iter(self.refused))]
         if self._members.pop(place, ""):
             self._files.drop_grants(place)
             self._index.delete_members(*place)

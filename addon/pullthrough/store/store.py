@@ -281,13 +281,14 @@ class Store:
             self.confirm_public(name.host, name.repository, digest)
 
     def is_denied(self, host: str, repository: str) -> bool:
-        """Return whether upstream has refused an anonymous request in this repository, and granted none since."""
-        return bool(self.refused(host, repository))
-
-    def refused(self, host: str, repository: str) -> list[ManifestRecord]:
-        """Return the manifests of the repository that upstream has refused to an anonymous request."""
+        """Return whether a manifest of this repository is refused to everybody, by upstream or as it was imported."""
         self._survey.look(_place(host, repository))
-        return self._manifests.denied(_place(host, repository))
+        return bool(self._manifests.denied(_place(host, repository)))
+
+    def is_refused(self, host: str, repository: str) -> bool:
+        """Return whether upstream has refused this repository to everybody: since the start, or a stored manifest."""
+        self._survey.look(place := _place(host, repository))
+        return place in self._grants.refused or any(record.confirmed for record in self._manifests.denied(place))
 
     def deny(self, host: str, repository: str) -> bool:
         """Make the repository private, because upstream refuses an anonymous request in it.
@@ -334,6 +335,8 @@ class Store:
             self._files.put(name, record.body, denied=record.denied)
         self.changes.advance()
         self._manifests.put(name, record)
+        if not record.denied:
+            self._grants.refused.pop(name.place, None)
         if known is not None and known.digest != record.digest:
             self._grants.keep(name.place)
 

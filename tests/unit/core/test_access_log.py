@@ -25,6 +25,9 @@ def test_lines(caplog: pytest.LogCaptureFixture) -> None:
         "::1 GET /data -> 206, 5 bytes in 0.50 s; ollama-cache; hit",
         "::1 GET /data -> 200, 5 bytes in 1.00 s, short: client disconnected; ollama-cache; hit",
     ]
+    log.answer("::1", "GET", "http://me:secret@other.example/x@y?access=secret", 421, MISS)
+    assert caplog.messages[-1] == "::1 GET http://other.example/x@y -> 421 ollama-cache; fwd=miss; stored"
+    del log.answers[Outcome.MISS, 421]
     assert log.answers == {(Outcome.MISS, 307): 1, (Outcome.HIT, 206): 1, (Outcome.HIT, 200): 1}
     assert log.sent == 10
     assert told == [("::1", 5), ("::1", 5)]

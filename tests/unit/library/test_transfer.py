@@ -226,6 +226,19 @@ def test_private_models_are_nobodys(tmp_path: Path, tree: Path) -> None:
         assert store.manifest(NAME).denied is False  # type: ignore[union-attr]
 
 
+def test_a_repository_that_was_refused_meanwhile(tmp_path: Path, tree: Path) -> None:
+    """Nothing of it is stored; a grant since then counts."""
+    with opened(tmp_path / "store") as store:
+        store.deny(HOST, "library/tiny")
+        (outcome,) = import_into(store, tree)
+        assert (outcome.fate, outcome.why) == (
+            Fate.REFUSED,
+            "expected a public model, got one that its registry refuses to everybody",
+        )
+        store.confirm_public(HOST, "library/tiny", Digest("ab" * 32))
+        assert import_into(store, tree) == [ImportOutcome(str(NAME), Fate.IMPORTED)]
+
+
 def test_what_upstream_has_said_counts_more(tmp_path: Path, tree: Path) -> None:
     """A confirmed manifest is kept unless told otherwise; a refused repository stays refused."""
     take_tree(tmp_path / "store", tree)

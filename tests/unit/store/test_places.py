@@ -224,7 +224,8 @@ def test_the_loop_asks_no_share(share: Path, monkeypatch: pytest.MonkeyPatch) ->
         store.read_manifest(DIGEST)
         store.blob_path(DIGEST)
         store.ingest(DIGEST)
-        store.refused(*name.place)
+        store.is_denied(*name.place)
+        store.is_refused(*name.place)
         store.deny(*name.place)
         store.disown(DIGEST)
 
