@@ -74,6 +74,8 @@ class OllamaCache:
             self._daemon = self._make_daemon()
         except CacheError as error:
             _stop(error)
+        except OSError as error:
+            _stop(CacheError(f"{error.filename}: {error.strerror}; it must be the cache's own to read and write"))
 
     def _make_daemon(self) -> Daemon:
         chosen = choices(options.given(), os.environ)

@@ -69,6 +69,23 @@ def test_bad_options(tmp_path: Path, options: dict[str, object], message: str) -
     assert message in refused(tmp_path, **options)
 
 
+UNREADABLE = """
+import pathlib
+exists = pathlib.Path.exists
+def refuse(path, **options):
+    if path.parent.name == "certs":
+        raise PermissionError(13, "Permission denied", str(path))
+    return exists(path, **options)
+pathlib.Path.exists = refuse
+"""
+
+
+def test_certificates_that_cannot_be_read(tmp_path: Path) -> None:
+    """One line says which file, and why. Patched in, because root may read everything."""
+    message = refused(tmp_path, program=patched(tmp_path, UNREADABLE), expected=1)
+    assert f"{tmp_path / 'certs'}/" in message and "Permission denied; it must be the cache's own" in message
+
+
 def test_an_option_given_twice(tmp_path: Path) -> None:
     """mitmproxy would go on without the addon: an open proxy, with a CA of its own."""
     assert "option ollama_cache_pins: expected it once, got it 2 times" in refused(

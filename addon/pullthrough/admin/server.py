@@ -138,6 +138,8 @@ class ControlServer:
         """Return the command of the request. Raises HTTPException."""
         name = request.path.removeprefix(ADDRESS)
         command = self._commands.get(name) if name != request.path else None
+        if command is None and name.startswith("tier-"):
+            raise web.HTTPNotFound(text="this cache has no fleet: its option object_store is not set")
         if command is None:
             known = ", ".join(f"{ADDRESS}{name}" for name in self._commands)
             raise web.HTTPNotFound(text=f"there is no {request.path} at the control socket of this cache, only {known}")

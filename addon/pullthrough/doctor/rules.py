@@ -5,6 +5,7 @@ most of which are texts that are "" when all is well.
 """
 
 import math
+import re
 import shlex
 from dataclasses import dataclass
 from typing import Final
@@ -270,5 +271,7 @@ def _opens(problem: str) -> str:
     if "parent proxy" in problem:
         return "HTTPS_PROXY in the environment of the cache: its address, and user:password@ where it wants them"
     if any(words in problem for words in ("resol", "name or service", "no address")):
-        return "DNS of this machine: getent hosts registry.ollama.ai, and /etc/resolv.conf"
+        unresolved = re.search(r"([\w.-]+): name resolution failed", problem)
+        host = unresolved[1] if unresolved else "registry.ollama.ai"
+        return f"DNS of this machine: getent hosts {host}, and /etc/resolv.conf"
     return "open this machine's way to it: firewall, routes, HTTPS_PROXY in the environment of the cache"

@@ -150,6 +150,8 @@ def _next(file: BinaryIO, length: int) -> tuple[str, int] | None:
     try:
         info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
     except (tarfile.HeaderError, ValueError) as error:
+        if offset == 0:
+            raise TransferRefused("expected a bundle as `export` makes them, got a file that is no tar") from None
         raise TransferRefused(f"expected the header of a tar member at byte {offset}, got none ({error})") from None
     if info.type != tarfile.REGTYPE:
         kind = _KINDS.get(info.type, f"type {info.type!r}")

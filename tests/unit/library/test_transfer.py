@@ -452,7 +452,7 @@ SUMS_MEMBER = member(SUMS, sums({path: sha256(data) for path, data in GOOD.items
     [
         pytest.param(b"", "it is truncated", id="empty"),
         pytest.param(b"PK\3\4" * 200, "got a compressed file: unpack it first", id="compressed"),
-        pytest.param(b"GGUF" * 200, "expected the header of a tar member at byte 0", id="no tar"),
+        pytest.param(b"GGUF" * 200, "expected a bundle as `export` makes them, got a file that is no tar", id="no tar"),
         pytest.param(member(MANIFEST, GOOD[MANIFEST]) + END, "whose first member is SHA256SUMS", id="no sums"),
         pytest.param(packed({"manifests/../../../etc/x": b"x"}), "path of a manifest or blob", id="traversal"),
         pytest.param(packed({"/etc/passwd": b"x"}), "path of a manifest or blob", id="absolute"),
