@@ -19,11 +19,12 @@ from pullthrough.core.errors import CacheError, LoopDetected, Offline, UpstreamU
 from pullthrough.delivery.socket_polling import either_readable, readable
 from pullthrough.delivery.tls_outlet import TlsOutlet
 from pullthrough.upstream.dialer import Dialed, Dialer, translated
-from pullthrough.upstream.layers import READ
 
 CLIENT_SILENT_S: Final = 600.0
 """How long a client may take between two pieces of what it uploads, as mitmproxy has it (tcp_timeout)."""
 
+_EARLY: Final = 4 << 10
+"""Bytes that are read at once of an answer that comes before the request's end: it is looked for behind every piece."""
 _Event = h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]
 
 
@@ -160,7 +161,7 @@ class PassThrough:
         """Return whether the server has begun its answer, or ended. TLS session tickets and interim responses are none
         (RFC 8446 section 4.6.1, RFC 9110 section 15.2).
         """
-        buffer = memoryview(bytearray(READ))
+        buffer = memoryview(bytearray(_EARLY))
         with translated():
             while self._early is None:
                 event = self._upstream.next_event()
