@@ -56,11 +56,7 @@ class OllamaCache:
     def _check_configured(self) -> None:
         """Stop if mitmproxy goes on without us: it would be an open proxy with a CA of its own."""
         if not self._is_configured:
-            try:
-                options.check_accepted()
-                raise SettingsError("mitmproxy has not configured the addon, for a reason that it does not tell")
-            except SettingsError as error:
-                _stop(error)
+            _stop(options.unaccepted())
 
     def configure(self, updated: AbstractSet[str]) -> None:
         """Understand the options and open what needs no event loop; stop with one line where that fails."""

@@ -78,12 +78,13 @@ def _check_given(name: str, value: Any) -> None:
         raise SettingsError(f"option {name}: expected text, got {type(value).__name__}; put the value in quotes")
 
 
-def check_accepted() -> None:
-    """Raise SettingsError if mitmproxy has not accepted one of our options: then it silently does without the addon."""
+def unaccepted() -> SettingsError:
+    """Return why mitmproxy has not accepted our options: then it silently does without the addon."""
     try:
         ctx.options.process_deferred()
     except Exception as error:
-        raise SettingsError(f"an option was not accepted: {error}") from error
+        return SettingsError(f"an option was not accepted: {error}")
+    return SettingsError("mitmproxy has not configured the addon, for a reason that it does not tell")
 
 
 def given() -> dict[str, str]:

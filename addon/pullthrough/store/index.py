@@ -37,8 +37,8 @@ LOCKED_S: Final = 3.0
 """The longest wait for another process to unlock the database."""
 
 RATE: Final = 2_000_000
-"""Bytes a second that are written at most: the members of a repository are one row, which each new blob of a model of
-thousands writes anew."""
+"""After a write the writer rests as long as this many bytes a second would take, up to REST_LIMIT_S: the members of a
+repository are one row, which each new blob of a model of thousands writes anew."""
 REST_LIMIT_S: Final = 1.0
 
 _NO_LIMIT: Final = 1 << 62
